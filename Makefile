@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # What make test-megatron runs; its -k takes rows (MEGATRON_TESTS='tests/ranks/test_layouts.py -k pp2').
 MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precision.py tests/ranks/test_checkpoint.py tests/ranks/test_fsdp.py tests/ranks/test_lora.py
-# more words for pytest in check, test, test-all, test-faults and test-launch, such as --no-skips
+# more arguments for pytest in check, test, test-all, test-faults and test-launch, such as --no-skips
 PYTEST_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
@@ -17,11 +17,11 @@ TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reo
 NPU_VENV  := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
 
-.PHONY: help setup demo check test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron bench clean
+.PHONY: help setup demo check docs test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron bench clean
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
-	@echo "make check     style, imports, words, unit tests (two to three minutes on 2 cores)"
+	@echo "make check     style, imports, wording, unit tests (two to three minutes on 2 cores)"
 	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs (15 to 20 minutes)"
 	@echo "make test-all  the same with every row of the long tables"
 	@echo "make test-faults  kills at random moments, damaged input, other people's clients, in great numbers"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-npu  the same bodies through torch_npu on simulated Ascend NPUs (needs gcc; about four minutes)"
 	@echo "make accept-npu  what the first day on real Ascend NPUs must show (accept-npu ON=simulation: a trial without them)"
 	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions, rules for exits, decoding; writes docs/benchmarks/"
+	@echo "make docs      the documentation as a site, in docs/_build/html (half a minute)"
 	@echo "make setup     only the virtual environment"
 
 setup: $(READY)
@@ -41,7 +42,9 @@ $(READY): setup.py constraints.txt
 	@echo "setting up $(VENV): one to three minutes, mostly downloads"
 	@if $(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 	    echo "keeping the torch that is installed: it sees a GPU"; \
-	    $(PYTHON) -m venv --system-site-packages $(VENV); grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
+	    $(PYTHON) -m venv --system-site-packages $(VENV); \
+	    $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(VENV)/lib/python3*/site-packages)/given_python.pth; \
+	    grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
 	else \
 	    $(PYTHON) -m venv $(VENV); cp constraints.txt $(VENV)/constraints.txt; \
 	fi
@@ -57,6 +60,11 @@ check: $(READY)
 	@$(BIN)/ruff format --check -q . || { echo "error: some files are not formatted. $(BIN)/ruff format . does it."; exit 1; }
 	@$(BIN)/ruff check .
 	@$(TESTS) -m "not long and not faults" tests/rules tests/unit
+
+# the documentation as a site, in docs/_build/html; a warning, such as a link that leads nowhere, is an error
+docs: $(READY)
+	@$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 test: check
 	@$(TESTS) -m "not long and not faults" -rs tests/ranks tests/system tests/faults
@@ -114,4 +122,4 @@ bench: $(READY)
 	@$(BIN)/python -m lab.bench_decoding
 
 clean:
-	rm -rf $(VENV) $(VENV)-megatron $(NPU_VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-megatron $(NPU_VENV) runs build dist docs/_build docs/reference *.egg-info

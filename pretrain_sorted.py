@@ -1,4 +1,4 @@
-"""The same as ``megatron-sorted train``, for torchrun in a clone."""
+"""Run ``megatron-sorted train`` from a clone, for torchrun."""
 
 from megatron_sorted.commands import run
 

@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PACKAGE = (ROOT / "megatron_sorted" / "__init__.py").read_text(encoding="utf-8")
-# folders of a clone that an installation brings inside the package: `megatron-sorted examples` copies them out
+# folders of a clone that are installed inside the package; `megatron-sorted examples` copies them
 SHIPPED = {"megatron_sorted.examples": "examples", "megatron_sorted.slurm": "slurm"}
 
 # psutil: megatron's checkpoint writer needs it
@@ -19,40 +19,33 @@ TRAIN = [
     "numpy",
     "psutil",
     "sentencepiece",
-    "safetensors",
-    "jinja2",
-]
-MONITORING = ["wandb", "tensorboard"]
-CONVERT = [
-    "torch>=2.6",
-    "numpy",
-    "safetensors",
-    "transformers>=5",
     "tokenizers",
-    "sentencepiece",
-    "jinja2",
+    "safetensors",
 ]
+MONITORING = ["wandb", "tensorboard", "matplotlib"]
+CONVERT = ["torch>=2.6", "numpy", "safetensors", "transformers>=5", "tokenizers", "sentencepiece"]
 EVALUATE = [
     *CONVERT,
     "lm-eval",
-    "accelerate",
+    "accelerate",  # lm-eval's models of transformers need it
     "datasets",
     "matplotlib",
-]  # lm-eval's models of transformers need accelerate
+]
 SERVE = [*CONVERT, "fastapi", "uvicorn"]
 DEMO = ["Babel", "matplotlib"]
+DOCS = ["sphinx", "myst-parser", "furo"]
 DEV = [
     "pytest",
     "pytest-xdist",
     "ruff",
     "import-linter",
-    "httpx2",
+    "httpx2",  # for tests of the server
     "hypothesis",
-]  # httpx2: for tests of the server
+]
 
 
 class CleanBuild(build_py):
-    """Build from what is there now: setuptools would carry files of earlier builds, removed or moved since, into a wheel."""
+    """A build without files of earlier builds, which setuptools would put into a wheel."""
 
     def run(self) -> None:
         """Remove the earlier build, then build."""
@@ -89,7 +82,7 @@ setup(
         "megatron_sorted.examples": ["*.yaml", "sites/*.site"],
         "megatron_sorted.slurm": ["*.sh", "*.awk", "*.sbatch"],
     },
-    install_requires=["pydantic>=2", "pyyaml", "tqdm"],
+    install_requires=["pydantic>=2", "pyyaml", "tqdm", "jinja2"],
     extras_require={
         "train": TRAIN,
         "convert": CONVERT,
@@ -99,6 +92,7 @@ setup(
         "demo": DEMO,
         "cuda": ["transformer-engine[pytorch]"],
         "npu": ["torch_npu"],  # of torch's own version; on Ascend hosts alone
-        "dev": DEV + DEMO + TRAIN + MONITORING + EVALUATE + SERVE,
+        "docs": DOCS,
+        "dev": DEV + DOCS + DEMO + TRAIN + MONITORING + EVALUATE + SERVE,
     },
 )

@@ -1,14 +1,17 @@
-"""What a host with Ascend NPUs must show on its first day: one line for each check, PASS or FAIL, with the figure.
+"""Check a host with Ascend NPUs: one line for each check, PASS or FAIL, with its figure.
 
-    python -m lab.accept_npu                          on the host, with CANN's set_env.sh sourced; about 10 minutes
-    python -m lab.accept_npu --only versions devices  some of the parts: versions, devices, steps, tests
-    make accept-npu ON=simulation                       a trial without NPUs: the figures say nothing, the checks run
+    python -m lab.accept_npu                          on the host, with CANN's set_env.sh sourced;
+                                                      about 10 minutes
+    python -m lab.accept_npu --only versions devices  some parts: versions, devices, steps, tests
+    make accept-npu ON=simulation                     without NPUs: tries the checks alone
 
-The steps are trained twice from the same checkpoint, on the CPU and on the NPUs, so that the golden losses are made by the same command.
-Kernels that torch_npu would silently compute on the CPU are errors here.
+The same steps are trained from the same checkpoint on the CPU and on the NPUs, so that the golden
+losses come from the same command. Kernels that torch_npu would silently compute on the CPU are
+errors here.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -19,72 +22,64 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_sorted.command_line import ROOT, run_main, start_command
+from megatron_sorted.command_line import run_main, start_command
+from megatron_sorted.installation import ROOT
 from megatron_sorted.platform.versions import NEWEST, is_newest, shown
 
 if __name__ == "__main__":
     start_command()
 
+from lab.reliability.processes import environment, torchrun
+
 SIMULATED = bool(os.environ.get("SIMULATED_NPUS"))
 NO_FALLBACK = {"TORCH_NPU_FALLBACK_CPU_DISABLE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 MODEL = [
-    "--mock-data", "--vocab-size", 512, "--num-layers", 4, "--hidden-size", 128, "--num-attention-heads", 4, "--exit-layer-nums", 1, 2, 3,
-    "--seq-length", 64, "--micro-batch-size", 2, "--global-batch-size", 8, "--lr", 1e-3, "--lr-decay-style", "constant", "--seed", 5,
-    "--log-interval", 1, "--eval-interval", "none"]  # fmt: skip
+    *("--mock-data", "--vocab-size", 512, "--num-layers", 4, "--hidden-size", 128),
+    *("--num-attention-heads", 4, "--exit-layer-nums", 1, 2, 3, "--seq-length", 64),
+    *("--micro-batch-size", 2, "--global-batch-size", 8, "--lr", 1e-3),
+    *("--lr-decay-style", "constant", "--seed", 5, "--log-interval", 1, "--eval-interval", "none"),
+]
 Line = tuple[str, bool, str]
 
 
-def run(words: list, processes: int = 0, **environment: str) -> subprocess.CompletedProcess:
-    """Return a finished program of the project; with ``processes``, started by torchrun."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        if processes
-        else []
-    )
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    everything = {
-        "OMP_NUM_THREADS": "1",
-        **os.environ,
-        **NO_FALLBACK,
-        "PYTHONPATH": paths,
-        **environment,
-    }
-    command = [sys.executable, *launcher, *map(str, words)]
+def run(arguments: list, processes: int = 0, **variables: str) -> subprocess.CompletedProcess:
+    """Run a program of the project to its end; torchrun starts it if ``processes`` is not 0."""
+    launcher = torchrun(processes) if processes else [sys.executable]
     return subprocess.run(
-        command, cwd=ROOT, env=everything, text=True, capture_output=True, check=False
+        [*launcher, *map(str, arguments)],
+        cwd=ROOT,
+        env={**environment(), **NO_FALLBACK, **variables},
+        text=True,
+        capture_output=True,
+        check=False,
     )
 
 
-def last_words(done: subprocess.CompletedProcess) -> str:
-    """Return the end of what a program that failed said."""
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    return " | ".join(line.strip() for line in said[-3:])[-400:]
+def end_of_output(done: subprocess.CompletedProcess) -> str:
+    """Return the end of what a failed program printed."""
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    return " | ".join(line.strip() for line in lines[-3:])[-400:]
 
 
 def versions(options: argparse.Namespace) -> Iterator[Line]:
-    """Yield which software is there, and whether it fits together."""
-    found = {}
-    for name in ("torch", "torch_npu", "megatron-core", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    fits = found["torch"].split("+")[0] == found["torch_npu"].split(".post")[0] != "missing"
-    yield "torch and torch_npu", fits, f"{found['torch']} and {found['torch_npu']}"
-    yield (
-        "megatron-core",
-        is_newest(found["megatron-core"]),
-        f"{found['megatron-core']} (tested: {shown(NEWEST)})",
-    )
+    """Yield the installed versions, and whether they fit together."""
+    installed = dict.fromkeys(("torch", "torch_npu", "megatron-core"), "missing")
+    for name in installed:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    torch, torch_npu, megatron = installed.values()
+    fits = torch.split("+")[0] == torch_npu.split(".post")[0] != "missing"
+    yield "torch and torch_npu", fits, f"{torch} and {torch_npu}"
+    yield "megatron-core", is_newest(megatron), f"{megatron} (tested: {shown(NEWEST)})"
     loads = run(
         [
             "-c",
-            "from megatron_sorted.platform.npu.start import load_torch_npu; load_torch_npu(); import torch; "
-            "print(torch.version.cann, torch.npu.device_count())",
+            "from megatron_sorted.platform.npu.start import load_torch_npu; load_torch_npu();"
+            " import torch; print(torch.version.cann, torch.npu.device_count())",
         ]
     )
     figure = (
-        last_words(loads)
+        end_of_output(loads)
         if loads.returncode
         else f"CANN and number of NPUs: {loads.stdout.splitlines()[-1]}"
     )
@@ -92,29 +87,25 @@ def versions(options: argparse.Namespace) -> Iterator[Line]:
 
 
 def devices(options: argparse.Namespace) -> Iterator[Line]:
-    """Yield what one process on each NPU measured."""
-    done = run(
-        [
-            ROOT / "lab" / "acceptance" / "devices.py",
-            "--copy-gigabytes",
-            0 if SIMULATED else options.copy_gigabytes,
-            "--collective-gigabytes",
-            0 if SIMULATED else options.collective_gigabytes,
-            "--mebibytes",
-            1 if SIMULATED else 256,
-        ],
-        options.processes,
+    """Yield the measurements of one process on each NPU."""
+    copy, collective, mebibytes = (
+        (0, 0, 1) if SIMULATED else (options.copy_gigabytes, options.collective_gigabytes, 256)
     )
+    arguments = [
+        *("-m", "lab.acceptance.devices", "--copy-gigabytes", copy),
+        *("--collective-gigabytes", collective, "--mebibytes", mebibytes),
+    ]
+    done = run(arguments, options.processes)
     for line in done.stdout.splitlines():
         if line.startswith("{"):
-            said = json.loads(line)
-            yield said["check"], said["passed"], said["figure"]
-    figure = last_words(done) if done.returncode else f"{options.processes} processes"
-    yield "devices: every process ended well", done.returncode == 0, figure
+            result = json.loads(line)
+            yield result["check"], result["passed"], result["figure"]
+    figure = end_of_output(done) if done.returncode else f"{options.processes} processes"
+    yield "devices: every process succeeded", done.returncode == 0, figure
 
 
 def losses(path: Path) -> dict[int, list[float]]:
-    """Return the losses of all exits by step, from a run's metrics, which say null of what is not finite."""
+    """Return {step: losses of all exits} from a run's metrics, where null stands for non-finite."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {
         row["step"]: [
@@ -128,7 +119,10 @@ def losses(path: Path) -> dict[int, list[float]]:
 def compared(
     got: dict[int, list[float]], expected: dict[int, list[float]], tolerance: float
 ) -> tuple[bool, str]:
-    """Return whether all losses of all steps are within a relative ``tolerance``, and how far the furthest is; NaN never is."""
+    """Return whether all losses of all steps are within a relative ``tolerance``, and a figure.
+
+    NaN is never within it.
+    """
     if got.keys() != expected.keys() or any(
         len(got[step]) != len(expected[step]) for step in expected
     ):
@@ -144,12 +138,13 @@ def compared(
     )
     return (
         worst <= tolerance,
-        f"losses differ by up to {worst:.2e} (at most {tolerance:g}); nothing was computed on the CPU",
+        f"losses differ by up to {worst:.2e} (at most {tolerance:g});"
+        " nothing was computed on the CPU",
     )
 
 
 def steps(options: argparse.Namespace) -> Iterator[Line]:
-    """Yield how far losses on NPUs are from those of the CPU over the same steps, from the same weights."""
+    """Yield the differences between losses on NPUs and on the CPU over the same steps."""
     entry = ROOT / "pretrain_sorted.py"
     with tempfile.TemporaryDirectory() as folder:
         start, golden = Path(folder, "start"), Path(folder, "golden.jsonl")
@@ -160,25 +155,18 @@ def steps(options: argparse.Namespace) -> Iterator[Line]:
             if first.returncode == 0
             else first
         )
-        figure = last_words(reference) if reference.returncode else f"{options.steps} steps"
+        figure = end_of_output(reference) if reference.returncode else f"{options.steps} steps"
         yield "golden losses on the CPU", reference.returncode == 0, figure
         if reference.returncode:
             return
         expected = losses(golden)
+        parallel = [
+            *("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+            *("--pipeline-model-parallel-size", 2),
+        ]
         for name, more, processes, tolerance in (
             ("fp32, one NPU", [], 1, 1e-3),
-            (
-                "fp32, tensor and pipeline parallel",
-                [
-                    "--tensor-model-parallel-size",
-                    2,
-                    "--sequence-parallel",
-                    "--pipeline-model-parallel-size",
-                    2,
-                ],
-                4,
-                1e-3,
-            ),
+            ("fp32, tensor and pipeline parallel", parallel, 4, 1e-3),
             ("bf16, one NPU", ["--bf16"], 1, 2e-2),
         ):
             if processes > options.processes:
@@ -193,20 +181,20 @@ def steps(options: argparse.Namespace) -> Iterator[Line]:
                 [entry, *MODEL, *last, *more, "--device", "npu", "--metrics-file", path], processes
             )
             if done.returncode:
-                yield f"{options.steps} steps, {name}", False, last_words(done)
+                yield f"{options.steps} steps, {name}", False, end_of_output(done)
                 continue
             yield f"{options.steps} steps, {name}", *compared(losses(path), expected, tolerance)
 
 
 def tests(options: argparse.Namespace) -> Iterator[Line]:
-    """Yield what the tests of kernels and layouts say on these devices."""
+    """Yield the results of the tests of kernels and layouts on these devices."""
     for name in ("test_npu_kernels.py", "test_npu_layouts.py"):
-        words = ["-m", "pytest", "-m", "not long", f"tests/npu/{name}"]
-        done = run(words, NPU_TESTS_ON="simulation" if SIMULATED else "devices")
+        arguments = ["-m", "pytest", "-m", "not long", f"tests/npu/{name}"]
+        done = run(arguments, NPU_TESTS_ON="simulation" if SIMULATED else "devices")
         yield (
             f"tests/npu/{name}",
             done.returncode == 0,
-            done.stdout.strip().splitlines()[-1] if done.stdout.strip() else last_words(done),
+            done.stdout.strip().splitlines()[-1] if done.stdout.strip() else end_of_output(done),
         )
 
 
@@ -219,7 +207,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", nargs="+", choices=PARTS, default=list(PARTS), help="Which parts (default: all)."
+        "--only", nargs="+", choices=PARTS, default=list(PARTS), help="Parts to run (default: all)."
     )
     parser.add_argument(
         "--processes",
@@ -233,7 +221,7 @@ def main() -> int:
         type=int,
         default=50,
         metavar="N",
-        help="Steps that are compared (default: %(default)s).",
+        help="Steps to compare (default: %(default)s).",
     )
     parser.add_argument(
         "--copy-gigabytes",

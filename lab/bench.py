@@ -1,7 +1,8 @@
-"""Compares one training step with exits to megatron-core's own model: time, peak memory, and the bound that FLOPs set.
+"""Compare a training step with exits with megatron-core's own model: time, memory, FLOP bound.
 
-Writes docs/benchmarks/step_<shape>.md and .json. Each case runs in processes of its own; times are taken in turns, one step of
-each case a round, because only ratios mean something on a machine that others use too.
+Writes docs/benchmarks/step_<shape>.md and .json. Each case runs in processes of its own. Times are
+taken in turns, one step of each case in a round, because only ratios are meaningful on a machine
+that other programs use too.
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -12,21 +13,17 @@ if __name__ == "__main__":
 import argparse
 import time
 
-from lab.benchmarks.cases import EXIT_LAYERS, VOCABULARY, all_cases
+from lab.benchmarks.cases import EXIT_LAYERS, SHAPES, all_cases
 from lab.benchmarks.measure import measure_shape
 from lab.benchmarks.pages import step_options
 from lab.benchmarks.report import write_report
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the command line's options."""
+    """Parse the command line."""
     parser = step_options(__doc__)
     parser.add_argument(
-        "--shapes",
-        nargs="+",
-        choices=sorted(VOCABULARY),
-        default=sorted(VOCABULARY),
-        help="which shapes",
+        "--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="which shapes"
     )
     parser.add_argument("--quick", action="store_true", help="0 and 7 exits only, one full round")
     return parser.parse_args()

@@ -1,10 +1,11 @@
-"""Measures conversions between Hugging Face directories and checkpoints: time beside plain reading and writing, and peak memory.
+"""Measure conversions between Hugging Face directories and checkpoints: time and peak memory.
 
-    python -m lab.bench_convert             about 10 minutes on 2 idle CPU cores (17 on busy ones); 18 GB in --folder
-    python -m lab.bench_convert --quick     tiny models: a trial of the measurement, its numbers mean nothing
+    python -m lab.bench_convert             about 10 minutes on 2 idle CPU cores (17 on busy ones)
+    python -m lab.bench_convert --quick     tiny models: tries the measurement, no useful numbers
 
-Writes docs/benchmarks/convert.md with the numbers behind it as convert.json. The models are made here; the file system of --folder is part
-of what is measured.
+Times are compared with plain reading and writing. Writes docs/benchmarks/convert.md with the
+numbers behind it as convert.json. The models are made here; the file system of --folder is part of
+what is measured, and needs 18 GB.
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -13,10 +14,8 @@ if __name__ == "__main__":
     start_command()
 
 import argparse
-import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,15 +24,13 @@ from typing import Any
 
 from lab.benchmarks.convert_model import Shape, write_model
 from lab.benchmarks.convert_page import write_convert_page
-from lab.benchmarks.report import origin
-from lab.benchmarks.run_facts import file_system_of
-from lab.reliability.task import environment
+from lab.benchmarks.jobs import run_job
+from lab.benchmarks.pages import file_system_of, origin
 
 SHAPES = {"22 layers": Shape(22), "44 layers": Shape(44)}
 QUICK = {"2 layers": Shape(2, 128, 256, 1000), "4 layers": Shape(4, 128, 256, 1000)}
 ROUNDS = {"22 layers": 3, "44 layers": 1}
-"""The deeper model is there for its memory."""
-LIMIT_SECONDS = 1800
+"""Rounds of each model; the deeper one is there for its memory."""
 
 
 def run_worker(verb: str, source: Path, target: Path, verify: bool = False) -> dict[str, Any]:
@@ -43,41 +40,20 @@ def run_worker(verb: str, source: Path, target: Path, verify: bool = False) -> d
         RuntimeError: It failed; the message holds the end of its output.
     """
     shutil.rmtree(target, ignore_errors=True)
-    job, load = target.with_name("job.json"), os.getloadavg()[0]
-    job.write_text(
-        json.dumps(
-            {
-                "verb": verb,
-                "source": str(source),
-                "target": str(target),
-                "verify": verify,
-                "result": str(target.with_name("result.json")),
-            }
-        ),
-        encoding="utf-8",
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "lab.benchmarks.convert_worker", str(job)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(
-            f"{verb} of {source.name} ended with status {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
-        )
-    return {**json.loads(target.with_name("result.json").read_text(encoding="utf-8")), "load": load}
+    load = os.getloadavg()[0]
+    job = {"verb": verb, "source": str(source), "target": str(target), "verify": verify}
+    job["name"] = f"{verb} of {source.name}"
+    [numbers] = run_job("lab.benchmarks.convert_worker", job, target.parent)
+    return {**numbers, "load": load}
 
 
 def measure(shape: Shape, folder: Path, rounds: int) -> dict[str, Any]:
-    """Return the rounds of one model; the first is also verified."""
+    """Return the rounds of one model; its conversions of the first round are also verified."""
     model, checkpoint, back, plain = (
         folder / name for name in ("model", "checkpoint", "back", "plain")
     )
     write_model(model, shape)
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "bytes": shape.num_bytes,
         "largest_bytes": shape.largest_bytes,
         "rounds": [],
@@ -89,22 +65,17 @@ def measure(shape: Shape, folder: Path, rounds: int) -> dict[str, Any]:
                 f"plain beside {verb}": ("plain", source, plain, False),
                 verb: (verb, source, target, number == 0),
             }
-            for name in sorted(work, reverse=bool(number % 2)):  # each begins every other time
+            for name in sorted(work, reverse=bool(number % 2)):  # they take turns in being first
                 one[name] = run_worker(*work[name])
                 seconds, load = one[name]["seconds"], one[name]["load"]
-                verified = (
-                    f" + {one[name]['verify_seconds']:.1f} s"
-                    if "verify_seconds" in one[name]
-                    else ""
-                )
                 print(
-                    f"round {number + 1}, {name}: {seconds:.1f} s{verified}, load {load:.1f}",
+                    f"round {number + 1}, {name}: {seconds:.1f} s, load {load:.1f}",
                     file=sys.stderr,
                     flush=True,
                 )
                 shutil.rmtree(plain, ignore_errors=True)
-        found["rounds"].append(one)
-    return found
+        numbers["rounds"].append(one)
+    return numbers
 
 
 def main() -> None:
@@ -114,9 +85,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
     parser.add_argument(
-        "--rounds",
-        type=int,
-        help="how often everything is measured (default 3, and once the deeper model)",
+        "--rounds", type=int, help="rounds of every model (default: 3, and 1 of the deeper model)"
     )
     parser.add_argument(
         "--folder", type=Path, help="where to work (18 GB at most); by default a temporary folder"
@@ -126,7 +95,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     start, before, models = time.monotonic(), os.getloadavg()[0], {}
-    # before somebody goes on working here
+    # The commit is taken first, because files may change while this runs.
     measured = origin("cpu", 1, bf16=False, packages=("torch", "transformers", "safetensors"))
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
@@ -145,9 +114,10 @@ def main() -> None:
     facts = {
         **measured,
         "file system": disk,
-        "models": "LLaMA shapes of hidden size 2048, MLP 5632, 32 heads in 4 groups, vocabulary 32,000, untied, in files of 1 GB",
-        "load of the machine": f"{before:.1f} before the first run, {min(loads):.1f} to {max(loads):.1f} before the others (1-minute mean; "
-        "the runs themselves are in it)",
+        "models": "LLaMA shapes of hidden size 2048, MLP 5632, 32 heads in 4 groups,"
+        " vocabulary 32,000, untied, in files of 1 GB",
+        "load of the machine": f"{before:.1f} before the first run, {min(loads):.1f} to"
+        f" {max(loads):.1f} before the others (1-minute mean; the runs themselves are in it)",
     }
     print(write_convert_page(models, options.output, facts))
     print(f"{time.monotonic() - start:.0f} s")

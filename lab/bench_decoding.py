@@ -1,9 +1,11 @@
-"""Measures what a token of decoding costs beyond reading the weights, beside transformers' generate and the memory's speed.
+"""Measure what a token of decoding costs beyond reading the weights, beside transformers' generate.
 
-    python -m lab.bench_decoding                a LLaMA of 52 million random parameters: what is measured does not depend on them
+    python -m lab.bench_decoding                a LLaMA of 52 million random parameters, whose
+                                                values do not change the measurement
     python -m lab.bench_decoding --model MODEL  a Hugging Face directory
 
-All take turns in every round; figures are medians of ratios within a round. Writes docs/benchmarks/decoding.md.
+All take turns in every round; figures are medians of ratios within a round. Writes
+docs/benchmarks/decoding.md.
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -18,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from lab.benchmarks.pages import command_line
 from lab.decoding.overhead import (
     WIDTHS,
     alternate,
@@ -27,6 +30,7 @@ from lab.decoding.overhead import (
     ratio,
     weight_bytes,
 )
+from lab.results.pages import page_head
 from megatron_sorted.decoding.network import Network, load_network
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.reporting.markdown import facts, table
@@ -35,7 +39,7 @@ BATCHES = (1, 8)
 
 
 def read_arguments() -> argparse.Namespace:
-    """Return the command line's values."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,7 +51,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a tiny model: a trial of the measurement, its numbers mean nothing",
+        help="a tiny model: tries the measurement, no useful numbers",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("docs/benchmarks"), help="where the page goes"
@@ -59,15 +63,15 @@ def step_table(network: Network, values: argparse.Namespace) -> list[str]:
     """Return the table of whole steps."""
     rows = []
     for batch in tqdm(BATCHES, "steps", unit="batch size"):
-        found = full_and_theirs(network, batch, 64, values.tokens, values.rounds)
-        for name in found:
+        seconds = full_and_theirs(network, batch, 64, values.tokens, values.rounds)
+        for name in seconds:
             rows.append(
                 [
                     f"batch {batch}: {name}",
-                    f"{1000 * statistics.median(found[name]):.2f}",
-                    f"{ratio(found, name, 'transformers'):.2f}",
-                    f"{ratio(found, name, 'products'):.2f}",
-                    f"{ratio(found, name, 'memory'):.2f}",
+                    f"{1000 * statistics.median(seconds[name]):.2f}",
+                    f"{ratio(seconds, name, 'transformers'):.2f}",
+                    f"{ratio(seconds, name, 'products'):.2f}",
+                    f"{ratio(seconds, name, 'memory'):.2f}",
                 ]
             )
     return table(["", "ms a step", "over transformers", "over products", "over memory"], rows)
@@ -75,18 +79,18 @@ def step_table(network: Network, values: argparse.Namespace) -> list[str]:
 
 def pass_table(network: Network, values: argparse.Namespace) -> list[str]:
     """Return the table of passes over several tokens."""
-    found = alternate(
+    seconds = alternate(
         passes(network, 256, True) | passes(network, 256, False), values.rounds * 3, network
     )
     rows = [
-        [kind, *(f"{ratio(found, f'{kind} {width}', 'plain 1'):.2f}" for width in WIDTHS)]
+        [kind, *(f"{ratio(seconds, f'{kind} {width}', 'plain 1'):.2f}" for width in WIDTHS)]
         for kind in ("packed", "plain")
     ]
     return table(["matrices", *(f"{width} tokens" for width in WIDTHS)], rows)
 
 
 def main() -> None:
-    """Measure and writes."""
+    """Measure, and write the page."""
     values = read_arguments()
     if values.model:
         network, what = load_network(values.model), values.model.resolve().name
@@ -97,17 +101,18 @@ def main() -> None:
             "{} layers, hidden {}, feed-forward {}, {} heads, vocabulary {}, random".format(*shape),
         )
     lines = [
-        "# Decoding: what a token costs",
-        "",
-        f"{what}; {weight_bytes(network) / 1e6:.0f} MB of matrices a pass, prompt of 64 tokens, {values.tokens} tokens a round, "
-        f"{values.rounds} rounds. *products*: the same matrix products alone; *memory*: reading as many bytes (a sum over them).",
+        *page_head("Decoding: what a token costs", "what a decoded token costs on a CPU"),
+        f"{what}; {weight_bytes(network) / 1e6:.0f} MB of matrices a pass, prompt of 64 tokens,"
+        f" {values.tokens} tokens a round, {values.rounds} rounds. *products*: the same matrix"
+        " products alone; *memory*: reading as many bytes (a sum over them).",
         "",
         *step_table(network, values),
-        "Passes of all layers over several tokens at once behind a text of 256, over one token with torch's plain matrices: what "
-        "makes verification cheap is that matrices are packed once (`decoding/cache/matrix.py`).",
+        "Passes of all layers over several tokens at once after a text of 256, over one token with"
+        " torch's plain matrices: verification is cheap because matrices are packed once"
+        " (`decoding/cache/matrix.py`).",
         "",
         *pass_table(network, values),
-        "    python -m lab.bench_decoding",
+        f"    {command_line()}",
         "",
         *facts(f"{torch.get_num_threads()} threads, fp32", ("torch", "transformers")),
         "",

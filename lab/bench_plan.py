@@ -1,7 +1,8 @@
-"""Compares plans with what processes of this machine do: memory of layouts, the order of their step times, balance with exits.
+"""Compare plans with processes of this machine: memory, order of step times, balance with exits.
 
-Writes docs/results/plan_measured.md. Memory is resident memory beyond what a process had before its model; times are taken in turns, one
-step of each layout a round, and the least of each layout's counts: whatever else the machine does only makes a step longer.
+Writes docs/results/plan_measured.md. Memory is resident memory beyond what a process had before its
+model. Times are taken in turns, one step of each layout in a round, and the least of each layout
+counts: whatever else the machine does only makes a step longer.
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -13,15 +14,11 @@ import argparse
 import datetime
 import json
 import os
-import shlex
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from lab.benchmarks.report import machine
-from lab.benchmarks.worker import RETURN_FREED_MEMORY
-from lab.planning.cases import (
+from lab.benchmarks.layout_cases import (
     BALANCE,
     FOUR_EXITS,
     FOUR_STAGES,
@@ -30,7 +27,10 @@ from lab.planning.cases import (
     TIME,
     TIME_CASES,
 )
-from lab.planning.measured import MeasuredLayout
+from lab.benchmarks.layouts import MeasuredLayout
+from lab.benchmarks.pages import command_line, machine
+from lab.benchmarks.worker import RETURN_FREED_MEMORY
+from lab.results.pages import page_head, show_progress
 from megatron_sorted.dry_run.calibrate import calibrate
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.planning.devices import Device, device_named
@@ -42,10 +42,6 @@ from megatron_sorted.settings.rules import check_settings
 from megatron_sorted.settings.run import Settings
 
 MB = 1e6
-
-
-def _tell(text: str) -> None:
-    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def spearman(one: list[float], other: list[float]) -> float:
@@ -60,16 +56,16 @@ def spearman(one: list[float], other: list[float]) -> float:
 
 
 def memory_rows(device: Device, names: list[str]) -> list[dict]:
-    """Return planned and measured memory of every stage of the layouts of ``MEMORY_CASES``: the largest of its ranks."""
+    """Return planned memory and that of the largest rank, for each stage of each layout."""
     rows = []
     for name in names:
         world_size, changes = MEMORY_CASES[name]
         settings = replace(MEMORY, **changes)
         check_settings(settings, world_size)
-        _tell(f"memory: {name}")
+        show_progress(f"memory: {name}")
         layout = MeasuredLayout(settings, world_size, warm=True)
-        layout.ask("peak")  # the optimizer makes its state
-        peaks = layout.ask("peak")
+        layout.step()  # the optimizer creates its state
+        peaks = [cost.peak_bytes for cost in layout.step()]
         layout.stop()
         plan = make_plan(settings, settings.vocab_size, world_size, device, CPU_CHUNK_TOKENS)
         per_stage = world_size // plan.pipeline_size
@@ -84,8 +80,10 @@ def memory_rows(device: Device, names: list[str]) -> list[dict]:
                     "states": stage.memory.states,
                 }
             )
-            _tell(
-                f"{name}, stage {stage.stage}: planned {stage.memory.total / MB:.0f} MB, measured {measured / MB:.0f}\n"
+            show_progress(
+                f"{name}, stage {stage.stage}: planned {stage.memory.total / MB:.0f} MB,"
+                f" measured {measured / MB:.0f}",
+                end="\n",
             )
     return rows
 
@@ -96,24 +94,24 @@ def time_rows(cases: dict[str, tuple[int, Settings]], device: Device, rounds: in
     for world_size, settings in cases.values():
         check_settings(settings, world_size)
     for name, (world_size, settings) in cases.items():
-        _tell(f"times: starting {name}")
+        show_progress(f"times: starting {name}")
         layouts[name] = MeasuredLayout(settings, world_size, warm=False)
-        layouts[name].ask("times")
+        layouts[name].step()
     for number in range(rounds):
         for name, layout in layouts.items():
-            _tell(f"times: round {number + 1} of {rounds}, {name}")
-            times[name].append(layout.ask("times"))
+            show_progress(f"times: round {number + 1} of {rounds}, {name}")
+            times[name].append(layout.step())
     for layout in layouts.values():
         layout.stop()
     rows = []
     for name, (world_size, settings) in cases.items():
         plan = make_plan(settings, settings.vocab_size, world_size, device, CPU_CHUNK_TOKENS)
-        busy = [min(answers[rank][1] for answers in times[name]) for rank in range(world_size)]
+        busy = [min(costs[rank].cpu_seconds for costs in times[name]) for rank in range(world_size)]
         rows.append(
             {
                 "layout": name,
                 "planned": plan.seconds,
-                "measured": min(max(wall for wall, _ in answers) for answers in times[name]),
+                "measured": min(max(cost.seconds for cost in costs) for costs in times[name]),
                 "busy": busy,
                 "planned_busy": [stage.busy_seconds for stage in plan.stages],
                 "imbalance": plan.imbalance,
@@ -123,7 +121,10 @@ def time_rows(cases: dict[str, tuple[int, Settings]], device: Device, rounds: in
 
 
 def balance_cases() -> dict[str, tuple[int, Settings]]:
-    """Return models in equal shares and as the plan splits them: early exits on two stages, an exit on each of four, none on four."""
+    """Return models with layers in equal shares and as the plan splits them.
+
+    There are three: early exits on two stages, an exit on each of four stages, none on four.
+    """
     cases = {}
     for text, settings in (
         ("exits after 1, 2, 3 and 10", BALANCE),
@@ -148,10 +149,9 @@ def page(
 ) -> str:
     """Return the page of results."""
     lines = [
-        "# Plans beside measurements",
-        "",
-        f"{datetime.date.today()}, commit {commit()}, {machine('cpu', 1)}, load while it ran {os.getloadavg()[1]:.0f}. "
-        f"`{shlex.join(['python', *sys.argv])}`",
+        *page_head("Plans beside measurements", "how close plans of runs are to measurements"),
+        f"{datetime.date.today()}, commit {commit()}, {machine('cpu', 1)},"
+        f" load while it ran {os.getloadavg()[1]:.0f}. `{command_line()}`",
         "",
     ]
     if memory:
@@ -180,8 +180,9 @@ def page(
         lines += [
             "## Order of step times",
             "",
-            f"Spearman {rho:.3f}. Least of {rounds} rounds; one core, measured before them: "
-            f"{device.single_flops / 1e9:.0f} GFLOP/s in fp32, {device.memory_rate / 1e9:.1f} GB/s.",
+            f"Spearman {rho:.3f}. Least of {rounds} rounds; one core, measured before them:"
+            f" {device.single_flops / 1e9:.0f} GFLOP/s in fp32,"
+            f" {device.memory_rate / 1e9:.1f} GB/s.",
             "",
         ]
         lines += table(
@@ -201,7 +202,8 @@ def page(
             "## Exits weighed against layers",
             "",
             "Layers of each stage in equal shares, and as the plan splits them. CPU seconds "
-            "of each process: stages share this machine's cores, so that a step's wall time says nothing of their balance.",
+            "of each process: stages share this machine's cores, so that a step's wall time is no "
+            "measure of their balance.",
             "",
         ]
         lines += table(
@@ -227,18 +229,18 @@ def page(
 
 
 def main() -> None:
-    """Measure and writes the page."""
+    """Measure and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = ["memory", "times", "balance"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="which")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
     parser.add_argument(
         "--layouts",
         nargs="+",
         choices=list(MEMORY_CASES),
         default=list(MEMORY_CASES),
-        help="of memory",
+        help="layouts whose memory is measured",
     )
     parser.add_argument("--rounds", type=int, default=5, help="steps of each layout")
     page_of = Path("docs/results/plan_measured.md")
@@ -249,9 +251,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         calibrate(Path(folder, "cpu.json"), len(os.sched_getaffinity(0)))
         device = device_named("cpu", Path(folder, "cpu.json"))
-    os.environ.update(
-        RETURN_FREED_MEMORY
-    )  # of the fork server, which starts with the first process
+    os.environ.update(RETURN_FREED_MEMORY)  # for the fork server, which the first process starts
     memory = memory_rows(device, options.layouts) if "memory" in options.parts else []
     times = balance = []
     if "times" in options.parts:
@@ -262,7 +262,7 @@ def main() -> None:
         times = time_rows(cases, device, options.rounds)
     if "balance" in options.parts:
         balance = time_rows(balance_cases(), device, options.rounds)
-    _tell("")
+    show_progress("")
     text = page(memory, times, balance, device, options.rounds)
     write_text_atomically(options.output, text)
     numbers = json.dumps({"memory": memory, "times": times, "balance": balance}, indent=1) + "\n"

@@ -1,10 +1,10 @@
-"""Measures whole runs: what the loop does beside training, and what checkpoints cost.
+"""Measure whole runs: what the loop does beside training, and what checkpoints cost.
 
     python -m lab.bench_run             about 8 minutes on 2 idle CPU cores
-    python -m lab.bench_run --quick     tiny models: a trial of the measurement, its numbers mean nothing
+    python -m lab.bench_run --quick     tiny models: tries the measurement, no useful numbers
 
-Writes docs/benchmarks/run_loop.md and run_checkpoint.md with the numbers behind them as .json. Checkpoints are written to --folder: its
-file system is what is measured.
+Writes docs/benchmarks/run_loop.md and run_checkpoint.md with the numbers behind them as .json.
+Checkpoints are written to --folder: its file system is what is measured.
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -20,23 +20,21 @@ import time
 from pathlib import Path
 
 from lab.benchmarks.checkpoint_page import write_checkpoint_page
+from lab.benchmarks.jobs import CaseResult, run_case
 from lab.benchmarks.loop_page import write_loop_page
+from lab.benchmarks.pages import file_system_of
 from lab.benchmarks.run_cases import RunCase, checkpoint_cases, loop_cases
-from lab.benchmarks.run_facts import file_system_of
-from lab.benchmarks.run_jobs import CaseResult, run_case
 from lab.reliability.task import write_task
 
-PARTS = {"loop": loop_cases, "checkpoint": checkpoint_cases}
+PARTS = ("loop", "checkpoint")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the command line's options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure"
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
     parser.add_argument(
         "--folder", type=Path, help="where to work (4.5 GB at most); by default a temporary folder"

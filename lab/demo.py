@@ -1,9 +1,11 @@
-"""Trains a tiny nested model and an ordinary one on true facts, and shows what the first layers of both can do.
+"""Train a tiny nested model and an ordinary one on true facts, and show what the first layers of
+both can do.
 
     python -m lab.demo            about 3 minutes on 2 idle CPU cores, nothing is downloaded
-    python -m lab.demo --quick    the same steps with next to no training, to see whether everything runs
+    python -m lab.demo --quick    the same steps with next to no training, to see whether everything
+    runs
 
-Steps that are finished are not done again; --fresh starts anew.
+Finished steps are not repeated; --fresh repeats them.
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -22,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lab.results.steps import Runner, Step, StepError
-from megatron_sorted.command_line import ROOT
+from megatron_sorted.installation import ROOT
 from megatron_sorted.reading.json_lines import first_record
 from megatron_sorted.reading.json_text import read_json_object
 from megatron_sorted.settings.yaml_file import read_yaml
@@ -58,30 +60,36 @@ QUESTIONS = (
     "ja",
     "zh",
 )
-OPENING = """A nested language model is one network with several exits: after some of its layers, and not only after the last, a norm and an
-output head are trained to predict the next token. So its first layers are models by themselves: train once, run what you can afford.
+OPENING = """\
+A nested language model is one network with several exits: after some of its layers, and not
+only after the last, a norm and an output head are trained to predict the next token. So its first
+layers are models by themselves: train once, run what you can afford.
 
-This demo trains a tiny nested model, whose first {depths} layers are models, and an ordinary one, in which
-only all layers together are trained to answer: same size, same data, same number of steps. Then it asks every prefix of both.
-About {minutes:.0f} minutes on 2 idle CPU cores. Everything is written to {folder}."""
+This demo trains a tiny nested model, whose first {depths} layers are models, and
+an ordinary one, in which only all layers together are trained to answer: same size, same data, same
+number of steps. Then it tests every prefix of both.
+It takes about {minutes:.0f} minute(s) on 2 idle CPU cores and writes everything to {folder}."""
 
-HOW_TO_READ = """How to read the table: a row is one sub-model, that is, the first `depth` layers, the norm and the head.
-  phrasing  questions about trained facts, worded as never in training: what the sub-model has learned
-  unseen    questions about facts that were never trained; nobody can know them, so this is what guessing earns
-  loss      mean over the tokens of the answers, lower is better
-  exact     share of questions where every token of the answer is the most likely one, higher is better
-These facts need few layers, so the ordinary model's longer prefixes are good as well. More on that: docs/demo.md"""
+HOW_TO_READ = """\
+How to read the table: a row is one sub-model: the first `depth` layers, the norm, the head.
+  phrasing  questions about trained facts in new wordings: what the sub-model has learned
+  unseen    questions about facts that training did not contain: what guessing achieves
+  loss      mean over the tokens of the answers, in nats; lower is better
+  exact     share of questions whose answer is the most likely one at every token; higher is better
+These facts need few layers, so longer prefixes of the ordinary model are good as well:
+docs/demo.md explains it."""
 
-AFTERWARDS = """What to do with the model (each line runs as it is)
+AFTERWARDS = """What to do with the model in {model} (each line can be copied and run)
 {commands}
-The question above was trained; its answer is {answer!r}. `--chat` in place of the prompt begins a conversation.
-A running server is asked with
+The question above was in the training data; its answer is {answer!r}.
+Use `--chat` instead of the prompt for a conversation.
+To send a request to the running server:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d {request}
 
 What to try next
   your own data      {python} -m megatron_sorted prepare --help
-  other exits        change exit-layer-nums in examples/demo_nested.yaml (say [1, 3]); then {python} -m lab.demo
-  more questions     {python} -m lab.make_cldr_questions --output runs/questions --num-samples 200000
+  other exits        change exit-layer-nums in examples/demo_nested.yaml; then {python} -m lab.demo
+  more questions     {python} -m lab.make_cldr_questions --output runs/questions --num-samples 20000
   larger models      examples/llama2_7b_8gpu.yaml, examples/llama2_13b_soft.yaml"""
 
 
@@ -92,7 +100,9 @@ def exit_depths() -> list[int]:
 
 
 def demo_steps(folder: Path, quick: bool) -> list[Step]:
-    """Return the steps in order; every path they write is inside ``folder``, and commands run in the project's folder."""
+    """Return the steps in order; every path they write is inside ``folder``, and commands run in
+    the project's folder.
+    """
     folder = (
         folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     )  # commands that can be read and copied
@@ -124,9 +134,9 @@ def demo_steps(folder: Path, quick: bool) -> list[Step]:
         )
         makes = tuple(data / f"{name}_text_document{ending}" for ending in (".bin", ".idx"))
         purpose = {
-            "train": "Make a tokenizer for the training questions and turn them into tokens",
-            "phrasing": "Turn the first test into tokens: trained facts, worded as never in training",
-            "unseen": "Turn the second test into tokens: facts that are never trained",
+            "train": "Train a tokenizer on the training questions and tokenize them",
+            "phrasing": "Tokenize the first test: trained facts in new wordings",
+            "unseen": "Tokenize the second test: facts that are not trained",
         }[name]
         made = makes + ((tokenizer,) if name == "train" else ())
         return Step(f"prepare-{name}", purpose, command, made, seconds=10 if name == "train" else 3)
@@ -168,7 +178,8 @@ def demo_steps(folder: Path, quick: bool) -> list[Step]:
     steps = [
         Step(
             "questions",
-            "Write questions such as `How do you say Monday in Finnish?`, with true answers from Unicode CLDR",
+            "Write questions such as `How do you say Monday in Chinese?`, with true answers from "
+            "Unicode CLDR",
             (
                 python,
                 "-m",
@@ -187,13 +198,29 @@ def demo_steps(folder: Path, quick: bool) -> list[Step]:
         *map(prepare, ("train", "phrasing", "unseen")),
         train(
             "nested",
-            "Train the nested model, half of its layers on each of 2 processes; `@N` is the loss after N layers",
+            "Train the nested model, half of its layers on each of 2 processes; `@N` is the loss "
+            "after N layers",
         ),
         train(
             "plain",
-            "Train the ordinary model equally long; its only loss is after the last layer",
+            "Train the ordinary model for the same number of steps; its only loss is after the "
+            "last layer",
             "--exit-layer-weight",
             *["0"] * (len(exit_depths()) - 1),
+        ),
+        Step(
+            "export",
+            "Export the nested model as a Hugging Face directory",
+            (
+                *ours,
+                "convert",
+                "export",
+                str(folder / "nested"),
+                str(folder / "nested_hf"),
+                "--overwrite",
+            ),
+            (folder / "nested_hf",),
+            seconds=15,
         ),
         Step(
             "picture",
@@ -211,7 +238,8 @@ def demo_steps(folder: Path, quick: bool) -> list[Step]:
             always=True,
         ),
     ]
-    # after a step that had to run, all later ones run too; the picture is quick, and its table should be seen every time
+    # A step that ran makes all later ones run. The picture is quick, and its table should always be
+    # printed.
     return [
         replace(step, needs=tuple(earlier.name for earlier in steps[:number]))
         for number, step in enumerate(steps)
@@ -219,7 +247,7 @@ def demo_steps(folder: Path, quick: bool) -> list[Step]:
 
 
 def run_all(steps: Sequence[Step], folder: Path) -> int:
-    """Run the steps that are not finished; return 0, or the exit code of the first one that failed."""
+    """Run the unfinished steps; return 0, or the exit code of the first one that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         Runner(folder, len(steps)).run(steps)
@@ -241,8 +269,9 @@ def in_short(folder: Path) -> str:
         return f"{100 * next(iter(run['sets'].values()))[depth]['exact_match']:.0f} %"
 
     return (
-        f"In short: {first} of {last} layers, {100 * share:.0f} % of the computing, answer {right(nested, first)} of the reworded "
-        f"questions in the nested model\nand {right(plain, first)} in the ordinary one; all {last} layers answer "
+        f"In short: {first} of {last} layers, {100 * share:.0f} % of the computing, answer "
+        f"{right(nested, first)} of the reworded questions in the nested model\nand "
+        f"{right(plain, first)} in the ordinary one; all {last} layers answer "
         f"{right(nested, last)} and {right(plain, last)}."
     )
 
@@ -254,7 +283,9 @@ def trained_question(folder: Path) -> tuple[str, str]:
 
 
 def use_commands(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Return what can be done with the nested model: for each purpose the command, which runs in the project's folder as it is."""
+    """Return the command for each use of the exported model; it runs in the project's folder as
+    printed.
+    """
     shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     python, model, data = (
         os.path.relpath(sys.executable, ROOT),
@@ -264,9 +295,8 @@ def use_commands(folder: Path) -> dict[str, tuple[str, ...]]:
     ours = (python, "-m", "megatron_sorted")
     question, _ = trained_question(folder)
     return {
-        "export it": (*ours, "convert", "export", str(shown / "nested"), model, "--overwrite"),
         "ask it": (*ours, "generate", model, "--prompt-template", "plain", "--prompt", question),
-        "question it": (
+        "test it": (
             *ours,
             "evaluate",
             model,
@@ -298,7 +328,7 @@ def request_of(question: str) -> str:
 
 
 def afterwards(folder: Path) -> str:
-    """Return the demo's last words: from the model it made to its use."""
+    """Return the closing lines: how to use the exported model."""
     question, answer = trained_question(folder)
     commands = "\n".join(
         f"  {purpose:<12} {shlex.join(command)}"
@@ -307,6 +337,7 @@ def afterwards(folder: Path) -> str:
     return AFTERWARDS.format(
         commands=commands,
         answer=answer,
+        model=(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder) / "nested_hf",
         request=shlex.quote(request_of(question)),
         python=os.path.relpath(sys.executable, ROOT),
     )
@@ -345,17 +376,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = run_all(steps, folder)
     except KeyboardInterrupt:
         print(
-            "\nStopped. The same command again goes on from the unfinished step.", file=sys.stderr
+            "\nStopped. Run the same command again to continue at the unfinished step.",
+            file=sys.stderr,
         )
         return 130
     if code == 0:
-        words = (
-            "With --quick nothing was learned: the numbers mean nothing."
+        summary = (
+            "With --quick the models learn next to nothing: ignore the numbers."
             if values.quick
             else in_short(folder)
         )
         print(
-            f"\n{HOW_TO_READ}\n\n{words}\n\nThe picture: {folder / 'exits.png'}\n\n{afterwards(folder)}"
+            f"\n{HOW_TO_READ}\n\n{summary}\n\nThe picture: "
+            f"{folder / 'exits.png'}\n\n{afterwards(folder)}"
         )
     return code if code >= 0 else 128 - code
 

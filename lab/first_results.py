@@ -1,12 +1,14 @@
-"""Measures what sorted fine-tuning does to a really trained ordinary model, at every depth, against what else one could do.
+"""Measure what nested fine-tuning does to a really trained ordinary model, at every depth.
 
-    python -m lab.first_results stories --model MODEL_DIRECTORY --text stories.txt --separator '<|endoftext|>'
+    python -m lab.first_results stories --model DIRECTORY --text stories.txt --separator '<|end|>'
     python -m lab.first_results cldr
 
-From one ordinary model: ordinary fine-tuning, nested (sorted) fine-tuning of equal length, and SFT+ICT, heads of their own on the frozen
-layers of the ordinarily fine-tuned model, trained on as many tokens. Each method's learning rate is chosen on samples kept for that. `cldr`
-makes its data and its ordinary model itself, as lab/demo.py does. Writes a page into docs/results and its picture into docs/images.
-Every step is a command that is shown; finished steps are not done again. With --quick: the same steps with next to no training.
+Compared are, from one ordinary model: ordinary fine-tuning, nested fine-tuning of equal length, and
+SFT+ICT, heads of their own on the frozen layers of the ordinarily fine-tuned model, trained on as
+many tokens. Each method's learning rate is chosen on samples kept for that. `cldr` makes its data
+and its ordinary model itself, as lab/demo.py does. Writes a page into docs/results and its picture
+into docs/images. Every step is a command that is shown; finished steps are not repeated. With
+--quick: the same steps with next to no training.
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -35,7 +37,7 @@ from megatron_sorted.errors import SettingsError
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line's values."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,7 +68,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
             part.add_argument(
                 "--separator",
                 default="<|endoftext|>",
-                help="what stands between two documents (%(default)s)",
+                help="text between two documents (%(default)s)",
             )
             part.add_argument(
                 "--num-held-out",
@@ -94,7 +96,10 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
 def run_all(
     recipe: Recipe, data_steps: Sequence[Step], methods: tuple[str, ...], seeds: int, folder: Path
 ) -> list[Step]:
-    """Return the steps after running those that are not finished: data, rates, then everything of a seed before the next seed."""
+    """Run the steps that are not finished; return all.
+
+    Data and rates come first, then all steps of one seed before the next seed.
+    """
     tries, head_tries = sweep_steps(recipe), head_sweep_steps(recipe)
     runner = Runner(
         folder, len(data_steps) + len(tries) + len(head_tries) + seeds * (len(methods) + 1)
@@ -112,7 +117,7 @@ def run_all(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the steps and writes the page."""
+    """Run the steps and write the page."""
     values = read_arguments(arguments)
     folder, inside, docs = open_folders(values, "first_results")
     if values.part == "stories":
@@ -132,4 +137,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, "The same command again goes on from what is unfinished.")
+    run_main(main, "The same command again continues from what is unfinished.")

@@ -1,12 +1,13 @@
-"""Kills a training run again and again at random moments, and proves that it ends as the run that was never killed.
+"""Kill a training run at random moments, and prove that it ends like one that is never killed.
 
     python -m lab.kill_test --kills 25                 about 5 minutes on 2 CPU cores
-    python -m lab.kill_test --kills 200 --steps 420    the long form whose result stands in docs/reliability.md
+    python -m lab.kill_test --kills 200 --steps 420    the long form, see docs/reliability.md
 
-Two torchrun jobs of the same settings: one in peace, one under SIGKILL, sent to one rank, to all ranks, or to all ranks and torchrun,
-during steps and in the middle of saves. Whatever died is started again: by torchrun itself (--max-restarts) or with the same command.
-In the end every tensor of the last checkpoints, weights and optimizer state, every reported number and the checksum of the data of every
-step must be equal, bit for bit.
+There are two torchrun jobs of the same settings. One is undisturbed, the other gets SIGKILL: to one
+rank, to all ranks, or to all ranks and torchrun, during steps and in the middle of saves. What died
+is started again: by torchrun itself (--max-restarts) or with the same command. In the end every
+tensor of the last checkpoints, weights and optimizer state, every reported number and the checksum
+of the data of every step must be equal, bit for bit.
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -29,10 +30,10 @@ from megatron_sorted.platform.processes import silence_library_warnings
 
 
 def main() -> int:
-    """Return 0 if both runs ended alike."""
+    """Return 0 if both runs ended with equal states and reports."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--kills", type=int, default=25, metavar="N", help="How often (default: %(default)s)."
+        "--kills", type=int, default=25, metavar="N", help="Number of kills (default: %(default)s)."
     )
     parser.add_argument(
         "--steps",
@@ -49,15 +50,15 @@ def main() -> int:
         type=int,
         default=0,
         metavar="N",
-        help="Of the moments and victims (default: %(default)s).",
+        help="Seed of the moments and victims (default: %(default)s).",
     )
     parser.add_argument(
         "--folder",
         type=Path,
-        help="Where to work; by default a temporary folder, removed afterwards.",
+        help="Working folder; by default a temporary one, removed afterwards.",
     )
     parser.add_argument("--result", type=Path, help="JSON file for the figures.")
-    parser.add_argument("settings", nargs="*", help="Further settings of both runs, after --.")
+    parser.add_argument("settings", nargs="*", help="More settings of both runs, after --.")
     given = parser.parse_args()
     silence_library_warnings()
     with tempfile.TemporaryDirectory(prefix="kill_test_") as temporary:
@@ -66,10 +67,10 @@ def main() -> int:
 
 
 def kill_test(folder: Path, given: argparse.Namespace) -> int:
-    """Return 0 if the killed run in ``folder`` ends as the one in peace does."""
+    """Run both jobs in ``folder``; return 0 if they end with equal states and reports."""
     began = time.monotonic()
     write_task(folder)
-    print(f"1 of 3: {given.steps} steps on {given.processes} processes in peace", flush=True)
+    print(f"1 of 3: {given.steps} steps on {given.processes} processes, undisturbed", flush=True)
     peace = RunningJob(folder, "peace", given.steps, given.processes, given.settings)
     peace.wait_until_finished(seconds=60 + 5 * given.steps)
     print(f"2 of 3: the same under {given.kills} kills", flush=True)

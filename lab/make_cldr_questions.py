@@ -1,9 +1,9 @@
-"""Writes a closed-book question set in many languages from Unicode CLDR: train.jsonl, phrasing.jsonl, unseen.jsonl.
+"""Write a closed-book question set in many languages from Unicode CLDR.
 
     python -m lab.make_cldr_questions --output runs/questions --num-samples 200000
 
-phrasing.jsonl asks trained facts in phrasings that are never trained; unseen.jsonl asks facts that are never trained, so
-its score is what guessing earns.
+Besides train.jsonl there are phrasing.jsonl, with trained facts in phrasings that are never
+trained, and unseen.jsonl, with facts that are never trained: its score is what guessing achieves.
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -24,7 +24,7 @@ from megatron_sorted.files import write_text_atomically
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line's values."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,12 +76,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def write_samples(
     path: Path, samples: Iterable, total: int, order: random.Random | None = None
 ) -> list:
-    """Return the samples after writing them as JSON lines, shuffled when ``order`` is given."""
+    """Write the samples as JSON lines, shuffled if ``order`` is given; return them."""
     written = list(tqdm(samples, desc=path.name, total=total, unit=" samples", disable=None))
     if order is not None:
         order.shuffle(written)
     assert len({(sample.instruction, sample.input) for sample in written}) == len(written), (
-        "one question was made twice"
+        "a question occurs twice"
     )
     write_text_atomically(
         path, "".join(json.dumps(sample.as_dict(), ensure_ascii=False) + "\n" for sample in written)
@@ -90,7 +90,7 @@ def write_samples(
 
 
 def summary_table(sets: dict[str, list]) -> str:
-    """Return one row per file and one row per kind of question in the first of them."""
+    """Return a row for each file, and one for each kind of question in the first file."""
 
     def row(name: str, samples: list) -> str:
         counts = (
@@ -111,12 +111,18 @@ def summary_table(sets: dict[str, list]) -> str:
     rule = "-" * len(title)
     files = [row(*item) for item in sets.items()]
     return "\n".join(
-        [title, rule, *files, rule, *(row(f"  {kind}", found) for kind, found in by_kind.items())]
+        [
+            title,
+            rule,
+            *files,
+            rule,
+            *(row(f"  {kind}", of_kind) for kind, of_kind in by_kind.items()),
+        ]
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the three files and prints what is in them."""
+    """Write the three files and print a summary."""
     values = parse_arguments(arguments)
     try:
         import babel  # noqa: F401
@@ -143,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             values.output / "train.jsonl", train, num_train, random.Random(values.seed)
         )
     }
-    # The first round takes facts in order, so exactly this many are really trained.
+    # The first round takes facts in order, so exactly these facts are trained.
     phrasing = plan.phrasing(min(num_train, len(plan.trained)), values.num_eval_samples)
     unseen = plan.never_trained(values.num_eval_samples)
     sets["phrasing.jsonl"] = write_samples(

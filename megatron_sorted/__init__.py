@@ -1,3 +1,3 @@
 """Nested language models on megatron-core: every prefix of the layers is a working sub-model."""
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"

@@ -1,4 +1,4 @@
-"""``megatron-sorted COMMAND ...``, also ``python -m megatron_sorted COMMAND ...``."""
+"""The program ``megatron-sorted COMMAND ...``, also ``python -m megatron_sorted COMMAND ...``."""
 
 import sys
 from typing import NoReturn
@@ -11,14 +11,14 @@ OVERVIEW = f"""usage: megatron-sorted COMMAND ...
 
 Train, convert, evaluate and serve language models whose every chosen prefix of layers is a model.
 
-{chr(10).join(f"  {name:10s} {does}" for name, does in COMMANDS.items())}
+{chr(10).join(f"  {name:10s} {purpose}" for name, purpose in COMMANDS.items())}
 
-megatron-sorted COMMAND --help says more of each; megatron-sorted --version names the version.
+See megatron-sorted COMMAND --help for each; megatron-sorted --version prints the version.
 Example: megatron-sorted train --config examples/quickstart.yaml"""
 
 
 def main() -> NoReturn:
-    """Run the command that the first word names."""
+    """Run the command that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv[:2] = [f"megatron-sorted {name}"]
@@ -28,11 +28,13 @@ def main() -> NoReturn:
 
 
 def show(name: str) -> int:
-    """Print what commands there are, or that there is none of this name; return the exit status."""
+    """Print the list of commands, or that none has this name; return the exit status."""
     if name in ("-h", "--help"):
         print(OVERVIEW)
         return 0
-    near = nearest(name, COMMANDS, f"Choose one of {', '.join(COMMANDS)}.")
+    near = nearest(
+        name, [*COMMANDS, "--help", "--version"], f"Choose one of {', '.join(COMMANDS)}."
+    )
     print(f"error: {name!r}: there is no such command. {near}", file=sys.stderr)
     return 2
 

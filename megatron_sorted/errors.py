@@ -1,20 +1,20 @@
-"""Errors a user can cause. Each message says the value, the rule it breaks and the remedy."""
+"""Errors that users can correct; each message names the value, the rule and the remedy."""
 
 
 class SortedError(Exception):
-    """Base of every error that is a user's to mend; entry points print it without a traceback."""
+    """The base of every error that a user can correct; commands print it without a traceback."""
 
 
 class SettingsError(SortedError):
-    """A setting has a value that cannot be, alone or beside the others."""
+    """A setting has an impossible value, alone or together with others."""
 
 
 class DataError(SortedError):
-    """A data file or tokenizer is missing, damaged or of another shape than needed."""
+    """A data file or tokenizer is missing, damaged or in another format than needed."""
 
 
 class CheckpointError(SortedError):
-    """A checkpoint is missing, incomplete or made with other sizes."""
+    """A checkpoint is missing, incomplete or of a model of other sizes."""
 
 
 class PlatformError(SortedError):
@@ -22,8 +22,8 @@ class PlatformError(SortedError):
 
 
 class MemoryExhaustedError(SortedError):
-    """What is asked for does not fit into memory; something smaller may."""
+    """The requested work does not fit into memory; a smaller amount may."""
 
 
 class TrainingError(SortedError):
-    """Training cannot go on: numbers that are not finite, or a rank that hangs."""
+    """Training cannot continue: numbers are not finite, or a rank hangs."""

@@ -1,6 +1,6 @@
 """Replacing and removing files so that a kill at any instruction loses nothing.
 
-What is new is complete and on disk before it takes the name of what is old. Where the system can
+A new file is complete and on disk before it takes the name of the old one. Where the system can
 swap two names in one step (Linux, local file systems), that step is the replacement.
 """
 
@@ -18,7 +18,11 @@ UNKNOWN_CALL = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def same_path(one: str | Path | None, other: str | Path | None) -> bool:
-    """Return whether two spellings name one place: relative, through links, with a slash at the end."""
+    """Return whether two paths name the same file or directory: relative, through links, with /.
+
+    >>> same_path("runs/a/", "./runs/../runs/a")
+    True
+    """
     if one is None or other is None:
         return False
     return os.path.realpath(one) == os.path.realpath(other)
@@ -30,7 +34,7 @@ def is_inside(inner: str | Path, outer: str | Path) -> bool:
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on disk, where the file system knows such a thing."""
+    """Wait until the names in a directory are on disk, if the file system supports that."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -38,7 +42,7 @@ def sync_directory(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError:
-        pass  # some network file systems refuse; they order names themselves
+        pass  # some network file systems refuse; they keep the order of renames themselves
     finally:
         os.close(handle)
 
@@ -54,10 +58,10 @@ def sync_file(path: str | Path) -> None:
 
 @contextmanager
 def replaced_file(path: str | Path) -> Iterator[Path]:
-    """Yield a name to write to, whose file then takes the name ``path``.
+    """Yield a temporary path to write; its file then takes the name ``path``.
 
     A reader sees the old or the new file, never half of one, also after a loss of power. If the
-    block fails, the old one stays. Of a link, the file it points to is replaced.
+    block fails, the old file stays. If ``path`` is a link, its target is replaced.
 
     Raises:
         OSError: The file cannot be written.
@@ -77,19 +81,19 @@ def write_text_atomically(path: str | Path, text: str) -> None:
     """Write a file as ``replaced_file`` does.
 
     Raises:
-        OSError: It cannot be written; the old file is as it was.
+        OSError: The file cannot be written; the old file is unchanged.
     """
     with replaced_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; return False where the system or the file system cannot.
+    """Swap two names in one step; return False if the system or the file system cannot.
 
     Source: renameat2(2).
 
     Raises:
-        OSError: One of them is missing or cannot be renamed; both are as they were.
+        OSError: One of them is missing or cannot be renamed; both are unchanged.
     """
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
@@ -103,10 +107,10 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def take_place(new: Path, final: Path, old: Path) -> None:
-    """Rename ``final`` to ``old`` and ``new`` to ``final``: two steps, for where ``exchange`` cannot swap.
+    """Rename ``final`` to ``old`` and ``new`` to ``final``: two steps, where `exchange` cannot.
 
     Raises:
-        OSError: One cannot be renamed; ``final`` is as it was.
+        OSError: One of them cannot be renamed; ``final`` is unchanged.
     """
     os.rename(final, old)
     try:
@@ -117,7 +121,7 @@ def take_place(new: Path, final: Path, old: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a directory, a file or a link; what a link points to stays.
+    """Delete a directory, a file or a link; the target of a link stays.
 
     Raises:
         OSError: Something cannot be deleted.

@@ -1,7 +1,7 @@
-"""Names that users knew before they were renamed: one table, and the translation that keeps them working.
+"""Old names of options and keys: one table, and the translation that keeps them working.
 
-Tests take the table as their input: every old name works, prints one line that names the new one, and is refused
-beside it.
+Tests take the table as their input: every old name works, prints one line that names the new one,
+and is refused beside it.
 """
 
 import sys
@@ -13,26 +13,26 @@ from megatron_sorted.errors import SettingsError
 FLAGS = {"--way": "--strategy", "--ways": "--strategies"}
 """Options of commands: old name -> new name."""
 KEYS = {"way": "strategy", "ways": "strategies"}
-"""Keys of decoding.json, decoding_bandit.json and of requests to the server: old name -> new name."""
+"""Keys of decoding.json, decoding_bandit.json and server requests: old name -> new name."""
 
 _printed: set[str] = set()
 
 
-def rename_flags(words: list[str], known: Container[str]) -> list[str]:
-    """Return the words of a command line with old flags replaced by new ones, after one line for each.
+def rename_flags(arguments: list[str], known: Container[str]) -> list[str]:
+    """Return the arguments with old flags replaced by new ones; print one line for each.
 
     Args:
-        words: The command line.
-        known: Flags that the command has; others are left alone.
+        arguments: The command line's arguments.
+        known: Flags that the command has; others are not renamed.
 
     Raises:
         SettingsError: An old flag and its new name are given together.
     """
-    end = words.index("--") if "--" in words else len(words)
-    renamed = list(words)
-    given = {word.partition("=")[0] for word in words[:end]}
-    for position, word in enumerate(words[:end]):
-        old, equals, value = word.partition("=")
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    renamed = list(arguments)
+    given = {argument.partition("=")[0] for argument in arguments[:end]}
+    for position, argument in enumerate(arguments[:end]):
+        old, equals, value = argument.partition("=")
         new = FLAGS.get(old)
         if new is None or old in known or new not in known:
             continue
@@ -46,7 +46,12 @@ def rename_flags(words: list[str], known: Container[str]) -> list[str]:
 
 
 def rename_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping with old keys replaced by new ones; order and values stay.
+    """Return a mapping with old keys replaced by new ones; print one line for each.
+
+    Order and values stay.
+
+    >>> rename_keys({"way": "tree", "depth": 4})
+    {'strategy': 'tree', 'depth': 4}
 
     Raises:
         ValueError: An old key and its new name are given together.
@@ -54,6 +59,8 @@ def rename_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     for old, new in KEYS.items():
         if old in values and new in values:
             raise ValueError(f"{old} and {new}: two names of one value are given. Leave out {old}.")
+        if old in values:
+            _print_once(f"the key {old!r}", repr(new))
     return {KEYS.get(key, key): value for key, value in values.items()}
 
 

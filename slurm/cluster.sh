@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the launchers share: the command line, the site file, the shape of the run, and what nodes are told. Sourced, never run.
-# shellcheck disable=SC2034 # variables are for those who source it
+# Functions of all launchers: the command line, the site file, the size of the run, and the environment of nodes. Sourced, never run.
+# shellcheck disable=SC2034 # variables are for scripts that source this one
 
-# Every name a site file may have, and what its values look like. "environment" is handed to the nodes as it stands.
+# Every name that a site file may have, and the form of its values. "environment" values are passed to the nodes unchanged.
 declare -A SITE_RULES=(
     [DEVICES_PER_NODE]=count [PYTHON]=path [MODULES]=words [SET_ENV_FILES]=paths [MAX_RESTARTS]=number [MASTER_PORT]=port
     [SHARED_FILES]=yes-or-no [ONE_MACHINE]=yes-or-no [CONTAINER_IMAGE]=word [CONTAINER_MOUNTS]=word [CONTAINER_COMMAND]=words
@@ -38,8 +38,8 @@ open_pause() { # before pause; programs that are started get 8>&-
     rm -f "$pipe"
 }
 
-pause() { # SECONDS, in a loop that waits. No program: a Ctrl-C that comes just as one ends is lost on bash, which takes it for the program's.
-    read -r -t "$1" -u 8 || true # from a pipe into which nobody writes
+pause() { # SECONDS, in a loop that waits. Not a program: bash loses a Ctrl-C that comes just as a program ends, as if it were the program's.
+    read -r -t "$1" -u 8 || true # from a pipe that has no writer
 }
 
 check_site_value() { # WHERE NAME VALUE
@@ -49,11 +49,11 @@ check_site_value() { # WHERE NAME VALUE
         number | environment-number) pattern='^[0-9]+$' means="a whole number" ;;
         port) pattern='^[1-9][0-9]{3,4}$' means="a port above 1023" ;;
         path) pattern='^/[^[:space:]]*$' means="an absolute path" ;;
-        paths) pattern='^/[^[:space:]]*( /[^[:space:]]*)*$' means="absolute paths with spaces between" ;;
+        paths) pattern='^/[^[:space:]]*( /[^[:space:]]*)*$' means="a list of absolute paths, separated by spaces" ;;
         word) pattern='^[^[:space:]]+$' means="one word" ;;
         time) pattern='^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$' means="a time of SLURM, such as 2-00:00:00" ;;
         *-or-*) pattern="^(${rule//-or-/|})$" means="one of ${rule//-or-/, }" ;;
-        *) pattern='.' means="anything but nothing" ;;
+        *) pattern='.' means="a value" ;;
     esac
     if [[ ! $3 =~ $pattern ]] || { [ "$rule" = port ] && [ "$3" -gt 65535 ]; }; then
         refuse "$1: $2 is '$3', which is not $means. Change it, or leave the line out."
@@ -62,35 +62,35 @@ check_site_value() { # WHERE NAME VALUE
 
 read_site() { # FILE
     local file=$1 where line number=0 name value plain='^([^[:space:]"'"'"']*)[[:space:]]*([[:space:]]#.*)?$' quoted='^"([^"]*)"[[:space:]]*(#.*)?$'
-    [ -n "$file" ] || refuse "no site file. Copy one of examples/sites, write into it what is true of this cluster, and give it with --site FILE."
-    [ -r "$file" ] || refuse "--site $file: cannot be read. Copy one of examples/sites and write into it what is true of this cluster."
+    [ -n "$file" ] || refuse "no site file. Copy one of examples/sites, adapt it to this cluster, and give it with --site FILE."
+    [[ -f $file && -r $file ]] || refuse "--site $file: cannot be read as a file. Copy one of examples/sites and adapt it to this cluster."
     while IFS= read -r line || [ -n "$line" ]; do
-        number=$((number + 1)) line=${line%$'\r'} # of a file written under Windows
+        number=$((number + 1)) line=${line%$'\r'} # a file written under Windows has carriage returns
         where="$file, line $number"
         [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
         [[ $line =~ ^([A-Za-z_][A-Za-z_0-9]*)=(.*)$ ]] ||
-            refuse "$where: '$line' is not NAME=value. One assignment a line, without export or spaces before '='."
+            refuse "$where: '$line' is not NAME=value. Write one assignment on each line, without export or spaces before '='."
         name=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
         [[ -v SITE_RULES[$name] ]] || refuse "$where: there is no $name in a site file. $(nearest_names "$name")"
         [[ ! -v SITE[$name] ]] || refuse "$where: $name is given twice. Leave one out."
         if [[ $value =~ $plain ]] || [[ $value =~ $quoted ]]; then value=${BASH_REMATCH[1]}; else
-            refuse "$where: the value of $name is not one word. Put it between double quotes."
+            refuse "$where: the value of $name is not one word. Put it in double quotes."
         fi
-        case $value in *[\$\`\\]*) refuse "$where: $name is '$value'; values are taken as they stand, \$, \` and \\ mean nothing here. Write it out." ;; esac
+        case $value in *[\$\`\\]*) refuse "$where: $name is '$value'; \$, \` and \\ are not expanded in a site file. Write the value out." ;; esac
         check_site_value "$where" "$name" "$value"
         SITE[$name]=$value
     done < "$file"
-    [ -n "${SITE[DEVICES_PER_NODE]:-}" ] || refuse "$file: DEVICES_PER_NODE is missing. Say how many devices a node has, such as DEVICES_PER_NODE=8."
+    [ -n "${SITE[DEVICES_PER_NODE]:-}" ] || refuse "$file: DEVICES_PER_NODE is missing. Give the number of devices of a node, such as DEVICES_PER_NODE=8."
     [ -z "${SITE[CONTAINER_IMAGE]:-}" ] || [ -z "${SITE[CONTAINER_COMMAND]:-}" ] ||
         refuse "$file: CONTAINER_IMAGE (pyxis) and CONTAINER_COMMAND are both given. Leave one out."
     [ -z "${SITE[PYTORCH_ALLOC_CONF]:-}" ] || [ -z "${SITE[PYTORCH_NPU_ALLOC_CONF]:-}${SITE[PYTORCH_CUDA_ALLOC_CONF]:-}" ] ||
         refuse "$file: PYTORCH_ALLOC_CONF beside the variable of one device, which torch refuses. Leave one out."
     PYTHON=${SITE[PYTHON]:-$ROOT/.venv/bin/python}
-    # what `megatron-sorted launch` runs with, where the package is installed and this is no clone
+    # the Python of `megatron-sorted launch`, where the package is installed and this is not a clone
     [ -n "${SITE[PYTHON]:-}" ] || [ -x "$PYTHON" ] || PYTHON=${SORTED_OWN_PYTHON:-$PYTHON}
 }
 
-nearest_names() { # NAME: names of which it may be a slip, else those that are not handed on
+nearest_names() { # NAME: names of which it may be a misspelling, else all that are not environment variables
     local name near=()
     for name in "${!SITE_RULES[@]}"; do
         [ "${name:0:5}" = "${1:0:5}" ] || [ "${name: -6}" = "${1: -6}" ] && near+=("$name")
@@ -101,13 +101,13 @@ nearest_names() { # NAME: names of which it may be a slip, else those that are n
     fi
 }
 
-show_help() { # prints the head of the script
+show_help() { # print the comment at the head of the script
     sed -n '/^set -euo/q; s/^# //p' "$0"
     exit 0
 }
 
-read_arguments() { # OPTIONS-ALLOWED WORDS...: sets PRINT, RUN, RUN_WORDS and OPTION[--name]
-    local allowed=$1 word
+read_arguments() { # ALLOWED-OPTIONS ARGUMENTS...: set PRINT, RUN, RUN_ARGUMENTS and OPTION[--name]
+    local allowed=$1 argument
     shift
     PRINT=no
     declare -gA OPTION=([--site]=${SORTED_SITE:-})
@@ -132,53 +132,54 @@ read_arguments() { # OPTIONS-ALLOWED WORDS...: sets PRINT, RUN, RUN_WORDS and OP
     [[ -f $1 && -r $1 ]] || refuse "$1: there is no such run file. Give a YAML file such as those in examples/."
     RUN=$(realpath "$1")
     shift
-    for word; do
-        case " --print $allowed " in *" ${word%%=*} "*) refuse "$word: stands after the run file, where settings of the run are. Put it before." ;; esac
+    for argument; do
+        case ${argument%%=*} in --world-size | --world_size) refuse "$argument: launchers read the key world-size of the run file. Change it there." ;; esac
+        case " --print $allowed " in *" ${argument%%=*} "*) refuse "$argument: stands after the run file, where settings of the run are. Put it before." ;; esac
     done
-    RUN_WORDS=(--config "$RUN" "$@")
+    RUN_ARGUMENTS=(--config "$RUN" "$@")
 }
 
-settle_shape() { # NODES-KNOWN (or nothing) WHERE-FROM: sets NODES, DEVICES and WORLD_SIZE
-    local said
-    said=$(sed -n 's/^world[-_]size:[[:space:]]*\([1-9][0-9]*\)[[:space:]]*\(#.*\)\{0,1\}$/\1/p' "$RUN" | head -n 1)
-    if [ -z "$said" ]; then
-        said=$(sed -n '/^$/q; s/^# world-size: \([1-9][0-9]*\)[[:space:]]*$/\1/p' "$RUN" | head -n 1)
-        [ -z "$said" ] || echo "note: $RUN: '# world-size: $said' is a comment. Write it as a key of the file: world-size: $said" >&2
+set_size() { # NODES (may be empty) THEIR-SOURCE: set NODES, DEVICES and WORLD_SIZE
+    local given
+    given=$(sed -n 's/^world[-_]size:[[:space:]]*\([1-9][0-9]*\)[[:space:]]*\(#.*\)\{0,1\}$/\1/p' "$RUN" | head -n 1)
+    if [ -z "$given" ]; then
+        given=$(sed -n '/^$/q; s/^# world-size: \([1-9][0-9]*\)[[:space:]]*$/\1/p' "$RUN" | head -n 1)
+        [ -z "$given" ] || echo "note: $RUN: '# world-size: $given' is a comment. Write it as a key of the file: world-size: $given" >&2
     fi
     DEVICES=${SITE[DEVICES_PER_NODE]}
     [[ ${1:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$2: '$1' is not a number of nodes. Give a whole number above 0."
     if [ -n "${1:-}" ]; then NODES=$1; else
-        [ -n "$said" ] || refuse "$RUN: no key 'world-size: N'. Add it, or give --nodes."
-        [ $((said % DEVICES)) = 0 ] ||
-            refuse "$RUN: world-size $said is not a multiple of the $DEVICES devices of a node (DEVICES_PER_NODE). Change one of them."
-        NODES=$((said / DEVICES))
+        [ -n "$given" ] || refuse "$RUN: no key 'world-size: N'. Add it, or give --nodes."
+        [ $((given % DEVICES)) = 0 ] ||
+            refuse "$RUN: world-size $given is not a multiple of the $DEVICES devices of a node (DEVICES_PER_NODE). Change one of them."
+        NODES=$((given / DEVICES))
     fi
     WORLD_SIZE=$((NODES * DEVICES))
-    [ -z "$said" ] || [ "$said" = "$WORLD_SIZE" ] ||
-        refuse "$NODES nodes (${2:-}) x $DEVICES devices are $WORLD_SIZE processes, but $RUN says 'world-size: $said'. Change the nodes, DEVICES_PER_NODE or that line."
+    [ -z "$given" ] || [ "$given" = "$WORLD_SIZE" ] ||
+        refuse "$NODES nodes (${2:-}) x $DEVICES devices are $WORLD_SIZE processes, but $RUN says 'world-size: $given'. Change the nodes, DEVICES_PER_NODE or that line."
 }
 
-use_project() { # ROOT: lets Python find the package of a clone before one that is installed; scripts that were copied out have none beside them
+use_project() { # ROOT: let Python find the package of a clone before an installed one; copied-out scripts have no package beside them
     [ ! -e "$1/megatron_sorted/__init__.py" ] || export PYTHONPATH=$1${PYTHONPATH:+:$PYTHONPATH}
 }
 
-check_run_here() { # early, where this host can: mistakes in the settings need no job to be found
+check_run_here() { # check the settings before a job is queued, if this host can
     [ -z "${SITE[CONTAINER_IMAGE]:-}${SITE[CONTAINER_COMMAND]:-}" ] && [ -x "$PYTHON" ] || return 0
-    "$PYTHON" -c "" > /dev/null 2>&1 || return 0 # it may need MODULES, which the nodes load
+    "$PYTHON" -c "" > /dev/null 2>&1 || return 0 # Python may need MODULES, which only the nodes load
     use_project "$ROOT"
-    PYTHONSAFEPATH=1 "$PYTHON" -m megatron_sorted.launching.facts --world-size "$WORLD_SIZE" -- "${RUN_WORDS[@]}" > /dev/null || exit 2
+    PYTHONSAFEPATH=1 "$PYTHON" -m megatron_sorted.launching.facts --world-size "$WORLD_SIZE" -- "${RUN_ARGUMENTS[@]}" > /dev/null || exit 2
 }
 
 is_loopback() { # ADDRESS
     case $1 in "" | localhost | localhost.* | ip6-localhost | 127.* | ::1 | 0.0.0.0 | ::) return 0 ;; *) return 1 ;; esac
 }
 
-refuse_loopback() { # ADDRESS WHERE-FROM
+refuse_loopback() { # ADDRESS ITS-SOURCE
     [ "$NODES" = 1 ] || [ "${SITE[ONE_MACHINE]:-no}" = yes ] || ! is_loopback "$1" ||
-        refuse "MASTER_ADDR '$1' ($2) is empty or this host itself, and $NODES nodes cannot meet there. Name the first node so that the others reach it."
+        refuse "MASTER_ADDR '$1' ($2) is empty or this host itself, and $NODES nodes cannot connect there. Name the first node so that the others can reach it."
 }
 
-settle_environment() { # MASTER-ADDR MASTER-PORT: sets NODE_ENV, what every node is told
+set_environment() { # MASTER-ADDR MASTER-PORT: set NODE_ENV, the environment of every node
     local name
     NODE_ENV=(
         "SORTED_KIND=$KIND" "SORTED_ROOT=$ROOT" "SORTED_NODES=$NODES" "SORTED_DEVICES=$DEVICES" "SORTED_PYTHON=$PYTHON"
@@ -191,7 +192,7 @@ settle_environment() { # MASTER-ADDR MASTER-PORT: sets NODE_ENV, what every node
     done
 }
 
-torchrun_words() { # NODE-RANK RUN-WORDS...: sets TORCHRUN. Static rendezvous: with c10d ranks may land on any node.
+set_torchrun() { # NODE-RANK RUN-ARGUMENTS...: set TORCHRUN, the command. Static rendezvous: with c10d, any node may get any rank.
     TORCHRUN=(
         "$SORTED_PYTHON" -m torch.distributed.run "--nnodes=$SORTED_NODES" "--nproc-per-node=$SORTED_DEVICES" "--node-rank=$1"
         --rdzv-backend=static "--master-addr=$SORTED_MASTER_ADDR" "--master-port=$SORTED_MASTER_PORT" "--max-restarts=$SORTED_MAX_RESTARTS"
@@ -200,10 +201,10 @@ torchrun_words() { # NODE-RANK RUN-WORDS...: sets TORCHRUN. Static rendezvous: w
     TORCHRUN+=("${@:2}")
 }
 
-print_node_command() { # what a node will run
+print_node_command() { # print the command of a node
     local assignment
     for assignment in "${NODE_ENV[@]}"; do local "${assignment?}"; done
-    torchrun_words NODE_RANK "${RUN_WORDS[@]}"
+    set_torchrun NODE_RANK "${RUN_ARGUMENTS[@]}"
     echo "# on every node, NODE_RANK 0..$((NODES - 1)):"
     printf '%q ' "${TORCHRUN[@]}"
     echo
@@ -211,11 +212,11 @@ print_node_command() { # what a node will run
     printf '%s\n' "${NODE_ENV[@]}" | sort
 }
 
-print_noise() { # what modules and the like have printed among what nodes say of themselves
+print_noise() { # print the lines of modules and the like among the reports of nodes
     awk -F '\t' '$1 != "fact" && $1 != "error"'
 }
 
-judge_nodes() { # FILE HOSTS...: what the nodes said of themselves; sets FACT[name], or says what is wrong and returns 1
+judge_nodes() { # FILE HOSTS...: check the reports of the nodes; set FACT[name], or print the errors and return 1
     local name value
     awk -f "$ROOT/slurm/judge.awk" -v hosts="${*:2}" "$1" || return 1
     declare -gA FACT=()

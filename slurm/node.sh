@@ -1,10 +1,10 @@
 #!/bin/bash
-# What the launchers run on every node, inside the container if there is one. NODE-RANK is a number, "slurm", or "listed" (SORTED_HOSTS).
-#   node.sh check NODE-RANK RUN-WORDS...     tells facts and mistakes of this node, for judge.awk
-#   node.sh train NODE-RANK RUN-WORDS...     becomes torchrun
-#   node.sh attend NODE-RANK RUN-WORDS...    runs torchrun as long as standard input is open, and leaves nothing running
+# The launchers' command on every node, inside the container if there is one. NODE-RANK is a number, "slurm", or "listed" (SORTED_HOSTS).
+#   node.sh check NODE-RANK RUN-ARGUMENTS...     print facts and errors of this node, for judge.awk
+#   node.sh train NODE-RANK RUN-ARGUMENTS...     become torchrun
+#   node.sh attend NODE-RANK RUN-ARGUMENTS...    run torchrun as long as standard input is open, and leave nothing running
 set -uo pipefail
-trap '' USR1 # a scheduler's warning is for the workers; torchrun would die of it
+trap '' USR1 # a scheduler's warning is for the workers; it would end torchrun
 # shellcheck source=slurm/cluster.sh
 . "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 mode=$1 rank=$2
@@ -17,18 +17,18 @@ esac
 failed=no
 declare -A FACT
 
-tell() { # NAME VALUE
+report() { # NAME VALUE
     printf 'fact\t%s\t%s\t%s\n' "$host" "$1" "$2"
 }
 
-problem() { # MESSAGE; a mistake of this node. Others go on being looked for.
+problem() { # MESSAGE [first|after]: an error of this node; further checks still run
     printf 'error\t%s\t%s\t%s\n' "$host" "${2:-first}" "$(printf %s "$1" | tr '\n\t' '  ')"
     failed=yes
 }
 
-prepare() { # modules, the device's own environment, variables
+prepare() { # load modules, the device's own environment, and variables
     local file
-    set +u # what is sourced here is not ours
+    set +u # sourced files of others may read unset variables
     if [ -n "$SORTED_MODULES" ]; then
         # shellcheck disable=SC1091
         type module > /dev/null 2>&1 || . /etc/profile > /dev/null 2>&1
@@ -40,27 +40,27 @@ prepare() { # modules, the device's own environment, variables
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
     if [ "$SORTED_KIND" = gpu ]; then
-        export TORCH_DEVICE_BACKEND_AUTOLOAD=0 # a torch_npu that is installed too would be loaded, and fail
+        export TORCH_DEVICE_BACKEND_AUTOLOAD=0 # an installed torch_npu would be loaded, and fail
         return
     fi
     for file in $SORTED_SET_ENV_FILES; do
         # shellcheck disable=SC1090
         if [ -r "$file" ]; then . "$file"; else problem "$file is not there. Install CANN, or name its set_env.sh: SET_ENV_FILES in the site file."; fi
     done
-    unset RANK_TABLE_FILE # torchrun needs none, and one that is left from another job would be used
-    # SLURM sets no variable for NPUs; where a site declares them as gpu it sets that of GPUs
+    unset RANK_TABLE_FILE # torchrun needs none, and one left by another job would be used
+    # SLURM sets no variable for NPUs; where a site declares them as gpu, it sets that of GPUs
     export ASCEND_RT_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((SORTED_DEVICES - 1)))}
     [ -n "${PYTORCH_ALLOC_CONF:-}" ] || export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}
 }
 
-limit_waits() { # TIMEOUT-SECONDS of the process groups: HCCL must give up before them, so that it says why
+limit_waits() { # TIMEOUT-SECONDS of the process groups: HCCL must give up before them, to report its own error
     local name limit=$1 ours=$(($1 - $1 / 10))
     export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-$((ours < 7200 ? ours : 7200))} HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-$ours}
     if [ "$HCCL_CONNECT_TIMEOUT" -lt 120 ] || [ "$HCCL_CONNECT_TIMEOUT" -gt 7200 ]; then
-        problem "HCCL_CONNECT_TIMEOUT is $HCCL_CONNECT_TIMEOUT s, and HCCL takes 120 to 7200. Correct it, or give --distributed-timeout-minutes 3 or more."
+        problem "HCCL_CONNECT_TIMEOUT is $HCCL_CONNECT_TIMEOUT s, and HCCL accepts 120 to 7200. Correct it, or give --distributed-timeout-minutes 3 or more."
     fi
     for name in HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT; do
-        # 0 is for ever
+        # 0: no limit
         if ! [ "${!name}" -gt 0 ] || ! [ "${!name}" -lt "$limit" ]; then
             problem "$name is ${!name} s, not below the $limit s of --distributed-timeout-minutes. Lower it, or raise --distributed-timeout-minutes."
         fi
@@ -77,69 +77,69 @@ count_devices() {
     fi
 }
 
-ask_python() { # RUN-WORDS...: facts of run and host, into FACT
-    local said errors packages=torch,megatron-core name value lock=()
+query_python() { # RUN-ARGUMENTS...: set FACT, the facts about run and host
+    local output errors packages=torch,megatron-core name value lock=()
     [ -x "$SORTED_PYTHON" ] || { problem "$SORTED_PYTHON cannot be run. Name the Python to use on the nodes: PYTHON in the site file."; return 1; }
     [ "$SORTED_KIND" = npu ] && packages+=,torch_npu
     [ "$rank" = 0 ] && lock=(--check-lock)
     errors=$(mktemp)
-    said=$(PYTHONSAFEPATH=1 "$SORTED_PYTHON" -m megatron_sorted.launching.facts --world-size $((SORTED_NODES * SORTED_DEVICES)) --packages "$packages" "${lock[@]}" \
+    output=$(PYTHONSAFEPATH=1 "$SORTED_PYTHON" -m megatron_sorted.launching.facts --world-size $((SORTED_NODES * SORTED_DEVICES)) --packages "$packages" "${lock[@]}" \
         -- "$@" 2> "$errors") || problem "$(sed 's/^error: //' "$errors" | tail -n 1)"
     rm -f "$errors"
-    [ -n "$said" ] || return 1
+    [ -n "$output" ] || return 1
     while IFS=$'\t' read -r name value; do
         FACT[$name]=$value
-        tell "$name" "$value"
-    done <<< "$said"
-    tell commit "$(git -C "$SORTED_ROOT" rev-parse --short HEAD 2> /dev/null || echo unknown)"
-    tell run "$(sha256sum < "$2" | cut -c 1-12)"
+        report "$name" "$value"
+    done <<< "$output"
+    report commit "$(git -C "$SORTED_ROOT" rev-parse --short HEAD 2> /dev/null || echo unknown)"
+    report run "$(sha256sum < "$2" | cut -c 1-12)"
 }
 
-ask_torch() { # a torch that sees no devices would make --device auto mean cpu
-    local packages=torch module=cuda said errors remedy
+check_torch() { # with a torch that sees no devices, --device auto would mean cpu
+    local packages=torch module=cuda output errors remedy
     [ "$SORTED_KIND" = gpu ] || packages="torch, torch_npu" module=npu
     errors=$(mktemp)
-    if said=$(TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$SORTED_PYTHON" -c "import $packages; print(torch.__version__, torch.$module.device_count())" 2> "$errors"); then
-        said=$(tail -n 1 <<< "$said")
-        [ "${said##* }" -ge "$SORTED_DEVICES" ] ||
-            problem "torch ${said% *} sees ${said##* } of the $SORTED_DEVICES devices of DEVICES_PER_NODE: another build, an old driver, or a variable that hides them. 'megatron-sorted doctor' there says which."
+    if output=$(TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$SORTED_PYTHON" -c "import $packages; print(torch.__version__, torch.$module.device_count())" 2> "$errors"); then
+        output=$(tail -n 1 <<< "$output")
+        [ "${output##* }" -ge "$SORTED_DEVICES" ] ||
+            problem "torch ${output% *} sees ${output##* } of the $SORTED_DEVICES devices of DEVICES_PER_NODE: another build, an old driver, or a variable that hides them. Run 'megatron-sorted doctor' there to see which."
     else
-        said=$(tail -n 1 "$errors")
-        case $SORTED_KIND-$said in
-            *"Two accelerators"*) remedy="Take a CPU build of torch on Ascend hosts." ;;
-            npu-*) remedy="Source CANN's set_env.sh (SET_ENV_FILES) and take a torch_npu of torch's version." ;;
-            *) remedy="Install torch anew for this node, or load what it needs: MODULES in the site file." ;;
+        output=$(tail -n 1 "$errors")
+        case $SORTED_KIND-$output in
+            *"Two accelerators"*) remedy="Use a CPU build of torch on Ascend hosts." ;;
+            npu-*) remedy="Source CANN's set_env.sh (SET_ENV_FILES) and install a torch_npu of torch's version." ;;
+            *) remedy="Install torch again for this node, or load what it needs: MODULES in the site file." ;;
         esac
-        problem "${packages##* } does not load: $said. $remedy"
+        problem "${packages##* } does not load: $output. $remedy"
     fi
     rm -f "$errors"
 }
 
 check_devices() {
-    local found
+    local count cann
     case $SORTED_KIND-${FACT[device]} in
         *-cpu) return ;;
-        gpu-npu | npu-cuda) problem "--device ${FACT[device]} is not what the launcher for ${SORTED_KIND}s starts. Use slurm's other launcher, or --device auto." ;;
+        gpu-npu | npu-cuda) problem "--device ${FACT[device]} does not fit the launcher for ${SORTED_KIND}s. Start the launcher for the other kind of devices, or give --device auto." ;;
     esac
-    found=$(count_devices)
-    [ "${found:-0}" -ge "$SORTED_DEVICES" ] ||
-        problem "has ${found:-0} of the $SORTED_DEVICES devices of DEVICES_PER_NODE. Leave the node out until it is mended, or correct the site file."
-    ask_torch
+    count=$(count_devices)
+    [ "${count:-0}" -ge "$SORTED_DEVICES" ] ||
+        problem "has ${count:-0} of the $SORTED_DEVICES devices of DEVICES_PER_NODE. Leave the node out until it is repaired, or correct the site file."
+    check_torch
     [ "$SORTED_KIND" = npu ] || return 0
     limit_waits "${FACT[timeout_seconds]}"
-    found=${ASCEND_TOOLKIT_HOME:-${ASCEND_HOME_PATH:-}}
-    tell cann "${found:+$(readlink -f "$found")}" # its path holds the version
+    cann=${ASCEND_TOOLKIT_HOME:-${ASCEND_HOME_PATH:-}}
+    report cann "${cann:+$(readlink -f "$cann")}" # its path holds the version
 }
 
-check_meeting() { # address, port, interface
+check_rendezvous() { # check address, port and interface
     local address=$SORTED_MASTER_ADDR port=$SORTED_MASTER_PORT machine
     machine=$(cat /proc/sys/kernel/random/boot_id 2> /dev/null)
-    [ "$SORTED_ONE_MACHINE" = yes ] || [ -z "$machine" ] || tell machine "$machine $(uname -n) $(readlink /proc/self/ns/net)"
+    [ "$SORTED_ONE_MACHINE" = yes ] || [ -z "$machine" ] || report machine "$machine $(uname -n) $(readlink /proc/self/ns/net)"
     if [ "$rank" = 0 ]; then
-        # whatever address it listens on: torchrun takes the port of all
+        # on any address: torchrun listens on all of them
         awk -v port="$(printf ':%04X' "$port")" '$4 == "0A" && substr($2, length($2) - 4) == port { found = 1 } END { exit !found }' \
             < <(cat /proc/net/tcp /proc/net/tcp6 2> /dev/null) &&
-            problem "port $port of $address is in use. Give another: MASTER_PORT in the site file, or end what listens there."
+            problem "port $port of $address is in use. Give another: MASTER_PORT in the site file, or end the program that listens there."
     elif [ "$SORTED_ONE_MACHINE" = no ]; then
         address=$(getent hosts "$address" | cut -d ' ' -f 1)
         is_loopback "$address" && problem "the first node, $SORTED_MASTER_ADDR, is '$address' seen from here. Correct /etc/hosts or name resolution."
@@ -153,7 +153,7 @@ check_files() { # all nodes must see the directory of checkpoints
     [ "$SORTED_NODES" -gt 1 ] || return
     if [ "$SORTED_SHARED_FILES" = no ]; then
         [ -z "${FACT[save]}" ] || [ "$rank" != 0 ] ||
-            problem "--save $directory: all nodes write into one checkpoint, but the site file says SHARED_FILES=no. Mount a shared file system, or leave --save out."
+            problem "--save $directory: all nodes write into one checkpoint, but the site file has SHARED_FILES=no. Mount a shared file system, or leave --save out."
         return
     fi
     token=$directory/.launch_token
@@ -165,10 +165,10 @@ check_files() { # all nodes must see the directory of checkpoints
         [ "$(cat "$token" 2> /dev/null)" = "$SORTED_LAUNCH" ] && return
         sleep 0.5
     done
-    problem "does not see what the first node wrote into $directory. Use a file system that all nodes share, or say SHARED_FILES=no and save nothing." after
+    problem "does not see the first node's file in $directory. Use a file system that all nodes share, or set SHARED_FILES=no and save nothing." after
 }
 
-end_everything() { # every process of this launch on this node, also those in sessions of their own
+end_everything() { # end every process of this launch on this node, also those in other sessions
     local environ pid
     while read -r environ; do
         pid=${environ#/proc/}
@@ -176,7 +176,7 @@ end_everything() { # every process of this launch on this node, also those in se
     done < <(grep -lzxF "SORTED_NODE=$SORTED_LAUNCH.$rank" /proc/[0-9]*/environ 2> /dev/null)
 }
 
-attend() { # torchrun, told to end when standard input closes: ssh does not end what it has started
+attend() { # run torchrun and end it when standard input closes: ssh does not end what it has started
     local child until=0 line
     SORTED_NODE=$SORTED_LAUNCH.$rank setsid "${TORCHRUN[@]}" < /dev/null &
     child=$!
@@ -187,7 +187,7 @@ attend() { # torchrun, told to end when standard input closes: ssh does not end 
             [ "$SECONDS" -lt "$until" ] || break
         else
             read -r -t 0.5 line
-            if [ $? = 1 ]; then # closed; more than 128 is only that half a second is over
+            if [ $? = 1 ]; then # closed; a status above 128 is the timeout of read
                 kill -TERM "$child" 2> /dev/null # ranks save; torchrun gives them 30 s
                 until=$((SECONDS + 40))
             fi
@@ -197,13 +197,13 @@ attend() { # torchrun, told to end when standard input closes: ssh does not end 
     wait "$child"
 }
 
-main() { # a function, so that a change of this file does not reach a node that runs
+main() { # a function, so that a change of this file does not affect running nodes
     prepare
     set -u
     if [ "$mode" = check ]; then
-        if ask_python "$@"; then
+        if query_python "$@"; then
             check_devices
-            check_meeting
+            check_rendezvous
             check_files
         fi
         [ "$failed" = no ]
@@ -211,7 +211,7 @@ main() { # a function, so that a change of this file does not reach a node that 
     fi
     [ "$failed" = no ] || return 1
     [ "$SORTED_KIND" = gpu ] || limit_waits "$SORTED_TIMEOUT_SECONDS"
-    torchrun_words "$rank" "$@"
+    set_torchrun "$rank" "$@"
     if [ "$mode" = attend ]; then
         attend
         return

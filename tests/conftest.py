@@ -1,4 +1,6 @@
-"""What holds for all tests: the servers from which they start commands and ranks, and what is printed at the end."""
+"""What holds for all tests: the servers from which they start commands and ranks, and what is
+printed at the end.
+"""
 
 import os
 import signal

@@ -1,6 +1,9 @@
-"""The same as ``python -m lab.bench_run``."""
+"""Run ``python -m lab.bench_run`` from a clone."""
 
-from entry import run
+import runpy
+from pathlib import Path
+
+run = runpy.run_path(str(Path(__file__).with_name("entry.py")))["run"]
 
 if __name__ == "__main__":
     run("lab.bench_run")

@@ -1,6 +1,9 @@
-"""The same as ``megatron-sorted benchmark``, for those who work in a clone."""
+"""Run ``megatron-sorted benchmark`` from a clone."""
 
-from entry import run
+import runpy
+from pathlib import Path
+
+run = runpy.run_path(str(Path(__file__).with_name("entry.py")))["run"]
 
 if __name__ == "__main__":
     run("megatron_sorted", "benchmark")

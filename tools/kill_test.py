@@ -1,6 +1,9 @@
-"""The same as ``python -m lab.kill_test``."""
+"""Run ``python -m lab.kill_test`` from a clone."""
 
-from entry import run
+import runpy
+from pathlib import Path
+
+run = runpy.run_path(str(Path(__file__).with_name("entry.py")))["run"]
 
 if __name__ == "__main__":
     run("lab.kill_test")

@@ -1,6 +1,9 @@
-"""The same as ``python -m lab.make_cldr_questions``."""
+"""Run ``python -m lab.make_cldr_questions`` from a clone."""
 
-from entry import run
+import runpy
+from pathlib import Path
+
+run = runpy.run_path(str(Path(__file__).with_name("entry.py")))["run"]
 
 if __name__ == "__main__":
     run("lab.make_cldr_questions")

@@ -1,1 +1,3 @@
-"""What is measured and compared on a host with Ascend NPUs before it is trusted."""
+"""Measurements and comparisons on a host with Ascend NPUs."""
+
+"""Measurements and comparisons on a host with Ascend NPUs."""

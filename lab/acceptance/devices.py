@@ -1,6 +1,6 @@
-"""One process on each NPU: what the devices are, how fast copies and collectives are, and whether they are right. Prints JSON lines.
+"""Measure the NPUs of a host, one process for each: what they are, their rates, their correctness.
 
-Started by lab/accept_npu.py, through torchrun.
+Started by lab/accept_npu.py through torchrun. Prints JSON lines.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from megatron_sorted.platform.npu.start import start_npu
 MIB = 2**20
 
 
-def tell(name: str, passed: bool, figure: str) -> None:
+def print_result(name: str, passed: bool, figure: str) -> None:
     """Print one result, on the first process."""
     if int(os.environ["RANK"]) == 0:
         print(json.dumps({"check": name, "passed": bool(passed), "figure": figure}), flush=True)
@@ -36,22 +36,23 @@ def seconds_of(platform: NpuPlatform, work: Callable[[], None], times: int = 5) 
 
 
 def check_device(platform: NpuPlatform) -> None:
-    """Tell what the device is, and whether it counts in float64 and has infinities."""
+    """Check what the device is, its sums in float64, and that fp16 overflows to infinity."""
     name = torch.npu.get_device_name()
     peak = platform.peak_tflops(torch.bfloat16) or platform.peak_tflops(torch.float16)
-    tell(
+    print_result(
         "device",
         peak is not None,
-        f"{torch.npu.device_count()} x {name}, peak {peak} TFLOP/s in half precision, bf16 {platform.has_bf16()}",
+        f"{torch.npu.device_count()} x {name}, peak {peak} TFLOP/s in half precision,"
+        f" bf16 {platform.has_bf16()}",
     )
     wide = torch.full((1000,), 1.0 + 2.0**-40, dtype=torch.float64, device=platform.device())
-    tell(
+    print_result(
         "float64 sums",
         wide.square().sum().item() == (1000 * (1.0 + 2.0**-40) ** 2),
         f"{wide.square().sum().item():.17g}",
     )
     large = torch.full((4,), 60000.0, dtype=torch.float16, device=platform.device()) * 2
-    tell(
+    print_result(
         "fp16 overflow is infinite",
         large.isinf().all().item(),
         f"{large[0].item()}: a device that saturates hides overflow from the loss scale",
@@ -68,7 +69,7 @@ def check_copies(platform: NpuPlatform, num_bytes: int, least_gigabytes: float) 
         ("copy on the device", lambda: other.copy_(device)),
     ):
         rate = num_bytes / seconds_of(platform, work) / 1e9
-        tell(
+        print_result(
             name,
             rate >= least_gigabytes,
             f"{rate:.1f} GB/s of {num_bytes // MIB} MiB (at least {least_gigabytes:g})",
@@ -76,21 +77,22 @@ def check_copies(platform: NpuPlatform, num_bytes: int, least_gigabytes: float) 
 
 
 def check_collectives(platform: NpuPlatform, num_bytes: int, least_gigabytes: float) -> None:
-    """Measure and checks collectives of all devices.
+    """Measure and check collectives of all devices.
 
-    Collective: all over the world group, some times each.
+    Collective: all over the world group, several times each.
     """
     size, rank, place = dist.get_world_size(), dist.get_rank(), platform.device()
     count = num_bytes // 4 // size * size
     mine = torch.full((count,), float(rank + 1), device=place)
-    gathered, part = (
-        torch.empty(count * size, device=place),
-        torch.empty(count // size, device=place),
-    )
+    gathered = torch.empty(count * size, device=place)
+    part = torch.empty(count // size, device=place)
     total = size * (size + 1) / 2
 
     def exchange() -> None:
-        """Send to the next rank. Collective: one message each way."""
+        """Send to the next rank.
+
+        Collective: one message to the next rank, one from the previous one.
+        """
         towards, back = (rank + 1) % size, (rank - 1) % size
         messages = [
             dist.P2POp(dist.isend, mine, towards),
@@ -122,7 +124,7 @@ def check_collectives(platform: NpuPlatform, num_bytes: int, least_gigabytes: fl
         )
     for name, (work, is_right) in checks.items():
         rate = num_bytes / seconds_of(platform, work) / 1e9
-        tell(
+        print_result(
             name,
             is_right().item() and rate >= least_gigabytes,
             f"{rate:.2f} GB/s of {num_bytes // MIB} MiB a device (at least "
@@ -131,15 +133,16 @@ def check_collectives(platform: NpuPlatform, num_bytes: int, least_gigabytes: fl
     exact = torch.tensor([2.0**40 + rank, 1 + 2.0**-40], dtype=torch.float64, device=place)
     dist.all_reduce(exact)
     wanted = [size * 2.0**40 + size * (size - 1) / 2, size * (1 + 2.0**-40)]
-    tell("all-reduce of float64, by the mend", exact.tolist() == wanted, f"{exact.tolist()}")
+    print_result(
+        "all-reduce of float64, by the workaround", exact.tolist() == wanted, f"{exact.tolist()}"
+    )
     outputs = [torch.empty(count * size, device=place) for _ in range(2)]
-    with dist._coalescing_manager(
-        dist.group.WORLD, async_ops=True
-    ) as together:  # as Megatron's buckets do
+    # Megatron's buckets coalesce their collectives like this.
+    with dist._coalescing_manager(dist.group.WORLD, async_ops=True) as together:
         for output in outputs:
             dist.all_gather_into_tensor(output, mine)
     together.wait()
-    tell(
+    print_result(
         "coalesced all-gathers",
         all((output[::count].sum() == total).item() for output in outputs),
         f"{len(outputs)} in one",
@@ -147,7 +150,7 @@ def check_collectives(platform: NpuPlatform, num_bytes: int, least_gigabytes: fl
 
 
 def main() -> None:
-    """Join the other processes, checks, and leaves.
+    """Join the other processes, run the checks, and leave.
 
     Collective: the world group.
     """

@@ -1,1 +1,3 @@
-"""One training step: our exits against megatron-core's own model and against exits computed in forward."""
+"""Benchmarks of training steps, whole runs, checkpoints, conversions, rules and layouts."""
+
+"""Benchmarks of training steps, whole runs, checkpoints, conversions, rules and layouts."""

@@ -1,4 +1,4 @@
-"""What the machine itself needs for the bytes of a checkpoint: the bounds that its times are compared with."""
+"""Bounds on the times of a checkpoint: what the machine alone needs for the same bytes."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ import torch
 
 PIECE_BYTES = 16 << 20
 SAMPLE_BYTES = 256 << 20
-"""Copying and hashing are measured on this many bytes and scaled; disks are measured on all."""
+"""Bytes on which copying and hashing are measured and scaled; disks are measured on all."""
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -41,7 +41,10 @@ def _read(path: Path, into: bytearray) -> None:
 
 
 def measure_bounds(folder: Path, num_bytes: int) -> dict[str, float]:
-    """Return the seconds that ``num_bytes`` take: written to a file in ``folder`` and flushed, read back from disk, copied, hashed."""
+    """Return the seconds in which ``num_bytes`` are written, read, copied and hashed.
+
+    They are written to a file in ``folder`` and flushed, and read back from disk.
+    """
     path = folder / f"bound.{os.getpid()}"
     piece = os.urandom(PIECE_BYTES)
     try:
@@ -53,10 +56,8 @@ def measure_bounds(folder: Path, num_bytes: int) -> dict[str, float]:
         path.unlink(missing_ok=True)
     sample = min(num_bytes, SAMPLE_BYTES)
     scale = num_bytes / sample
-    source, target = (
-        torch.ones(sample, dtype=torch.uint8, device="cpu"),
-        torch.ones(sample, dtype=torch.uint8, device="cpu"),
-    )
+    source = torch.ones(sample, dtype=torch.uint8, device="cpu")
+    target = source.clone()
     copy = seconds_of(lambda: target.copy_(source)) * scale
     digest = hashlib.sha256()
     mine = memoryview(source.numpy())[: sample // 2]

@@ -1,4 +1,4 @@
-"""What is compared: shapes, kinds of model, numbers of exits."""
+"""The cases of the benchmark of single steps: shapes, kinds of model, numbers of exits."""
 
 from dataclasses import dataclass
 
@@ -6,9 +6,13 @@ from megatron_sorted.settings.run import Settings
 
 NUM_LAYERS = 8
 EXIT_LAYERS = {0: (), 1: (4,), 3: (2, 4, 6), 7: (1, 2, 3, 4, 5, 6, 7)}
-"""Number of early exits -> where they are; the last layer's loss comes on top."""
-VOCABULARY = {"A": 32_000, "B": 6_400}
-"""Shape -> vocabulary. In A one head costs as much as 5 layers, in B as much as one; both are multiples of 128, so nobody pads."""
+"""Number of early exits -> their depths; the last layer's loss is added."""
+SHAPES = {"A": (32_000, "heads"), "B": (6_400, "layers")}
+"""Shape -> its vocabulary, and what dominates the cost.
+
+In A one head costs as much as 5 layers, in B as much as one. Both vocabularies are multiples of
+128, so that no implementation pads.
+"""
 MEMORY_SHAPES = {"A"}
 """Shapes whose memory is measured: where the head is large it is what exits could cost."""
 KINDS = {
@@ -32,7 +36,7 @@ class Case:
 
 
 def all_cases(exit_counts: list[int]) -> list[Case]:
-    """Return the rows: plain, ours with each number of exits, eager with each number but 0 (that is plain)."""
+    """Return the rows: plain, ours for each number of exits, eager for each number but 0."""
     return [
         Case("plain", 0),
         *(Case("ours", n) for n in exit_counts),
@@ -41,13 +45,13 @@ def all_cases(exit_counts: list[int]) -> list[Case]:
 
 
 def case_settings(shape: str, case: Case, device: str, bf16: bool) -> Settings:
-    """Return the run of a case: 8 LLaMA layers (RMSNorm, rotary, SwiGLU), hidden 512, embedding and head tied, 2 x 512 tokens."""
+    """Return the run of a case: 8 LLaMA layers, embedding and head tied, 2 x 512 tokens."""
     return Settings(
         num_layers=NUM_LAYERS,
         hidden_size=512,
         num_attention_heads=8,
         seq_length=512,
-        vocab_size=VOCABULARY[shape],
+        vocab_size=SHAPES[shape][0],
         micro_batch_size=2,
         global_batch_size=2,
         exit_layer_nums=EXIT_LAYERS[case.num_exits],

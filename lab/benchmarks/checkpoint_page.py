@@ -4,43 +4,46 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lab.benchmarks.pages import bullets
-from lab.benchmarks.run_facts import facts_of, write_run_page
-from lab.benchmarks.run_jobs import CaseResult
+from lab.benchmarks.jobs import CaseResult, load_of
+from lab.benchmarks.pages import bullets, origin, write_page
 from lab.benchmarks.run_numbers import checkpoint_row
+from lab.results.pages import page_head
 from megatron_sorted.reporting.markdown import table
 from megatron_sorted.settings.costs import sub_model_parameters
 from megatron_sorted.settings.run import Settings
 
 OPENING = """\
-# Checkpoints of a run: time, size, and what training feels of them
-
-Real runs on gloo, fp32 with Adam, one thread a process. Every save is hashed while it is written, flushed to disk, read back and compared
-(--verify-checkpoint, the default) unless said. Bounds and megatron-core's own save are measured in the same processes, in turns with ours;
-ratios are medians of ratios within a round; of several ranks the slowest counts.
+Real runs on gloo, fp32 with Adam, one thread a process. Every save is hashed while it is written,
+flushed to disk, read back and compared (--verify-checkpoint, the default) unless stated. Bounds
+and megatron-core's own save are measured in the same processes, in turns with ours; ratios are
+medians of ratios within a round; of several ranks the slowest counts.
 """
-WORDS = """\
-- *in the background*: while training goes on, from the call to the tracker.
-- *held up*: the whole of the loop's call of a save in the background; *told* is what the line "saved ..." names
-  (`SaveOutcome.stall_seconds`). *first*: the first save of a process also takes host memory for its copies and has Megatron check the
-  state dict over all ranks.
-- *steps beside a save*: median step while a save is written over the median step between two saves of the same run, in turns, the time
-  held up left out; behind it how many of each.
-- *all parts*: hash + write and flush + read + hash, one after another. With two ranks each does half of the bytes, at the same time; in the
-  save itself the first data parallel rank writes the weights, of which all have copies, and every one its part of the optimizer's state.
-- *load*: from looking for the newest checkpoint to going on from it; files out of the page cache, optimizer state empty as at a start.
+TERMS = """\
+- *in the background*: while training continues, from the call to the tracker.
+- *held up*: the whole of the loop's call of a save in the background; *reported* is the time in
+  the line "saved ..." (`SaveOutcome.stall_seconds`). *first*: the first save of a process also
+  allocates host memory for its copies and has Megatron check the state dict over all ranks.
+- *steps beside a save*: median step while a save is written over the median step between two saves
+  of the same run, in turns, the time held up left out; in brackets the number of each.
+- *all parts*: hash + write and flush + read + hash, one after another. With two ranks each does
+  half of the bytes, at the same time; in the save itself the first data parallel rank writes the
+  weights, of which all have copies, and every one its part of the optimizer's state.
+- *load*: from looking for the newest checkpoint to continuing from it; files out of the page
+  cache, optimizer state empty as at a start.
 """
 READING = """\
 ## Reading
 
-A save in the foreground is bound by writing and flushing; then come hashing, and reading back with its hash, all on one thread a rank, so
-that the parts add up: what is above 1 in *save / all parts* is torch's planning and serialisation. Training is held up by a copy in host
-memory and by one pass over the weights for numbers that are not finite. The distributed optimizer's state holds the weights once more (16
-bytes a parameter instead of 12), as Megatron's own form of it does. Steps beside a save are slower by what
-the writing thread takes of cores and memory bus; with as many processes as cores it takes a core from one of them. megatron-core starts
-writing processes at every save and a server process at the first, which costs seconds before a byte is written and dominates small
-checkpoints. A load is bound by reading; verifying reads and hashes the files once before that, after which they come from memory where
-they fit.
+A save in the foreground is bound by writing and flushing; then come hashing, and reading back with
+its hash, all on one thread a rank, so that the parts add up: what is above 1 in *save / all parts*
+is torch's planning and serialisation. Training is held up by a copy in host memory and by one pass
+over the weights for numbers that are not finite. The distributed optimizer's state holds the
+weights once more (16 bytes a parameter instead of 12), as Megatron's own form of it does. Steps
+beside a save are slower by what the writing thread takes of cores and memory bus; with as many
+processes as cores it takes a core from one of them. megatron-core starts writing processes at
+every save and a server process at the first, which costs seconds before a byte is written and
+dominates small checkpoints. A load is bound by reading; verifying reads and hashes the files once
+before that, after which they come from memory where they fit.
 """
 
 
@@ -67,7 +70,7 @@ def _saving(rows: dict[str, dict[str, Any]]) -> list[str]:
             "in the background, s",
             "held up, first, ms",
             "held up, later, ms",
-            "told, later, ms",
+            "reported, later, ms",
             "steps beside a save",
         ],
         [
@@ -81,7 +84,8 @@ def _saving(rows: dict[str, dict[str, Any]]) -> list[str]:
                 f"{1e3 * row['held_first']:,.0f}",
                 f"{1e3 * row['held']:,.0f}",
                 f"{1e3 * row['stall']:,.0f}",
-                f"{'-' if row['slowdown'] is None else format(row['slowdown'], '.2f')} ({row['saving_steps']} / {row['quiet_steps']})",
+                f"{'-' if row['slowdown'] is None else format(row['slowdown'], '.2f')}"
+                f" ({row['saving_steps']} / {row['quiet_steps']})",
             ]
             for name, row in rows.items()
         ],
@@ -160,14 +164,22 @@ def _loading(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def write_checkpoint_page(results: list[CaseResult], folder: Path, disk: str) -> str:
-    """Return the page on checkpoints, after writing it and its numbers; ``disk`` is the file system they were written to, in words."""
-    facts, rows = facts_of(results) | {"file system": disk}, {}
+    """Write the page on checkpoints and its numbers; return the page.
+
+    ``disk`` describes the file system that the checkpoints were written to.
+    """
+    facts = {**origin("cpu", 1, bf16=False), **load_of(results), "file system": disk}
+    rows = {}
     for result in results:
         parameters = parameters_of(result.case.settings)
         rows[f"{parameters / 1e6:.1f} M, {result.case.layout}"] = checkpoint_row(
             result.ranks, parameters
         )
     lines = [
+        *page_head(
+            "Checkpoints of a run: time, size, and what training feels of them",
+            "what checkpoints cost",
+        ),
         OPENING,
         *bullets(facts),
         "",
@@ -185,7 +197,8 @@ def write_checkpoint_page(results: list[CaseResult], folder: Path, disk: str) ->
         "## Loading",
         "",
         *_loading(rows),
-        WORDS,
+        TERMS,
         READING,
     ]
-    return write_run_page(folder, "run_checkpoint", lines, {**facts, "rows": rows}, results)
+    numbers = {**facts, "rows": rows, "runs": [result.as_dict() for result in results]}
+    return write_page(folder, "run_checkpoint", "\n".join(lines), numbers)

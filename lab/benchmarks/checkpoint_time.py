@@ -1,4 +1,7 @@
-"""How long saving and loading take in a run, what they do to its steps, and what the machine and megatron-core need for the same."""
+"""How long saves and loads take in a run, and what they do to its steps.
+
+The same bytes are also saved by megatron-core and written by the machine alone.
+"""
 
 import dataclasses
 import math
@@ -23,13 +26,16 @@ from megatron_sorted.training.run.checkpoints import choose_checkpoint
 from megatron_sorted.training.run.training_run import TrainingRun
 
 INTERVAL_SHARE = 2.8
-"""Steps from save to save, over those that a save would cover if it and they were as fast as alone: beside each other both are slower."""
+"""Steps from save to save, over those that fit into a save if both were as fast as alone.
+
+Beside each other both are slower.
+"""
 STEPS_AT_LEAST = 4
 STEPS_AT_MOST = 60
 
 
 class CheckpointTimes:
-    """Measures one started run, whose ``save`` is set."""
+    """The measurement of one started run, whose ``save`` is set."""
 
     def __init__(self, run: TrainingRun, folder: Path):
         self.run, self.folder, self.root = run, folder, Path(run.settings.save)
@@ -37,19 +43,19 @@ class CheckpointTimes:
         self.busy: list[bool] = []
         self.outcomes: list[dict[str, Any]] = []
         watch_loop(run, self.tally, lambda: self.busy.append(run.checkpoints.busy))
-        self._tell = run.checkpoints.tell
-        run.checkpoints.tell = self._keep_outcome
+        self._report_outcome = run.checkpoints.report
+        run.checkpoints.report = self._keep_outcome
 
     def _keep_outcome(self, outcome, last: bool) -> None:
         self.outcomes.append(
             {"bytes": outcome.num_bytes, "stall": outcome.stall_seconds, "seconds": outcome.seconds}
         )
-        self._tell(outcome, last)
+        self._report_outcome(outcome, last)
 
     def _together(self, work: Callable[[], Any]) -> float:
-        """Return the seconds of ``work``, begun by all ranks at once.
+        """Return the seconds of ``work``, which all ranks begin at once.
 
-        Collective: one barrier over all ranks, and what ``work`` has.
+        Collective: one barrier over all ranks, then that of ``work``.
         """
         dist.barrier()
         start = time.perf_counter()
@@ -68,12 +74,14 @@ class CheckpointTimes:
             sum(wall for wall, _ in step.values()) for step in quiet[1:]
         )
         training = self._in_training(max(2, rounds), again["seconds"], step_seconds)
-        found = [self._round(number) for number in range(rounds)]
+        measured = [self._round(number) for number in range(rounds)]
         shutil.rmtree(self.root, ignore_errors=True)
-        return {"first": first, "alone": again, "training": training, "rounds": found}
+        return {"first": first, "alone": again, "training": training, "rounds": measured}
 
     def _background(self) -> dict[str, Any]:
-        """Return a save in the background while the main thread only waits, and how long it was held up before it could wait.
+        """Save in the background while the main thread only waits; return its times.
+
+        "held" is how long the main thread was held up before it could wait.
 
         Collective: that of a step and a save.
         """
@@ -90,7 +98,7 @@ class CheckpointTimes:
     def _in_training(
         self, num_saves: int, save_seconds: float, step_seconds: float
     ) -> dict[str, Any]:
-        """Return steps with and without a save behind them, in turns, and the saves.
+        """Return steps with and without a save in the background, in turns, and the saves.
 
         Collective: that of steps and saves, and one all-reduce of a number.
         """
@@ -104,7 +112,7 @@ class CheckpointTimes:
         steps = train_leg(self.run, self.tally, num_steps, save_interval=interval)
         self.busy.append(self.run.checkpoints.busy)
         if (outcome := self.run.checkpoints.finished(wait=True)) is not None:
-            self.run.checkpoints.tell(outcome, last=False)
+            self.run.checkpoints.report(outcome, last=False)
         held = [step["save"][0] for step in steps if "save" in step]
         walls = [
             sum(wall for cause, (wall, _) in step.items() if cause != "save") for step in steps
@@ -113,40 +121,40 @@ class CheckpointTimes:
             before if before == after else None
             for before, after in zip(self.busy, self.busy[1:], strict=False)
         ]
-        told = [
+        measured = [
             {"seconds": wall, "saving": beside} for wall, beside in zip(walls, saving, strict=True)
         ]
         return {
             "save_interval": interval,
             "held": held,
             "outcomes": list(self.outcomes),
-            "steps": told[1:],
+            "steps": measured[1:],
         }
 
     def _round(self, number: int) -> dict[str, Any]:
-        """Return one round of foreground saves, of megatron-core's save, of the bounds and of loads, one after another.
+        """Measure foreground saves, megatron-core's save, the bounds and loads, one after another.
 
         Collective: that of saves and loads.
         """
-        saver, found = self.run.checkpoints.saver, {}
+        saver, entry = self.run.checkpoints.saver, {}
         saver.background = False
         for name, verify in (("save", True), ("save_unverified", False)):
             train_leg(self.run, self.tally, 1)
             saver.verify = verify
             self.outcomes.clear()
-            found[name] = self._together(self.run.save)
-            found["bytes"] = self.outcomes[-1]["bytes"]
+            entry[name] = self._together(self.run.save)
+            entry["bytes"] = self.outcomes[-1]["bytes"]
         saver.background = saver.verify = True
-        found["core"] = self._core(number)
-        found["bounds"] = {}
+        entry["core"] = self._core(number)
+        entry["bounds"] = {}
         self._together(
-            lambda: found["bounds"].update(
-                measure_bounds(self.folder, found["bytes"] // dist.get_world_size())
+            lambda: entry["bounds"].update(
+                measure_bounds(self.folder, entry["bytes"] // dist.get_world_size())
             )
         )
         for name, verify in (("load", True), ("load_unverified", False)):
-            found[name] = self._load(verify)
-        return found
+            entry[name] = self._load(verify)
+        return entry
 
     def _state(self) -> dict[str, Any]:
         model = self.run.model
@@ -172,7 +180,7 @@ class CheckpointTimes:
         return seconds
 
     def _load(self, verify: bool) -> float:
-        """Return the seconds from looking for a checkpoint to going on from it, with nothing of it in memory.
+        """Return the seconds from looking for a checkpoint to continuing from it, uncached.
 
         Collective: that of a load.
         """
@@ -185,7 +193,7 @@ class CheckpointTimes:
 
         def load() -> None:
             candidate = choose_checkpoint(
-                find_candidates(self.root), settings, run.inputs.tokenizer, run.inputs.data, run.say
+                find_candidates(self.root), settings, run.inputs.tokenizer, run.inputs.data, run.log
             )
             run.progress = run.checkpoints.load(candidate)
 

@@ -1,4 +1,4 @@
-"""A model of any size with random weights, written tensor by tensor: what conversions are measured on."""
+"""A model of any size with random weights, written tensor by tensor, to measure conversions on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_sorted.settings.run import Settings
 
 SHARD_BYTES = 10**9
 DEVIATION = 0.02
-"""Of the weights, as they are drawn in training."""
+"""Standard deviation of the weights, as in training."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Shape:
 
     @property
     def largest_bytes(self) -> int:
-        """Return the size of its largest tensor as a checkpoint holds it: gate and up are one there."""
+        """Return the size of its largest tensor in a checkpoint, where gate and up are one."""
         return 2 * max(torch.Size(pair.shape).numel() for pair in tensor_table(self.settings()))
 
 

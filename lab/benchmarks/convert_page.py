@@ -4,7 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from lab.benchmarks.pages import bullets, held, write_page
+from lab.benchmarks.pages import bullets, verdict_lines, write_page
+from lab.results.pages import page_head
 from megatron_sorted.reporting.markdown import table
 
 TIME_BOUND = 1.5
@@ -13,17 +14,19 @@ FLAT_BYTES = 32 << 20
 """Peaks of two depths this close count as equal: resident memory is not exact."""
 
 OPENING = """\
-# Converting: time and memory
-
-Models with random weights in bf16, made by the program, converted from Hugging Face to a checkpoint (import) and back (export) in processes
-of their own. Beside each conversion, in turns with it: reading the same files and writing their bytes to new ones (16 MB at a time, one
-thread), flushed, as a conversion's are. Files are out of the page cache at the start of both. Ratios are medians of ratios within a round.
+Models with random weights in bf16, made by the program, converted from Hugging Face to a checkpoint
+(import) and back (export) in processes of their own. Beside each conversion, in turns with it:
+reading the same files and writing their bytes to new ones (16 MB at a time, one thread), flushed,
+as a conversion's are. Files are out of the page cache at the start of both. Ratios are medians of
+ratios within a round.
 """
-WORDS = """\
-- *convert*: from opening the model to the last byte on disk, hashes for the manifest (import) or checksums compared (export) included.
-- *verify*: every tensor bit for bit, then the logits of 64 tokens at four depths in fp32, ours and those of transformers; the start of
-  transformers is in it.
-- *peak*: largest resident memory of the process (VmHWM), of which the programs alone take the *start*.
+TERMS = """\
+- *convert*: from opening the model to the last byte on disk, hashes for the manifest (import) or
+  checksums compared (export) included.
+- *verify*: every tensor bit for bit, then the logits of 64 tokens at four depths in fp32, ours and
+  those of transformers; the start of transformers is in it.
+- *peak*: largest resident memory of the process (VmHWM), of which the programs alone take the
+  *start*.
 - *bound*: two largest tensors + 600 MB.
 """
 
@@ -85,14 +88,18 @@ def verdicts(rows: dict[str, dict[str, Any]]) -> dict[str, bool]:
 def write_convert_page(
     models: dict[str, dict[str, Any]], folder: Path, facts: dict[str, str]
 ) -> str:
-    """Return the page, after writing it and its numbers; ``models`` holds what was measured of each, by name."""
+    """Write the page and its numbers; return the page.
+
+    ``models`` holds what was measured of each model, by name.
+    """
     rows = {name: model_row(model) for name, model in models.items()}
     targets = verdicts(rows)
     lines = [
+        *page_head("Converting: time and memory", "what conversions cost in time and memory"),
         OPENING,
         *bullets(facts),
         "",
-        *held(targets),
+        *verdict_lines(targets),
         "",
         "## Time",
         "",
@@ -148,7 +155,7 @@ def write_convert_page(
                 for verb in ("import", "export")
             ],
         ),
-        WORDS,
+        TERMS,
     ]
     return write_page(
         folder,

@@ -1,14 +1,13 @@
-"""A process of its own that converts one model, or reads and writes the same bytes plainly, and writes what it took as JSON."""
+"""A process that converts one model, or reads and writes the same bytes plainly."""
 
-import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lab.benchmarks.bounds import PIECE_BYTES, forget_cached
+from lab.benchmarks.jobs import do_job
 
 
 def peak_bytes() -> int:
@@ -18,7 +17,7 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Make the peak begin anew at what is resident now."""
+    """Reset the peak to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
@@ -30,13 +29,13 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def settle(directory: Path) -> None:
-    """Write out what earlier work left to be written, and makes the next read of the model come from the disk."""
+    """Flush earlier writes, and make the next read of the model come from the disk."""
     os.sync()
     forget_cached(weight_files(directory))
 
 
 def copy_plainly(source: Path, target: Path) -> dict[str, Any]:
-    """Return seconds and bytes of reading every weight file and writing its bytes to a new one, flushed."""
+    """Copy every weight file to a new one and flush it; return seconds and bytes."""
     target.mkdir()
     settle(source)
     piece, num_bytes, start = bytearray(PIECE_BYTES), 0, time.perf_counter()
@@ -52,36 +51,36 @@ def copy_plainly(source: Path, target: Path) -> dict[str, Any]:
 
 
 def convert(verb: str, source: Path, target: Path, verify: bool) -> dict[str, Any]:
-    """Return seconds and peaks of a conversion, and of its verification apart."""
+    """Convert a model; return seconds and peaks, those of the verification by themselves."""
     from megatron_sorted.conversion.exporting import export_model
     from megatron_sorted.conversion.importing import import_model
     from megatron_sorted.conversion.open_model import open_model
-    from megatron_sorted.conversion.origins import Exits
-    from megatron_sorted.conversion.writing import Writing
+    from megatron_sorted.conversion.origins import RequestedExits
+    from megatron_sorted.conversion.writing import WriteOptions
 
     settle(source)
-    found: dict[str, Any] = {"imported_bytes": peak_bytes()}
+    numbers: dict[str, Any] = {"imported_bytes": peak_bytes()}
     start = time.perf_counter()
 
     def watch(title: str, _num_bytes: int) -> Callable[[int], None]:
         if title == "verifying":
-            found.update(seconds=time.perf_counter() - start, peak_bytes=peak_bytes())
+            numbers.update(seconds=time.perf_counter() - start, peak_bytes=peak_bytes())
             forget_peak()
         return lambda _done: None
 
     model = open_model(source)
-    writing = Writing(verify=verify, watch=watch)
+    writing = WriteOptions(verify=verify, watch=watch)
     written = (
-        import_model(model, target, Exits(), writing)
+        import_model(model, target, RequestedExits(), writing)
         if verb == "import"
         else export_model(model, target, writing, shard_bytes=10**9)
     )
     comparison = written.comparison
     if comparison is None:
-        return {**found, "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
+        return {**numbers, "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
     return {
-        **found,
-        "verify_seconds": time.perf_counter() - start - found["seconds"],
+        **numbers,
+        "verify_seconds": time.perf_counter() - start - numbers["seconds"],
         "verify_peak_bytes": peak_bytes(),
         "largest_difference": max(
             row.largest_difference / row.largest_logit for row in comparison.exits
@@ -89,12 +88,13 @@ def convert(verb: str, source: Path, target: Path, verify: bool) -> dict[str, An
     }
 
 
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Return what the job measures: "verb" is "plain", "import" or "export"."""
+    source, target = Path(job["source"]), Path(job["target"])
+    if job["verb"] == "plain":
+        return copy_plainly(source, target)
+    return convert(job["verb"], source, target, job["verify"])
+
+
 if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    places = Path(job["source"]), Path(job["target"])
-    result = (
-        copy_plainly(*places)
-        if job["verb"] == "plain"
-        else convert(job["verb"], *places, job["verify"])
-    )
-    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+    do_job(measure)

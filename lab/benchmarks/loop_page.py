@@ -3,43 +3,49 @@
 from pathlib import Path
 from typing import Any
 
+from lab.benchmarks.jobs import CaseResult, load_of
 from lab.benchmarks.loop_time import CAUSES, SHARED, WORK
-from lab.benchmarks.pages import bullets, held
-from lab.benchmarks.run_facts import facts_of, write_run_page
-from lab.benchmarks.run_jobs import CaseResult
+from lab.benchmarks.pages import bullets, origin, verdict_lines, write_page
 from lab.benchmarks.run_numbers import cost_of_comparing, loop_row
 from lab.benchmarks.tally import REST
+from lab.results.pages import page_head
 from megatron_sorted.reporting.markdown import table
 
 OVERHEAD_BOUND = 0.02
 """Share of a step of one second that the loop may take outside forward, backward and optimizer."""
 REPORTED_INTERVALS = (1, 10)
-WORDS = f"""\
-- *overhead*: the step minus the schedule (reduction of gradients is in it), minus the optimizer, minus setting gradients to zero, minus
-  waits; mean over steps, of the rank that has most. *CPU*: the part of it in which the thread worked.
-- *waits*: for a slower rank, where ranks meet between two steps ({", ".join(SHARED)}): what a rank needs there
-  beyond the rank that comes last. It would wait as long in the next step's first message.
-- *strictest*: overhead with the waits, with setting gradients to zero, and with the comparison of exits inside the schedule counted too.
-- *{WORK[1]}*: Megatron's gradient buffers, once a step as in any Megatron loop: a memory write of 4 bytes a parameter.
-- *{REST}*: all that stands between the others.
+TERMS = f"""\
+- *overhead*: the step minus the schedule (reduction of gradients is in it), minus the optimizer,
+  minus setting gradients to zero, minus waits; mean over steps, of the rank that has most. *CPU*:
+  the part of it in which the thread worked.
+- *waits*: waiting for a slower rank where ranks exchange data between two steps
+  ({", ".join(SHARED)}): what a rank needs there beyond the rank that comes last. It would wait as
+  long in the next step's first message.
+- *strictest*: overhead with the waits, with setting gradients to zero, and with the comparison of
+  exits inside the schedule counted too.
+- *{WORK[1]}*: Megatron's gradient buffers, once a step as in any Megatron loop: a memory write of
+  4 bytes a parameter.
+- *{REST}*: everything between the others.
 """
 READING = """\
 ## Reading
 
-Where more processes want to run than there are cores, the wall columns hold the time that others had the core, and the CPU columns say
-what the loop itself did. Only the comparison of exits grows with the model: an argmax over the vocabulary for every exit and token, in
-steps that report. Data, sums and reports depend on the numbers of samples, exits and ranks alone, so on a larger model or a faster device
-they stay the milliseconds they are. A report costs its two small all-reduces and one flushed line of each writer.
+Where more processes want to run than there are cores, the wall columns hold the time in which
+others had the core, and the CPU columns state what the loop itself did. Only the comparison of
+exits grows with the model: an argmax over the vocabulary for every exit and token, in steps that
+report. Data, sums and reports depend on the numbers of samples, exits and ranks alone, so on a
+larger model or a faster device they stay at the same milliseconds. A report costs its two small
+all-reduces and one flushed line of each writer.
 """
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, bool]:
     """Return the target of each row (``loop_row`` with its layout) and whether it holds."""
     return {
-        f"{row['layout']}, a report every {row['log_interval']}: at most {OVERHEAD_BOUND:.0%} of a step of 1 s": row[
-            "overhead_ms"
-        ]
-        <= 1e3 * OVERHEAD_BOUND
+        f"{row['layout']}, a report every {row['log_interval']}:"
+        f" at most {OVERHEAD_BOUND:.0%} of a step of 1 s": (
+            row["overhead_ms"] <= 1e3 * OVERHEAD_BOUND
+        )
         for row in rows
     }
 
@@ -51,8 +57,8 @@ def _row(result: CaseResult, interval: int) -> dict[str, Any]:
 
 
 def write_loop_page(results: list[CaseResult], folder: Path) -> str:
-    """Return the page on the loop's overhead, after writing it and its numbers."""
-    facts = facts_of(results)
+    """Write the page on the loop's overhead and its numbers; return the page."""
+    facts = {**origin("cpu", 1, bf16=False), **load_of(results)}
     rows = [_row(result, interval) for result in results for interval in REPORTED_INTERVALS]
     comparing = [
         {"layout": result.case.layout, **cost_of_comparing(result.ranks)} for result in results
@@ -64,13 +70,17 @@ def write_loop_page(results: list[CaseResult], folder: Path) -> str:
         return [name, *(f"{cell['wall']:.2f} ({cell['cpu']:.2f})" for cell in cells)]
 
     lines = [
-        "# The loop's overhead outside forward, backward and optimizer",
-        "",
-        f"Real runs of the training loop on gloo, one thread a process: {settings['num_layers']} layers, hidden {settings['hidden_size']}, "
-        f"vocabulary {settings['vocab_size']:,},",
-        f"exits at {', '.join(map(str, settings['exit_layer_nums']))} and the last layer, samples of {settings['seq_length']} tokens "
-        "packed from documents. JSON lines and TensorBoard are written.",
-        "Clocks stand around the functions that the loop calls; nothing of the loop is changed.",
+        *page_head(
+            "The loop's overhead outside forward, backward and optimizer",
+            "what the training loop costs beside its steps",
+        ),
+        "Real runs of the training loop on gloo, one thread a process:"
+        f" {settings['num_layers']} layers, hidden {settings['hidden_size']},"
+        f" vocabulary {settings['vocab_size']:,},",
+        f"exits at {', '.join(map(str, settings['exit_layer_nums']))} and the last layer,"
+        f" samples of {settings['seq_length']} tokens packed from documents. JSON lines and"
+        " TensorBoard are written.",
+        "The functions that the loop calls are timed from outside; the loop itself is unchanged.",
         "",
         *bullets(facts),
         "",
@@ -103,7 +113,7 @@ def write_loop_page(results: list[CaseResult], folder: Path) -> str:
                 for row in rows
             ],
         ),
-        *held(verdicts(rows)),
+        *verdict_lines(verdicts(rows)),
         "",
         "Means of each cause, ms a step on the wall, and in brackets CPU time of the thread:",
         "",
@@ -115,7 +125,8 @@ def write_loop_page(results: list[CaseResult], folder: Path) -> str:
                 *map(cause, WORK),
             ],
         ),
-        "Exits are compared with the last one in steps that report, inside the schedule. Steps with and without it in turns:",
+        "Exits are compared with the last one in steps that report, inside the schedule. Steps with"
+        " and without it in turns:",
         "",
         *table(
             ["layout", "CPU ms longer", "CPU ratio", "wall ratio", "pairs of steps"],
@@ -131,13 +142,9 @@ def write_loop_page(results: list[CaseResult], folder: Path) -> str:
             ],
         ),
         *(f"- *{name}*: {meaning}." for name, meaning in CAUSES.items()),
-        WORDS,
+        TERMS,
         READING,
     ]
-    return write_run_page(
-        folder,
-        "run_loop",
-        lines,
-        {**facts, "rows": rows, "comparing": comparing, "targets": verdicts(rows)},
-        results,
-    )
+    numbers = {**facts, "rows": rows, "comparing": comparing, "targets": verdicts(rows)}
+    numbers["runs"] = [result.as_dict() for result in results]
+    return write_page(folder, "run_loop", "\n".join(lines), numbers)

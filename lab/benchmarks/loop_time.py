@@ -1,4 +1,4 @@
-"""What a run's loop does beside forward, backward and optimizer, and how long each of these things takes."""
+"""Times of what a run's loop does beside forward, backward and optimizer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ WORK = ("forward and backward", "gradients set to zero", "optimizer")
 CAUSES = {
     "data": "micro-batches read and packed",
     "exits compared": "agreement with the last exit and gradient norms, after the schedule",
-    "control exchange": "stop signals and ends of saves told to all ranks",
+    "control exchange": "stop signals and ends of saves shared by all ranks",
     "sums of exits": "losses of the step added to those of the interval",
     "report": "numbers collected",
     "report's reductions": "its all-reduces over all ranks",
@@ -22,13 +22,16 @@ CAUSES = {
     "writers": "JSON lines and TensorBoard",
     "watchdog marks": "signs of life",
 }
-"""Causes of overhead, in words. ``tally.REST`` comes on top: everything else between two steps."""
+"""Cause of overhead -> its description. ``tally.REST`` is everything else between two steps."""
 SHARED = ("exits compared", "control exchange", "report's reductions")
-"""Causes in which ranks meet."""
+"""Causes in which ranks exchange data."""
 
 
 def watch_loop(run: TrainingRun, tally: Tally, at_step: Callable[[], None] = lambda: None) -> None:
-    """Book the time of a started run's parts to their causes; ``at_step`` is called at the border of two steps."""
+    """Add the times of a started run's functions to their causes.
+
+    ``at_step`` is called between two steps.
+    """
     tally.wrap(step, "run_schedule", WORK[0])
     for chunk in run.model.chunks:
         tally.wrap(chunk, "zero_grad_buffer", WORK[1])
@@ -40,7 +43,7 @@ def watch_loop(run: TrainingRun, tally: Tally, at_step: Callable[[], None] = lam
     tally.wrap(reporting.Interval, "add", "sums of exits")
     tally.wrap(reporting.Interval, "report", "report")
     tally.wrap(reporting, "reduce_interval", "report's reductions")
-    tally.wrap(run, "say", "console")
+    tally.wrap(run, "log", "console")
     tally.wrap(run.watchdog, "mark", "watchdog marks")
     tally.wrap(run, "save", "save")
     if run.writers:
@@ -52,9 +55,8 @@ def watch_loop(run: TrainingRun, tally: Tally, at_step: Callable[[], None] = lam
         while True:
             yield take()
 
-    def first_of_a_step(
-        *arguments: Any,
-    ):  # the loop asks for the step's coefficients before anything else
+    def first_of_a_step(*arguments: Any):
+        # The loop needs the step's coefficients before anything else.
         tally.next_step()
         at_step()
         return coefficients(*arguments)
@@ -65,15 +67,15 @@ def watch_loop(run: TrainingRun, tally: Tally, at_step: Callable[[], None] = lam
 def train_leg(
     run: TrainingRun, tally: Tally, num_steps: int, **settings: Any
 ) -> list[dict[str, Times]]:
-    """Return the seconds by cause of each of the next ``num_steps`` steps of a run whose loop is watched.
+    """Train the next steps of a run whose loop is watched; return the seconds by cause of each.
 
     Collective: that of the steps; every process must call it.
 
     Args:
-        run: Started.
-        tally: Its clocks.
-        num_steps: How many.
-        **settings: Settings of the loop to change for them.
+        run: A started run.
+        tally: The tally that watches its loop.
+        num_steps: The number of steps.
+        **settings: Settings of the loop to change for these steps.
     """
     tally.steps.clear()
     run.settings = dataclasses.replace(
@@ -87,7 +89,9 @@ def train_leg(
 def measure_loop(
     run: TrainingRun, rounds: int, leg_steps: int, intervals: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    """Return the seconds by cause of steps at each log interval in turns, the first and last of a leg left out: they always report.
+    """Return the seconds by cause of steps at each log interval, in turns.
+
+    The first and last step of a leg are left out, because they always report.
 
     Collective: that of the steps; every process must call it.
     """

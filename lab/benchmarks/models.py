@@ -1,4 +1,8 @@
-"""The three trainers. They share configuration, layer specification, DDP, optimizer and schedule; only exits and loss differ."""
+"""The three trainers of the benchmark of single steps.
+
+They share configuration, layer specification, DDP, optimizer and schedule; only exits and loss
+differ.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,16 +19,16 @@ from megatron.core.models.gpt import GPTModel
 from lab.benchmarks.cases import Case
 from lab.benchmarks.trainer import Trainer
 from megatron_sorted.data.batches import Batch, make_train_batches
+from megatron_sorted.model.chunk import SortedChunk
 from megatron_sorted.model.config import make_config, uses_transformer_engine
 from megatron_sorted.model.spec import layer_spec
-from megatron_sorted.model.stage import SortedStage
 from megatron_sorted.parallel.groups import start_process_groups
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import seed_everything
+from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.derived import padded_vocab_size, trained_exits
 from megatron_sorted.settings.layout import layout_of
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.step.build import Model, build_optimizer, unwrap, vocabulary_shard
 from megatron_sorted.training.step.train_step import run_schedule
 
@@ -34,9 +38,9 @@ class PlainForwardStep:
     """Forward-step function of megatron-core's GPTModel: its own loss, summed over the mask.
 
     Attributes:
-        device: Where batches go.
-        coefficients: Set before a step; unused, there is one loss.
-        num_micro_batches: Set by ``run_schedule``.
+        device: The device of the batches.
+        coefficients: Unused, because there is one loss.
+        num_micro_batches: A number that ``run_schedule`` sets.
     """
 
     device: torch.device
@@ -59,13 +63,15 @@ class PlainForwardStep:
 
 @dataclass
 class EagerForwardStep:
-    """Forward-step function that computes every exit's logits and loss in forward, as trainers with early exits commonly do.
+    """Forward-step function that computes every exit's logits and loss in forward.
+
+    Trainers with early exits commonly do this.
 
     Attributes:
-        device: Where batches go.
+        device: The device of the batches.
         output_layer: Megatron's output layer without a weight of its own.
-        coefficients: {depth: coefficient}, set before a step.
-        num_micro_batches: Set by ``run_schedule``.
+        coefficients: {depth: coefficient} of the next step.
+        num_micro_batches: A number that ``run_schedule`` sets.
     """
 
     device: torch.device
@@ -74,7 +80,7 @@ class EagerForwardStep:
     num_micro_batches: int = 1
 
     def __call__(self, batches: Iterator[Batch], chunk: torch.nn.Module):
-        """Return the weighted losses of all tokens, summed over exits, and Megatron's loss function for them.
+        """Return the weighted losses of all tokens, summed over exits, and their loss function.
 
         Collective: none on one process.
         """
@@ -106,7 +112,7 @@ class EagerForwardStep:
 
 
 def _wrapped(module: torch.nn.Module, config, settings: Settings) -> Model:
-    """Return a Model of one chunk, as ``build_model`` makes it, with Megatron's own gradient reduction."""
+    """Build a Model of one chunk like ``build_model``, with Megatron's own gradient reduction."""
     for parameter in module.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     chunk = DistributedDataParallel(
@@ -142,13 +148,11 @@ def _build_plain(settings: Settings, platform: Platform) -> tuple[Model, PlainFo
 
 def _build_eager(settings: Settings, platform: Platform) -> tuple[Model, EagerForwardStep]:
     seed_everything(settings.seed)
-    config, vocab_size = (
-        make_config(settings, platform),
-        padded_vocab_size(settings.vocab_size, settings),
-    )
+    config = make_config(settings, platform)
+    vocab_size = padded_vocab_size(settings.vocab_size, settings)
     spec = layer_spec(settings, uses_transformer_engine(settings, platform))
     (plan,) = layout_of(settings).chunks
-    stage = SortedStage(settings, config, spec, vocab_size, plan).to(platform.device())
+    stage = SortedChunk(settings, config, spec, vocab_size, plan).to(platform.device())
     output_layer = tensor_parallel.ColumnParallelLinear(
         settings.hidden_size,
         vocab_size,
@@ -161,7 +165,7 @@ def _build_eager(settings: Settings, platform: Platform) -> tuple[Model, EagerFo
 
 
 def make_trainer(case: Case, settings: Settings, platform: Platform) -> Callable[[], None]:
-    """Return a function that trains one step of the case.
+    """Build a function that trains one step of the case.
 
     Collective: starts the process groups of this one process.
     """

@@ -1,16 +1,24 @@
-"""Options of the benchmarks of single steps, and how every benchmark writes its page and its numbers."""
+"""What the pages of all benchmarks share: options, the origin of the numbers, and the files."""
 
 import argparse
+import datetime
 import json
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.platform.select import PLATFORMS, choose_platform
+from megatron_sorted.reporting.markdown import commit, processor
+
+PACKAGES = ("torch", "megatron-core")
 
 
 def step_options(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that benchmarks of single steps share."""
+    """Build a parser with the options that benchmarks of single steps share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,9 +40,59 @@ def step_options(description: str) -> argparse.ArgumentParser:
 
 
 def step_page_name(name: str, options: argparse.Namespace) -> str:
-    """Return the name of a page on single steps, which says what it was measured on."""
+    """Return the name of a page on single steps; devices other than the CPU and bf16 are in it."""
     device = choose_platform(options.device).name
     return name + ("" if device == "cpu" else f"_{device}") + ("_bf16" if options.bf16 else "")
+
+
+def uses_cpu_seconds(options: argparse.Namespace) -> bool:
+    """Return whether a step's time is CPU time of its process.
+
+    It is on a CPU with one thread, where other programs share the cores.
+    """
+    return choose_platform(options.device).name == "cpu" and options.threads == 1
+
+
+def machine(device_name: str, threads: int) -> str:
+    """Return a description of the machine."""
+    device = choose_platform(device_name)
+    if device.name == "cpu":
+        return f"{processor()}, {threads} thread(s) a process"
+    import torch
+
+    return torch.get_device_module(device.name).get_device_name()
+
+
+def command_line() -> str:
+    """Return the command that started this program, as a user types it."""
+    return shlex.join(["python", "-m", f"lab.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
+def origin(
+    device: str, threads: int, bf16: bool, packages: Sequence[str] = PACKAGES
+) -> dict[str, str]:
+    """Return date, commit, command, machine and versions of a measurement."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "command": command_line(),
+        "device": choose_platform(device).name,
+        "machine": machine(device, threads),
+        "precision": "bf16" if bf16 else "fp32",
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+    }
+
+
+def file_system_of(path: Path) -> str:
+    """Return kind and device of the file system that holds ``path``, "unknown" without /proc."""
+    mounts = Path("/proc/mounts")
+    lines = [line.split() for line in mounts.read_text().splitlines()] if mounts.exists() else []
+    holding = [
+        (len(folder), f"{kind} on {device}")
+        for device, folder, kind, *_ in lines
+        if path.resolve().is_relative_to(folder)
+    ]
+    return max(holding, default=(0, "unknown"))[1]
 
 
 def bullets(facts: dict[str, str]) -> list[str]:
@@ -42,7 +100,7 @@ def bullets(facts: dict[str, str]) -> list[str]:
     return [f"- {name}: {value}" for name, value in facts.items()]
 
 
-def held(targets: dict[str, bool]) -> list[str]:
+def verdict_lines(targets: dict[str, bool]) -> list[str]:
     """Return targets, and whether they hold, as lines of a list."""
     return [
         f"- {'holds' if holds else 'DOES NOT HOLD'}: {target}" for target, holds in targets.items()
@@ -50,7 +108,7 @@ def held(targets: dict[str, bool]) -> list[str]:
 
 
 def write_page(folder: Path, name: str, text: str, numbers: dict[str, Any]) -> str:
-    """Return the page, after writing it and its numbers, as JSON with one line for each key."""
+    """Write a page and its numbers, as JSON with one line for each key; return the page."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(folder / f"{name}.md", text)
     body = ",\n".join(
@@ -61,7 +119,13 @@ def write_page(folder: Path, name: str, text: str, numbers: dict[str, Any]) -> s
 
 
 def rounded(value: Any) -> Any:
-    """Return plain data with every float to the microsecond: more is noise, and would be most of the file."""
+    """Round every float in plain data to six decimals.
+
+    More than microseconds is noise, and would be most of the file.
+
+    >>> rounded({"seconds": [1.23456789, 2]})
+    {'seconds': [1.234568, 2]}
+    """
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,20 +1,21 @@
-"""Tables and verdicts."""
+"""The pages docs/benchmarks/step_A.md and step_B.md."""
 
 import argparse
-import datetime
-import shlex
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
 
-from lab.benchmarks.cases import KINDS, VOCABULARY, case_settings
+from lab.benchmarks.cases import KINDS, SHAPES, case_settings
 from lab.benchmarks.flops import step_attention_flops, step_flops
 from lab.benchmarks.measure import ShapeResult
-from lab.benchmarks.pages import bullets, held, step_page_name, write_page
-from megatron_sorted.platform.select import choose_platform
-from megatron_sorted.reporting.markdown import commit, processor
+from lab.benchmarks.pages import (
+    bullets,
+    origin,
+    step_page_name,
+    uses_cpu_seconds,
+    verdict_lines,
+    write_page,
+)
+from lab.results.pages import page_head
+from megatron_sorted.reporting.markdown import table
 
 TIME_BOUND = 1.10
 """Time over plain time x FLOP ratio that must hold."""
@@ -22,41 +23,10 @@ PLAIN_BOUND = 1.03
 """Time of ours without early exits over plain time that must hold."""
 FLAT_BYTES = 16 * 1024 * 1024
 """Peaks this close count as equal: resident memory is not exact."""
-PACKAGES = ("torch", "megatron-core")
 
 
-def machine(device_name: str, threads: int) -> str:
-    """Return the machine in words."""
-    device = choose_platform(device_name)
-    if device.name == "cpu":
-        return f"{processor()}, {threads} thread(s) a process"
-    import torch
-
-    return torch.get_device_module(device.name).get_device_name()
-
-
-def origin(
-    device: str, threads: int, bf16: bool, packages: Sequence[str] = PACKAGES
-) -> dict[str, str]:
-    """Return what a page says of a measurement: when, from which commit, with what command, where and with which versions."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", f"lab.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-        "device": choose_platform(device).name,
-        "machine": machine(device, threads),
-        "precision": "bf16" if bf16 else "fp32",
-        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
-    }
-
-
-def uses_cpu_seconds(options: argparse.Namespace) -> bool:
-    """Return whether time means CPU time of the process: on CPU with one thread, where other programs share the cores."""
-    return choose_platform(options.device).name == "cpu" and options.threads == 1
-
-
-def table(result: ShapeResult, cpu: bool) -> list[dict]:
-    """Return a row per case; time ratios are medians over rounds of the ratio within a round."""
+def rows_of(result: ShapeResult, cpu: bool) -> list[dict]:
+    """Return a row for each case; time ratios are medians over rounds."""
     plain = result.rows[0]
     rows = []
     for row in result.rows:
@@ -102,21 +72,31 @@ def verdicts(rows: list[dict]) -> dict[str, bool]:
     return holds
 
 
-def _line(row: dict) -> str:
-    memory = (
-        "- | -"
-        if row["peak_bytes"] is None
-        else f"{row['peak_bytes'] / 1e6:,.0f} | {row['peak_minus_plain_bytes'] / 1e6:+,.0f}"
-    )
-    return (
-        f"| {row['kind']} | {row['exits']} | {row['seconds']:.2f} | {row['times_plain']:.2f} | {row['flop_ratio']:.2f} "
-        f"| {row['over_bound']:.2f} | {row['wall_times_plain']:.2f} | {row['rounds']} | {memory} |"
-    )
+def _cells(row: dict) -> list[str]:
+    memory = (("peak_bytes", ",.0f"), ("peak_minus_plain_bytes", "+,.0f"))
+    ratios = ("seconds", "times_plain", "flop_ratio", "over_bound", "wall_times_plain")
+    return [
+        row["kind"],
+        str(row["exits"]),
+        *(f"{row[key]:.2f}" for key in ratios),
+        str(row["rounds"]),
+        *("-" if row[key] is None else f"{row[key] / 1e6:{form}}" for key, form in memory),
+    ]
 
 
 def _markdown(shape: str, rows: list[dict], facts: dict[str, str], cpu: bool) -> str:
-    time_unit = "CPU s" if cpu else "s"
-    head = f"early exits | {time_unit} a step | x plain | FLOP ratio | over bound | x plain (wall) | rounds | peak MB | - plain"
+    titles = [
+        "model",
+        "early exits",
+        f"{'CPU s' if cpu else 's'} a step",
+        "x plain",
+        "FLOP ratio",
+        "over bound",
+        "x plain (wall)",
+        "rounds",
+        "peak MB",
+        "- plain",
+    ]
     time = (
         "CPU time of the process, which other programs disturb least; wall time stands beside it"
         if cpu
@@ -127,42 +107,50 @@ def _markdown(shape: str, rows: list[dict], facts: dict[str, str], cpu: bool) ->
         if facts["device"] != "cpu"
         else "resident memory of the whole process, freed blocks given back"
     )
+    vocabulary, dominant = SHAPES[shape]
     return "\n".join(
         [
-            f"# One training step, shape {shape}",
-            "",
-            f"8 layers, hidden 512, 8 heads, SwiGLU, tied head, vocabulary {VOCABULARY[shape]:,}, 2 x 512 tokens, Adam. All models have the",
-            "same TransformerConfig, layer specification (torch's attention and norm kernels, or Transformer Engine's where installed),",
+            *page_head(
+                f"One training step, shape {shape}",
+                f"time and memory of a training step beside megatron-core, where {dominant}"
+                " dominate",
+            ),
+            "8 layers, hidden 512, 8 heads, SwiGLU, tied head, vocabulary"
+            f" {vocabulary:,}, 2 x 512 tokens, Adam. All models have the same",
+            "TransformerConfig, layer specification (torch's attention and norm kernels, or"
+            " Transformer Engine's where installed),",
             "Megatron DDP and Megatron optimizer.",
             "",
             *bullets(facts),
             "",
-            f"| model | {head} |",
-            "|---" + "|---:" * 9 + "|",
-            *(_line(row) for row in rows),
-            "",
-            *held(verdicts(rows)),
+            *table(titles, [_cells(row) for row in rows]),
+            *verdict_lines(verdicts(rows)),
             "",
             *(f"- *{kind}*: {meaning}" for kind, meaning in KINDS.items()),
-            f"- *x plain*: median over rounds of the ratio within a round; a round is one step of each model in turn. Time is {time}.",
-            "- *FLOP ratio*: operations with all heads over those of the plain model, from the sizes (attention over the whole square).",
-            "- *over bound*: x plain / FLOP ratio. Below 1 an exit costs less than the plain model's own head and layers do per operation.",
-            f"- *peak*: largest memory during a step after one warm-up step, in a fresh process; {memory}.",
+            "- *x plain*: median over rounds of the ratio within a round; a round is one step of"
+            f" each model in turn. Time is {time}.",
+            "- *FLOP ratio*: operations with all heads over those of the plain model, from the"
+            " sizes (attention over the whole square).",
+            "- *over bound*: x plain / FLOP ratio. Below 1 an exit costs less than the plain"
+            " model's own head and layers do per operation.",
+            "- *peak*: largest memory during a step after one warm-up step, in a fresh process;"
+            f" {memory}.",
             "",
         ]
     )
 
 
 def write_report(shape: str, result: ShapeResult, options: argparse.Namespace) -> str:
-    """Return the report as text, after writing it and its numbers to files."""
+    """Write the report and its numbers; return the report."""
     cpu = uses_cpu_seconds(options)
-    rows = table(result, cpu)
+    rows = rows_of(result, cpu)
     settings = case_settings(shape, result.rows[0].case, options.device, options.bf16)
     facts = {
         **origin(options.device, options.threads, options.bf16),
-        "operations of the plain step": f"{step_flops(settings, 1) / 1e9:.1f} G from the sizes, attention's two products "
-        f"{step_attention_flops(settings) / 1e9:.1f} G of them; torch.utils.flop_counter, which does not know every attention kernel, "
-        f"counts {result.counted_flops / 1e9:.1f} G",
+        "operations of the plain step": f"{step_flops(settings, 1) / 1e9:.1f} G from the sizes,"
+        f" attention's two products {step_attention_flops(settings) / 1e9:.1f} G of them;"
+        " torch.utils.flop_counter, which does not know every attention kernel,"
+        f" counts {result.counted_flops / 1e9:.1f} G",
     }
     text = _markdown(shape, rows, facts, cpu)
     numbers = {

@@ -1,15 +1,15 @@
-"""What is compared on the page of rules: one small network, and what is asked of its exits."""
+"""The cases on the page of rules: one small network with different rules for its exits."""
 
 from dataclasses import replace
 
 from lab.benchmarks.flops import forward_flops_per_token, step_flops
+from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.derived import taught_exits, trained_exits
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import coefficient_rule
 
 BASE = "uniform"
 RANDOM_TEACHER = "a random model of the same network"
-"""Made where it is needed: what it says does not matter for what it costs."""
+"""Stands for a model that is made where it is needed; its weights do not matter for its cost."""
 CASES: dict[str, dict] = {
     BASE: {},
     "equilibrium": {"exit_gradient_rule": "equilibrium"},
@@ -37,11 +37,14 @@ CASES: dict[str, dict] = {
     },
     "a frozen teacher": {"exit_kd_weight": 0.5, "exit_kd_teacher": RANDOM_TEACHER},
 }
-"""Name -> settings that differ from the first, which every other is compared with."""
+"""Name -> settings that differ from those of the first, with which all others are compared."""
 
 
 def rule_settings(name: str, device: str, bf16: bool) -> Settings:
-    """Return the run of a case: 8 LLaMA layers with 3 early exits; a head costs 1.3 layers, as in models of a billion parameters."""
+    """Return the run of a case: 8 LLaMA layers with 3 early exits.
+
+    A head costs 1.3 layers, as in models of a billion parameters.
+    """
     base = Settings(
         num_layers=8,
         hidden_size=768,
@@ -62,8 +65,11 @@ def rule_settings(name: str, device: str, bf16: bool) -> Settings:
 
 
 def case_flops(settings: Settings) -> int:
-    """Return the operations of one step: three products with each exit's head, and a fourth where the exit has a teacher; with a teacher
-    of its own that one's layers, forward."""
+    """Return the operations of one step.
+
+    Each exit takes three products with its head, and a fourth if it has a teacher. A frozen teacher
+    adds its own layers in forward.
+    """
     trained = trained_exits(settings, coefficient_rule(settings), 0)
     tokens = settings.global_batch_size * settings.seq_length
     fourth = 2 * settings.hidden_size * settings.vocab_size * tokens

@@ -1,9 +1,9 @@
-"""What is measured of whole runs: models, layouts and how often."""
+"""The measured whole runs: models, layouts and rounds."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-BATCHED = {
+COMMON = {
     "micro_batch_size": 1,
     "log_interval": 10,
     "lr": 1e-4,
@@ -11,7 +11,10 @@ BATCHED = {
     "device": "cpu",
     "train_iters": 100_000,
 }
-"""Of every case. Legs of the measurement end before the last step, so no run saves or evaluates by itself."""
+"""Settings of every case.
+
+Legs of the measurement end before the last step, so no run saves or evaluates by itself.
+"""
 SMALL = {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "vocab_size": 8192}
 LARGE = {"num_layers": 16, "hidden_size": 768, "num_attention_heads": 12, "vocab_size": 8192}
 TINY = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "vocab_size": 1024}
@@ -21,7 +24,7 @@ LAYOUTS = {
     "dp 2, distributed optimizer": (2, {"use_distributed_optimizer": True}),
 }
 LOG_INTERVALS = (1, 10, 2)
-"""1 and 10 are reported; with 2, steps that compare the exits and steps that do not take turns."""
+"""1 and 10 are on the page; with 2, steps with and without a comparison of exits take turns."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,10 @@ class RunCase:
 
     Attributes:
         kind: "loop" or "checkpoint".
-        layout: One of ``LAYOUTS``.
+        layout: A key of ``LAYOUTS``.
         settings: Settings of the run, without folders.
-        rounds: How often everything is measured.
-        leg_steps: For "loop": steps at one log interval, of which the first and the last are not counted.
+        rounds: The number of times that everything is measured.
+        leg_steps: Steps of a "loop" at one log interval; the first and the last are not counted.
     """
 
     kind: str
@@ -44,7 +47,7 @@ class RunCase:
 
     @property
     def num_processes(self) -> int:
-        """Return how many processes it needs."""
+        """Return the number of processes it needs."""
         return LAYOUTS[self.layout][0]
 
     @property
@@ -52,21 +55,20 @@ class RunCase:
         """Return a name for lines and folders."""
         return f"{self.kind}, {self.layout}, hidden {self.settings['hidden_size']}"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the case as plain data."""
-        return asdict(self)
-
 
 def _case(
     kind: str, layout: str, model: dict[str, int], rounds: int, leg_steps: int = 12, **more: Any
 ) -> RunCase:
     return RunCase(
-        kind, layout, {**BATCHED, **model, **LAYOUTS[layout][1], **more}, rounds, leg_steps
+        kind, layout, {**COMMON, **model, **LAYOUTS[layout][1], **more}, rounds, leg_steps
     )
 
 
 def loop_cases(quick: bool) -> list[RunCase]:
-    """Return the runs whose loop is measured: four exits, real data, sized so that a step takes about a second on one thread each."""
+    """Return the runs whose loop is measured: four exits and real data.
+
+    A step takes about a second on one thread for each process.
+    """
     if quick:
         return [
             _case(
@@ -89,7 +91,7 @@ def loop_cases(quick: bool) -> list[RunCase]:
 
 
 def checkpoint_cases(quick: bool) -> list[RunCase]:
-    """Return the runs whose checkpoints are measured; steps are short, so that many of them fall into a save."""
+    """Return the runs whose checkpoints are measured; many of their short steps fit into a save."""
     if quick:
         return [
             _case("checkpoint", layout, TINY, 1, seq_length=64, exit_layer_nums=[2])

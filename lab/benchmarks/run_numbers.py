@@ -1,4 +1,4 @@
-"""From the seconds of every step, save and load to the numbers of a report."""
+"""The numbers of a page, computed from the seconds of every step, save and load."""
 
 import statistics
 from collections.abc import Callable, Iterable
@@ -8,9 +8,9 @@ from lab.benchmarks.loop_time import SHARED, WORK
 from lab.benchmarks.tally import REST
 
 Steps = list[dict[str, Any]]
-"""What ``loop_time.measure_loop`` returns."""
+"""The result of ``loop_time.measure_loop``."""
 Rounds = list[list[dict[str, Any]]]
-"""One list a round (or a save), with one entry a rank."""
+"""One list for each round (or save), with one entry for each rank."""
 Value = Callable[[dict[str, Any]], float]
 
 
@@ -20,12 +20,15 @@ def _mean_ms(values: Iterable[float]) -> float:
 
 
 def overhead(seconds: dict[str, list[float]], clock: int) -> float:
-    """Return a step's seconds outside forward, backward and optimizer; clock 0: on the wall, 1: work of the thread."""
+    """Return a step's seconds outside forward, backward and optimizer.
+
+    ``clock`` 0 is wall time, 1 is CPU time of the thread.
+    """
     return sum(times[clock] for cause, times in seconds.items() if cause not in WORK)
 
 
 def causes_of(steps: Steps) -> dict[str, dict[str, float]]:
-    """Return {cause: {"wall": ms, "cpu": ms}}, means a step, in the order of a step, what any loop has to do first."""
+    """Return {cause: {"wall": ms, "cpu": ms}}, means over steps; the work of any loop is first."""
     names = dict.fromkeys(
         [*WORK, *(name for step in steps for name in step["seconds"] if name != REST), REST]
     )
@@ -41,7 +44,8 @@ def causes_of(steps: Steps) -> dict[str, dict[str, float]]:
 def waiting(ranks: list[Steps], rank: int) -> float:
     """Return how long a rank waits for others in the causes that they share, in ms a step.
 
-    Whoever comes last to a meeting of ranks does not wait: what it needs is the meeting itself, what the others need beyond is waiting.
+    The rank that comes last to an exchange does not wait: its time is that of the exchange itself,
+    and what the others need beyond is waiting.
     """
     return _mean_ms(
         sum(
@@ -57,7 +61,10 @@ def _wall(step: dict[str, Any], cause: str) -> float:
 
 
 def loop_row(ranks: list[Steps], interval: int) -> dict[str, Any]:
-    """Return the overhead at one log interval, of the rank that has most without waiting, in ms a step and as share of the step."""
+    """Return the overhead at one log interval, in ms a step and as a share of the step.
+
+    It is that of the rank that has most of it without waiting.
+    """
     chosen = [[step for step in steps if step["log_interval"] == interval] for steps in ranks]
     rows = []
     for rank, steps in enumerate(chosen):
@@ -85,15 +92,13 @@ def loop_row(ranks: list[Steps], interval: int) -> dict[str, Any]:
 
 
 def cost_of_comparing(ranks: list[Steps]) -> dict[str, float]:
-    """Return by how much steps that compare the exits take longer in the schedule: median ratio, and ms, of pairs of steps in turns.
+    """Return how much longer steps with a comparison of exits take in the schedule.
 
-    On the rank where it is most; a pair is a step that compares and the one before it, both of the runs with log interval 2.
+    The medians are over pairs of steps, one that compares and the one before it, both with log
+    interval 2. Of the ranks, the one with the largest ratio counts.
     """
-    found = []
-    for clock in (
-        1,
-        0,
-    ):  # CPU time of the thread, which other programs disturb least; then the wall
+    largest = []
+    for clock in (1, 0):  # CPU time of the thread, which other programs disturb least; wall time
         by_rank = []
         for steps in ranks:
             mine = {step["step"]: step for step in steps if step["log_interval"] == 2}
@@ -113,8 +118,8 @@ def cost_of_comparing(ranks: list[Steps]) -> dict[str, float]:
                     len(times),
                 )
             )
-        found.append(max(by_rank))
-    (cpu, cpu_ms, pairs), (wall, wall_ms, _) = found
+        largest.append(max(by_rank))
+    (cpu, cpu_ms, pairs), (wall, wall_ms, _) = largest
     return {
         "cpu_ratio": cpu,
         "cpu_ms": cpu_ms,
@@ -134,12 +139,12 @@ def median_of(rounds: Rounds, value: Value) -> float:
 
 
 def ratio_of(rounds: Rounds, over: Value, under: Value) -> float:
-    """Return the median over rounds of a ratio within the round, each side the largest of any rank."""
+    """Return the median over rounds of a ratio; each side is the largest of any rank."""
     return statistics.median(max(map(over, ranks)) / max(map(under, ranks)) for ranks in rounds)
 
 
 def all_bounds(entry: dict[str, Any]) -> float:
-    """Return the seconds of a verified save's parts on this machine, one after another: hash, write and flush, read back, hash."""
+    """Return the seconds of a verified save's parts: hash, write and flush, read back, hash."""
     bounds = entry["bounds"]
     return bounds["write"] + bounds["read"] + 2 * bounds["sha256"]
 
@@ -150,7 +155,7 @@ def load_bound(entry: dict[str, Any]) -> float:
 
 
 def checkpoint_row(ranks: list[dict[str, Any]], parameters: int) -> dict[str, Any]:
-    """Return the numbers of one case of ``checkpoint_time``; of several ranks each time is the slowest's."""
+    """Return the numbers of one case of ``checkpoint_time``; the slowest rank counts."""
     rounds = [list(entries) for entries in zip(*(rank["rounds"] for rank in ranks), strict=True)]
     num_bytes = ranks[0]["rounds"][0]["bytes"]
     training = [rank["training"] for rank in ranks]
@@ -192,7 +197,7 @@ def checkpoint_row(ranks: list[dict[str, Any]], parameters: int) -> dict[str, An
 
 
 def _beside_core(later: Rounds) -> dict[str, float | None]:
-    """Return megatron-core's save after its first in the process, and ours over it; None where there was only one."""
+    """Return megatron-core's later saves, and ours over them; None where there was only one."""
     if not later:
         return dict.fromkeys(("core", "over_core", "unverified_over_core", "core_over_write"))
     return {
@@ -208,7 +213,7 @@ def _beside_core(later: Rounds) -> dict[str, float | None]:
 
 
 def steps_beside_saves(steps: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return the median step without a save and with one behind it, in seconds, and how often the first fits into the second."""
+    """Return the median step without a save and with one in the background, and their ratio."""
     quiet = [step["seconds"] for step in steps if step["saving"] is False]
     saving = [step["seconds"] for step in steps if step["saving"]]
     both = bool(quiet and saving)

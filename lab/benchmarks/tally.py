@@ -1,4 +1,7 @@
-"""Where the time of the main thread goes, step by step, measured from outside: functions of a run are wrapped, none is changed."""
+"""The time of the main thread by cause, step by step.
+
+It is measured from outside: functions of a run are wrapped, none is changed.
+"""
 
 import functools
 import time
@@ -11,17 +14,18 @@ Times = tuple[float, float]
 
 
 def read_clocks() -> Times:
-    """Return the time on the wall and the time this thread has worked."""
+    """Return wall time and CPU time of this thread."""
     return time.perf_counter(), time.thread_time()
 
 
 class Tally:
-    """Seconds by cause of each step; a cause inside another one is taken out of the outer one, so that causes add up to the step.
+    """Seconds by cause of each step.
 
+    A cause inside another one is subtracted from the outer one, so that causes add up to the step.
     Only functions that the main thread calls may be wrapped.
 
     Attributes:
-        steps: {cause: (wall, CPU)} of every step that ended; what no wrapped function did is ``REST``.
+        steps: {cause: (wall, CPU)} of every step; ``REST`` is outside all wrapped functions.
     """
 
     def __init__(self, clocks: Callable[[], Times] = read_clocks):
@@ -38,7 +42,7 @@ class Tally:
         self._since = now
 
     def timed(self, cause: str, function: Callable) -> Callable:
-        """Return ``function`` with its time booked to ``cause``."""
+        """Wrap ``function`` so that its time is added to ``cause``."""
 
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
@@ -53,11 +57,11 @@ class Tally:
         return call
 
     def wrap(self, owner: Any, name: str, cause: str) -> None:
-        """Put the timed form of a function in the place of ``owner.name``; the owner is a module, a class or an object."""
+        """Replace ``owner.name`` by its timed form; the owner is a module, a class or an object."""
         setattr(owner, name, self.timed(cause, getattr(owner, name)))
 
     def next_step(self) -> None:
-        """End a step, and begins the next one."""
+        """End a step, and begin the next one."""
         self._book()
         self.steps.append(self._now)
         self._now = {}

@@ -1,4 +1,4 @@
-"""What a measured process does: it starts a platform and trains steps of a run, one a call."""
+"""The trainer of a measured process: one step of a run for each call."""
 
 import logging
 from typing import Any
@@ -12,19 +12,18 @@ silence_library_warnings()
 from megatron_sorted.data.batches import make_train_batches  # noqa: E402
 from megatron_sorted.platform.contract import Platform  # noqa: E402
 from megatron_sorted.platform.select import choose_platform  # noqa: E402
+from megatron_sorted.settings.coefficient_rule import coefficient_rule  # noqa: E402
 from megatron_sorted.settings.derived import global_batch_size, num_micro_batches, trained_exits  # noqa: E402
 from megatron_sorted.settings.run import Settings  # noqa: E402
-from megatron_sorted.settings.weighting import coefficient_rule  # noqa: E402
 from megatron_sorted.training.step.build import Model, build_model, build_optimizer  # noqa: E402
 from megatron_sorted.training.step.forward_step import ForwardStep  # noqa: E402
 from megatron_sorted.training.step.train_step import train_step  # noqa: E402
 
 
 def start_platform(device: str, threads: int = 1) -> Platform:
-    """Return the platform, ready."""
-    logging.disable(
-        logging.WARNING
-    )  # of Megatron, on CPU: one random state serves where it expects two
+    """Prepare a platform and return it."""
+    # On a CPU, Megatron warns that one random state serves where it expects two.
+    logging.disable(logging.WARNING)
     torch.set_num_threads(threads)
     platform = choose_platform(device)
     platform.prepare()
@@ -32,12 +31,12 @@ def start_platform(device: str, threads: int = 1) -> Platform:
 
 
 class Trainer:
-    """Trains the steps of a run.
+    """A callable that trains the next step of a run.
 
     Args:
         settings: The run.
-        platform: Where it runs.
-        place: This process among others.
+        platform: The platform it runs on.
+        place: The place of this process among others.
         model: A network with its optimizer; by default a new one.
     """
 
@@ -48,17 +47,13 @@ class Trainer:
             model = build_model(settings, platform, place, settings.vocab_size)
             build_optimizer(model, settings, place.world_size)
         self.settings, self.model = settings, model
-        self._forward_step, self._rule = (
-            ForwardStep(settings, model, platform),
-            coefficient_rule(settings),
-        )
+        self._forward_step = ForwardStep(settings, model, platform)
+        self._rule = coefficient_rule(settings)
         self._batches = make_train_batches(
             settings, settings.vocab_size, place.data_rank, place.data_size
         )
-        self._samples, self._parts = (
-            global_batch_size(settings, place.world_size),
-            num_micro_batches(settings, place.world_size),
-        )
+        self._samples = global_batch_size(settings, place.world_size)
+        self._num_micro_batches = num_micro_batches(settings, place.world_size)
         self._number = 0
 
     def __call__(self) -> None:
@@ -67,7 +62,7 @@ class Trainer:
         Collective: that of ``train_step``.
         """
         self._forward_step.begin_step(self._number, self._rule)
-        batches = [next(self._batches) for _ in range(self._parts)]
+        batches = [next(self._batches) for _ in range(self._num_micro_batches)]
         coefficients = trained_exits(self.settings, self._rule, self._number)
         result = train_step(
             self.model, self.settings, self._forward_step, batches, coefficients, self._samples

@@ -1,6 +1,7 @@
-"""True facts in many languages from Unicode CLDR, as Babel carries it: no download, no language model.
+"""True facts in many languages from Unicode CLDR, which Babel contains.
 
-A fact says how one thing (a territory, a language, a month, ...) is called in one locale. Nothing here imports torch.
+A fact is the name of one thing (a territory, a language, a month, ...) in one locale. Nothing is
+downloaded, and nothing here imports torch.
 """
 
 import re
@@ -16,42 +17,30 @@ from babel.numbers import get_territory_currencies
 from megatron_sorted.errors import DataError
 
 NAME_KINDS = ("territory", "language", "script", "currency", "month", "weekday")
-CODE_KINDS = tuple(
-    f"{kind}_code" for kind in NAME_KINDS
-)  # the same names, asked for by code instead of by English name
-LINK_KINDS = (
-    "currency_of",
-    "language_of",
-)  # one step further: territory -> its currency or language
+CODE_KINDS = tuple(f"{kind}_code" for kind in NAME_KINDS)
+"""The same names; their questions give a code instead of the English name."""
+LINK_KINDS = ("currency_of", "language_of")
+"""One step further: territory -> its currency or language."""
 KINDS = NAME_KINDS + CODE_KINDS + LINK_KINDS
 
-_EUROPE = "en de fr es it pt nl sv da no fi pl cs sk hu ro hr sl sr bg mk ru uk lt lv et el ca gl eu cy ga is sq"
-_ELSEWHERE = "tr az ka hy he ar fa hi bn mr ta te kn ml gu ne th lo my km vi id ms ja ko zh kk mn af sw zu am"
-DEFAULT_LOCALES = tuple(f"{_EUROPE} {_ELSEWHERE}".split())
+_EUROPE = (
+    "en de fr es it pt nl sv da no fi pl cs sk hu ro hr sl sr bg mk ru uk lt lv et el ca gl eu cy"
+    " ga is sq"
+)
+_ELSEWHERE = (
+    "tr az ka hy he ar fa hi bn mr ta te kn ml gu ne th lo my km vi id ms ja ko zh kk mn af sw zu"
+    " am"
+)
+DEFAULT_LOCALES = (*_EUROPE.split(), *_ELSEWHERE.split())
 
-# Real names only: no placeholder such as "unknown region", no test code, no group of states.
+# Placeholders such as "unknown region", test codes and groups of states are no real names.
 _EXCLUDED = {
     "territory": {"ZZ", "XA", "XB", "QO", "EU", "EZ", "UN"},
     "language": {"und", "mul", "zxx", "mis", "root"},
     "script": {"Qaag", "Zanb", "Zinh", "Zmth", "Zsye", "Zsym", "Zxxx", "Zyyy", "Zzzz"},
     "currency": {
-        "XAG",
-        "XAU",
-        "XBA",
-        "XBB",
-        "XBC",
-        "XBD",
-        "XDR",
-        "XEU",
-        "XFO",
-        "XFU",
-        "XPD",
-        "XPT",
-        "XRE",
-        "XSU",
-        "XTS",
-        "XUA",
-        "XXX",
+        *("XAG", "XAU", "XBA", "XBB", "XBC", "XBD", "XDR", "XEU", "XFO", "XFU", "XPD", "XPT"),
+        *("XRE", "XSU", "XTS", "XUA", "XXX"),
     },
 }
 _CLDR_FIELD = {
@@ -60,16 +49,20 @@ _CLDR_FIELD = {
     "script": "scripts",
     "currency": "currency_names",
 }
-_LINK_DATE = date(
-    2024, 1, 1
-)  # fixed, so that the questions do not change with the day they are made
-_INVISIBLE = "^[\u200b\u200e\u200f]+|[\u200b\u200e\u200f]+$|\u00ad"  # space of no width, direction marks, soft hyphen
+_LINK_DATE = date(2024, 1, 1)
+"""A fixed date, so that the questions do not depend on the day they are made."""
+_INVISIBLE = "^[\u200b\u200e\u200f]+|[\u200b\u200e\u200f]+$|\u00ad"
+"""Space of no width, direction marks, soft hyphen."""
 _UNSEEN_OF_1000 = 100
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing's name in one locale: ``Fact("territory", "DE", "fr")`` is answered by "Allemagne"."""
+    """One thing's name in one locale.
+
+    >>> answer(Fact("territory", "DE", "fr"))
+    'Allemagne'
+    """
 
     kind: str
     code: str
@@ -89,20 +82,24 @@ def stable_hash(*parts: object) -> int:
 
 @cache
 def own_names(kind: str, locale: str) -> dict[str, str]:
-    """Return code -> name as the locale itself says it; what it takes over from a parent or leaves to the code is absent.
+    """Return {code: name} of the names that the locale itself defines.
+
+    Names inherited from a parent locale and names equal to their code are absent.
 
     Raises:
         DataError: Babel has no such locale.
     """
     if not localedata.exists(locale):
         raise DataError(
-            f"--locales: {locale!r} is not a CLDR locale known to Babel. Use names such as de, fr, zh or pt_PT."
+            f"--locales: {locale!r} is not a CLDR locale known to Babel."
+            " Use names such as de, fr, zh or pt_PT."
         )
     data = localedata.load(locale, merge_inherited=False)
     if kind in ("month", "weekday"):
         widths = data.get("months" if kind == "month" else "days", {})
-        # "stand-alone" is the name by itself (Russian "март"); "format" is the form inside a date ("марта").
-        found = next(
+        # "stand-alone" is the name by itself (Russian "март"), "format" its form in a date
+        # ("марта").
+        numbered = next(
             (
                 widths[form]["wide"]
                 for form in ("stand-alone", "format")
@@ -111,7 +108,8 @@ def own_names(kind: str, locale: str) -> dict[str, str]:
             {},
         )
         names = {
-            str(number if kind == "month" else number + 1): name for number, name in found.items()
+            str(number if kind == "month" else number + 1): name
+            for number, name in numbered.items()
         }
     else:
         names = {
@@ -124,7 +122,7 @@ def own_names(kind: str, locale: str) -> dict[str, str]:
 
 
 def _is_a_name(kind: str, code: str, name: str) -> bool:
-    """Return whether the entry is a plain name of a real thing; remarks in brackets and years are not part of a name."""
+    """Return whether the entry is a plain name of a real thing, without remarks or years."""
     if kind == "territory" and not re.fullmatch("[A-Z]{2}", code):
         return False
     if code in _EXCLUDED.get(kind, ()):
@@ -134,8 +132,8 @@ def _is_a_name(kind: str, code: str, name: str) -> bool:
 
 @cache
 def links(kind: str) -> dict[str, str]:
-    """Return territory -> its one currency (``currency_of``) or one official language (``language_of``); others are absent."""
-    found = {}
+    """Return {territory: its currency or official language}; those with several are absent."""
+    only = {}
     for territory in own_names("territory", "en"):
         linked = (
             get_territory_currencies(territory, start_date=_LINK_DATE, end_date=_LINK_DATE)
@@ -143,17 +141,21 @@ def links(kind: str) -> dict[str, str]:
             else get_official_languages(territory, de_facto=True)
         )
         if len(linked) == 1:
-            found[territory] = linked[0]
-    return found
+            only[territory] = linked[0]
+    return only
 
 
 def base_kind(kind: str) -> str:
-    """Return the kind of the names that answer it: ``territory_code`` -> ``territory``, ``currency_of`` -> ``currency``."""
+    """Return the kind of the names that answer a kind of question.
+
+    >>> base_kind("territory_code"), base_kind("currency_of")
+    ('territory', 'currency')
+    """
     return kind.rsplit("_", 1)[0]
 
 
 def answer(fact: Fact) -> str | None:
-    """Return the true answer, or None where CLDR has none or the English name is the same (copying would answer it)."""
+    """Return the true answer, or None if CLDR has none or copying the English name would answer."""
     base = base_kind(fact.kind)
     code = links(fact.kind).get(fact.code) if fact.kind in LINK_KINDS else fact.code
     name = own_names(base, fact.locale).get(code) if code else None
@@ -165,10 +167,12 @@ def answer(fact: Fact) -> str | None:
 
 
 def is_unseen(fact: Fact) -> bool:
-    """Return whether the fact is kept out of training: a hash decides, so neither seed nor sample count moves it.
+    """Return whether the fact is kept out of training.
 
-    A name asked for by code shares the decision with the name itself, and a link (territory -> currency) shares it over
-    all locales: otherwise the other one would give it away. English names are never unseen: questions are made of them.
+    A hash decides, so that neither seed nor sample count changes it. The question for a name by its
+    code shares the decision with the name itself, and a link (territory -> currency) shares it over
+    all locales: otherwise the other one would reveal the answer. English names are never unseen,
+    because questions contain them.
     """
     if fact.kind in LINK_KINDS:
         return stable_hash("unseen", fact.kind, fact.code) % 1000 < _UNSEEN_OF_1000
@@ -182,12 +186,13 @@ def is_unseen(fact: Fact) -> bool:
 def all_facts(
     locales: tuple[str, ...], kinds: tuple[str, ...] = KINDS, max_name_length: int | None = None
 ) -> list[Fact]:
-    """Return every fact of these kinds and locales that has an answer and can be asked for in English.
+    """Return every fact of these kinds and locales that has an answer and an English question.
 
     ``max_name_length`` drops facts whose English name or answer has more characters.
 
     Raises:
-        DataError: A kind or locale does not exist, or English has no name for a locale (questions need one).
+        DataError: A kind or locale does not exist, or English has no name for a locale, which
+            questions need.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -198,18 +203,19 @@ def all_facts(
         own_names("territory", locale)
         if locale not in own_names("language", "en"):
             raise DataError(
-                f"--locales: English has no name for the language {locale!r}, so no question can ask for it. Leave it out."
+                f"--locales: English has no name for the language {locale!r}, so no question can"
+                " ask for it. Leave it out."
             )
     longest = max_name_length or 10**6
-    found = []
+    result = []
     for kind in kinds:
-        asked = own_names("territory" if kind in LINK_KINDS else base_kind(kind), "en")
-        codes = sorted(code for code, name in asked.items() if len(name) <= longest)
+        names = own_names("territory" if kind in LINK_KINDS else base_kind(kind), "en")
+        codes = sorted(code for code, name in names.items() if len(name) <= longest)
         for locale in locales:
             facts = (Fact(kind, code, locale) for code in codes)
-            found += [
+            result += [
                 fact
                 for fact in facts
                 if (name := answer(fact)) is not None and len(name) <= longest
             ]
-    return found
+    return result

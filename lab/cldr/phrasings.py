@@ -1,8 +1,8 @@
-"""The words of the CLDR questions: for each language of asking, phrasings for training and phrasings kept out of it.
+"""The phrasings of the CLDR questions in each language: some for training, some kept out of it.
 
-``{thing}`` is what is asked about, ``{language}`` the language of the answer in words of the language of asking. What stands
-after a line break is the sample's ``input``. Kept-out phrasings are marked here by hand and never chosen by chance, so
-that they stay out of training whatever the seed or the number of samples.
+``{thing}`` is the thing in question, ``{language}`` the name of the answer's language in the
+question's language. The text after a line break is the sample's ``input``. Kept-out phrasings are
+chosen here by hand, so that they stay out of training for every seed and number of samples.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phrasings:
-    """Templates of one kind of question in one language: ``train`` and ``held_out`` share no template."""
+    """Templates of one kind of question in one language, in two sets without a common one."""
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
 
 
-# How a thing is spoken of in English, so that the Arabic language and the Arabic script are two questions.
+# The English form of a thing, so that the Arabic language and the Arabic script are two questions.
 ENGLISH_THINGS = {
     "territory": "{name}",
     "language": "the {name} language",
@@ -79,8 +79,8 @@ ENGLISH_LINK = {
     ),
 }
 
-# Other languages of asking. Where a language would have to inflect the name of the language of the answer, it stands
-# after a colon in its plain form. {thing} is the name in the language of asking.
+# Other languages of questions. Where a language would inflect the name of the answer's language,
+# the name follows a colon in its plain form. {thing} is the name in the question's language.
 NAME_IN = {
     "de": Phrasings(
         train=(

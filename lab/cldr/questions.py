@@ -1,6 +1,7 @@
-"""Facts -> questions: which phrasings a fact can be asked in, and the three sets train, phrasing and unseen.
+"""Questions about facts: the phrasings of each, and the three sets train, phrasing and unseen.
 
-Every choice is a hash of what is chosen, so a longer set begins with the facts and phrasings of a shorter one.
+Every choice is a hash of what is chosen, so a longer set begins with the facts and phrasings of a
+shorter one.
 """
 
 from collections.abc import Iterator
@@ -52,9 +53,10 @@ class QuestionSample:
 
 @dataclass(frozen=True)
 class QuestionPlan:
-    """What can be asked: facts to train, facts never trained, and the languages of asking. Counting needs no text.
+    """The facts to train, the facts that are never trained, and the languages of the questions.
 
-    ``trained`` and ``unseen`` are in an order drawn by the seed; a smaller ``max_facts`` keeps a beginning of them.
+    ``trained`` and ``unseen`` are in an order drawn by the seed; a smaller ``max_facts`` keeps a
+    beginning of them.
     """
 
     trained: tuple[Fact, ...]
@@ -62,30 +64,34 @@ class QuestionPlan:
     asking: tuple[str, ...]
 
     def capacity(self) -> int:
-        """Return how many training samples there are: trained facts times the phrasings each can be asked in."""
+        """Return the number of training samples: phrasings of all trained facts."""
         return sum(len(phrasings(fact, self.asking)) for fact in self.trained)
 
     def train(self, num_samples: int) -> Iterator[QuestionSample]:
-        """Yield ``num_samples`` different training samples: every fact once before any fact a second time.
+        """Yield different training samples: every fact once before any fact a second time.
 
         Raises:
             DataError: There are fewer.
         """
         if num_samples > (capacity := self.capacity()):
             raise DataError(
-                f"--num-samples: {num_samples:,} is more than the {capacity:,} questions there are. "
-                "Ask for fewer, or give more --locales, --asking-locales or --kinds, or a larger --max-facts."
+                f"--num-samples: {num_samples:,} is more than the {capacity:,} questions there are."
+                " Ask for fewer, or give more --locales, --asking-locales or --kinds, or a larger"
+                " --max-facts."
             )
         return islice(_in_rounds(self.trained, self.asking, held_out=False), num_samples)
 
     def phrasing(self, num_facts: int, num_samples: int) -> list[QuestionSample]:
-        """Return the first ``num_facts`` trained facts in phrasings that are never trained, up to ``num_samples``."""
+        """Return up to ``num_samples`` questions in phrasings that are never trained.
+
+        They are about the first ``num_facts`` trained facts.
+        """
         return list(
             islice(_in_rounds(self.trained[:num_facts], self.asking, held_out=True), num_samples)
         )
 
     def never_trained(self, num_samples: int) -> list[QuestionSample]:
-        """Return facts never trained, each once and in a phrasing that is trained: only the fact is new."""
+        """Return questions about facts that are never trained, each once, in trained phrasings."""
         return list(
             islice(
                 _in_rounds(self.unseen[:num_samples], self.asking, held_out=False),
@@ -97,17 +103,19 @@ class QuestionPlan:
 def _in_rounds(
     facts: tuple[Fact, ...], asking: tuple[str, ...], held_out: bool
 ) -> Iterator[QuestionSample]:
-    """Yield every question about ``facts``; round r takes each fact's r-th phrasing, from a start of its own."""
-    waiting = facts
-    turn = 0
-    while waiting:
+    """Yield every question about ``facts``, one phrasing of each fact in every round.
+
+    Each fact starts with a phrasing of its own.
+    """
+    remaining, turn = facts, 0
+    while remaining:
         left = []
-        for fact in waiting:
+        for fact in remaining:
             templates = phrasings(fact, asking, held_out)
             yield ask(fact, *templates[(stable_hash("start", fact) + turn) % len(templates)])
             if turn + 1 < len(templates):
                 left.append(fact)
-        waiting = left
+        remaining = left
         turn += 1
 
 
@@ -128,7 +136,8 @@ def plan_questions(
     for locale in asking:
         if locale not in ASKING_LOCALES:
             raise DataError(
-                f"--asking-locales: no questions are written in {locale!r}. Use some of {', '.join(ASKING_LOCALES)}."
+                f"--asking-locales: no questions are written in {locale!r}."
+                f" Use some of {', '.join(ASKING_LOCALES)}."
             )
     askable = [
         fact for fact in all_facts(locales, kinds, max_name_length) if phrasings(fact, asking)
@@ -143,12 +152,12 @@ def plan_questions(
 
 
 def phrasings(fact: Fact, asking: tuple[str, ...], held_out: bool = False) -> list[tuple[str, str]]:
-    """Return (language of asking, template) for every way this fact may be asked in.
+    """Return (language of the question, template) for every phrasing of this fact.
 
-    A name is asked for in another language only where that language's own name is no unseen fact (the question would
-    show it), means one thing, and differs from the answer.
+    A question is in a language other than English only if that language's own name is no unseen
+    fact (the question would show it), means one thing, and differs from the answer.
     """
-    found = []
+    numbered = []
     for locale in asking:
         if locale == "en":
             table = (
@@ -160,17 +169,17 @@ def phrasings(fact: Fact, asking: tuple[str, ...], held_out: bool = False) -> li
             table = NAME_IN[locale]
         else:
             continue
-        found += [
+        numbered += [
             (order, locale, template)
             for order, template in enumerate(table.held_out if held_out else table.train)
         ]
     return [
-        (locale, template) for _, locale, template in sorted(found, key=lambda entry: entry[0])
+        (locale, template) for _, locale, template in sorted(numbered, key=lambda entry: entry[0])
     ]  # languages take turns
 
 
 def _can_ask_in(fact: Fact, locale: str) -> bool:
-    """Return whether ``locale``'s own words can ask for this fact without ambiguity and without giving the answer away."""
+    """Return whether a question in ``locale`` is unambiguous and does not contain the answer."""
     name = _asking_names(fact.kind, locale).get(fact.code)
     return (
         name is not None
@@ -181,10 +190,11 @@ def _can_ask_in(fact: Fact, locale: str) -> bool:
 
 @cache
 def _asking_names(kind: str, locale: str) -> dict[str, str]:
-    """Return code -> name for names that no thing of another kind has and that are no unseen facts themselves.
+    """Return {code: name} of names that no thing of another kind has and that are no unseen facts.
 
-    The templates of other languages say no noun, so a name must say by itself what is meant (within a kind, CLDR's names
-    differ). Scripts share their names with languages and are asked for in English only.
+    The templates of other languages contain no noun, so a name must be unambiguous by itself
+    (within a kind, CLDR's names differ). Scripts share their names with languages, so questions
+    about them are in English only.
     """
     if kind == "script":
         return {}
@@ -206,7 +216,7 @@ def ask(fact: Fact, locale: str, template: str) -> QuestionSample:
     base = base_kind(fact.kind)
     name = own_names("territory" if fact.kind in LINK_KINDS else base, locale).get(fact.code, "")
     noun, label = ENGLISH_NOUNS[base]
-    words = {
+    parts = {
         "name": name,
         "thing": ENGLISH_THINGS[base].format(name=name) if locale == "en" else name,
         "code": fact.code,
@@ -216,8 +226,8 @@ def ask(fact: Fact, locale: str, template: str) -> QuestionSample:
     }
     instruction, _, given = template.partition("\n")
     return QuestionSample(
-        instruction.format(**words),
-        given.format(**words),
+        instruction.format(**parts),
+        given.format(**parts),
         answer(fact),
         fact.locale,
         fact.kind,

@@ -1,4 +1,7 @@
-"""What a token costs beyond reading the weights: whole steps beside their matrix products alone and beside the memory's speed."""
+"""The cost of a token beyond reading the weights.
+
+Whole steps are compared with their matrix products alone and with the memory's speed.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -6,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from megatron_sorted.conversion.hugging_face.nested_exits import Exit
+from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
 from megatron_sorted.decoding.cache.matrix import Matrix
-from megatron_sorted.decoding.cache.state import State
+from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.strategies import Full, Strategy
@@ -20,8 +23,8 @@ WIDTHS = (1, 2, 4, 8, 16)
 def alternate(
     works: dict[str, Callable[[], None]], rounds: int, network: Network
 ) -> dict[str, list[float]]:
-    """Return the seconds of each work in every round; all take turns, and who begins changes."""
-    names, found = list(works), {name: [] for name in works}
+    """Return the seconds of each work in every round; all take turns in being first."""
+    names, seconds = list(works), {name: [] for name in works}
     for work in works.values():
         work()
     for turn in range(rounds):
@@ -29,8 +32,8 @@ def alternate(
             name = names[(turn + place) % len(names)]
             began = now(network)
             works[name]()
-            found[name].append(now(network) - began)
-    return found
+            seconds[name].append(now(network) - began)
+    return seconds
 
 
 def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
@@ -47,11 +50,11 @@ def matrices_of(network: Network) -> list[Matrix]:
         for layer in network.layers
         for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)
     ]
-    return [*layers, network.readers[network.num_layers].head]
+    return [*layers, network.readouts[network.num_layers].head]
 
 
 def products(network: Network, rows: int) -> Callable[[], None]:
-    """Return the matrix products of one pass over ``rows`` tokens, all layers and the last head, and nothing else."""
+    """Return a function that computes only the matrix products of a pass over ``rows`` tokens."""
     matrices = matrices_of(network)
     inputs = {
         matrix.weight.size(1): torch.randn(
@@ -76,7 +79,7 @@ def weight_bytes(network: Network) -> int:
 
 
 def reading(network: Network, size: int) -> Callable[[], None]:
-    """Return what reads so many bytes once, as fast as the memory gives them."""
+    """Return a function that reads ``size`` bytes once, at the speed of the memory."""
     numbers = torch.ones(size // 4, device=network.device)
 
     def work() -> None:
@@ -88,7 +91,7 @@ def reading(network: Network, size: int) -> Callable[[], None]:
 def writing(
     network: Network, prompts: Sequence[list[int]], strategy: Strategy, count: int
 ) -> Callable[[], None]:
-    """Return what writes ``count`` tokens behind each prompt."""
+    """Return a function that writes ``count`` tokens after each prompt."""
 
     def work() -> None:
         generate(network, prompts, strategy, limits=Limits(count))
@@ -96,15 +99,15 @@ def writing(
     return work
 
 
-def full_exit(model: PreTrainedModel) -> dict[int, Exit]:
-    """Return the full model's exit alone."""
-    return {model.config.num_hidden_layers: Exit(model.model.norm, model.lm_head)}
+def full_exit(model: PreTrainedModel) -> dict[int, NestedExit]:
+    """Return the exits of a model with only the last one."""
+    return {model.config.num_hidden_layers: NestedExit(model.model.norm, model.lm_head)}
 
 
 def passes(network: Network, length: int, packed: bool) -> dict[str, Callable[[], None]]:
-    """Return passes of all layers over 1 to 16 tokens behind a text, with packed matrices or torch's plain ones."""
+    """Return passes over 1 to 16 tokens after a text, with packed or torch's plain matrices."""
     used = network if packed else Network(network.model, full_exit(network.model), packed=False)
-    state = State(used, 1, length + max(WIDTHS) + 1, [used.num_layers])
+    state = DecodingState(used, 1, length + max(WIDTHS) + 1, [used.num_layers])
     state.append(torch.randint(used.vocab_size, (1, length), device=used.device))
     with torch.inference_mode():
         state.read(used.num_layers)
@@ -123,7 +126,7 @@ def passes(network: Network, length: int, packed: bool) -> dict[str, Callable[[]
 
 
 def theirs(network: Network, prompts: Sequence[list[int]], count: int) -> Callable[[], None]:
-    """Return transformers' ``generate`` writing as many tokens; prompts are equally long."""
+    """Return a function in which transformers writes ``count`` tokens; prompts have one length."""
     ids = torch.tensor(prompts, device=network.device)
     config = GenerationConfig(
         do_sample=False,
@@ -143,7 +146,7 @@ def theirs(network: Network, prompts: Sequence[list[int]], count: int) -> Callab
 def full_and_theirs(
     network: Network, batch: int, length: int, count: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Return seconds a token step of full, transformers, the products alone, and of reading their weights."""
+    """Return the seconds of a token step of full, transformers, products and memory."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(network.vocab_size, (batch, length), generator=generator).tolist()
     once, size = products(network, batch), weight_bytes(network)
@@ -152,7 +155,7 @@ def full_and_theirs(
     def times(work: Callable[[], None]) -> Callable[[], None]:
         return lambda: [work() for _ in range(count)] and None
 
-    # the prompt is read by both; what it takes is taken off below by asking for one token too
+    # Both read the prompt. Its time is subtracted by writing a single token as well.
     works = {
         "full": writing(network, prompts, Full(), count + 1),
         "full, one": writing(network, prompts, Full(), 1),
@@ -161,18 +164,19 @@ def full_and_theirs(
         "products": times(once),
         "memory": times(read),
     }
-    found = alternate(works, rounds, network)
+    seconds = alternate(works, rounds, network)
     steps = {
         name: [
-            (one - two) / count for one, two in zip(found[name], found[f"{name}, one"], strict=True)
+            (one - two) / count
+            for one, two in zip(seconds[name], seconds[f"{name}, one"], strict=True)
         ]
         for name in ("full", "transformers")
     }
-    return steps | {name: [one / count for one in found[name]] for name in ("products", "memory")}
+    return steps | {name: [one / count for one in seconds[name]] for name in ("products", "memory")}
 
 
 def random_network(layers: int, hidden: int, inner: int, heads: int, vocabulary: int) -> Network:
-    """Return a LLaMA of random numbers."""
+    """Return a LLaMA with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,

@@ -1,5 +1,6 @@
-"""Speculation beside the full model: drawn settings, token for token; distributions; what half precision changes."""
+"""Speculation compared with the full model: token by token with drawn settings, in distribution."""
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from megatron_sorted.decoding.cache.state import State
+from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.sampling import SURENESS, Sampler
+from megatron_sorted.decoding.sampling import CONFIDENCE, Sampler
 from megatron_sorted.decoding.strategies import (
     Full,
     SamplingParameters,
@@ -23,13 +24,13 @@ from megatron_sorted.decoding.strategies import (
 
 @dataclass(frozen=True)
 class Difference:
-    """A text that a way wrote otherwise than full.
+    """A text of a strategy that differs from the full model's.
 
     Attributes:
-        way: The way that wrote it.
-        place: Place of the first token that differs, from the beginning of what was written.
-        margin: How far full's token is ahead of the other one there, in logits of full in the numbers it ran in.
-        scale: The largest logit there, absolutely.
+        strategy: The strategy that wrote it.
+        place: Place of the first token that differs, from the beginning of the written text.
+        margin: Full's logit of its own token there minus that of the other, in its own precision.
+        scale: The largest absolute logit there.
     """
 
     strategy: Strategy
@@ -40,15 +41,15 @@ class Difference:
 
 @dataclass
 class ProofComparison:
-    """What was compared.
+    """The counts and differences of a comparison.
 
     Attributes:
-        num_tokens, num_texts: Written by speculation and compared with full.
+        num_tokens, num_texts: Tokens and texts that speculation wrote.
         num_same: Tokens before the first difference of their text.
-        by_strategy: Tokens of each way.
-        finishes: How often texts ended for each reason.
-        accepted, steps: Counts of all speculation, so that it is seen that drafts were taken and refused.
-        differences: Texts that are not full's.
+        by_strategy: Tokens of each strategy.
+        finishes: The number of texts that ended for each reason.
+        drafted, accepted: Draft tokens; they show that drafts were both accepted and rejected.
+        differences: Texts that differ from full's.
     """
 
     num_tokens: int = 0
@@ -62,7 +63,7 @@ class ProofComparison:
 
 
 def draw_strategy(chance: random.Random, depths: Sequence[int]) -> Strategy:
-    """Return a speculative way with options that were drawn: any exits, thresholds, lengths, trees."""
+    """Draw a speculative strategy: exits, thresholds, draft lengths, trees."""
     kind = chance.choice((SelfSpeculative, SortedSpeculative, TreeSpeculative))
     if kind is SelfSpeculative:
         return SelfSpeculative(chance.choice(depths), chance.randint(1, 12))
@@ -70,7 +71,7 @@ def draw_strategy(chance: random.Random, depths: Sequence[int]) -> Strategy:
     thresholds = tuple(round(chance.random(), 3) for _ in some)
     if kind is SortedSpeculative:
         return SortedSpeculative(
-            some, thresholds, chance.randint(1, 12), chance.choice(list(SURENESS))
+            some, thresholds, chance.randint(1, 12), chance.choice(list(CONFIDENCE))
         )
     return TreeSpeculative(
         some,
@@ -79,20 +80,20 @@ def draw_strategy(chance: random.Random, depths: Sequence[int]) -> Strategy:
         chance.randint(1, 4),
         chance.randint(1, 24),
         chance.randint(0, 3),
-        chance.choice(list(SURENESS)),
+        chance.choice(list(CONFIDENCE)),
     )
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What batches are drawn from.
+    """Bounds and options of the drawn batches.
 
     Attributes:
-        most_new_tokens: The longest text.
+        most_new_tokens: The largest number of tokens of a text.
         end_ids: Tokens after which texts end.
-        to_text: Text of tokens; with it some texts end at stop words, drawn from full's own text.
+        to_text: A decoder of tokens; with it some texts end at stop sequences from full's own text.
         sampled: Share of batches that are sampled instead of greedy.
-        most_rows: The most texts of a batch.
+        most_rows: The largest number of texts of a batch.
     """
 
     most_new_tokens: int = 96
@@ -110,19 +111,19 @@ def compare(
     draws: Draws,
     what: str = "lossless",
 ) -> ProofComparison:
-    """Return how many tokens of drawn ways, batches, limits and stop words are full's, after at least ``num_tokens``.
+    """Compare drawn strategies, batches, limits and stop sequences with full.
 
     Args:
         network: The model.
-        prompts: Batches are drawn from them.
-        num_tokens: The least number of tokens.
-        seed: Decides what is drawn.
-        draws: What it is drawn from.
-        what: Name on the progress bar.
+        prompts: The prompts of which batches are drawn.
+        num_tokens: The least number of tokens to compare.
+        seed: The seed of everything that is drawn.
+        draws: Bounds and options of the batches.
+        what: The name on the progress bar.
     """
-    chance, found = random.Random(seed), ProofComparison()
+    chance, result = random.Random(seed), ProofComparison()
     with tqdm(total=num_tokens, desc=what, unit="token") as bar:
-        while found.num_tokens < num_tokens:
+        while result.num_tokens < num_tokens:
             some = [chance.choice(prompts) for _ in range(chance.randint(1, draws.most_rows))]
             sampling = (
                 SamplingParameters(
@@ -139,24 +140,24 @@ def compare(
             limits = Limits(count, draws.end_ids)
             if draws.to_text is not None and chance.random() < 0.3:
                 [text] = generate(network, some[:1], Full(), sampling, limits)
-                words = draws.to_text(text.tokens)
-                if len(words) > 8:
-                    begin = chance.randrange(len(words) - 4)
+                written = draws.to_text(text.tokens)
+                if len(written) > 8:
+                    begin = chance.randrange(len(written) - 4)
                     limits = Limits(
-                        count, draws.end_ids, (words[begin : begin + 3],), draws.to_text
+                        count, draws.end_ids, (written[begin : begin + 3],), draws.to_text
                     )
             whole = generate(network, some, Full(), sampling, limits)
             for strategy in (draw_strategy(chance, network.depths[:-1]) for _ in range(3)):
                 texts = generate(network, some, strategy, sampling, limits)
-                before = found.num_tokens
+                before = result.num_tokens
                 for prompt, text, other in zip(some, texts, whole, strict=True):
-                    take(found, network, strategy, prompt, text, other, sampling)
-                bar.update(found.num_tokens - before)
-    return found
+                    add_text(result, network, strategy, prompt, text, other, sampling)
+                bar.update(result.num_tokens - before)
+    return result
 
 
-def take(
-    found: ProofComparison,
+def add_text(
+    result: ProofComparison,
     network: Network,
     strategy: Strategy,
     prompt: list[int],
@@ -164,24 +165,22 @@ def take(
     other,
     sampling: SamplingParameters,
 ) -> None:
-    """Add one text and full's to what was found."""
-    found.num_tokens += len(text.tokens)
-    found.num_texts += 1
-    found.by_strategy[strategy.name] = found.by_strategy.get(strategy.name, 0) + len(text.tokens)
-    found.finishes[text.finish] = found.finishes.get(text.finish, 0) + 1
-    found.drafted, found.accepted = (
-        found.drafted + text.counts.num_drafted,
-        found.accepted + text.counts.num_accepted,
-    )
+    """Add the comparison of one text with full's to ``result``."""
+    result.num_tokens += len(text.tokens)
+    result.num_texts += 1
+    result.by_strategy[strategy.name] = result.by_strategy.get(strategy.name, 0) + len(text.tokens)
+    result.finishes[text.finish] = result.finishes.get(text.finish, 0) + 1
+    result.drafted += text.counts.num_drafted
+    result.accepted += text.counts.num_accepted
     if (text.tokens, text.finish) == (other.tokens, other.finish):
-        found.num_same += len(text.tokens)
+        result.num_same += len(text.tokens)
         return
     pairs = zip(text.tokens, other.tokens, strict=False)
     place = next(
         (index for index, (one, two) in enumerate(pairs) if one != two),
         min(len(text.tokens), len(other.tokens)),
     )
-    found.num_same += place
+    result.num_same += place
     margin = scale = float("nan")
     if (
         place < min(len(text.tokens), len(other.tokens))
@@ -191,13 +190,13 @@ def take(
         logits = next_logits(network, [*prompt, *other.tokens[:place]])
         margin = float(logits[other.tokens[place]] - logits[text.tokens[place]])
         scale = float(logits.abs().max())
-    found.differences.append(Difference(strategy, place, margin, scale))
+    result.differences.append(Difference(strategy, place, margin, scale))
 
 
 @torch.inference_mode()
 def next_logits(network: Network, tokens: list[int]) -> torch.Tensor:
-    """Return the full model's logits [v] after these tokens, read at once."""
-    state = State(network, 1, len(tokens) + 1, [network.num_layers])
+    """Return the full model's logits [v] after these tokens, read in one pass."""
+    state = DecodingState(network, 1, len(tokens) + 1, [network.num_layers])
     state.append(torch.tensor([tokens], device=network.device))
     state.read(network.num_layers)
     return state.logits(network.num_layers, state.last_slots())[0, 0].float()
@@ -205,13 +204,13 @@ def next_logits(network: Network, tokens: list[int]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Fit:
-    """Samples beside the distribution that they should be of.
+    """The test of samples against the distribution that they should have.
 
     Attributes:
-        num_samples: Pairs of tokens.
-        cells: Outcomes that are told apart; those expected fewer than five times are one.
+        num_samples: The number of sampled pairs of tokens.
+        cells: The number of distinct outcomes; those expected fewer than five times are one.
         chi_square: Sum of (seen - expected)^2 / expected.
-        p: Chance of at least that much, if the distribution is the one expected.
+        p: Probability of a sum at least this large under the expected distribution.
     """
 
     num_samples: int
@@ -224,7 +223,7 @@ class Fit:
 def pairs_expected(
     network: Network, prompt: list[int], sampling: SamplingParameters
 ) -> dict[tuple[int, int], float]:
-    """Return the probability of every pair of next tokens, by transformers' own model: what samples must be of."""
+    """Return the probability of every pair of next tokens, by transformers' own model."""
 
     def distribution(tokens: list[list[int]]) -> torch.Tensor:
         logits = (
@@ -253,7 +252,7 @@ def sample_pairs(
     num_samples: int,
     rows: int = 200,
 ) -> dict:
-    """Return how often each pair of tokens was written after the prompt, by a way."""
+    """Return how often a strategy wrote each pair of tokens after the prompt."""
     seen: dict[tuple[int, int], int] = {}
     for turn in tqdm(range(-(-num_samples // rows)), strategy.name, unit="batch"):
         count = min(rows, num_samples - turn * rows)
@@ -270,7 +269,10 @@ def sample_pairs(
 
 
 def fit(seen: dict[tuple[int, int], int], expected: dict[tuple[int, int], float]) -> Fit:
-    """Return Pearson's test of counts against probabilities; a pair that should never come makes it infinite."""
+    """Return Pearson's test of counts against probabilities.
+
+    A pair that should never occur makes the statistic infinite.
+    """
     total = sum(seen.values())
     often = {pair: share for pair, share in expected.items() if share * total >= 5}
     cells = [(seen.get(pair, 0), share * total) for pair, share in often.items()]
@@ -292,32 +294,28 @@ def fit(seen: dict[tuple[int, int], int], expected: dict[tuple[int, int], float]
 def greedy_draft_pairs(
     network: Network, prompt: list[int], depth: int, sampling: SamplingParameters, num_samples: int
 ) -> dict:
-    """Return counts as S2D's released code would sample: a greedy draft taken as if it had been sampled; to see that the test sees it.
+    """Return counts as S2D's released code samples; they show that the test detects such a bias.
 
-    The draft is the exit's likeliest token, accepted with the full model's probability over the exit's; refused, the token is drawn from
-    what the full model has above the exit.
+    The draft is the exit's likeliest token, accepted with the full model's probability over the
+    exit's, as if it had been sampled. After a rejection the token is drawn from what the full model
+    has above the exit.
     """
-    state_tokens: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @functools.cache
     def both(tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        if tokens not in state_tokens:
-            state = State(network, 1, len(prompt) + len(tokens) + 1, [depth, network.num_layers])
-            state.append(torch.tensor([[*prompt, *tokens]], device=network.device))
-            state.read(network.num_layers)
-            sampler = Sampler(SamplingParameters(0.0), [0])
-            shares = []
-            for at in (depth, network.num_layers):
-                logits = (
-                    sampler.scores(state.logits(at, state.last_slots()), [[0]])[0, 0].float()
-                    / sampling.temperature
-                )
-                shares.append(
-                    logits.masked_fill(
-                        logits < logits.topk(sampling.top_k).values[-1], float("-inf")
-                    ).softmax(-1)
-                )
-            state_tokens[tokens] = shares[0], shares[1]
-        return state_tokens[tokens]
+        state = DecodingState(
+            network, 1, len(prompt) + len(tokens) + 1, [depth, network.num_layers]
+        )
+        state.append(torch.tensor([[*prompt, *tokens]], device=network.device))
+        state.read(network.num_layers)
+        sampler = Sampler(SamplingParameters(0.0), [0])
+        shares = []
+        for at in (depth, network.num_layers):
+            logits = state.logits(at, state.last_slots())
+            scores = sampler.scores(logits, [[0]])[0, 0].float() / sampling.temperature
+            lowest = scores.topk(sampling.top_k).values[-1]
+            shares.append(scores.masked_fill(scores < lowest, float("-inf")).softmax(-1))
+        return shares[0], shares[1]
 
     generator, seen = torch.Generator().manual_seed(0), {}
     with torch.inference_mode():

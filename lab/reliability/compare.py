@@ -1,4 +1,4 @@
-"""Two runs side by side, bit for bit."""
+"""Comparison of two runs, bit for bit."""
 
 import math
 from pathlib import Path
@@ -10,38 +10,27 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_sorted.monitoring.json_lines import read_json_lines
 
-# What a clock or the machine decides.
-CLOCK = frozenset(
-    (
-        "time",
-        "step_seconds",
-        "tokens_per_second",
-        "tokens_per_second_per_device",
-        "tflops_per_device",
-        "mfu",
-        "seconds_left",
-        "seconds",
-        "memory_bytes",
-        "phases",
-    )
-)
+# Keys of a report that depend on a clock or the machine.
+CLOCK = {
+    *("time", "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "phases"),
+    *("tflops_per_device", "seconds_left", "seconds", "memory_bytes"),
+}
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of a torch_dist checkpoint by its global name, read by torch alone."""
-    reader = FileSystemReader(str(directory))
-    described = reader.read_metadata().state_dict_metadata
+    described = FileSystemReader(str(directory)).read_metadata().state_dict_metadata
     tensors = {
-        name: torch.empty(said.size, dtype=said.properties.dtype)
-        for name, said in described.items()
-        if isinstance(said, TensorStorageMetadata)
+        name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
+        for name, tensor in described.items()
+        if isinstance(tensor, TensorStorageMetadata)
     }
     load(tensors, storage_reader=FileSystemReader(str(directory)), no_dist=True)
     return tensors
 
 
 def differing_tensors(one: Path, other: Path, step: int) -> tuple[int, list[str]]:
-    """Return how many tensors the checkpoints of ``step`` hold, and a word for each that differs in any bit."""
+    """Return the number of tensors at ``step``, and a line for each difference."""
     ours, theirs = (read_tensors(root / f"iter_{step:07d}") for root in (one, other))
     different = [f"{name}: only in one checkpoint" for name in sorted(ours.keys() ^ theirs.keys())]
     for name in sorted(ours.keys() & theirs.keys()):
@@ -53,14 +42,15 @@ def differing_tensors(one: Path, other: Path, step: int) -> tuple[int, list[str]
 
 
 def without_clock(line: dict[str, Any]) -> dict[str, Any]:
-    """Return a report without what a clock decides."""
+    """Return a report without what depends on a clock."""
     return {key: value for key, value in line.items() if key not in CLOCK}
 
 
 def differing_reports(one: Path, other: Path, steps: int) -> tuple[int, list[str]]:
-    """Return how many reports of training the ``other`` run wrote, and a word for each that differs from the same step's of ``one``.
+    """Return the number of training reports of the ``other`` run, and a line for each difference.
 
-    Steps that were done again after a kill are compared each time.
+    Each is compared with the report of the same step by ``one``. Steps that were repeated after a
+    kill are compared each time.
     """
     expected = {
         line["step"]: without_clock(line)
@@ -75,7 +65,7 @@ def differing_reports(one: Path, other: Path, steps: int) -> tuple[int, list[str
     different += [f"step {step}: not reported by the killed run" for step in sorted(missing)]
     for line in lines:
         if line != expected.get(line["step"]):
-            words = [key for key in line if line[key] != expected.get(line["step"], {}).get(key)]
-            different.append(f"step {line['step']}: {', '.join(words)}")
+            keys = [key for key in line if line[key] != expected.get(line["step"], {}).get(key)]
+            different.append(f"step {line['step']}: {', '.join(keys)}")
     assert all(math.isfinite(exit_["loss"]) for line in lines for exit_ in line["exits"].values())
     return len(lines), different

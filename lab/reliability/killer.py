@@ -1,9 +1,10 @@
-"""Sends SIGKILL to a run at random moments and starts it again until it is done."""
+"""Kill a run at random moments and start it again until it is finished."""
 
 import contextlib
 import random
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,10 +17,10 @@ POLL_SECONDS = 0.002
 
 
 class Killer:
-    """Kills a job ``kills`` times on its way through ``steps`` steps.
+    """Kills a job ``kills`` times during its ``steps`` steps.
 
-    The kills are spread over the steps: each waits until the run has reported a step for the first time, and then for a random moment of
-    the next steps or for the next save.
+    The kills are spread over the steps: each waits until the run has reported a step for the first
+    time, and then for a random moment of the next steps or for the next save.
     """
 
     def __init__(
@@ -31,20 +32,16 @@ class Killer:
         settings: list[str],
         chance: random.Random,
     ):
-        self.folder, self.steps, self.num_processes, self.kills, self.settings, self.chance = (
-            folder,
-            steps,
-            num_processes,
-            kills,
-            settings,
-            chance,
+        self.steps, self.kills, self.chance = steps, kills, chance
+        self._start = partial(
+            RunningJob, folder, "killed", steps, num_processes, settings, max_restarts=kills
         )
         self.save = folder / "killed"
         self.counts: Counter[str] = Counter()
         self.lost_steps = 0
 
     def run(self) -> None:
-        """Kill and resumes until the run is done."""
+        """Kill the run and start it again until it is finished."""
         job = self._start()
         for number in range(self.kills):
             step = round((number + 1) * (self.steps - 3) / (self.kills + 1))
@@ -59,7 +56,8 @@ class Killer:
             self.counts["kills in the middle of a save"] += in_save
             self.lost_steps += before - saved
             print(
-                f"  kill {number + 1} of {self.kills}: {victims}, at step {before}{', in the middle of a save' * in_save}",
+                f"  kill {number + 1} of {self.kills}: {victims}, at step {before}"
+                f"{', in the middle of a save' * in_save}",
                 flush=True,
             )
             if victims == VICTIMS[2]:
@@ -70,18 +68,8 @@ class Killer:
         )
 
     def figures(self) -> dict[str, int]:
-        """Return what happened, in numbers."""
+        """Return the numbers of kills, restarts and repeated steps."""
         return {**self.counts, "steps": self.steps, "steps done again": self.lost_steps}
-
-    def _start(self) -> RunningJob:
-        return RunningJob(
-            self.folder,
-            "killed",
-            self.steps,
-            self.num_processes,
-            self.settings,
-            max_restarts=self.kills,
-        )
 
     def _last_step(self) -> int:
         path = self.save / "metrics.jsonl"
@@ -95,16 +83,17 @@ class Killer:
         while not (path.exists() and path.stat().st_size > seen and self._last_step() >= step):
             if job.finished() or time.monotonic() > until:
                 raise RuntimeError(
-                    f"the run did not come to step {step}; the end of {job.log}:\n{job.log.read_text()[-3000:]}"
+                    f"the run did not reach step {step}; the end of {job.log}:\n"
+                    f"{job.log.read_text()[-3000:]}"
                 )
             time.sleep(0.01)
 
     def _wait_for_moment(self, job: RunningJob, wants_save: bool) -> bool:
-        """Return whether the moment to kill, now, is in the middle of a save."""
+        """Wait for the moment to kill; return whether it is in the middle of a save."""
         until = time.monotonic() + (10 if wants_save else self.chance.uniform(0, 0.4))
         while time.monotonic() < until and not (wants_save and self._saving()):
             if job.finished():
-                raise RuntimeError("the run was done before all kills; give it more --steps")
+                raise RuntimeError("the run was finished before all kills; give it more --steps")
             time.sleep(POLL_SECONDS)
         if wants_save:
             time.sleep(self.chance.uniform(0, 0.08))

@@ -1,7 +1,6 @@
-"""What is trained while it is killed, and the torchrun job that trains it."""
+"""The training that is killed, and the torchrun job that runs it."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -9,9 +8,11 @@ from pathlib import Path
 
 import psutil
 
-from megatron_sorted.command_line import ROOT
+from lab.reliability.processes import environment, torchrun
+from megatron_sorted.installation import ROOT
 
-# Dropout and drawn exits: a resume that loses random state or the step count shows in the first loss after it.
+# With dropout and drawn exits, a resume that loses random state or the step count shows in the
+# first loss after it.
 SETTINGS = """\
 num-layers: 6
 hidden-size: 192
@@ -50,18 +51,8 @@ def write_task(folder: Path) -> None:
     )
     subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "megatron_sorted",
-            "prepare",
-            "--input",
-            "task.jsonl",
-            "--output-prefix",
-            "data/task",
-            "--seq-length",
-            "64",
-            "--train-tokenizer",
-            "300",
+            *(sys.executable, "-m", "megatron_sorted", "prepare", "--input", "task.jsonl"),
+            *("--output-prefix", "data/task", "--seq-length", "64", "--train-tokenizer", "300"),
             "--overwrite",
         ],
         cwd=folder,
@@ -72,13 +63,8 @@ def write_task(folder: Path) -> None:
     (folder / "run.yaml").write_text(SETTINGS, encoding="utf-8")
 
 
-def environment() -> dict[str, str]:
-    """Return the environment of every process started here."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 class RunningJob:
-    """A torchrun job of the task, in a session of its own so that it can be killed whole."""
+    """A torchrun job of the task, in a session of its own so that all of it can be killed."""
 
     def __init__(
         self,
@@ -91,25 +77,10 @@ class RunningJob:
     ):
         self.save, self.log = folder / name, folder / f"{name}.log"
         command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(num_processes),
-            "--max-restarts",
-            str(max_restarts),
-            "--monitor-interval",
-            "0.1",
+            *torchrun(num_processes),
+            *f"--max-restarts {max_restarts} --monitor-interval 0.1".split(),
             str(ROOT / "pretrain_sorted.py"),
-            "--config",
-            "run.yaml",
-            "--train-iters",
-            str(steps),
-            "--save",
-            name,
-            "--load",
-            name,
+            *f"--config run.yaml --train-iters {steps} --save {name} --load {name}".split(),
             *settings,
         ]
         with open(self.log, "a", encoding="utf-8") as log:
@@ -123,20 +94,21 @@ class RunningJob:
             )
 
     def finished(self) -> bool:
-        """Return whether the job has ended well.
+        """Return whether the job has succeeded.
 
         Raises:
-            RuntimeError: It has ended otherwise, by itself.
+            RuntimeError: It has failed.
         """
         status = self.process.poll()
         if status:
             raise RuntimeError(
-                f"the job ended with status {status}; the end of {self.log}:\n{self.log.read_text()[-3000:]}"
+                f"the job ended with status {status}; the end of {self.log}:\n"
+                f"{self.log.read_text()[-3000:]}"
             )
         return status == 0
 
     def wait_until_finished(self, seconds: float) -> None:
-        """Wait for a good end.
+        """Wait until the job has succeeded.
 
         Raises:
             RuntimeError: It failed.

@@ -1,1 +1,3 @@
-"""Comparisons of ways to train."""
+"""Comparisons of methods of training, and the steps they consist of."""
+
+"""Comparisons of methods of training, and the steps they consist of."""

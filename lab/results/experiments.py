@@ -1,4 +1,4 @@
-"""The two comparisons: which data, which model they start from, and the recipe."""
+"""The data, the start and the recipe of the two comparisons."""
 
 import json
 from dataclasses import replace
@@ -7,13 +7,13 @@ from pathlib import Path
 from lab.demo import CONFIG, QUESTIONS
 from lab.results.recipe import Recipe, prefix, prepare_step
 from lab.results.steps import OURS, PYTHON, Step
-from megatron_sorted.command_line import ROOT
 from megatron_sorted.errors import DataError
-from megatron_sorted.exported.model_directory import open_model_directory
+from megatron_sorted.exported.checkpoint_as_directory import as_hugging_face_directory
+from megatron_sorted.installation import ROOT
 
 
 def make_quick(recipe: Recipe) -> Recipe:
-    """Return the recipe with next to no training and a single rate for each method: it only shows that everything runs."""
+    """Return the recipe with few steps and one rate a method, to see that everything runs."""
     rates = {method: rates[:1] for method, rates in recipe.rates.items()}
     return replace(
         recipe,
@@ -36,8 +36,9 @@ def stories(
 ) -> tuple[Recipe, list[Step]]:
     """Return recipe and data steps for a given model and a text of many documents.
 
-    ``kept``: how many documents are held out, and how many are set aside for choosing rates. Every intermediate depth but the first
-    becomes an exit: one layer of such a model cannot say much.
+    ``kept`` is the number of documents that are held out, and that of those that rates are chosen
+    by. Every intermediate depth but the first becomes an exit: one layer of such a model predicts
+    little.
 
     Raises:
         DataError: The text is missing, or the model has too few layers or no sentencepiece file.
@@ -46,11 +47,12 @@ def stories(
     if not text.is_file():
         raise DataError(f"--text: {text}: no such file. Give a text file.")
     num_layers = json.loads(
-        (open_model_directory(model) / "config.json").read_text(encoding="utf-8")
+        (as_hugging_face_directory(model) / "config.json").read_text(encoding="utf-8")
     )["num_hidden_layers"]
     if num_layers < 3:
         raise DataError(
-            f"--model: {model} has {num_layers} layers, no depth between the first and the last. Give one with at least 3."
+            f"--model: {model} has {num_layers} layers, no depth between the first and the last."
+            " Give one with at least 3."
         )
     if not (model / "tokenizer.model").is_file():
         raise DataError(
@@ -100,11 +102,14 @@ def stories(
 
 
 def cldr(folder: Path, quick: bool = False) -> tuple[Recipe, list[Step]]:
-    """Return recipe and data steps for the demo's questions and the ordinary model that is trained on them from scratch first."""
-    data, asked, original = folder / "data", folder / "questions", folder / "original"
+    """Return recipe and data steps for the demo's questions.
+
+    The ordinary model that all start from is trained on them from scratch first.
+    """
+    data, questions, original = folder / "data", folder / "questions", folder / "original"
     tokenizer, sets = data / "all_tokenizer.model", ("phrasing", "unseen")
-    files = tuple(str(asked / f"{name}.jsonl") for name in sets)
-    facts, questions, vocabulary = ("40", "40", "600") if quick else ("500", "1000", "1500")
+    files = tuple(str(questions / f"{name}.jsonl") for name in sets)
+    num_facts, num_questions, vocabulary = ("40", "40", "600") if quick else ("500", "1000", "1500")
     recipe = Recipe(
         folder,
         original,
@@ -128,57 +133,35 @@ def cldr(folder: Path, quick: bool = False) -> tuple[Recipe, list[Step]]:
             *files,
             "--questions",
             *files,
-            "--shots",
-            "0",
-            "--question-template",
-            "{question}\\n",
-            "--batch-size",
-            "100",
+            *("--shots", "0", "--question-template", "{question}\\n", "--batch-size", "100"),
             *(("--num-questions", "10") if quick else ()),
         ),
     )
     recipe = make_quick(recipe) if quick else recipe
     ask = Step(
         "questions",
-        "Write questions such as `How do you say Monday in Finnish?`, with true answers from Unicode CLDR",
+        "Write questions such as `How do you say Monday in Finnish?`, with true answers from"
+        " Unicode CLDR",
         (
-            PYTHON,
-            "-m",
-            "lab.make_cldr_questions",
-            "--output",
-            str(asked),
-            *QUESTIONS,
-            "--max-facts",
-            facts,
-            "--num-eval-samples",
-            questions,
+            *(PYTHON, "-m", "lab.make_cldr_questions", "--output", str(questions), *QUESTIONS),
+            *f"--max-facts {num_facts} --num-eval-samples {num_questions}".split(),
         ),
-        tuple(asked / f"{name}.jsonl" for name in ("train", *sets)),
+        tuple(questions / f"{name}.jsonl" for name in ("train", *sets)),
     )
-    tokens = (
-        *OURS,
-        "prepare",
-        "--input",
-        str(asked / "train.jsonl"),
-        "--output-prefix",
-        str(data / "all"),
-        "--train-tokenizer",
-        vocabulary,
-        "--seq-length",
-        str(recipe.seq_length),
-        "--workers",
-        "1",
-        "--overwrite",
+    learn_tokens = (
+        *(*OURS, "prepare", "--input", str(questions / "train.jsonl")),
+        *("--output-prefix", str(data / "all"), "--train-tokenizer", vocabulary),
+        *f"--seq-length {recipe.seq_length} --workers 1 --overwrite".split(),
     )
     learn = Step(
         "tokenizer",
         "Train a tokenizer on the questions",
-        tokens,
+        learn_tokens,
         (tokenizer,),
         needs=("questions",),
     )
     split = _split_step(
-        recipe, asked / "train.jsonl", 30 if quick else 300, (), tokenizer, (), ("tokenizer",)
+        recipe, questions / "train.jsonl", 30 if quick else 300, (), tokenizer, (), ("tokenizer",)
     )
     source = ("--tokenizer-model", str(tokenizer))
     prepared = [
@@ -186,43 +169,23 @@ def cldr(folder: Path, quick: bool = False) -> tuple[Recipe, list[Step]]:
         for name in ("train", "tuning")
     ]
     prepared += [
-        prepare_step(folder, name, recipe.seq_length, source, ("tokenizer",), asked)
+        prepare_step(folder, name, recipe.seq_length, source, ("tokenizer",), questions)
         for name in sets
     ]
-    save, few = (
-        folder / "runs" / "original",
-        (("--train-iters", "3", "--lr-warmup-iters", "1") if quick else ()),
-    )
+    save = folder / "runs" / "original"
+    few_steps = ("--train-iters", "3", "--lr-warmup-iters", "1") if quick else ()
     train = (
-        PYTHON,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "pretrain_sorted.py",
-        "--config",
-        str(CONFIG.relative_to(ROOT)),
-        "--exit-layer-weight",
-        "0",
-        "0",
-        "0",
-        "0",
-        "--data-path",
-        str(prefix(folder, "train")),
-        "--valid-data-path",
-        *(str(prefix(folder, name)) for name in sets),
-        "--tokenizer-model",
-        str(tokenizer),
-        "--save",
-        str(save),
-        "--save-hf",
-        str(original),
-        *few,
+        *f"{PYTHON} -m torch.distributed.run --standalone --nproc-per-node 2".split(),
+        *("pretrain_sorted.py", "--config", str(CONFIG.relative_to(ROOT))),
+        *("--exit-layer-weight", "0", "0", "0", "0"),
+        *("--data-path", str(prefix(folder, "train"))),
+        *("--valid-data-path", *(str(prefix(folder, name)) for name in sets)),
+        *("--tokenizer-model", str(tokenizer), "--save", str(save), "--save-hf", str(original)),
+        *few_steps,
     )
     learned = Step(
         "train-original",
-        "Train an ordinary model from scratch, as the demo does; it is where all methods start",
+        "Train an ordinary model from scratch, as the demo does; all methods start from it",
         train,
         (save / "evaluation.json", original / "config.json"),
         (save, original),
@@ -244,24 +207,14 @@ def _split_step(
     data = recipe.folder / "data"
     numbers = dict.fromkeys((recipe.num_tokens, recipe.num_sweep_tokens))
     command = (
-        *OURS,
-        "split",
-        "--input",
-        str(text),
-        *flags,
-        "--num-tuning",
-        str(num_tuning),
-        "--output",
-        str(data),
-        "--tokenizer",
-        str(tokenizer),
-        "--num-tokens",
-        *map(str, numbers),
+        *(*OURS, "split", "--input", str(text), *flags, "--num-tuning", str(num_tuning)),
+        *("--output", str(data), "--tokenizer", str(tokenizer)),
+        *("--num-tokens", *map(str, numbers)),
     )
     names = ("train", "tuning", *(f"train_{number}" for number in numbers))
     return Step(
         "split",
-        "Set samples aside: to measure on, and to choose learning rates by; the rest is trained on",
+        "Keep samples to measure on and to choose learning rates by; train on the rest",
         command,
         (data / "split.json", *(data / f"{name}.jsonl" for name in names)),
         needs=needs,

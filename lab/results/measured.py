@@ -1,12 +1,11 @@
 """The measured numbers of all seeds, by model and depth."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 
+from lab.results.rates import read_json
 from lab.results.recipe import HEADS, Recipe, evaluation_folder
 from megatron_sorted.errors import DataError
-from megatron_sorted.reading.json_text import read_json_object
 
 NAMES = {
     "before": "before",
@@ -22,8 +21,8 @@ class Number:
     """A mean over seeds.
 
     Attributes:
-        error: Standard error over documents (or questions), mean over seeds: all seeds are measured on the same ones, so that more
-            seeds do not make it smaller.
+        error: Standard error over documents (or questions), mean over seeds. All seeds are measured
+            on the same ones, so more seeds do not make it smaller.
         spread: Standard deviation over seeds; None for a single one.
     """
 
@@ -33,7 +32,7 @@ class Number:
 
 
 class Numbers:
-    """What megatron-sorted evaluate found, of one or more seeds."""
+    """Measurements by ``megatron-sorted evaluate`` for one or more seeds."""
 
     def __init__(self, evaluations: list[dict]):
         self.evaluations = evaluations
@@ -50,17 +49,17 @@ class Numbers:
 
     def number(self, kind: str, name: str, model: str, depth: int, score: str) -> Number:
         """Return ``loss`` of a text, or ``exact_match`` of a question set."""
-        found = [exits[str(depth)] for exits in self._exits(kind, name, model)]
-        return _mean([(numbers[score], numbers[f"{score}_standard_error"]) for numbers in found])
+        measured = [exits[str(depth)] for exits in self._exits(kind, name, model)]
+        return _mean([(one[score], one[f"{score}_standard_error"]) for one in measured])
 
     def difference(
         self, kind: str, name: str, model: str, other: str, depth: int, score: str
     ) -> Number:
-        """Return the paired difference between two models at a depth; ``other`` is ``ordinary`` or SFT+ICT."""
-        found = [
+        """Return the paired difference of two models; ``other`` is ``ordinary`` or SFT+ICT."""
+        measured = [
             exits[str(depth)][f"{score}_minus"][other] for exits in self._exits(kind, name, model)
         ]
-        return _mean([(numbers["value"], numbers["standard_error"]) for numbers in found])
+        return _mean([(one["value"], one["standard_error"]) for one in measured])
 
     def _exits(self, kind: str, name: str, model: str) -> list[dict]:
         measured = [one[kind][name]["models"] for one in self.evaluations]
@@ -73,24 +72,15 @@ def read_numbers(recipe: Recipe, seeds: int) -> Numbers:
     Raises:
         DataError: An evaluation cannot be read, or lacks something.
     """
-    found = []
+    evaluations = []
     for seed in range(1, seeds + 1):
         path = evaluation_folder(recipe, seed) / "evaluation.json"
-        found.append(read_json(path))
-        if not {"ordinary", "nested", HEADS} <= set(found[-1].get("models", {})):
+        evaluations.append(read_json(path))
+        if not {"ordinary", "nested", HEADS} <= set(evaluations[-1].get("models", {})):
             raise DataError(
                 f"{path}: it lacks the ordinary or the nested model. Start again with --fresh."
             )
-    return Numbers(found)
-
-
-def read_json(path: Path) -> dict:
-    """Return the object in a JSON file of a step.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    return read_json_object(path, "Start again with --fresh.")
+    return Numbers(evaluations)
 
 
 def _mean(pairs: list[tuple[float, float | None]]) -> Number:

@@ -3,13 +3,21 @@
 import os
 from pathlib import Path
 
-from lab.results.measured import NAMES, Numbers, read_json, read_numbers
+from lab.results.measured import NAMES, Numbers, read_numbers
+from lab.results.pages import page_head
 from lab.results.picture import ResultPanel, draw
-from lab.results.rates import choose_rate, chosen_rate, sweep_losses, trained_depths, trainer_losses
+from lab.results.rates import (
+    choose_rate,
+    chosen_rate,
+    read_json,
+    sweep_losses,
+    trained_depths,
+    trainer_losses,
+)
 from lab.results.recipe import HEADS, METHODS, Recipe, shown
 from lab.results.steps import Step
 from lab.results.tables import (
-    answers_in_words,
+    answers_finding,
     differences_table,
     findings,
     measures_table,
@@ -21,42 +29,58 @@ from megatron_sorted.reporting.markdown import facts
 OPENINGS = {
     "stories": (
         "A really trained small language model, fine-tuned on stories",
+        "what nested fine-tuning does to a really trained small LLaMA",
         """\
-{model} is an ordinary LLaMA of {layers} layers, trained with a loss after its last layer only. It was imported
-(`pretrain_sorted.py --load`), fine-tuned on {train:,} stories, exported to a Hugging Face directory (`--save-hf`, verified against
-transformers) and measured there at every depth (megatron-sorted evaluate), on {held_out:,} stories that were in no training here
-({tokens:,} tokens).""",
+{model} is an ordinary LLaMA of {layers} layers, trained with a loss after its last layer only. It
+was imported (`pretrain_sorted.py --load`), fine-tuned on {train:,} stories, exported to a Hugging
+Face directory (`--save-hf`, verified against transformers) and measured there at every depth
+(megatron-sorted evaluate), on {held_out:,} stories that were in no training here ({tokens:,}
+tokens).""",
     ),
     "cldr": (
         "A model trained from scratch on facts, fine-tuned",
+        "nested against ordinary training from nothing, on facts",
         """\
-The ordinary model of the demo: {layers} layers, trained from scratch on {train:,} questions such as "How do you say Monday in Finnish?"
-with a loss after its last layer only, exported to a Hugging Face directory. From there it is fine-tuned on the same questions, exported
-again and measured at every depth (megatron-sorted evaluate). *phrasing*: trained facts in wordings that are never trained. *unseen*:
-facts that are never trained, so what it shows is guessing.""",
+The ordinary model of the demo: {layers} layers, trained from scratch on {train:,} questions such as
+"How do you say Monday in Finnish?" with a loss after its last layer only, exported to a Hugging
+Face directory. From there it is fine-tuned on the same questions, exported again and measured at
+every depth (megatron-sorted evaluate). *phrasing*: trained facts in wordings that are never
+trained. *unseen*: facts that are never trained, so it shows what guessing achieves.""",
     ),
 }
+"""Comparison -> title, purpose and opening of its page."""
+RATES_TRIED = (
+    "Rates were tried at a few values, in shorter runs; other settings (warm-up, weight decay,"
+    " batch) at none."
+)
 LIMITS = {
     "stories": [
-        "One small model and one small set of stories. How much of it holds for large models is not shown here.",
-        "The model's first training may have seen these very stories, held-out ones among them. All methods start from it alike.",
-        "Fine-tuning here goes on in the domain of the first training, so ordinary fine-tuning has little to win.",
-        "Rates were tried at a few values, in shorter runs; other settings (warm-up, weight decay, batch) at none.",
+        "One small model and one small set of stories. How much of it holds for large models is"
+        " not shown here.",
+        "The model's first training may have seen these very stories, held-out ones among them."
+        " All methods start from it alike.",
+        "Fine-tuning here continues in the domain of the first training, so ordinary fine-tuning"
+        " has little to win.",
+        RATES_TRIED,
     ],
     "cldr": [
-        "A tiny model and a few hundred facts that need few layers; it shows what exits do, not what they do to a large model.",
-        "Fine-tuning repeats the questions of the first training. What it adds at full depth is more training, not new data.",
-        "Rates were chosen on questions in trained wordings, for all methods alike; on new wordings others may be better. Most of all "
-        "for SFT+ICT, whose heads are very sure of wrong answers (loss on *unseen*).",
-        "Rates were tried at a few values, in shorter runs; other settings (warm-up, weight decay, batch) at none.",
+        "A tiny model and a few hundred facts that need few layers; it shows what exits do, not"
+        " what they do to a large model.",
+        "Fine-tuning repeats the questions of the first training. What it adds at full depth is"
+        " more training, not new data.",
+        "Rates were chosen on questions in trained wordings, for all methods alike; on new wordings"
+        " others may be better. Most of all for SFT+ICT, whose heads are very confident of wrong"
+        " answers (loss on *unseen*).",
+        RATES_TRIED,
     ],
 }
+"""Comparison -> what its page does not show."""
 
 
 def write_page(
     part: str, recipe: Recipe, steps: list[Step], methods: tuple[str, ...], seeds: int, docs: Path
 ) -> tuple[Path, Path]:
-    """Return the paths of page and picture, after writing both.
+    """Write page and picture; return their paths.
 
     Raises:
         DataError: A measured file is missing or damaged.
@@ -73,7 +97,7 @@ def write_page(
         *_measures(recipe, numbers),
         f"![Quality of every depth]({os.path.relpath(picture, page.parent)})",
         "",
-        *_in_words(part, recipe, numbers),
+        *_findings(part, recipe, numbers),
         *_recipe(recipe, numbers, methods, seeds),
         *_trainer(recipe, methods),
         "## Commands",
@@ -87,20 +111,23 @@ def write_page(
 
 
 def panels(part: str, recipe: Recipe, numbers: Numbers) -> list[ResultPanel]:
-    """Return what the picture shows: loss, and beside it the lower part of it enlarged or, where questions were asked, exact match."""
+    """Return the panels of the picture: loss and, if there are questions, exact match.
+
+    Without questions the second panel is the lower part of the first, enlarged.
+    """
     text, first = numbers.names("texts")[0], recipe.exit_depths[0]
     whole = ResultPanel(
         "texts", text, "loss", "Loss of every depth (lower is better)", "nats per token"
     )
     if numbers.names("questions"):
-        asked = numbers.names("questions")[0]
+        questions = numbers.names("questions")[0]
         return [
             whole,
             ResultPanel(
                 "questions",
-                asked,
+                questions,
                 "exact_match",
-                f"Exact match, {asked} (higher is better)",
+                f"Exact match, {questions} (higher is better)",
                 "questions answered right",
             ),
         ]
@@ -126,28 +153,29 @@ def _page_name(part: str, recipe: Recipe) -> str:
 
 
 def _opening(part: str, recipe: Recipe, numbers: Numbers) -> list[str]:
-    title, text = OPENINGS[part]
+    title, purpose, text = OPENINGS[part]
     split = read_json(recipe.folder / "data" / "split.json")
     measured = numbers.evaluations[0]["texts"][numbers.names("texts")[0]]
-    words = text.format(
+    opening = text.format(
         model=recipe.model.name,
         layers=numbers.depths[-1],
         train=split["train"],
         held_out=measured["documents"],
         tokens=measured["models"]["ordinary"]["tokens"],
     )
-    return [f"# {title}", "", *words.splitlines(), ""]
+    return [*page_head(title, purpose), *opening.splitlines(), ""]
 
 
 def _measures(recipe: Recipe, numbers: Numbers) -> list[str]:
     lines = []
     for kind, unit in (("texts", "nats per token"), ("questions", "exact match, greedy answers")):
         for name in numbers.names(kind):
-            found = numbers.evaluations[0][kind][name]
+            measured = numbers.evaluations[0][kind][name]
             size = (
-                f"{found['documents']:,} documents, {found['models']['ordinary']['tokens']:,} counted tokens"
+                f"{measured['documents']:,} documents,"
+                f" {measured['models']['ordinary']['tokens']:,} counted tokens"
                 if kind == "texts"
-                else f"{found['questions']:,} questions"
+                else f"{measured['questions']:,} questions"
             )
             lines += [
                 f"## {name}: {unit}",
@@ -155,8 +183,6 @@ def _measures(recipe: Recipe, numbers: Numbers) -> list[str]:
                 f"{size}.",
                 "",
                 *measures_table(numbers, kind, name, recipe.exit_depths),
-            ]
-            lines += [
                 "Differences, paired:",
                 "",
                 *differences_table(numbers, kind, name),
@@ -165,49 +191,49 @@ def _measures(recipe: Recipe, numbers: Numbers) -> list[str]:
     stars = [
         depth for depth in numbers.depths if depth not in (*recipe.exit_depths, numbers.depths[-1])
     ]
-    notes = [
-        "± is one standard error over documents or questions. *before* is the model all methods start from; *SFT+ICT* the "
-        "ordinarily fine-tuned model, frozen, with a norm and a head of its own trained for each depth. FLOPs: forward, share of the "
-        "whole model."
-    ]
+    note = (
+        "± is one standard error over documents or questions. *before* is the model all methods"
+        " start from; *SFT+ICT* the ordinarily fine-tuned model, frozen, with a norm and a head of"
+        " its own trained for each depth. FLOPs: forward, share of the whole model."
+    )
     if stars:
-        notes[0] += (
-            f" \\* no exit in nested training: depth {', '.join(map(str, stars))} is measured all the same."
+        note += (
+            f" \\* no exit in nested training: depth {', '.join(map(str, stars))} is measured all"
+            " the same."
         )
-    return [*lines, *notes, ""]
+    return [*lines, note, ""]
 
 
-def _in_words(part: str, recipe: Recipe, numbers: Numbers) -> list[str]:
-    said = findings(numbers, numbers.names("texts")[0], recipe.exit_depths)
-    said += [
-        *_rate_in_words(recipe),
-        *(answers_in_words(numbers, name) for name in numbers.names("questions")),
-    ]
+def _findings(part: str, recipe: Recipe, numbers: Numbers) -> list[str]:
+    seeds = len(numbers.evaluations)
     return [
         "## What it shows",
         "",
-        *said,
+        *findings(numbers, numbers.names("texts")[0], recipe.exit_depths),
+        *_finding_on_rates(recipe),
+        *(answers_finding(numbers, name) for name in numbers.names("questions")),
         "",
         "## What it does not show",
         "",
         *(f"- {limit}" for limit in LIMITS[part]),
-        f"- {'One seed' if len(numbers.evaluations) == 1 else f'{len(numbers.evaluations)} seeds'}: standard errors are over "
-        "documents, and say nothing about another training.",
+        f"- {'One seed' if seeds == 1 else f'{seeds} seeds'}: standard errors are over documents,"
+        " and say nothing about another training.",
         "",
     ]
 
 
-def _rate_in_words(recipe: Recipe) -> list[str]:
-    """Return a line where another rate than nested training's would have served the last depth better."""
+def _finding_on_rates(recipe: Recipe) -> list[str]:
+    """Return a line if another rate would have been better for nested training's last depth."""
     losses, last = sweep_losses(recipe, "nested"), recipe.measured[-1]
     taken = chosen_rate(recipe, "nested")
     if not losses or (best := choose_rate(losses, (last,))) == taken:
         return []
     first = recipe.exit_depths[0]
     return [
-        "- **The learning rate moves along the same exchange.** Nested training has the rate that is best for the mean of its exits. "
-        f"In the short runs {best} instead of {taken} gave {losses[best][last] - losses[taken][last]:+.3f} at depth {last} and "
-        f"{losses[best][first] - losses[taken][first]:+.3f} at depth {first}."
+        "- **The learning rate moves along the same exchange.** Nested training has the rate that"
+        f" is best for the mean of its exits. In the short runs {best} instead of {taken} gave"
+        f" {losses[best][last] - losses[taken][last]:+.3f} at depth {last} and"
+        f" {losses[best][first] - losses[taken][first]:+.3f} at depth {first}."
     ]
 
 
@@ -218,21 +244,25 @@ def _recipe(recipe: Recipe, numbers: Numbers, methods: tuple[str, ...], seeds: i
     lines = [
         "## Recipe",
         "",
-        f"- Data: {split['samples']:,} samples, {split['copies_dropped']:,} copies dropped; {held_out}"
-        f"{split['tuning']:,} to choose rates by, {split['train']:,} trained on ({split['train_tokens']:,} tokens).",
-        f"- Fine-tuning: {recipe.num_steps} steps of {recipe.batch_size} x {recipe.seq_length} tokens, AdamW, cosine to 0 after "
-        f"{recipe.warmup} steps of warm-up; the same data, order and seeds for every method ({seeds} seed{'s' * (seeds > 1)}).",
-        f"- Nested: exits after {', '.join(map(str, recipe.exit_depths))} and {numbers.depths[-1]} layers, one norm and one head for "
-        "all, mean of their losses. Ordinary: the same command with no loss before the last layer.",
-        f"- SFT+ICT: {heads['num_new_parameters']:,} new parameters, {heads['num_tokens']:,} trained tokens in {heads['num_steps']:,} "
-        f"steps (the ordinary fine-tuning before it not counted).",
-        "- Learning rates: for each method the one with the least loss on the samples kept for that, over the depths it trains, after "
-        f"{recipe.num_sweep_steps} steps:",
+        f"- Data: {split['samples']:,} samples, {split['copies_dropped']:,} copies dropped;"
+        f" {held_out}{split['tuning']:,} to choose rates by, {split['train']:,} trained on"
+        f" ({split['train_tokens']:,} tokens).",
+        f"- Fine-tuning: {recipe.num_steps} steps of {recipe.batch_size} x {recipe.seq_length}"
+        f" tokens, AdamW, cosine to 0 after {recipe.warmup} steps of warm-up; the same data, order"
+        f" and seeds for every method ({seeds} seed{'s' * (seeds > 1)}).",
+        f"- Nested: exits after {', '.join(map(str, recipe.exit_depths))} and {numbers.depths[-1]}"
+        " layers, one norm and one head for all, mean of their losses. Ordinary: the same command"
+        " with no loss before the last layer.",
+        f"- SFT+ICT: {heads['num_new_parameters']:,} new parameters, {heads['num_tokens']:,}"
+        f" trained tokens in {heads['num_steps']:,} steps (the ordinary fine-tuning before it not"
+        " counted).",
+        "- Learning rates: for each method the one with the least loss on the samples kept for"
+        f" that, over the depths it trains, after {recipe.num_sweep_steps} steps:",
         "",
     ]
     for method in ("ordinary", "nested", "heads"):
         losses, depths = sweep_losses(recipe, method), trained_depths(recipe, method)
-        tried = ", ".join(f"{rate}: {_mean_of(found, depths)}" for rate, found in losses.items())
+        tried = ", ".join(f"{rate}: {_mean_of(loss, depths)}" for rate, loss in losses.items())
         name = "SFT+ICT" if method == "heads" else METHODS[method]
         rates, taken = recipe.rates[method], chosen_rate(recipe, method)
         edge = (
@@ -247,7 +277,10 @@ def _recipe(recipe: Recipe, numbers: Numbers, methods: tuple[str, ...], seeds: i
 
 
 def _mean_of(losses: dict[int, float], depths: tuple[int, ...]) -> str:
-    """Return the mean over depths, and behind it each of them where there are several: rates move them in different directions."""
+    """Return the mean over depths and, if there are several, each depth's loss in brackets.
+
+    Rates move the losses of depths in different directions.
+    """
     mean = f"{sum(losses[depth] for depth in depths) / len(depths):.3f}"
     return (
         mean
@@ -257,18 +290,14 @@ def _mean_of(losses: dict[int, float], depths: tuple[int, ...]) -> str:
 
 
 def _trainer(recipe: Recipe, methods: tuple[str, ...]) -> list[str]:
-    """Return what the trainer itself says of the first seed, in packed windows: another way of counting, for comparison with its logs."""
+    """Return the trainer's own losses of the first seed, for comparison with its logs.
+
+    The trainer counts in packed windows.
+    """
     name = recipe.held_out[0].name.removesuffix("_text_document")
-    words = []
+    lines = [f"The trainer's own evaluation of *{name}* (packed windows, eos counted, seed 1):", ""]
     for method in methods:
         losses = trainer_losses(recipe.folder / "runs" / f"{method}-1" / "evaluation.json")
-        words.append(
-            f"- {NAMES[method]}: "
-            + ", ".join(f"@{depth} {loss:.3f}" for depth, loss in sorted(losses.items()))
-        )
-    return [
-        f"The trainer's own evaluation of *{name}* (packed windows, eos counted, seed 1):",
-        "",
-        *words,
-        "",
-    ]
+        listed = ", ".join(f"@{depth} {loss:.3f}" for depth, loss in sorted(losses.items()))
+        lines.append(f"- {NAMES[method]}: {listed}")
+    return [*lines, ""]

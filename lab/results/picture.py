@@ -1,4 +1,4 @@
-"""The picture: two panels of quality over depth, a line for each method with its name beside it."""
+"""The picture: two panels of quality over depth, with a named line for each method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from megatron_sorted.reporting import drawing
 COLOURS = dict(
     zip(("nested", "ordinary", HEADS, "nested-linear"), drawing.COLOURS, strict=False)
 ) | {"before": "#777777"}
-"""Grey is where all started."""
+"""Model -> colour; grey is the model that all methods start from."""
 MARKERS = {"before": "v", "ordinary": "s", HEADS: "D", "nested": "o", "nested-linear": "^"}
 
 
@@ -20,8 +20,10 @@ class ResultPanel:
     """One panel.
 
     Attributes:
-        kind, name, score: ``texts`` and ``loss``, or ``questions`` and ``exact_match``, of the set of this name.
-        first, top: The first depth that is shown, and the largest value; None: all of them.
+        kind, score: ``texts`` and ``loss``, or ``questions`` and ``exact_match``.
+        name: The name of the set.
+        first: The first depth that is shown.
+        top: The largest value that is shown; all for None.
     """
 
     kind: str
@@ -34,13 +36,16 @@ class ResultPanel:
 
 
 def draw(numbers: Numbers, panels: Sequence[ResultPanel], output: Path) -> None:
-    """Write a PNG of 1400 x 620 points; bands are one standard error over documents, bars one standard deviation over seeds."""
+    """Write a PNG of 1400 x 620 points.
+
+    Bands are one standard error over documents, bars one standard deviation over seeds.
+    """
     with drawing.figure_of(output, 7 * len(panels), 6.2, drawing.TITLED) as figure:
         row = figure.subplots(1, len(panels))
         figure.get_layout_engine().set(h_pad=0.2, w_pad=0.2)
         for axes, panel in zip(row, panels, strict=True):
             _draw(axes, panel, numbers)
-        figure.canvas.draw()  # names need to know where points lie
+        figure.canvas.draw()  # names are placed by where points are
         for axes, panel in zip(row, panels, strict=True):
             depths = _shown(panel, numbers)
             drawing.name_lines(

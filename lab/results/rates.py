@@ -1,6 +1,9 @@
-"""Which learning rate each method gets: the one with the least loss on the samples kept for choosing, over the depths it trains."""
+"""The learning rate of each method, chosen on samples that are kept for choosing.
 
-from collections.abc import Sequence
+It is the one with the least loss over the depths that the method trains.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -10,46 +13,61 @@ from megatron_sorted.reading.json_text import read_json_object
 
 
 def choose_rate(losses: dict[str, dict[int, float]], depths: Sequence[int]) -> str:
-    """Return the rate with the least mean loss over ``depths``; of equal ones the first."""
+    """Return the rate with the least mean loss over ``depths``; of equal ones the first.
+
+    >>> choose_rate({"1e-3": {2: 3.0, 4: 2.0}, "1e-2": {2: 2.0, 4: 2.5}}, depths=[2, 4])
+    '1e-2'
+    """
     return min(losses, key=lambda rate: fmean(losses[rate][depth] for depth in depths))
 
 
-def trainer_losses(path: Path) -> dict[int, float]:
-    """Return the loss at each exit of the first set in an evaluation.json of the trainer.
+def trainer_losses(path: Path, name: str | None = None) -> dict[int, float]:
+    """Return the loss at each exit of a set in the trainer's evaluation.json, by default the first.
 
     Raises:
-        DataError: It is no such file.
+        DataError: It is no such file, or lacks the set.
     """
-    found = _read(path)
-    try:
-        return {
-            int(depth): numbers["loss"]
-            for depth, numbers in next(iter(found["sets"].values())).items()
-        }
-    except (KeyError, StopIteration, AttributeError) as error:
-        raise DataError(
-            f"{path}: not an evaluation of the trainer ({error}). Start again with --fresh."
-        ) from error
+    return _losses(
+        path,
+        "an evaluation of the trainer"
+        if name is None
+        else f"an evaluation of {name!r} by the trainer",
+        lambda record: record["sets"][next(iter(record["sets"])) if name is None else name],
+    )
 
 
 def head_losses(path: Path) -> dict[int, float]:
-    """Return the loss at each depth with trained heads, from an evaluation.json of megatron-sorted evaluate.
+    """Return the loss at each depth with trained heads, from megatron-sorted evaluate's record.
 
     Raises:
         DataError: It is no such file.
     """
-    found = _read(path)
+    return _losses(
+        path,
+        "an evaluation with trained heads",
+        lambda record: next(iter(record["texts"].values()))["models"][HEADS]["exits"],
+    )
+
+
+def read_json(path: Path) -> dict:
+    """Return the object in a JSON file of a step.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    return read_json_object(path, "Start again with --fresh.")
+
+
+def _losses(path: Path, expected: str, exits_of: Callable[[dict], dict]) -> dict[int, float]:
+    record = read_json(path)
     try:
-        exits = next(iter(found["texts"].values()))["models"][HEADS]["exits"]
-        return {int(depth): numbers["loss"] for depth, numbers in exits.items()}
-    except (KeyError, StopIteration, AttributeError) as error:
-        raise DataError(
-            f"{path}: not an evaluation with trained heads ({error}). Start again with --fresh."
-        ) from error
+        return {int(depth): float(exit_["loss"]) for depth, exit_ in exits_of(record).items()}
+    except (KeyError, StopIteration, AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not {expected} ({error}). Start again with --fresh.") from error
 
 
 def trained_depths(recipe: Recipe, method: str) -> tuple[int, ...]:
-    """Return the depths whose loss a method trains, which are those its rate is chosen by."""
+    """Return the depths whose loss a method trains; its rate is chosen by these."""
     last = recipe.measured[-1]
     return {
         "ordinary": (last,),
@@ -59,7 +77,7 @@ def trained_depths(recipe: Recipe, method: str) -> tuple[int, ...]:
 
 
 def sweep_losses(recipe: Recipe, method: str) -> dict[str, dict[int, float]]:
-    """Return {rate: {depth: loss}} of the runs that tried rates; empty where there was no choice."""
+    """Return {rate: {depth: loss}} of the runs that tried rates; empty if there is one rate."""
     rates = recipe.rates[method]
     read = head_losses if method == "heads" else trainer_losses
     return (
@@ -70,12 +88,8 @@ def sweep_losses(recipe: Recipe, method: str) -> dict[str, dict[int, float]]:
 
 
 def chosen_rate(recipe: Recipe, method: str) -> str:
-    """Return the rate of ``ordinary``, ``nested`` or ``heads``."""
+    """Return the rate of the method ``ordinary``, ``nested`` or ``heads``."""
     losses = sweep_losses(recipe, method)
     return (
         choose_rate(losses, trained_depths(recipe, method)) if losses else recipe.rates[method][0]
     )
-
-
-def _read(path: Path) -> dict:
-    return read_json_object(path, "Start again with --fresh.")

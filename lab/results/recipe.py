@@ -1,11 +1,15 @@
-"""One comparison as steps: rates are chosen on samples kept for that, then each method trains equally long and every depth is measured."""
+"""One comparison of methods as steps.
+
+Rates are chosen on samples kept for that, then each method trains for the same number of steps, and
+every depth is measured.
+"""
 
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab.results.steps import OURS, PYTHON, Step
-from megatron_sorted.command_line import ROOT
+from megatron_sorted.installation import ROOT
 
 METHODS = {
     "ordinary": "ordinary fine-tuning",
@@ -13,20 +17,20 @@ METHODS = {
     "nested-linear": "nested, loss weights linear in depth",
 }
 HEADS = "ordinary+ICT"
-"""What megatron-sorted evaluate calls the ordinarily fine-tuned model with trained heads."""
+"""Name that ``megatron-sorted evaluate`` gives the ordinary model with trained heads."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all methods share, and what each may choose.
+    """What all methods share, and the rates among which each may choose.
 
     Attributes:
-        folder: Everything is written here; ``data`` in it holds the files of ``split_text.py`` and their tokens.
-        model: Hugging Face directory every method starts from.
+        folder: The folder that everything is written to; its ``data`` holds samples and tokens.
+        model: Hugging Face directory that every method starts from.
         exit_depths: Intermediate depths that nested training trains.
         measured: All depths that are measured.
-        held_out: Prefixes of token files that the trainer evaluates too; it sees them in packed windows.
-        rates: Learning rates to choose from, for ``ordinary``, ``nested`` and ``heads``.
+        held_out: Prefixes of token files that the trainer evaluates too, in packed windows.
+        rates: Learning rates to choose from for ``ordinary``, ``nested`` and ``heads``.
         flags: More flags of training, the same for all.
         evaluate: More flags of megatron-sorted evaluate: texts and questions.
         append_eos: Whether the end of a text or response is counted in the measures.
@@ -52,12 +56,12 @@ class Recipe:
 
     @property
     def num_tokens(self) -> int:
-        """Return on how many tokens each method trains."""
+        """Return the number of tokens that each method trains on."""
         return self.num_steps * self.batch_size * self.seq_length
 
     @property
     def num_sweep_tokens(self) -> int:
-        """Return the same for a run that tries a rate."""
+        """Return the number of tokens of a run that tries a rate."""
         return self.num_sweep_steps * self.batch_size * self.seq_length
 
 
@@ -74,7 +78,10 @@ def prepare_step(
     needs: tuple[str, ...],
     where: Path | None = None,
 ) -> Step:
-    """Return the step that turns NAME.jsonl in ``where`` (or ``data``) into token files; ``source``: where the tokenizer comes from."""
+    """Return the step that turns NAME.jsonl in ``where`` (or ``data``) into token files.
+
+    ``source`` holds the flags of the tokenizer.
+    """
     data = folder / "data"
     command = (
         *OURS,
@@ -84,11 +91,7 @@ def prepare_step(
         "--output-prefix",
         str(data / name),
         *source,
-        "--seq-length",
-        str(seq_length),
-        "--workers",
-        "1",
-        "--overwrite",
+        *f"--seq-length {seq_length} --workers 1 --overwrite".split(),
     )
     made = tuple(data / f"{name}_text_document{ending}" for ending in (".bin", ".idx"))
     return Step(f"prepare-{name}", f"Turn {name}.jsonl into tokens", command, made, needs=needs)
@@ -102,12 +105,12 @@ def method_flags(recipe: Recipe, method: str) -> tuple[str, ...]:
 
 
 def sweep_folder(recipe: Recipe, method: str, rate: str) -> Path:
-    """Return where the run (or evaluation) that tries a rate writes."""
+    """Return the folder of the run (or evaluation) that tries a rate."""
     return recipe.folder / "rates" / f"{method}-{rate}"
 
 
 def sweep_steps(recipe: Recipe) -> list[Step]:
-    """Return a short training for each method and rate, evaluated on the samples kept for choosing; none where there is no choice."""
+    """Return a short training for each method and rate, unless there is only one rate."""
     return [
         _train(recipe, method, rate, recipe.num_sweep_steps, sweep_folder(recipe, method, rate))
         for method in ("ordinary", "nested")
@@ -117,12 +120,12 @@ def sweep_steps(recipe: Recipe) -> list[Step]:
 
 
 def final_folder(recipe: Recipe, method: str, seed: int) -> Path:
-    """Return where the Hugging Face directory of a fine-tuned model lies."""
+    """Return the Hugging Face directory of a fine-tuned model."""
     return recipe.folder / "models" / f"{method}-{seed}"
 
 
 def final_step(recipe: Recipe, method: str, rate: str, seed: int) -> Step:
-    """Return the fine-tuning of full length, exported at its end."""
+    """Return the fine-tuning of full length, which exports its model."""
     return _train(
         recipe,
         method,
@@ -135,7 +138,7 @@ def final_step(recipe: Recipe, method: str, rate: str, seed: int) -> Step:
 
 
 def head_sweep_steps(recipe: Recipe) -> list[Step]:
-    """Return a short training of heads on the first ordinarily fine-tuned model for each rate, measured as rates are chosen."""
+    """Return a short training of heads on the first ordinary model for each rate."""
     if len(recipe.rates["heads"]) == 1:
         return []
     steps = []
@@ -165,12 +168,15 @@ def head_sweep_steps(recipe: Recipe) -> list[Step]:
 
 
 def evaluation_folder(recipe: Recipe, seed: int) -> Path:
-    """Return where the final measures of a seed lie."""
+    """Return the folder of a seed's final measurements."""
     return recipe.folder / "evaluation" / str(seed)
 
 
 def evaluate_step(recipe: Recipe, methods: tuple[str, ...], head_rate: str, seed: int) -> Step:
-    """Return the measuring of every depth of all models of a seed: with SFT+ICT, and for seed 1 with the model before fine-tuning."""
+    """Return the step that measures every depth of all models of a seed.
+
+    SFT+ICT is among the models, and for seed 1 the model before fine-tuning.
+    """
     output = evaluation_folder(recipe, seed)
     before = (f"before={recipe.model}",) if seed == 1 else ()
     nested = tuple(
@@ -200,6 +206,33 @@ def evaluate_step(recipe: Recipe, methods: tuple[str, ...], head_rate: str, seed
     )
 
 
+def train_command(recipe: Recipe, start: Path, flags: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the beginning of every training command: the model, ``flags`` and the data."""
+    return (
+        PYTHON,
+        "pretrain_sorted.py",
+        "--load",
+        str(start),
+        *flags,
+        "--seq-length",
+        str(recipe.seq_length),
+        "--data-path",
+        str(prefix(recipe.folder, "train")),
+    )
+
+
+def run_flags(recipe: Recipe, num_steps: int, rate: str, seed: int, save: Path) -> tuple[str, ...]:
+    """Return the flags of every training command that follow its data."""
+    return (
+        *f"--device cpu --micro-batch-size {recipe.batch_size}".split(),
+        *f"--lr-warmup-iters {recipe.warmup}".split(),
+        *recipe.flags,
+        *f"--full-validation --log-interval 50 --seed {seed} --train-iters {num_steps}".split(),
+        *f"--lr {rate} --save".split(),
+        str(save),
+    )
+
+
 def _train(
     recipe: Recipe,
     method: str,
@@ -209,45 +242,20 @@ def _train(
     seed: int = 1,
     export: Path | None = None,
 ) -> Step:
-    """Return a training; one that is exported is measured on what is held out, another one on what rates are chosen by."""
+    """Return a training; only one that is exported is measured on held-out samples."""
     name, valid = f"train-{method}-{seed}", recipe.held_out
     if export is None:
         name, valid = f"rate-{method}-{rate}", (prefix(recipe.folder, "tuning"),)
     command = (
-        PYTHON,
-        "pretrain_sorted.py",
-        "--load",
-        str(recipe.model),
-        "--exit-layer-nums",
-        *map(str, recipe.exit_depths),
-        "--seq-length",
-        str(recipe.seq_length),
-        "--data-path",
-        str(prefix(recipe.folder, "train")),
+        *train_command(recipe, recipe.model, ("--exit-layer-nums", *map(str, recipe.exit_depths))),
         "--valid-data-path",
         *map(str, valid),
-        "--device",
-        "cpu",
-        "--micro-batch-size",
-        str(recipe.batch_size),
-        "--lr-warmup-iters",
-        str(recipe.warmup),
-        *recipe.flags,
-        "--full-validation",
-        "--log-interval",
-        "50",
-        "--seed",
-        str(seed),
-        "--train-iters",
-        str(num_steps),
-        "--lr",
-        rate,
-        "--save",
-        str(save),
+        *run_flags(recipe, num_steps, rate, seed, save),
         *(("--save-hf", str(export)) if export else ()),
         *method_flags(recipe, method),
     )
-    purpose = f"{METHODS[method][0].upper()}{METHODS[method][1:]}, {num_steps} steps at learning rate {rate}, seed {seed}"
+    title = f"{METHODS[method][0].upper()}{METHODS[method][1:]}"
+    purpose = f"{title}, {num_steps} steps at learning rate {rate}, seed {seed}"
     made = (save / "evaluation.json", *((export / "config.json",) if export else ()))
     return Step(
         name, purpose, command, made, (save, *((export,) if export else ())), recipe.data_steps
@@ -278,20 +286,21 @@ def _measure(recipe: Recipe) -> tuple[str, ...]:
 
 
 def shown(step: Step, recipe: Recipe) -> str:
-    """Return the step's command as a page shows it: files from outside by name alone, on lines of readable length."""
+    """Return the step's command as a page shows it, on lines of readable length.
+
+    Files outside this clone are shown by their names alone.
+    """
     names = {str(recipe.model): recipe.model.name} if recipe.model.is_absolute() else {}
     names |= {
         str(path): path.name
         for path in step.reads
         if path.is_absolute() and not path.is_relative_to(ROOT)
     }
-    words = []
+    lines = [""]
     for word in step.command:
         for path, name in names.items():
             word = word.replace(path, name)
-        words.append(shlex.quote(word) if word != PYTHON else word)
-    lines = [""]
-    for word in words:
+        word = shlex.quote(word)
         if lines[-1] and len(lines[-1]) + len(word) > 126:
             lines[-1] += " \\"
             lines.append("   ")

@@ -1,8 +1,7 @@
-"""Steps: commands that are shown before they run, and that are not run again once they have ended well."""
+"""Steps: commands that are shown before they run, and that run once until they have succeeded."""
 
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -14,13 +13,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sorted.command_line import ROOT
+from lab.reliability.processes import environment
 from megatron_sorted.errors import SortedError
 from megatron_sorted.files import write_text_atomically
+from megatron_sorted.installation import ROOT
 
 PYTHON = "python"
 OURS = (PYTHON, "-m", "megatron_sorted")
-"""First word of a command; the interpreter that runs this takes its place, so that a record holds on other machines too."""
+"""The first word of a command is replaced by the interpreter that runs this.
+
+So records of finished steps are valid on other machines too.
+"""
 
 
 class StepError(SortedError):
@@ -40,12 +43,12 @@ class Step:
     """One command.
 
     Attributes:
-        makes: Files or folders that show that it is finished.
+        makes: Files or folders that show that the step is finished.
         clears: Folders that are removed before it runs.
         needs: Names of earlier steps; when one of them has changed, this one runs again.
-        reads: Files from outside; when one has other content, it runs again.
-        seconds: About how long it takes; 0: nobody says.
-        always: Whether it runs though it is finished.
+        reads: Files that no step makes; when the content of one has changed, the step runs again.
+        seconds: The expected duration; 0 if unknown.
+        always: Whether it also runs when it is finished.
     """
 
     name: str
@@ -60,19 +63,16 @@ class Step:
 
 
 class Runner:
-    """Runs steps and remembers which are finished; commands run in the project's folder, their output goes to the terminal.
+    """Runs steps and remembers which are finished.
 
-    With ``jobs``, so many run at a time, in any order among those of one call of `run`, and their output goes to files in ``folder``/logs.
+    Commands run in the project's folder, and their output goes to the terminal. With ``jobs``, this
+    many of one call of `run` run at a time, in any order, and their output goes to files in
+    ``folder``/logs.
     """
 
     def __init__(self, folder: Path, total: int, jobs: int | None = None):
-        self._folder, self._records, self._total, self._number, self._jobs = (
-            folder,
-            folder / "finished_steps",
-            total,
-            0,
-            jobs,
-        )
+        self._folder, self._records = folder, folder / "finished_steps"
+        self._number, self._total, self._jobs = 0, total, jobs
         self._keys: dict[str, str] = {}
         self.steps: list[Step] = []
 
@@ -80,7 +80,8 @@ class Runner:
         """Run those steps that are not finished.
 
         Raises:
-            StepError: A command failed, or ended well without writing its files. Others that run at the time are let end.
+            StepError: A command failed, or succeeded without writing its files. Steps that
+                run at that time are completed.
         """
         self._records.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(self._jobs or 1) as pool:
@@ -89,19 +90,15 @@ class Runner:
                 self._number += 1
                 self.steps.append(step)
                 key = self._keys[step.name] = self._key(step)
-                title, record = (
-                    f"step {self._number} of {self._total}, {step.name}",
-                    self._records / step.name,
-                )
+                title = f"step {self._number} of {self._total}, {step.name}"
+                record = self._records / step.name
                 if (
                     record.is_file()
                     and record.read_text(encoding="utf-8") == key
                     and not _missing(step)
                     and not step.always
                 ):
-                    print(
-                        f"== {title}: finished before, skipped (--fresh does it again)", flush=True
-                    )
+                    print(f"== {title}: finished before, skipped (--fresh repeats it)", flush=True)
                     continue
                 record.unlink(missing_ok=True)
                 ends.append(pool.submit(self._run_and_record, step, title, record, key))
@@ -119,9 +116,9 @@ class Runner:
         write_text_atomically(record, key)
 
     def _key(self, step: Step) -> str:
-        """Return what the step's result depends on, as a hash."""
-        outside = [_digest(path) for path in step.reads]
-        parts = [step.command, [self._keys[name] for name in step.needs], outside]
+        """Return a hash of everything that the step's result depends on."""
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in step.reads]
+        parts = [step.command, [self._keys[name] for name in step.needs], digests]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _run(self, step: Step, title: str) -> None:
@@ -134,20 +131,17 @@ class Runner:
         for path in step.clears:
             shutil.rmtree(ROOT / path, ignore_errors=True)
         began = time.monotonic()
-        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         command = (
             [sys.executable, *step.command[1:]] if step.command[0] == PYTHON else list(step.command)
         )
         log = self._folder / "logs" / f"{step.name}.log" if self._jobs else None
-        # One thread: several processes that each take every core slow each other down, and sums keep one order.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         if log:
             log.parent.mkdir(exist_ok=True)
         with open(log, "wb") if log else nullcontext() as output:
             ended = subprocess.run(
                 command,
                 cwd=ROOT,
-                env=environment,
+                env=environment(),
                 check=False,
                 stdout=output,
                 stderr=output and subprocess.STDOUT,
@@ -161,21 +155,17 @@ class Runner:
                 )
             raise StepError(
                 f"{title}: ended with exit code {code}; the message above says why. "
-                "The same command again goes on there.",
+                "The same command again continues there.",
                 code,
             )
         if missing := _missing(step):
             raise StepError(
-                f"{title}: ended well but did not write {', '.join(missing)}. Report this as a bug."
+                f"{title}: succeeded but did not write {', '.join(missing)}. Report this as a bug."
             )
         done = f"done after {time.monotonic() - began:.0f} s"
         print(f"   {title}: {done}" if self._jobs else f"\n   {done}", flush=True)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _missing(step: Step) -> list[str]:
-    """Return what a step should have made and is not there."""
+    """Return the files and folders that a step should have made but did not."""
     return [str(path) for path in step.makes if not (ROOT / path).exists()]

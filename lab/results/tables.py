@@ -1,4 +1,4 @@
-"""The tables of a page, and what they say in words."""
+"""The tables of a page, and the findings they hold as sentences."""
 
 from lab.results.measured import NAMES, Number, Numbers
 from lab.results.recipe import HEADS
@@ -15,7 +15,10 @@ def show(number: Number, kind: str, sign: str = "") -> str:
 
 
 def measures_table(numbers: Numbers, kind: str, name: str, exits: tuple[int, ...]) -> list[str]:
-    """Return one row per depth and one column per method; depths that nested training does not train bear a star."""
+    """Return one row per depth and one column per method.
+
+    A star marks depths that nested training does not train.
+    """
     rows = []
     for depth in numbers.depths:
         cost = numbers.costs[depth]
@@ -55,7 +58,7 @@ def differences_table(numbers: Numbers, kind: str, name: str) -> list[str]:
 
 
 def spread_table(numbers: Numbers, kind: str, name: str) -> list[str]:
-    """Return the standard deviation over seeds of every trained model; nothing for a single seed."""
+    """Return the standard deviation over seeds of every trained model; empty for one seed."""
     trained = [model for model in numbers.models if model != "before"]
     if len(numbers.evaluations) < 2:
         return []
@@ -70,14 +73,15 @@ def spread_table(numbers: Numbers, kind: str, name: str) -> list[str]:
         for depth in numbers.depths
     ]
     return [
-        f"Standard deviation over {len(numbers.evaluations)} seeds (order of the data), same columns:",
+        f"Standard deviation over {len(numbers.evaluations)} seeds (order of the data),"
+        " same columns:",
         "",
         *table(["depth", *(NAMES[model] for model in trained)], rows),
     ]
 
 
 def findings(numbers: Numbers, name: str, exits: tuple[int, ...]) -> list[str]:
-    """Return what the losses on a text say, as lines of a list."""
+    """Return the findings on the losses of a text, as lines of a list."""
 
     def loss(model: str, depth: int) -> float:
         return numbers.number("texts", name, model, depth, "loss").value
@@ -85,24 +89,27 @@ def findings(numbers: Numbers, name: str, exits: tuple[int, ...]) -> list[str]:
     last, first = numbers.depths[-1], exits[0]
     cost = numbers.difference("texts", name, "nested", "ordinary", last, "loss")
     lines = [
-        f"- **Intermediate depths learn to speak.** After {first} of {last} layers: {loss('before', first):.2f} nats per token "
-        f"before, {loss('ordinary', first):.2f} after ordinary fine-tuning, {loss('nested', first):.2f} after nested fine-tuning of "
-        "equal length.",
-        f"- **{words_of_cost(cost)} at full depth**: {show(cost, 'texts', '+')} nats against ordinary fine-tuning "
-        f"({100 * cost.value / loss('ordinary', last):+.1f} %; paired over documents).",
+        f"- **Intermediate depths learn to predict.** After {first} of {last} layers:"
+        f" {loss('before', first):.2f} nats per token before, {loss('ordinary', first):.2f} after"
+        f" ordinary fine-tuning, {loss('nested', first):.2f} after nested fine-tuning of equal"
+        " length.",
+        f"- **{describe_cost(cost)} at full depth**: {show(cost, 'texts', '+')} nats against"
+        f" ordinary fine-tuning ({100 * cost.value / loss('ordinary', last):+.1f} %; paired over"
+        " documents).",
     ]
     if "nested-linear" in numbers.models:
         other = numbers.difference("texts", name, "nested-linear", "ordinary", last, "loss")
         lines.append(
-            f"- **Loss weights linear in depth** move along that exchange: {show(other, 'texts', '+')} at full depth, "
-            f"{loss('nested-linear', first):.3f} instead of {loss('nested', first):.3f} at depth {first}."
+            f"- **Loss weights linear in depth** move along that exchange:"
+            f" {show(other, 'texts', '+')} at full depth, {loss('nested-linear', first):.3f}"
+            f" instead of {loss('nested', first):.3f} at depth {first}."
         )
     against = [
         (depth, numbers.difference("texts", name, "nested", HEADS, depth, "loss"))
         for depth in exits
     ]
     better = [depth for depth, number in against if number.value < 0]
-    words = ", ".join(f"{number.value:+.3f} at depth {depth}" for depth, number in against)
+    differences = ", ".join(f"{number.value:+.3f} at depth {depth}" for depth, number in against)
     place = (
         "ahead at every exit"
         if len(better) == len(exits)
@@ -111,21 +118,22 @@ def findings(numbers: Numbers, name: str, exits: tuple[int, ...]) -> list[str]:
         else "behind at every exit"
     )
     lines.append(
-        "- **Against heads on frozen layers (SFT+ICT)**, which have a norm and a head of their own at each depth, nested "
-        f"training is {place}: {words}. SFT+ICT leaves the last depth as it is; nested training adds no parameter."
+        "- **Against heads on frozen layers (SFT+ICT)**, which have a norm and a head of their own"
+        f" at each depth, nested training is {place}: {differences}. SFT+ICT leaves the last depth"
+        " unchanged; nested training adds no parameter."
     )
     return lines
 
 
-def words_of_cost(difference: Number) -> str:
-    """Return what a difference in loss is called: nothing, where it lies within two standard errors."""
+def describe_cost(difference: Number) -> str:
+    """Name a difference in loss; within two standard errors it is none."""
     if abs(difference.value) <= 2 * difference.error:
         return "No difference that stands out"
     return "It costs something" if difference.value > 0 else "It is ahead"
 
 
-def answers_in_words(numbers: Numbers, name: str) -> str:
-    """Return what the exact match of a question set says, as a line of a list: of the first depth and of the last."""
+def answers_finding(numbers: Numbers, name: str) -> str:
+    """Return the exact match of a question set at the first and last depth, as a line of a list."""
 
     def right(depth: int) -> str:
         shares = {
@@ -135,7 +143,10 @@ def answers_in_words(numbers: Numbers, name: str) -> str:
         return ", ".join(f"{NAMES[model]} {share:.1f} %" for model, share in shares.items())
 
     first, last = numbers.depths[0], numbers.depths[-1]
-    return f"- **Answers, {name}**: {first} of {last} layers: {right(first)}; all {last}: {right(last)}."
+    return (
+        f"- **Answers, {name}**: {first} of {last} layers: {right(first)};"
+        f" all {last}: {right(last)}."
+    )
 
 
 def _spread(number: Number, kind: str) -> str:

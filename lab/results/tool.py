@@ -1,4 +1,4 @@
-"""What tools that train, measure and write a page have in common: their folders and their page."""
+"""Options and folders that the commands share which train, measure and write a page."""
 
 import argparse
 import shutil
@@ -8,41 +8,43 @@ from lab.results.steps import ROOT
 
 
 def add_folder_options(
-    part: argparse.ArgumentParser, folder: str, strategies: str, seeds: int
+    part: argparse.ArgumentParser, folder: str, repeated: str, seeds: int
 ) -> None:
-    """Add the options of where everything goes and how much of it is done.
+    """Add the options for folders and for the amount of work.
 
     Args:
-        part: Gets them.
+        part: The parser that gets them.
         folder: Default of --output, for the help.
-        ways: What --seeds repeats, for the help.
+        repeated: What --seeds repeats, for the help.
         seeds: Default of --seeds.
     """
     part.add_argument("--output", type=Path, help=f"folder for data and runs (default: {folder})")
     part.add_argument(
         "--docs",
         type=Path,
-        help="folder that gets a page in results/ and images/ (default: docs; with --quick: in --output)",
+        help="folder that gets a page in results/ and a picture in images/"
+        " (default: docs; with --quick: in --output)",
     )
     part.add_argument(
         "--seeds",
         type=int,
         default=seeds,
-        help=f"trainings of each {strategies}, with seeds 1, 2, ... (%(default)s)",
+        help=f"trainings of each {repeated}, with seeds 1, 2, ... (%(default)s)",
     )
     part.add_argument(
         "--quick", action="store_true", help="next to no training: only shows that everything runs"
     )
-    part.add_argument("--fresh", action="store_true", help="do everything again")
+    part.add_argument("--fresh", action="store_true", help="repeat finished steps")
 
 
 def open_folders(values: argparse.Namespace, kind: str) -> tuple[Path, Path, Path]:
-    """Return the folder of data and runs, the same as commands name it, so that they can be read and copied, and that of the page.
+    """Return the folder of data and runs, the same as commands name it, and that of the page.
 
-    With --fresh what is finished is forgotten.
+    Commands name folders of this clone by relative paths, so that they can be read and copied. With
+    --fresh the records of finished steps are removed.
     """
     folder = (
-        values.output or ROOT / "runs" / f"{kind}{'_quick' if values.quick else ''}" / values.part
+        values.output or ROOT / "runs" / f"{kind}{'_quick' * values.quick}" / values.part
     ).resolve()
     docs = (values.docs or (folder / "docs" if values.quick else ROOT / "docs")).resolve()
     if values.fresh:

@@ -1,1 +1,3 @@
-"""Parts of lab/study.py: what is compared, the steps that train it, gaps and the front, the page and its pictures."""
+"""The parts of lab/study.py: variants, steps, outcomes, page and picture."""
+
+"""The parts of lab/study.py: variants, steps, outcomes, page and picture."""

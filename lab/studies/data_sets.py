@@ -1,4 +1,4 @@
-"""The data sets of the study: the two of lab/first_results.py, and instructions in many languages."""
+"""The data sets of the study: those of lab/first_results.py, and instructions in many languages."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +29,15 @@ def plan_stories(
 
 
 def plan_cldr(folder: Path, quick: bool) -> StudyPlan:
-    """Return the study of the demo's questions; data and the ordinary model are made first."""
+    """Return the study of the demo's questions; it makes data and ordinary model first."""
     recipe, steps = cldr(folder, quick)
     return StudyPlan(recipe, steps, held_out="phrasing")
 
 
 def plan_instructions(folder: Path, train: Path, valid: Path, quick: bool) -> StudyPlan:
-    """Return the study of instruction samples in many languages; tokenizer and ordinary model are trained on them first.
+    """Return the study of instruction samples in many languages.
+
+    Tokenizer and ordinary model are trained on them first.
 
     Raises:
         DataError: A file is missing.
@@ -43,7 +45,8 @@ def plan_instructions(folder: Path, train: Path, valid: Path, quick: bool) -> St
     for path in (train, valid):
         if not path.is_file():
             raise DataError(
-                f"--train, --valid: {path}: no such file. Give JSON lines with instruction, input and output."
+                f"--train, --valid: {path}: no such file."
+                " Give JSON lines with instruction, input and output."
             )
     data, original = folder / "data", folder / "original"
     recipe = Recipe(
@@ -63,24 +66,11 @@ def plan_instructions(folder: Path, train: Path, valid: Path, quick: bool) -> St
     )
     recipe = make_quick(recipe) if quick else recipe
     limit, vocabulary, steps = ("300", "600", "3") if quick else ("30000", "1500", "4000")
+    prepare = "--seq-length 128 --workers 1 --overwrite"
     learn = (
-        *OURS,
-        "prepare",
-        "--input",
-        str(train),
-        "--output-prefix",
-        str(data / "train"),
-        "--train-tokenizer",
-        vocabulary,
-        "--limit",
-        limit,
-        "--valid-fraction",
-        "0.02",
-        "--seq-length",
-        "128",
-        "--workers",
-        "1",
-        "--overwrite",
+        *(*OURS, "prepare", "--input", str(train), "--output-prefix", str(data / "train")),
+        *f"--train-tokenizer {vocabulary} --limit {limit} --valid-fraction 0.02".split(),
+        *prepare.split(),
     )
     tokenizer = data / "train_tokenizer.model"
     made = tuple(data / f"train_{part}text_document.bin" for part in ("", "valid_"))
@@ -92,21 +82,9 @@ def plan_instructions(folder: Path, train: Path, valid: Path, quick: bool) -> St
         reads=(train,),
     )
     measure = (
-        *OURS,
-        "prepare",
-        "--input",
-        str(valid),
-        "--output-prefix",
-        str(data / "held_out"),
-        "--tokenizer-model",
-        str(tokenizer),
-        "--limit",
-        "100" if quick else "700",
-        "--seq-length",
-        "128",
-        "--workers",
-        "1",
-        "--overwrite",
+        *(*OURS, "prepare", "--input", str(valid), "--output-prefix", str(data / "held_out")),
+        *("--tokenizer-model", str(tokenizer), "--limit", "100" if quick else "700"),
+        *prepare.split(),
     )
     held_out = Step(
         "prepare-held_out",
@@ -118,51 +96,19 @@ def plan_instructions(folder: Path, train: Path, valid: Path, quick: bool) -> St
     )
     save = folder / "runs" / "original"
     train_one = (
-        PYTHON,
-        "pretrain_sorted.py",
-        "--num-layers",
-        "8",
-        "--hidden-size",
-        "64",
-        "--ffn-hidden-size",
-        "192",
-        "--num-attention-heads",
-        "4",
-        "--init-method-std",
-        "0.1",
-        "--seq-length",
-        "128",
-        "--tokenizer-model",
-        str(tokenizer),
-        "--data-path",
-        str(prefix(folder, "train")),
-        "--valid-data-path",
-        str(prefix(folder, "held_out")),
-        "--full-validation",
-        "--device",
-        "cpu",
-        "--micro-batch-size",
-        "8",
-        "--train-iters",
-        steps,
-        "--lr",
-        "4e-3",
-        "--min-lr",
-        "4e-4",
-        "--lr-warmup-iters",
-        "2" if quick else "50",
-        "--adam-beta2",
-        "0.95",
-        "--log-interval",
-        "100",
-        "--save",
-        str(save),
-        "--save-hf",
-        str(original),
+        *(PYTHON, "pretrain_sorted.py", "--num-layers", "8", "--hidden-size", "64"),
+        *("--ffn-hidden-size", "192", "--num-attention-heads", "4", "--init-method-std", "0.1"),
+        *("--seq-length", "128", "--tokenizer-model", str(tokenizer)),
+        *("--data-path", str(prefix(folder, "train"))),
+        *("--valid-data-path", str(prefix(folder, "held_out")), "--full-validation"),
+        *("--device", "cpu", "--micro-batch-size", "8", "--train-iters", steps),
+        *("--lr", "4e-3", "--min-lr", "4e-4", "--lr-warmup-iters", "2" if quick else "50"),
+        *("--adam-beta2", "0.95", "--log-interval", "100"),
+        *("--save", str(save), "--save-hf", str(original)),
     )
     base = Step(
         "train-original",
-        "Train an ordinary model from scratch, where all methods start",
+        "Train an ordinary model from scratch; all methods start from it",
         train_one,
         (save / "evaluation.json", original / "config.json"),
         (save, original),

@@ -1,19 +1,16 @@
-"""Losses of all trainings as gaps: how far each depth of a nested model is from a model of that depth trained by itself."""
+"""Gaps: how far each depth of a nested model is from a model of that depth trained separately."""
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
-
-from megatron_sorted.errors import DataError
-from megatron_sorted.reading.json_text import read_json_object
 
 Losses = Mapping[int, float]
 """{depth: nats per token} of one trained model on the held-out samples."""
 
-# Two-sided 95 % points of Student's t distribution by degrees of freedom; beyond the table the normal distribution's.
+# Two-sided 95 % points of Student's t distribution by degrees of freedom. Beyond the table that of
+# the normal distribution is used.
 STUDENT = {
     1: 12.706,
     2: 4.303,
@@ -33,7 +30,8 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-        half_width: Half the width of its 95 % confidence interval (Student's t over seeds); None for a single seed.
+        half_width: Half the width of its 95 % confidence interval (Student's t over seeds); None
+            for a single seed.
     """
 
     value: float
@@ -41,7 +39,7 @@ class Estimate:
 
     @property
     def below_zero(self) -> bool:
-        """Whether the whole interval lies below zero; without an interval nothing is said to."""
+        """Whether the whole interval lies below zero; False without an interval."""
         return self.half_width is not None and self.value + self.half_width < 0
 
     @property
@@ -56,7 +54,11 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return mean and confidence interval of one value a seed."""
+    """Return mean and confidence interval of one value for each seed.
+
+    >>> str(estimate([1.0, 2.0, 3.0]))
+    '+2.000 ± 2.484'
+    """
     if len(values) < 2:
         return Estimate(fmean(values), None)
     return Estimate(
@@ -64,29 +66,14 @@ def estimate(values: Sequence[float]) -> Estimate:
     )
 
 
-def read_losses(path: Path, name: str) -> dict[int, float]:
-    """Return the loss at every exit of the set ``name`` in an evaluation.json of the trainer.
-
-    Raises:
-        DataError: It is no such file, or lacks the set.
-    """
-    try:
-        found = read_json_object(path, "Start again with --fresh.")["sets"][name]
-        return {int(depth): float(numbers["loss"]) for depth, numbers in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: no evaluation of {name!r} by the trainer ({error}). Start again with --fresh."
-        ) from error
-
-
 @dataclass(frozen=True)
 class Outcomes:
-    """What all trainings of one data set gave.
+    """The losses of all trainings on one data set.
 
     Attributes:
-        separate: One a seed: {depth: loss} of the models that were trained separately, each at its own depth.
-        taught: The same, with that of full depth and the same seed as teacher; may be empty.
-        nested: Nested models by variant, one a seed.
+        separate: {depth: loss} of the separately trained models, one for each seed.
+        taught: The same with the model of full depth and the same seed as teacher; may be empty.
+        nested: {variant: losses of its nested models, one for each seed}.
         uniform: Name of the variant that others are compared with.
     """
 
@@ -109,11 +96,11 @@ class Outcomes:
         return estimate([losses[depth] for losses in self.separate])
 
     def taught_loss(self, depth: int) -> Estimate:
-        """Return the loss of the separately trained models of a depth that were taught."""
+        """Return the loss of the separately trained models of a depth that had a teacher."""
         return estimate([losses[depth] for losses in self.taught])
 
     def gap(self, variant: str, depth: int) -> Estimate:
-        """Return nested minus separate at a depth, paired by seed."""
+        """Return the nested minus the separate loss at a depth, paired by seed."""
         return estimate(
             [
                 losses[depth] - alone[depth]
@@ -122,7 +109,7 @@ class Outcomes:
         )
 
     def mean_gap(self, variant: str) -> Estimate:
-        """Return the gap's mean over depths."""
+        """Return the mean gap over depths."""
         return estimate(
             [
                 fmean(losses[depth] - alone[depth] for depth in self.depths)
@@ -135,11 +122,11 @@ class Outcomes:
         return self.gap(variant, self.depths[-1])
 
     def point(self, variant: str) -> tuple[float, float]:
-        """Return where the variant stands in the picture: (gap of the full model, mean gap)."""
+        """Return the variant's point in the picture: (gap of the full model, mean gap)."""
         return self.full_gap(variant).value, self.mean_gap(variant).value
 
     def change(self, variant: str, depths: Sequence[int] | None = None) -> Estimate:
-        """Return the mean loss over ``depths`` (all by default) minus that of uniform, paired by seed."""
+        """Return the mean loss over ``depths`` (default: all) minus uniform's, paired by seed."""
         chosen = depths or self.depths
         pairs = zip(self.nested[variant], self.nested[self.uniform], strict=False)
         return estimate(
@@ -147,18 +134,22 @@ class Outcomes:
         )
 
     def closed(self, variant: str, full: bool = False) -> float | None:
-        """Return which share of uniform's mean (or ``full``-depth) gap the variant closes.
+        """Return the share of uniform's mean (or ``full``-depth) gap that the variant closes.
 
-        None where uniform has no gap: it is not above zero, or not outside the noise of seeds.
+        None if uniform has no gap: it is not above zero, or within the noise of seeds.
         """
-        find = self.full_gap if full else self.mean_gap
-        before = find(self.uniform)
+        gap = self.full_gap if full else self.mean_gap
+        before = gap(self.uniform)
         is_gap = before.value > 0 if before.half_width is None else before.above_zero
-        return 1 - find(variant).value / before.value if is_gap else None
+        return 1 - gap(variant).value / before.value if is_gap else None
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return those points that no other is below and left of, from left to right: what can be had by sliding along."""
+    """Return the points that no other is both left of and below, from left to right.
+
+    >>> front([(0.0, 2.0), (1.0, 1.0), (1.0, 3.0)])
+    [(0.0, 2.0), (1.0, 1.0)]
+    """
     kept: list[tuple[float, float]] = []
     for x, y in sorted(set(points)):
         if not kept or y < kept[-1][1]:
@@ -167,9 +158,11 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def beyond(point: tuple[float, float], line: Sequence[tuple[float, float]]) -> float | None:
-    """Return how far a point lies below a front at its own x: above 0 is better than all static weights, linearly between neighbours.
+    """Return how far a point lies below a front at its own x.
 
-    None left of the front, where there is nothing to compare with. Right of it the front goes on level: a worse x is worth nothing.
+    Above 0 it is better than all static weights, interpolated linearly. None left of the front,
+    where there is nothing to compare with. Right of it the front continues level: a worse x is
+    worth nothing.
     """
     x, y = point
     if x < line[0][0]:
@@ -181,10 +174,11 @@ def beyond(point: tuple[float, float], line: Sequence[tuple[float, float]]) -> f
 
 
 def meets_goal(outcomes: Outcomes, variant: str, share: float = 1 / 3) -> list[str]:
-    """Return which of the two goals a variant meets, outside the noise of seeds: "mean" and "full".
+    """Return which of the goals "mean" and "full" a variant meets, outside the noise of seeds.
 
-    *mean*: at least ``share`` of uniform's mean gap closed, the full depth not worse. *full*: the same of the full depth's gap, the
-    mean not worse. Not worse: the change is below zero or its interval holds zero; better: its whole interval lies below zero.
+    *mean*: at least ``share`` of uniform's mean gap closed, the full depth not worse. *full*: at
+    least ``share`` of the full depth's gap closed, the mean not worse. Not worse: the change is
+    below zero or its interval holds zero; better: its whole interval lies below zero.
     """
     last = [outcomes.depths[-1]]
     mean, full = outcomes.change(variant), outcomes.change(variant, last)

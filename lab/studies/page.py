@@ -1,9 +1,11 @@
-"""The page of a study: gaps of every variant by depth, what lies beyond the front of static weights, and which goals are met."""
+"""The page of a study: gaps of every variant by depth, the front of static weights, and goals."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab.results.pages import page_head
 from lab.results.recipe import shown
 from lab.results.steps import Step
 from lab.studies.outcomes import Outcomes, beyond, front, meets_goal
@@ -15,20 +17,27 @@ from megatron_sorted.reporting.markdown import facts, table
 
 
 def write_page(
-    name: str, title: str, plan: StudyPlan, outcomes: Outcomes, steps: Sequence[Step], docs: Path
+    name: str,
+    title: tuple[str, str],
+    plan: StudyPlan,
+    outcomes: Outcomes,
+    steps: Sequence[Step],
+    docs: Path,
 ) -> tuple[Path, Path]:
-    """Return the paths of page and picture, after writing both."""
+    """Write page and picture; return their paths.
+
+    ``title`` holds the title and the purpose of the page.
+    """
     page, picture = docs / "results" / f"study_{name}.md", docs / "images" / f"study_{name}.png"
-    draw(outcomes, title, picture)
+    draw(outcomes, title[0], picture)
     page.parent.mkdir(parents=True, exist_ok=True)
     lines = [
-        f"# {title}: ways to weigh and train exits",
-        "",
+        *page_head(f"{title[0]}: methods to weigh and train exits", title[1]),
         *_opening(plan, outcomes),
         *_gaps(outcomes),
         f"![All variants and the front of static weights]({os.path.relpath(picture, page.parent)})",
         "",
-        *_words(outcomes),
+        *_findings(outcomes),
         *_gradients(plan, len(outcomes.separate)),
         *_losses(outcomes),
         *_recipe(plan, outcomes),
@@ -44,16 +53,17 @@ def _opening(plan: StudyPlan, outcomes: Outcomes) -> list[str]:
     if outcomes.taught:
         columns["the same, taught by that of full depth"] = outcomes.taught_loss
     rows = [
-        [str(depth), plan.rate(depth), *(str(find(depth)).lstrip("+") for find in columns.values())]
+        [str(depth), plan.rate(depth), *(str(loss(depth)).lstrip("+") for loss in columns.values())]
         for depth in outcomes.depths
     ]
     return [
-        f"Every way trains the same nested model (exits at {', '.join(map(str, outcomes.depths))}) for {recipe.num_steps} steps of "
-        f"{recipe.batch_size} x {recipe.seq_length} tokens of the same data, {seeds} seed{'s' * (seeds > 1)}, rate {plan.rate(None)}. "
-        "A depth's *gap* is its loss on held-out samples minus that of an ordinary model of this depth trained separately: the first "
-        "layers of "
-        "the same start, equal steps, equal data, a learning rate of its own. ± is the half width of a 95 % interval (Student's t over "
-        "seeds, paired).",
+        "Every method trains the same nested model (exits at"
+        f" {', '.join(map(str, outcomes.depths))}) for {recipe.num_steps} steps of"
+        f" {recipe.batch_size} x {recipe.seq_length} tokens of the same data, {seeds}"
+        f" seed{'s' * (seeds > 1)}, rate {plan.rate(None)}. A depth's *gap* is its loss on held-out"
+        " samples minus that of an ordinary model of this depth trained separately: the first"
+        " layers of the same start, equal steps, equal data, a learning rate of its own. ± is the"
+        " half width of a 95 % interval (Student's t over seeds, paired).",
         "",
         *table(["depth", "rate", *columns], rows),
     ]
@@ -68,7 +78,7 @@ def _front(outcomes: Outcomes) -> list[tuple[float, float]]:
 def _gaps(outcomes: Outcomes) -> list[str]:
     line, last, lines = _front(outcomes), outcomes.depths[-1], []
     heads = [
-        "way",
+        "method",
         *(f"gap @{depth}" for depth in outcomes.depths),
         "mean gap",
         "against uniform: mean",
@@ -95,7 +105,7 @@ def _gaps(outcomes: Outcomes) -> list[str]:
     return lines
 
 
-def _words(outcomes: Outcomes) -> list[str]:
+def _findings(outcomes: Outcomes) -> list[str]:
     line, last, lines = _front(outcomes), outcomes.depths[-1], ["## What it shows", ""]
     same_steps = [name for name in outcomes.nested if VARIANTS[name].family != "longer"]
     for where, gap, full in (
@@ -104,24 +114,28 @@ def _words(outcomes: Outcomes) -> list[str]:
     ):
         if outcomes.closed(outcomes.uniform, full) is None:
             lines.append(
-                f"- Uniform training has no gap {where} that could be closed: {gap(outcomes.uniform)} nats."
+                f"- Uniform training has no gap {where} that could be closed:"
+                f" {gap(outcomes.uniform)} nats."
             )
     good = {name: met for name in same_steps if (met := meets_goal(outcomes, name))}
     for name, met in good.items():
         lines.append(
-            f"- **{VARIANTS[name].title}** closes {_share(outcomes, name, False)} of uniform's mean gap and "
-            f"{_share(outcomes, name, True)} of its gap at full depth, outside the noise of seeds: goal "
-            f"{' and goal '.join(repr(goal) for goal in met)} (a third of one, the other not worse)."
+            f"- **{VARIANTS[name].title}** closes {_share(outcomes, name, False)} of uniform's mean"
+            f" gap and {_share(outcomes, name, True)} of its gap at full depth, outside the noise"
+            f" of seeds: goal {' and goal '.join(repr(goal) for goal in met)} (a third of one, the"
+            " other not worse)."
         )
     for name in outcomes.nested:
         if name not in same_steps:
             lines.append(
-                f"- With the steps of a teacher spent otherwise, {VARIANTS[name].title}: {_share(outcomes, name, False)} of "
-                f"uniform's mean gap closed, {_share(outcomes, name, True)} of its gap at full depth."
+                f"- With the steps of a teacher spent otherwise, {VARIANTS[name].title}:"
+                f" {_share(outcomes, name, False)} of uniform's mean gap closed,"
+                f" {_share(outcomes, name, True)} of its gap at full depth."
             )
     if not good:
         lines.append(
-            "- No way closes a third of uniform's gap without losing elsewhere, outside the noise of seeds."
+            "- No method closes a third of uniform's gap without losing elsewhere, outside the"
+            " noise of seeds."
         )
     far = {name: beyond(outcomes.point(name), line) for name in same_steps}
     ranked = sorted(
@@ -141,8 +155,8 @@ def _words(outcomes: Outcomes) -> list[str]:
     ahead = [title for title, (full, mean) in points.items() if full < x and mean < y]
     if ahead:
         lines.append(
-            "- A smaller gap at full depth than any static weights, and a smaller mean gap than those that come nearest: "
-            f"{', '.join(ahead)}."
+            "- A smaller gap at full depth than any static weights, and a smaller mean gap than"
+            f" those that come nearest: {', '.join(ahead)}."
         )
     helpless = [
         VARIANTS[name].title
@@ -153,7 +167,8 @@ def _words(outcomes: Outcomes) -> list[str]:
     ]
     if helpless:
         lines.append(
-            f"- No better than uniform, neither in the mean nor at full depth: {', '.join(helpless)}."
+            "- No better than uniform, neither in the mean nor at full depth:"
+            f" {', '.join(helpless)}."
         )
     return [*lines, ""]
 
@@ -194,7 +209,7 @@ def _losses(outcomes: Outcomes) -> list[str]:
         ]
         for name in outcomes.nested
     ]
-    return ["## Losses", "", *table(["way", *(f"@{depth}" for depth in outcomes.depths)], rows)]
+    return ["## Losses", "", *table(["method", *(f"@{depth}" for depth in outcomes.depths)], rows)]
 
 
 def _recipe(plan: StudyPlan, outcomes: Outcomes) -> list[str]:
@@ -204,19 +219,12 @@ def _recipe(plan: StudyPlan, outcomes: Outcomes) -> list[str]:
             word.replace(str(plan.recipe.model), plan.recipe.model.name)
             for word in plan.flags(VARIANTS[name], 1)
         ]
-        rate = f" (rate x {VARIANTS[name].rate:.3g})" if VARIANTS[name].rate != 1 else ""
-        rate += f" ({VARIANTS[name].steps} x the steps)" if VARIANTS[name].steps != 1 else ""
-        rate += (
-            " (starts from the separately trained model of full depth)"
-            if VARIANTS[name].goes_on
-            else ""
-        )
-        rows.append(
-            f"| {VARIANTS[name].title} | `{' '.join(flags)}`{rate} |"
-            if flags
-            else f"| {VARIANTS[name].title} |{rate} |"
-        )
-    return ["## Flags", "", "| way | flags of pretrain_sorted.py |", "|---|---|", *rows, ""]
+        variant = VARIANTS[name]
+        notes = f" (rate x {variant.rate:.3g})" * (variant.rate != 1)
+        notes += f" ({variant.steps} x the steps)" * (variant.steps != 1)
+        notes += " (starts from the separately trained model of full depth)" * variant.goes_on
+        rows.append(f"| {variant.title} |{f' `{shlex.join(flags)}`' * bool(flags)}{notes} |")
+    return ["## Flags", "", "| method | flags of pretrain_sorted.py |", "|---|---|", *rows, ""]
 
 
 def _commands(plan: StudyPlan, steps: Sequence[Step]) -> list[str]:
@@ -238,7 +246,7 @@ def _commands(plan: StudyPlan, steps: Sequence[Step]) -> list[str]:
 
 
 def chosen(names: Sequence[str] | None) -> list[Variant]:
-    """Return the variants of these names in the order of the table, uniform always among them; all for None."""
+    """Return the variants of these names and uniform, in the table's order; all for None."""
     return [
         variant
         for variant in VARIANTS.values()

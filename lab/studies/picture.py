@@ -1,4 +1,4 @@
-"""The picture of a study: every variant as a point, full model against all depths, with the front that static weights trace."""
+"""The picture of a study: every variant as a point, and the front that static weights trace."""
 
 import math
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ COLOURS = {
     "combined": "#000000",
     "longer": "#7A5C00",
 }
-"""Okabe and Ito's."""
+"""Family -> colour; those of Okabe and Ito, which colour-blind readers tell apart."""
 SAME = 9.0
-"""Pixels within which points share a label."""
+"""Distance in pixels within which points share a label."""
 
 Point = tuple[float, float]
 Rectangle = tuple[float, float, float, float]
@@ -29,7 +29,10 @@ Rectangle = tuple[float, float, float, float]
 
 
 def draw(outcomes: Outcomes, title: str, output: Path) -> None:
-    """Write a PNG of 1500 x 850 points: gap of the full model to the right, mean gap over depths upwards; bars are 95 % intervals."""
+    """Write a PNG of 1500 x 850 points; bars are 95 % intervals.
+
+    The gap of the full model points to the right, the mean gap over depths upwards.
+    """
     with figure_of(output, 15, 8.5, TITLED | {"font.size": 12}) as figure:
         axes = figure.subplots()
         everything = {name: outcomes.point(name) for name in outcomes.nested}
@@ -94,19 +97,21 @@ def draw(outcomes: Outcomes, title: str, output: Path) -> None:
                 va="bottom",
                 fontsize=10,
             )
-        figure.draw_without_rendering()  # the layout is known only then
+        figure.draw_without_rendering()  # the layout is known only afterwards
         _name_points(axes, points, noise)
 
 
 def in_view(
     points: Mapping[str, Point], uniform: str, noise: Point
 ) -> tuple[dict[str, Point], dict[str, Point]]:
-    """Return the points to show, and those that are so much worse than uniform that the others would be crowded together.
+    """Return the points to show, and those outside the view.
+
+    Points that are much worse than uniform would crowd the others together.
 
     Args:
-        points: All.
-        uniform: Name of one.
-        noise: Half widths of its interval; what is within twice of them is shown.
+        points: All points by name.
+        uniform: The name of the uniform variant.
+        noise: Half widths of uniform's interval; points within two of them are shown.
     """
     (x, y), better = points[uniform], [min(values) for values in zip(*points.values(), strict=True)]
     right, top = (
@@ -120,7 +125,10 @@ def in_view(
 
 
 def _name_points(axes, points: Mapping[str, Point], half_widths: Mapping[str, Point]) -> None:
-    """Write names beside their points so that they cover neither each other nor points and bars; points at one place share a label."""
+    """Write names beside their points, covering neither each other nor points and bars.
+
+    Points at one place share a label.
+    """
     at = {
         name: tuple(map(float, axes.transData.transform(point))) for name, point in points.items()
     }
@@ -155,9 +163,9 @@ def _name_points(axes, points: Mapping[str, Point], half_widths: Mapping[str, Po
         ]
 
         def cost(corner: Point, width=width, height=height) -> float:
-            box = (*corner, corner[0] + width, corner[1] + height)
-            beyond = (max(inside.x0 - box[0], 0) + max(box[2] - inside.x1, 0)) * height
-            return sum(_shared(box, other) for other in taken) + beyond
+            label = (*corner, corner[0] + width, corner[1] + height)
+            beyond = (max(inside.x0 - label[0], 0) + max(label[2] - inside.x1, 0)) * height
+            return sum(_shared(label, other) for other in taken) + beyond
 
         left, bottom = min(rectangles, key=cost)
         taken.append((left, bottom, left + width, bottom + height))

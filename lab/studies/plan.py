@@ -1,13 +1,13 @@
-"""The steps of a study of one data set: separately trained models of every depth, then every variant, seed by seed."""
+"""The steps of a study of one data set: separate models of every depth, and every variant."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from lab.results.rates import choose_rate
-from lab.results.recipe import Recipe, prefix
-from lab.results.steps import OURS, PYTHON, ROOT, Step
-from lab.studies.outcomes import Outcomes, read_losses
+from lab.results.rates import choose_rate, trainer_losses
+from lab.results.recipe import Recipe, prefix, run_flags, train_command
+from lab.results.steps import OURS, ROOT, Step
+from lab.studies.outcomes import Outcomes
 from lab.studies.variants import UNIFORM, Variant, expand
 from megatron_sorted.reporting.run_reports import read_run
 
@@ -17,8 +17,9 @@ class StudyPlan:
 
     Args:
         recipe: Data, model, depths, steps and rates.
-        data_steps: What makes the data.
-        held_out, tuning: Names of the sets that are measured, and that rates and references are chosen by.
+        data_steps: The steps that make the data.
+        held_out: Name of the set that is measured.
+        tuning: Name of the set that rates and references are chosen by.
     """
 
     def __init__(
@@ -28,28 +29,18 @@ class StudyPlan:
         held_out: str = "held_out",
         tuning: str = "tuning",
     ):
-        self.recipe, self.data_steps, self.held_out, self.tuning = (
-            recipe,
-            list(data_steps),
-            held_out,
-            tuning,
-        )
+        self.recipe, self.data_steps = recipe, list(data_steps)
+        self.held_out, self.tuning = held_out, tuning
         self.depths = (*recipe.exit_depths, recipe.measured[-1])
 
     def extract_steps(self) -> list[Step]:
-        """Return the cutting of the first layers of the model, from which separate models start."""
+        """Return the steps that cut out the first layers, from which separate models start."""
         steps = []
         for depth in self.recipe.exit_depths:
             target = self._start_of(depth)
             command = (
-                *OURS,
-                "extract",
-                str(self.recipe.model),
-                str(target),
-                "--depth",
-                str(depth),
-                "--overwrite",
-                "--no-verify",
+                *(*OURS, "extract", str(self.recipe.model), str(target)),
+                *f"--depth {depth} --overwrite --no-verify".split(),
             )
             steps.append(
                 Step(
@@ -64,36 +55,34 @@ class StudyPlan:
         return steps
 
     def rate_steps(self) -> list[Step]:
-        """Return short trainings that choose a learning rate: for uniform nested training, and for separate models of each depth."""
-        steps = []
-        for rate in self._rates_to_try("nested"):
-            steps.append(
-                self._train(
-                    f"rate-nested-{rate}",
-                    self._nested_flags(()),
-                    self.recipe.model,
-                    rate,
-                    1,
-                    self.recipe.num_sweep_steps,
-                )
+        """Return short trainings that choose a rate: for nested models, and for each depth."""
+        steps = [
+            self._train(
+                f"rate-nested-{rate}",
+                self._nested_flags(()),
+                self.recipe.model,
+                rate,
+                1,
+                self.recipe.num_sweep_steps,
             )
-        for depth in self.depths:
-            for rate in self._rates_to_try("ordinary"):
-                steps.append(
-                    self._train(
-                        f"rate-{depth}-{rate}",
-                        (),
-                        self._start_of(depth),
-                        rate,
-                        1,
-                        self.recipe.num_sweep_steps,
-                        self._needs_cut(depth),
-                    )
-                )
-        return steps
+            for rate in self._rates_to_try("nested")
+        ]
+        return steps + [
+            self._train(
+                f"rate-{depth}-{rate}",
+                (),
+                self._start_of(depth),
+                rate,
+                1,
+                self.recipe.num_sweep_steps,
+                self._needs_cut(depth),
+            )
+            for depth in self.depths
+            for rate in self._rates_to_try("ordinary")
+        ]
 
     def separate_steps(self, seed: int) -> list[Step]:
-        """Return the separate training of a model of each depth."""
+        """Return the separate training of a model for each depth."""
         return [
             self._train(
                 f"separate-{depth}-{seed}",
@@ -108,7 +97,10 @@ class StudyPlan:
         ]
 
     def taught_steps(self, seed: int) -> list[Step]:
-        """Return the same, taught by the separate model of full depth: what of a taught nested model's gain is not due to nesting."""
+        """Return separate trainings with the separate model of full depth as teacher.
+
+        They show which part of a taught nested model's gain is not due to nesting.
+        """
         flags = ("--exit-kd-weight", "1", "--exit-kd-teacher", self._teachers(seed)["separate"])
         return [
             self._train(
@@ -124,7 +116,10 @@ class StudyPlan:
         ]
 
     def variant_step(self, variant: Variant, seed: int) -> Step:
-        """Return the training of one variant; the separate models of the seed, and for references those of seed 1, come before it."""
+        """Return the training of one variant.
+
+        The separate models of the seed, and for references those of seed 1, come before it.
+        """
         rate = f"{float(self.rate(None)) * variant.rate:.3g}"
         needs, flags, start = (), self._nested_flags(self.flags(variant, seed)), self.recipe.model
         if variant.needs_full_model:
@@ -156,7 +151,7 @@ class StudyPlan:
         )
 
     def rate(self, depth: int | None) -> str:
-        """Return the rate that was chosen for a separate model of this depth, or for nested training (None).
+        """Return the rate of a separate model of this depth, or of nested training (None).
 
         Raises:
             DataError: A run that tries a rate left no evaluation.
@@ -166,15 +161,15 @@ class StudyPlan:
         if not rates:
             return self.recipe.rates[kind][0]
         losses = {
-            rate: read_losses(self._evaluation(f"rate-{name}-{rate}"), self.tuning)
+            rate: trainer_losses(self._evaluation(f"rate-{name}-{rate}"), self.tuning)
             for rate in rates
         }
         return choose_rate(losses, self.depths if depth is None else (depth,))
 
     def references(self) -> dict[int, float]:
-        """Return {depth: loss} of the separate models of seed 1 on the samples that are kept for choosing; held-out ones stay unseen."""
+        """Return {depth: loss} of the separate models of seed 1 on the samples for tuning."""
         return {
-            depth: read_losses(self._evaluation(f"separate-{depth}-1"), self.tuning)[depth]
+            depth: trainer_losses(self._evaluation(f"separate-{depth}-1"), self.tuning)[depth]
             for depth in self.depths
         }
 
@@ -185,13 +180,13 @@ class StudyPlan:
         name: str | None = None,
         with_taught: bool = False,
     ) -> Outcomes:
-        """Return what all trainings gave on the samples ``name``, by default the held-out ones.
+        """Return the losses of all trainings on the samples ``name``, by default held-out ones.
 
         Args:
             variants: Variants of the nested model.
-            seeds: How many.
+            seeds: The number of seeds.
             name: Name of the samples.
-            with_taught: Whether separate models that were taught are among them.
+            with_taught: Whether to include separate models that had a teacher.
 
         Raises:
             DataError: A training left no evaluation.
@@ -201,7 +196,7 @@ class StudyPlan:
         alone = {
             kind: [
                 {
-                    depth: read_losses(self._evaluation(f"{kind}-{depth}-{seed}"), name)[depth]
+                    depth: trainer_losses(self._evaluation(f"{kind}-{depth}-{seed}"), name)[depth]
                     for depth in self.depths
                 }
                 for seed in range(1, seeds + 1)
@@ -210,7 +205,7 @@ class StudyPlan:
         }
         nested = {
             variant.name: [
-                read_losses(self._evaluation(f"nested-{variant.name}-{seed}"), name)
+                trainer_losses(self._evaluation(f"nested-{variant.name}-{seed}"), name)
                 for seed in range(1, seeds + 1)
             ]
             for variant in variants
@@ -218,24 +213,25 @@ class StudyPlan:
         return Outcomes(alone["separate"], alone.get("taught", []), nested, UNIFORM)
 
     def gradients(self, seeds: int) -> dict[int, tuple[float, float, float]]:
-        """Return {depth: (cosine at the first report, at the last, ratio of norms at the last)} of uniform, means over seeds.
+        """Return {depth: (first cosine, last cosine, last ratio of norms)} of uniform training.
 
-        Own gradient of each intermediate exit's hidden state against the one that comes from all deeper exits.
+        They are means over seeds, of the first and last report. The gradient of each intermediate
+        exit's own loss is compared with the one from all deeper exits.
 
         Raises:
             DataError: A training left no reports.
         """
         runs = [read_run(self._run(f"nested-{UNIFORM}-{seed}")) for seed in range(1, seeds + 1)]
-        found = {}
+        measured = {}
         for depth in self.recipe.exit_depths:
             cosines = [run.exit_curve(depth, "gradient_cosine").values for run in runs]
             ratios = [run.exit_curve(depth, "gradient_ratio").values for run in runs]
-            found[depth] = (
+            measured[depth] = (
                 fmean(one[0] for one in cosines),
                 fmean(one[-1] for one in cosines),
                 fmean(one[-1] for one in ratios),
             )
-        return found
+        return measured
 
     def _rates_to_try(self, kind: str) -> tuple[str, ...]:
         return self.recipe.rates[kind] if len(self.recipe.rates[kind]) > 1 else ()
@@ -279,37 +275,12 @@ class StudyPlan:
         needs: tuple[str, ...] = (),
     ) -> Step:
         recipe, save = self.recipe, self.recipe.folder / "runs" / name
+        tokenizer = ("--tokenizer-model", str(recipe.model / "tokenizer.model"))
         command = (
-            PYTHON,
-            "pretrain_sorted.py",
-            "--load",
-            str(start),
-            "--tokenizer-model",
-            str(recipe.model / "tokenizer.model"),
-            "--seq-length",
-            str(recipe.seq_length),
-            "--data-path",
-            str(prefix(recipe.folder, "train")),
+            *train_command(recipe, start, tokenizer),
             "--valid-data-path",
             *(str(prefix(recipe.folder, each)) for each in (self.held_out, self.tuning)),
-            "--device",
-            "cpu",
-            "--micro-batch-size",
-            str(recipe.batch_size),
-            "--lr-warmup-iters",
-            str(recipe.warmup),
-            *recipe.flags,
-            "--full-validation",
-            "--log-interval",
-            "50",
-            "--seed",
-            str(seed),
-            "--train-iters",
-            str(num_steps),
-            "--lr",
-            rate,
-            "--save",
-            str(save),
+            *run_flags(recipe, num_steps, rate, seed, save),
             *flags,
         )
         return Step(

@@ -1,4 +1,4 @@
-"""What is compared: ways to train one nested model, each a name and the flags in which it differs from the plain mean of losses."""
+"""Variants: methods to train one nested model, each a name and the flags it adds to uniform."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,26 +9,29 @@ FAMILIES = {
     "schedule": "Schedules and sampling",
     "gradient": "Gradient rules",
     "distillation": "Self-distillation",
-    "teacher": "Distillation from a frozen model: the start, or the separately trained one of full depth",
+    "teacher": "Distillation from a frozen model: the start, or the separately trained one of"
+    " full depth",
     "capacity": "More parameters at the exits",
     "combined": "Combinations: taught by the separately trained one of full depth",
-    "longer": "With the teacher's steps spent otherwise: twice the steps, or from the separately trained model of full depth on",
+    "longer": "With the teacher's steps spent otherwise: twice the steps, or from the separately"
+    " trained model of full depth on",
 }
 UNIFORM = "uniform"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train.
+    """One method of training.
 
     Attributes:
-        family: One of `FAMILIES`.
-        flags: Of pretrain_sorted.py. {start} becomes the directory of the model at the start, {separate} that of the separately trained
-            model of full depth and the same seed, {others:X} X for each intermediate exit, {references} the losses of the separately
+        family: A key of `FAMILIES`.
+        flags: Flags of pretrain_sorted.py. {start} becomes the directory of the model at the start,
+            {separate} that of the separately trained model of full depth and the same seed,
+            {others:X} X for each intermediate exit, {references} the losses of the separately
             trained models, {full} that of the full one, {part:X} this share of all steps.
-        rate: Factor of the learning rate; 1 but for static weights, whose front includes other rates.
+        rate: Factor of the learning rate, 1 except for static weights; their front includes rates.
         steps: Factor of the steps.
-        goes_on: Whether it starts from the separately trained model of full depth and the same seed.
+        goes_on: Whether it continues from the separately trained model of full depth and this seed.
     """
 
     name: str
@@ -41,12 +44,12 @@ class Variant:
 
     @property
     def needs_references(self) -> bool:
-        """Whether it asks for the losses of separately trained models."""
+        """Whether it uses the losses of separately trained models."""
         return bool({"{references}", "{full}"} & set(self.flags))
 
     @property
     def needs_full_model(self) -> bool:
-        """Whether it uses the separately trained model of full depth: one more ordinary training that comes first."""
+        """Whether it uses the separately trained model of full depth, trained before it."""
         return self.goes_on or "{separate}" in self.flags
 
 
@@ -239,24 +242,26 @@ def expand(
     """Return the flags of a variant.
 
     Args:
+        variant: The variant.
         depths: All exits; the last is the full model.
-        references: {depth: loss} of the separately trained models on the samples that are kept for choosing.
+        references: {depth: loss} of the separately trained models on the samples for tuning.
         num_steps: Steps of the training.
-        teachers: Directories: "start", the model that all start from, and "separate", the separately trained model of full depth.
+        teachers: Directories: "start" of the model that all start from, and "separate" of the
+            separately trained model of full depth.
     """
-    words: list[str] = []
+    flags: list[str] = []
     for word in variant.flags:
         kind, _, value = word.strip("{}").partition(":") if word.startswith("{") else ("", "", "")
         if kind == "others":
-            words += [value] * (len(depths) - 1)
+            flags += [value] * (len(depths) - 1)
         elif kind == "references":
-            words += [f"{references[depth]:.4f}" for depth in depths]
+            flags += [f"{references[depth]:.4f}" for depth in depths]
         elif kind == "full":
-            words.append(f"{references[depths[-1]]:.4f}")
+            flags.append(f"{references[depths[-1]]:.4f}")
         elif kind in ("start", "separate"):
-            words.append(teachers[kind])
+            flags.append(teachers[kind])
         elif kind == "part":
-            words.append(str(max(1, round(float(value) * num_steps))))
+            flags.append(str(max(1, round(float(value) * num_steps))))
         else:
-            words.append(word)
-    return words
+            flags.append(word)
+    return flags

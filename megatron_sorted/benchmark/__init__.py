@@ -1,1 +1,1 @@
-"""Compare ways to decode on the same prompts."""
+"""Comparison of decoding strategies on the same prompts."""

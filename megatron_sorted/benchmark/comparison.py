@@ -1,4 +1,4 @@
-"""A comparison of ways to decode, from the questions to the files: answers, scores, page and pictures."""
+"""A comparison of decoding strategies: from questions to answers, scores, page and pictures."""
 
 import dataclasses
 import json
@@ -9,14 +9,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_sorted.benchmark.batches import batch_lines, compare_batches
-from megatron_sorted.benchmark.contest import ContestAnswer, Contestant, hold, ours, theirs
+from megatron_sorted.benchmark.contest import (
+    ContestAnswer,
+    Contestant,
+    answer_question,
+    ours,
+    theirs,
+)
 from megatron_sorted.benchmark.curve import curve_lines, draw_curve, quality_curve
 from megatron_sorted.benchmark.peer import HUGGING_FACE
 from megatron_sorted.benchmark.questions import MultiTurnQuestion, spread
 from megatron_sorted.benchmark.scores import Terms, draw, scores_of, write_page
 from megatron_sorted.benchmark.sweep import draw_sweep, sweep, sweep_lines
 from megatron_sorted.benchmark.trials import FULL, encode_prompts
-from megatron_sorted.decoding.choice import StrategyChoice
+from megatron_sorted.decoding.requested_strategy import RequestedStrategy
 from megatron_sorted.decoding.strategies import SPECULATIVE, STRATEGIES, Strategy
 from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.evaluation.documents import encode_documents, read_documents
@@ -25,15 +31,15 @@ from megatron_sorted.files import write_text_atomically
 
 @dataclass(frozen=True)
 class Extras:
-    """What is measured beside the answers to questions.
+    """Further measurements beside the answers to questions.
 
     Attributes:
-        batches: Numbers of prompts at once.
-        sweep: Whether self-speculation is tried at every exit and draft length.
-        texts: Held-out files whose loss is drawn over speed.
-        separator: What stands between texts of a plain file.
-        num_texts: Texts of each file at most.
-        num_prompts: Prompts that each of these goes on with.
+        batches: Batch sizes to measure.
+        sweep: Whether to run self-speculation at every exit and draft length.
+        texts: Files of held-out text whose loss is drawn over speed.
+        separator: Separator of the texts of a plain file.
+        num_texts: Maximum number of texts of each file.
+        num_prompts: Number of prompts for each of these measurements.
     """
 
     batches: Sequence[int] = ()
@@ -45,46 +51,47 @@ class Extras:
 
 
 def strategies_of(
-    writer: TextGenerator, choice: StrategyChoice, names: Sequence[str]
+    generator: TextGenerator, choice: RequestedStrategy, names: Sequence[str]
 ) -> dict[str, Strategy]:
-    """Return the ways of these names that the model supports, the full model's first."""
+    """Return the named strategies that the model supports, full first."""
     strategies = {}
     for name in dict.fromkeys([FULL, *names]):
-        draft = writer.draft_for(STRATEGIES[name])
-        if name == FULL or len(writer.network.depths) > 1 or draft is not None:
+        draft = generator.draft_for(STRATEGIES[name])
+        if name == FULL or len(generator.network.depths) > 1 or draft is not None:
             strategies[name] = dataclasses.replace(choice, name=name).strategy(
-                writer.network, draft
+                generator.network, draft
             )
     return strategies
 
 
 def contestants_of(
-    writer: TextGenerator, strategies: Mapping[str, Strategy], terms: Terms, with_transformers: bool
+    generator: TextGenerator,
+    strategies: Mapping[str, Strategy],
+    terms: Terms,
+    with_transformers: bool,
 ) -> list[Contestant]:
-    """Return what answers: our ways, and transformers' own generate with and without its early exit."""
-    found = [
-        ours(name, writer, strategy, terms.max_new_tokens, terms.sampling)
+    """Return our strategies, and transformers' generate with and without its early exit."""
+    contestants = [
+        ours(name, generator, strategy, terms.max_new_tokens, terms.sampling)
         for name, strategy in strategies.items()
     ]
-    if with_transformers:
-        network = writer.network
-        found.append(theirs(HUGGING_FACE, writer, terms.max_new_tokens, terms.sampling))
-        found += [
-            theirs(
-                f"{HUGGING_FACE}, assistant_early_exit={depth}",
-                writer,
-                terms.max_new_tokens,
-                terms.sampling,
-                assistant_early_exit=depth,
-            )
-            for depth in network.depths[:-1]
-            if depth <= network.num_layers // 2
-        ]
-    return found
+    if not with_transformers:
+        return contestants
+    network = generator.network
+    early = [depth for depth in network.depths[:-1] if depth <= network.num_layers // 2]
+    options = {HUGGING_FACE: {}} | {
+        f"{HUGGING_FACE}, assistant_early_exit={depth}": {"assistant_early_exit": depth}
+        for depth in early
+    }
+    contestants += [
+        theirs(name, generator, terms.max_new_tokens, terms.sampling, **more)
+        for name, more in options.items()
+    ]
+    return contestants
 
 
 def compare_strategies(
-    writer: TextGenerator,
+    generator: TextGenerator,
     questions: Sequence[MultiTurnQuestion],
     strategies: Mapping[str, Strategy],
     contestants: Sequence[Contestant],
@@ -92,58 +99,55 @@ def compare_strategies(
     extras: Extras,
     output: Path,
 ) -> str:
-    """Ask every question of every contestant, measure the extras, write all of it into a folder, and return the page."""
-    for contestant in contestants:  # what is made at the first use is not measured
-        contestant.run(writer.encode("a")[:8])
+    """Answer every question with every contestant, measure the extras and write all files.
+
+    Args:
+        generator: The model.
+        questions: The questions.
+        strategies: Strategies for the extras, by name.
+        contestants: What answers the questions.
+        terms: Terms of the comparison.
+        extras: Further measurements.
+        output: Folder to write to.
+
+    Returns:
+        The page.
+    """
+    for contestant in contestants:  # warm up
+        contestant.run(generator.encode("a")[:8])
     answers = [
-        hold(writer, question, contestants, terms.max_new_tokens, turn)
-        for turn, question in enumerate(tqdm(questions, "asking", unit="question"))
+        answer_question(generator, question, contestants, terms.max_new_tokens, number)
+        for number, question in enumerate(tqdm(questions, "answering", unit="question"))
     ]
     output.mkdir(parents=True, exist_ok=True)
-    for contestant in contestants:
-        lines = [
-            json.dumps(
-                as_spec_bench(question, contestant.name, answer[contestant.name]),
-                ensure_ascii=False,
-            )
+    for name in (contestant.name for contestant in contestants):
+        records = [
+            as_spec_bench(question, name, answer[name])
             for question, answer in zip(questions, answers, strict=True)
         ]
-        place = output / f"answers_{contestant.name.replace(', ', '_').replace('=', '_')}.jsonl"
-        write_text_atomically(place, "\n".join(lines) + "\n")
+        path = output / f"answers_{name.replace(', ', '_').replace('=', '_')}.jsonl"
+        lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+        write_text_atomically(path, lines)
     scores = scores_of(questions, answers, [contestant.name for contestant in contestants])
     draw(scores, terms.title, output / "decoding.png")
-    options = [
-        f"`{name}`: {', '.join(f'{key} {value}' for key, value in dataclasses.asdict(strategy).items()) or 'no options'}"
+    options = {
+        name: ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(strategy).items())
         for name, strategy in strategies.items()
-    ]
-    place = output / "decoding.md"
-    write_page(
-        place, terms, writer, questions, scores, options, []
-    )  # what took long is kept, whatever happens to the rest
-    write_text_atomically(
-        output / "decoding.json",
-        json.dumps(
-            {
-                group: {name: dataclasses.asdict(one) for name, one in row.items()}
-                for group, row in scores.items()
-            },
-            indent=2,
-        )
-        + "\n",
-    )
-    return write_page(
-        place,
-        terms,
-        writer,
-        questions,
-        scores,
-        options,
-        sections_of(writer, questions, strategies, terms, extras, output),
-    )
+    }
+    path = output / "decoding.md"
+    # written now, so that a failure of the extras loses nothing
+    write_page(path, terms, generator, questions, scores, options, [])
+    numbers = {
+        group: {name: dataclasses.asdict(one) for name, one in row.items()}
+        for group, row in scores.items()
+    }
+    write_text_atomically(output / "decoding.json", json.dumps(numbers, indent=2) + "\n")
+    sections = sections_of(generator, questions, strategies, terms, extras, output)
+    return write_page(path, terms, generator, questions, scores, options, sections)
 
 
 def as_spec_bench(question: MultiTurnQuestion, name: str, answer: ContestAnswer) -> dict:
-    """Return an answer in Spec-Bench's form."""
+    """Return an answer in the format of Spec-Bench."""
     choice = {
         "index": 0,
         "turns": answer.turns,
@@ -161,58 +165,42 @@ def as_spec_bench(question: MultiTurnQuestion, name: str, answer: ContestAnswer)
 
 
 def sections_of(
-    writer: TextGenerator,
+    generator: TextGenerator,
     questions: Sequence[MultiTurnQuestion],
     strategies: Mapping[str, Strategy],
     terms: Terms,
     extras: Extras,
     output: Path,
 ) -> list[str]:
-    """Return the lines of the extras, after drawing their pictures."""
+    """Measure the extras, draw their pictures and return their lines of the page."""
     if not (extras.batches or extras.sweep or extras.texts):
         return []
     lines, count = [], terms.max_new_tokens
-    prompts = encode_prompts(
-        writer,
-        [question.turns[0] for question in spread(questions, extras.num_prompts)],
-        True,
-        count,
-    )
+    firsts = [question.turns[0] for question in spread(questions, extras.num_prompts)]
+    prompts = encode_prompts(generator, firsts, True, count)
     if extras.batches:
-        lines += batch_lines(compare_batches(writer, strategies, prompts, count, extras.batches))
-    if extras.sweep and len(writer.network.depths) > 1:
-        grid = sweep(writer, prompts, count)
-        draw_sweep(
-            grid,
-            f"{terms.title}: which exit should draft, and how many tokens",
-            output / "sweep.png",
-        )
+        lines += batch_lines(compare_batches(generator, strategies, prompts, count, extras.batches))
+    if extras.sweep and len(generator.network.depths) > 1:
+        grid = sweep(generator, prompts, count)
+        title = f"{terms.title}: which exit should draft, and how many tokens"
+        draw_sweep(grid, title, output / "sweep.png")
         lines += [*sweep_lines(grid), "![Speed-up over draft depth and length](sweep.png)", ""]
-    if extras.texts and len(writer.network.depths) > 1:
+    if extras.texts and len(generator.network.depths) > 1:
         texts = [
-            one
+            document
             for path in extras.texts
-            for one in read_documents(path, extras.separator, limit=extras.num_texts)
+            for document in read_documents(path, extras.separator, limit=extras.num_texts)
         ]
-        form = writer.form.prompt_form if writer.form.is_stored else None
-        documents = encode_documents(texts, writer.tokenizer, append_eos=True, form=form)
-        lossless = {
-            name: strategy
-            for name, strategy in strategies.items()
-            if isinstance(strategy, SPECULATIVE)
-        }
-        tuned = (
-            {"early_exit as tuned": strategies["early_exit"]} if "early_exit" in strategies else {}
-        )
-        points = quality_curve(writer, documents, prompts, count, lossless, tuned)
+        form = generator.form.prompt_form if generator.form.is_stored else None
+        documents = encode_documents(texts, generator.tokenizer, append_eos=True, form=form)
+        lossless = {name: one for name, one in strategies.items() if isinstance(one, SPECULATIVE)}
+        tuned = {}
+        if "early_exit" in strategies:
+            tuned["early_exit as tuned"] = strategies["early_exit"]
+        points = quality_curve(generator, documents, prompts, count, lossless, tuned)
         draw_curve(points, f"{terms.title}: quality over speed", output / "curve.png")
+        num_tokens = sum(sum(document.counted) for document in documents)
         names = " and ".join(path.name for path in extras.texts)
-        lines += [
-            *curve_lines(
-                points,
-                f"{sum(sum(document.counted) for document in documents):,} held-out tokens of {names}",
-            ),
-            "![Loss over speed](curve.png)",
-            "",
-        ]
+        lines += curve_lines(points, f"{num_tokens:,} held-out tokens of {names}")
+        lines += ["![Loss over speed](curve.png)", ""]
     return lines

@@ -1,4 +1,8 @@
-"""Several ways answer the same questions, one after another for each question, so that a noisy machine is as noisy for all."""
+"""Answers of several strategies to the same conversations, and their scores.
+
+All strategies answer a question before the next one, so that a noisy machine is noisy for all.
+Prompts that are only timed are in `trials`.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +17,14 @@ from megatron_sorted.decoding.tuning.costs import now
 
 @dataclass
 class ContestAnswer:
-    """What one way wrote for one question.
+    """The answer of one contestant to one question.
 
     Attributes:
-        turns: Its text, by turn.
-        ids: Its tokens, by turn.
-        seconds: By turn.
-        accept_lengths: Tokens of every verification, over all turns.
-        num_drafted, num_accepted: Drafts; None where nobody tells.
+        turns: Text of each turn.
+        ids: Tokens of each turn.
+        seconds: Seconds of each turn.
+        accept_lengths: Number of new tokens of every verification, over all turns.
+        num_drafted, num_accepted: Numbers of drafted and accepted tokens; None if unknown.
     """
 
     turns: list[str] = field(default_factory=list)
@@ -33,7 +37,13 @@ class ContestAnswer:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name and what goes on with a prompt: (tokens, tokens of every step, drafted, accepted)."""
+    """A strategy or another generator in the comparison.
+
+    Attributes:
+        name: Name in tables and files.
+        run: Function from a prompt to its new tokens, the number of tokens of every step, and the
+            numbers of drafted and accepted tokens (None if unknown).
+    """
 
     name: str
     run: Callable[[list[int]], tuple[list[int], list[int], int | None, int | None]]
@@ -41,19 +51,19 @@ class Contestant:
 
 def ours(
     name: str,
-    writer: TextGenerator,
+    generator: TextGenerator,
     strategy: Strategy,
     max_new_tokens: int,
     sampling: SamplingParameters,
 ) -> Contestant:
-    """Return one of our ways."""
-    limits = Limits(max_new_tokens, writer.end_ids)
-    draft = writer.draft_for(strategy)
+    """Return the contestant of one of our strategies."""
+    limits = Limits(max_new_tokens, generator.end_ids)
+    draft = generator.draft_for(strategy)
 
     def run(prompt: list[int]):
         tokens, steps, drafted, accepted = [], [], 0, 0
         for added in stream(
-            writer.network, [prompt], strategy, sampling, limits=limits, draft=draft
+            generator.network, [prompt], strategy, sampling, limits=limits, draft=draft
         ):
             tokens += added.tokens
             steps.append(len(added.tokens))
@@ -64,10 +74,18 @@ def ours(
 
 
 def theirs(
-    name: str, writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters, **more
+    name: str, generator: TextGenerator, max_new_tokens: int, sampling: SamplingParameters, **more
 ) -> Contestant:
-    """Return transformers' own ``generate`` of the same model; ``more`` such as assistant_early_exit."""
-    run_batch = peer_run(writer, max_new_tokens, sampling, **more)
+    """Return the contestant of transformers' ``generate`` with the same model.
+
+    Args:
+        name: Name in tables and files.
+        generator: The model.
+        max_new_tokens: Maximum number of new tokens.
+        sampling: How tokens are chosen.
+        **more: Arguments of ``generate``, such as assistant_early_exit.
+    """
+    run_batch = peer_run(generator, max_new_tokens, sampling, **more)
 
     def run(prompt: list[int]):
         [tokens], _ = run_batch([prompt])
@@ -76,47 +94,56 @@ def theirs(
     return Contestant(name, run)
 
 
-def hold(
-    writer: TextGenerator,
+def answer_question(
+    generator: TextGenerator,
     question: MultiTurnQuestion,
     contestants: Sequence[Contestant],
     max_new_tokens: int,
-    turn: int,
+    number: int,
 ) -> dict[str, ContestAnswer]:
-    """Return each contestant's answer, with its own answers before its later turns; who begins depends on ``turn``."""
-    found = {}
-    for place in range(len(contestants)):
-        contestant = contestants[(turn + place) % len(contestants)]
+    """Return each contestant's answer; later turns follow the contestant's own earlier answers.
+
+    Args:
+        generator: The model.
+        question: The question.
+        contestants: The contestants.
+        max_new_tokens: Maximum number of new tokens of a turn.
+        number: Number of the question; it determines which contestant begins.
+    """
+    answers, num_contestants = {}, len(contestants)
+    most_tokens = generator.network.max_positions - max_new_tokens
+    for index in range(number, number + num_contestants):
+        contestant = contestants[index % num_contestants]
         answer, messages = ContestAnswer(), []
         for text in question.turns:
             messages.append({"role": "user", "content": text})
-            prompt = writer.encode_chat(messages)[
-                -(writer.network.max_positions - max_new_tokens) :
-            ]
-            began = now(writer.network)
+            prompt = generator.encode_chat(messages)[-most_tokens:]
+            began = now(generator.network)
             tokens, steps, drafted, accepted = contestant.run(prompt)
-            answer.seconds.append(now(writer.network) - began)
-            kept = [token for token in tokens if token not in writer.end_ids]
+            answer.seconds.append(now(generator.network) - began)
+            kept = [token for token in tokens if token not in generator.end_ids]
             answer.ids.append(tokens)
-            answer.turns.append(writer.tokenizer.decode(kept))
+            answer.turns.append(generator.tokenizer.decode(kept))
             answer.accept_lengths += steps
             answer.num_drafted = None if drafted is None else answer.num_drafted + drafted
             answer.num_accepted = None if accepted is None else answer.num_accepted + accepted
             messages.append({"role": "assistant", "content": answer.turns[-1]})
-        found[contestant.name] = answer
-    return found
+        answers[contestant.name] = answer
+    return answers
 
 
 @dataclass(frozen=True)
 class Score:
-    """One way on some questions.
+    """The score of one contestant over some questions.
 
     Attributes:
-        tokens_per_second: All new tokens over all seconds, prompts included in the seconds.
-        speed_up: That over the same of `base`.
-        mean_accepted: New tokens a verification: 1 without drafts, at most 1 + drafted; None where nobody tells.
-        acceptance: Drafted tokens that are in the text over drafted ones; None without drafts. Of a tree, nodes of all branches count.
-        same: Share of answers that are `base`'s token for token.
+        tokens_per_second: All new tokens over all seconds, including those for the prompts.
+        speed_up: Ratio of tokens per second to those of the base.
+        mean_accepted: New tokens per verification: 1 without drafts, at most 1 + drafted; None if
+            unknown.
+        acceptance: Share of drafted tokens that were accepted, for a tree of the nodes of all
+            branches; None without drafts.
+        same: Share of answers that equal the base's, token for token.
     """
 
     tokens_per_second: float
@@ -127,22 +154,19 @@ class Score:
 
 
 def score(answers: Sequence[dict[str, ContestAnswer]], name: str, base: str) -> Score:
-    """Return the score of a way over questions."""
+    """Return the score of a contestant compared with another one."""
 
-    def speed(who: str) -> float:
-        return sum(len(ids) for answer in answers for ids in answer[who].ids) / sum(
-            sum(answer[who].seconds) for answer in answers
-        )
+    def speed(of: str) -> float:
+        num_tokens = sum(len(ids) for answer in answers for ids in answer[of].ids)
+        return num_tokens / sum(sum(answer[of].seconds) for answer in answers)
 
     steps = [length for answer in answers for length in answer[name].accept_lengths]
     drafted = [answer[name].num_drafted for answer in answers]
-    accepted = [answer[name].num_accepted for answer in answers]
-    told = None not in drafted and sum(drafted)
-    same = sum(answer[name].ids == answer[base].ids for answer in answers) / len(answers)
+    has_drafts = None not in drafted and sum(drafted)
     return Score(
         speed(name),
         speed(name) / speed(base),
         sum(steps) / len(steps) if steps else None,
-        sum(accepted) / sum(drafted) if told else None,
-        same,
+        sum(answer[name].num_accepted for answer in answers) / sum(drafted) if has_drafts else None,
+        sum(answer[name].ids == answer[base].ids for answer in answers) / len(answers),
     )

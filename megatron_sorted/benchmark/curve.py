@@ -1,63 +1,69 @@
-"""Quality over speed: every exit alone, confidence exits at many thresholds, and the ways that lose nothing."""
+"""Quality over speed: single exits, early exit at many thresholds, and lossless strategies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from megatron_sorted.benchmark.trials import FULL, full_run, run_of, share_same, try_all
-from megatron_sorted.decoding.cache.state import State
-from megatron_sorted.decoding.sampling import SURENESS
-from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Strategy
+from megatron_sorted.benchmark.trials import FULL, run_all, run_of, share_same
+from megatron_sorted.decoding.cache.state import DecodingState
+from megatron_sorted.decoding.sampling import CONFIDENCE
+from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Full, Strategy
 from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.evaluation.documents import EncodedDocument
-from megatron_sorted.reporting.drawing import drawing
+from megatron_sorted.reporting.drawing import COLOURS, drawing
 from megatron_sorted.reporting.markdown import table
 
 SHARES = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
-"""Thresholds are tried below which so many of an exit's confidences lie."""
-KINDS = {"full": "#333333", "fixed": "#1f77b4", "early_exit": "#ff7f0e", "lossless": "#2ca02c"}
+"""Quantiles of an exit's confidence at which thresholds are tried."""
+KINDS = dict(zip(("full", "fixed", "early_exit", "lossless"), ("#333333", *COLOURS), strict=False))
+"""Kinds of points and their colours."""
 
 
 @dataclass(frozen=True)
 class ExitScores:
-    """What the exits say of held-out tokens.
+    """The loss and confidence of every exit on held-out tokens.
 
     Attributes:
-        loss_dn: Nats of the true token, by exit (the full model last) and token.
-        sure_dn: By measure: how sure each exit is.
+        loss_dn: Loss in nats, by exit (the full model last) and token.
+        confidence_dn: Confidence of each exit, by measure, exit and token.
     """
 
     loss_dn: torch.Tensor
-    sure_dn: dict[str, torch.Tensor]
+    confidence_dn: dict[str, torch.Tensor]
 
     def loss_of(self, strategy: Strategy, depths: Sequence[int]) -> float:
-        """Return the mean loss where each token is said by the exit that the way takes; any other way's is the full model's."""
-        by = torch.full((self.loss_dn.size(1),), len(depths) - 1)
+        """Return the mean loss if each token comes from the exit that the strategy chooses.
+
+        Strategies other than fixed and early_exit have the full model's loss.
+        """
+        exit_n = torch.full((self.loss_dn.size(1),), len(depths) - 1)
         if isinstance(strategy, Fixed):
-            by[:] = depths.index(strategy.depth)
+            exit_n[:] = depths.index(strategy.depth)
         elif isinstance(strategy, EarlyExit):
-            for depth, threshold in reversed(
-                list(zip(strategy.depths, strategy.thresholds, strict=True))
-            ):
-                by[self.sure_dn[strategy.measure][depths.index(depth)] > threshold] = depths.index(
-                    depth
-                )
-        return float(self.loss_dn.gather(0, by[None]).mean())
+            # deepest first, so that the first confident exit is written last
+            exits = zip(strategy.depths[::-1], strategy.thresholds[::-1], strict=True)
+            for depth, threshold in exits:
+                index = depths.index(depth)
+                exit_n[self.confidence_dn[strategy.measure][index] > threshold] = index
+        return float(self.loss_dn.gather(0, exit_n[None]).mean())
 
 
 @dataclass(frozen=True)
 class Point:
-    """One way on the curve.
+    """One strategy on the curve.
 
     Attributes:
-        name, kind: What it is; a kind of `KINDS`.
-        loss: Held-out nats a token.
-        rise: Relative to the full model's.
-        tokens_per_second, speed_up: Measured; over full in the same run.
-        same: Share of written tokens before the first that differs from full's.
+        name: Name of the strategy with its options.
+        kind: One of `KINDS`.
+        loss: Held-out loss in nats per token.
+        rise: Relative increase of the loss over the full model's.
+        tokens_per_second: Measured speed.
+        speed_up: Ratio of the speed to the full model's in the same run.
+        same: Share of generated tokens before the first that differs from the full model's.
     """
 
     name: str
@@ -70,97 +76,89 @@ class Point:
 
 
 @torch.inference_mode()
-def listen(writer: TextGenerator, documents: Sequence[EncodedDocument]) -> ExitScores:
-    """Return what every exit says of the counted tokens of some documents."""
-    network = writer.network
-    losses, sure = [], {name: [] for name in SURENESS}
+def score_exits(generator: TextGenerator, documents: Sequence[EncodedDocument]) -> ExitScores:
+    """Run every exit on the counted tokens of some documents."""
+    network, device = generator.network, generator.network.device
+    losses, confidences = [], {name: [] for name in CONFIDENCE}
     for document in tqdm(documents, "reading held-out texts", unit="text"):
-        ids, counted = (
-            document.ids[: network.max_positions],
-            document.counted[: network.max_positions],
-        )
-        slots = [place - 1 for place in range(1, len(ids)) if counted[place]]
+        ids = document.ids[: network.max_positions]
+        slots = [index - 1 for index in range(1, len(ids)) if document.counted[index]]
         if not slots:
             continue
-        state = State(network, 1, len(ids) + 1, network.depths)
-        state.append(torch.tensor([ids[:-1]], device=network.device))
-        at, true = (
-            torch.tensor([slots], device=network.device),
-            torch.tensor([ids[slot + 1] for slot in slots], device=network.device),
-        )
-        rows, confident = [], {name: [] for name in SURENESS}
+        state = DecodingState(network, 1, len(ids) + 1, network.depths)
+        state.append(torch.tensor([ids[:-1]], device=device))
+        slots_1n = torch.tensor([slots], device=device)
+        labels_n = torch.tensor([ids[slot + 1] for slot in slots], device=device)
+        by_exit, by_measure = [], {name: [] for name in CONFIDENCE}
         for depth in network.depths:
             state.read(depth)
-            logits = state.logits(depth, at)[0].float()
-            rows.append(torch.nn.functional.cross_entropy(logits, true, reduction="none").cpu())
-            for name, measure in SURENESS.items():
-                confident[name].append(measure(logits).cpu())
-        losses.append(torch.stack(rows))
-        for name, found in confident.items():
-            sure[name].append(torch.stack(found))
+            logits = state.logits(depth, slots_1n)[0].float()
+            by_exit.append(cross_entropy(logits, labels_n, reduction="none").cpu())
+            for name, measure in CONFIDENCE.items():
+                by_measure[name].append(measure(logits).cpu())
+        losses.append(torch.stack(by_exit))
+        for name, rows in by_measure.items():
+            confidences[name].append(torch.stack(rows))
     return ExitScores(
-        torch.cat(losses, 1), {name: torch.cat(found, 1) for name, found in sure.items()}
+        torch.cat(losses, 1), {name: torch.cat(rows, 1) for name, rows in confidences.items()}
     )
 
 
-def policies(said: ExitScores, depths: Sequence[int]) -> dict[str, Strategy]:
-    """Return what is tried: every exit alone, and thresholds at quantiles for one exit and for all exits together."""
+def candidate_policies(scores: ExitScores, depths: Sequence[int]) -> dict[str, Strategy]:
+    """Return the strategies to consider.
+
+    They are every exit alone, and thresholds at quantiles for each exit, the first two and all.
+    """
     exits = list(depths[:-1])
-    found: dict[str, Strategy] = {f"fixed @{depth}": Fixed(depth) for depth in exits}
-    for measure in SURENESS:
-        sure = said.sure_dn[measure]
+    policies: dict[str, Strategy] = {f"fixed @{depth}": Fixed(depth) for depth in exits}
+    sets = dict.fromkeys([*((depth,) for depth in exits), tuple(exits[:2]), tuple(exits)])
+    for measure in CONFIDENCE:
         for share in SHARES:
-            at = {
-                depth: round(float(sure[place].quantile(share)), 3)
-                for place, depth in enumerate(exits)
+            thresholds = {
+                depth: round(float(scores.confidence_dn[measure][index].quantile(share)), 3)
+                for index, depth in enumerate(exits)
             }
-            for some in dict.fromkeys(
-                [*((depth,) for depth in exits), tuple(exits[:2]), tuple(exits)]
-            ):
-                name = f"{measure} > {', '.join(f'{at[depth]:g}@{depth}' for depth in some)}"
-                found[name] = EarlyExit(some, tuple(at[depth] for depth in some), measure)
-    return found
+            for some in sets:
+                conditions = ", ".join(f"{thresholds[depth]:g}@{depth}" for depth in some)
+                policies[f"{measure} > {conditions}"] = EarlyExit(
+                    some, tuple(thresholds[depth] for depth in some), measure
+                )
+    return policies
 
 
-def front(
-    said: ExitScores, strategies: Mapping[str, Strategy], depths: Sequence[int], most: int
+def pareto_front(
+    scores: ExitScores, strategies: Mapping[str, Strategy], depths: Sequence[int], most: int
 ) -> dict[str, Strategy]:
-    """Return the ways that promise a better loss at their mean depth than all others, thinned to ``most``, and every fixed exit."""
+    """Return every fixed exit, and up to ``most`` early exits with the best loss at their depth."""
 
     def mean_depth(strategy: Strategy) -> float:
         if isinstance(strategy, Fixed):
             return strategy.depth
-        left, total = torch.ones(said.loss_dn.size(1), dtype=torch.bool), 0.0
+        left, total = torch.ones(scores.loss_dn.size(1), dtype=torch.bool), 0.0
         for depth, threshold in zip(strategy.depths, strategy.thresholds, strict=True):
-            leaves = left & (said.sure_dn[strategy.measure][depths.index(depth)] > threshold)
-            total += depth * float(leaves.float().mean())
-            left &= ~leaves
+            exits = left & (scores.confidence_dn[strategy.measure][depths.index(depth)] > threshold)
+            total += depth * float(exits.float().mean())
+            left &= ~exits
         return total + depths[-1] * float(left.float().mean())
 
-    ordered = sorted(
-        strategies,
-        key=lambda name: (mean_depth(strategies[name]), said.loss_of(strategies[name], depths)),
-    )
-    kept, best = [], float("inf")
-    for name in ordered:
-        if (loss := said.loss_of(strategies[name], depths)) < best:
-            best = loss
-            kept.append(name)
-    early = [name for name in kept if not isinstance(strategies[name], Fixed)]
-    thinned = (
-        early
-        if len(early) <= most
-        else [early[index * (len(early) - 1) // (most - 1)] for index in range(most)]
-    )
+    losses = {name: scores.loss_of(strategy, depths) for name, strategy in strategies.items()}
+    early, best = [], float("inf")
+    for name in sorted(strategies, key=lambda one: (mean_depth(strategies[one]), losses[one])):
+        if losses[name] < best:
+            best = losses[name]
+            if not isinstance(strategies[name], Fixed):
+                early.append(name)
+    if len(early) > most:
+        early = [early[index * (len(early) - 1) // (most - 1)] for index in range(most)]
     return {
-        name: strategies[name]
-        for name in strategies
-        if isinstance(strategies[name], Fixed) or name in thinned
+        name: strategy
+        for name, strategy in strategies.items()
+        if isinstance(strategy, Fixed) or name in early
     }
 
 
 def quality_curve(
-    writer: TextGenerator,
+    generator: TextGenerator,
     documents: Sequence[EncodedDocument],
     prompts: Sequence[list[int]],
     max_new_tokens: int,
@@ -168,54 +166,38 @@ def quality_curve(
     more: Mapping[str, Strategy],
     most: int = 16,
 ) -> list[Point]:
-    """Return the points, fastest last.
+    """Return the points of the curve, fastest last.
 
     Args:
-        writer: The model.
-        documents: Held out; their counted tokens make the loss.
-        prompts: To go on with, for the speed.
-        max_new_tokens: Of each.
-        lossless: Ways that write what full writes.
-        more: Others to show whatever they promise, such as a tuned early exit.
-        most: Confidence exits that are run.
+        generator: The model.
+        documents: Held-out documents; the loss is that of their counted tokens.
+        prompts: Prompts for the speed.
+        max_new_tokens: Maximum number of new tokens of each prompt.
+        lossless: Strategies that generate the full model's text.
+        more: Other strategies to show in any case, such as a tuned early exit.
+        most: Maximum number of early exits that are run.
     """
-    depths = list(writer.network.depths)
-    said = listen(writer, documents)
-    strategies = {**front(said, policies(said, depths), depths, most), **more, **lossless}
-    runs = full_run(writer, max_new_tokens) | {
-        name: run_of(writer, strategy, max_new_tokens) for name, strategy in strategies.items()
-    }
-    found = try_all(runs, prompts, writer, "running what promises something")
-    base, whole = float(said.loss_dn[-1].mean()), found[FULL]
+    depths = list(generator.network.depths)
+    scores = score_exits(generator, documents)
+    front = pareto_front(scores, candidate_policies(scores, depths), depths, most)
+    strategies = {FULL: Full(), **front, **more, **lossless}
+    runs = {name: run_of(generator, one, max_new_tokens) for name, one in strategies.items()}
+    trials = run_all(runs, prompts, generator, "running the best candidates")
+    full, full_loss = trials[FULL], float(scores.loss_dn[-1].mean())
+    kinds = {Full: FULL, Fixed: "fixed"}
     points = []
-    for name, trial in found.items():
-        loss = base if name in lossless or name == FULL else said.loss_of(strategies[name], depths)
-        kind = (
-            FULL
-            if name == FULL
-            else "lossless"
-            if name in lossless
-            else "fixed"
-            if isinstance(strategies[name], Fixed)
-            else "early_exit"
-        )
-        speed = trial.tokens_per_second
-        points.append(
-            Point(
-                name,
-                kind,
-                loss,
-                loss / base - 1,
-                speed,
-                speed / whole.tokens_per_second,
-                share_same(trial, whole),
-            )
-        )
+    for name, trial in trials.items():
+        kind = "lossless" if name in lossless else kinds.get(type(strategies[name]), "early_exit")
+        keeps_text = kind in (FULL, "lossless")
+        loss = full_loss if keeps_text else scores.loss_of(strategies[name], depths)
+        speed, same = trial.tokens_per_second, share_same(trial, full)
+        speed_up = speed / full.tokens_per_second
+        points.append(Point(name, kind, loss, loss / full_loss - 1, speed, speed_up, same))
     return sorted(points, key=lambda point: point.speed_up)
 
 
 def best_within(points: Sequence[Point], rise: float) -> Point | None:
-    """Return the fastest way that changes texts and whose loss is at most ``rise`` above the full model's."""
+    """Return the fastest exit or thresholds with a loss at most ``rise`` above the full model's."""
     return max(
         (point for point in points if point.kind in ("fixed", "early_exit") and point.rise <= rise),
         key=lambda point: point.speed_up,
@@ -223,8 +205,8 @@ def best_within(points: Sequence[Point], rise: float) -> Point | None:
     )
 
 
-def curve_lines(points: Sequence[Point], num_tokens: str) -> list[str]:
-    """Return the section of the page."""
+def curve_lines(points: Sequence[Point], tokens: str) -> list[str]:
+    """Return the page's section on the curve; ``tokens`` describes the held-out tokens."""
     rows = [
         [
             point.name,
@@ -237,25 +219,27 @@ def curve_lines(points: Sequence[Point], num_tokens: str) -> list[str]:
         for point in points
     ]
     best = best_within(points, 0.01)
-    words = (
-        f"Fastest within 1 % of the full model's loss: {best.name}, {best.speed_up:.2f}x at {best.rise:+.1%}."
-        if best
-        else "No exit and no threshold is within 1 % of the full model's loss."
-    )
+    summary = "No exit and no threshold is within 1 % of the full model's loss."
+    if best:
+        summary = (
+            f"Fastest within 1 % of the full model's loss: {best.name}, {best.speed_up:.2f}x at "
+            f"{best.rise:+.1%}."
+        )
     return [
         "## Quality over speed",
         "",
-        f"Loss: nats a token of {num_tokens}, each said by the exit that the way takes; speed: texts written in this run. Of all "
-        "thresholds tried those on the front of loss over mean depth are run.",
+        f"Loss: nats per token of {tokens}, each from the exit that the strategy chooses; speed: "
+        "texts generated in this run. Of all thresholds tried, those on the front of loss over "
+        "mean depth are run.",
         "",
-        *table(["way", "loss", "over full", "tokens/s", "speed-up", "same"], rows),
-        words,
+        *table(["strategy", "loss", "over full", "tokens/s", "speed-up", "same"], rows),
+        summary,
         "",
     ]
 
 
 def draw_curve(points: Sequence[Point], title: str, path: Path) -> None:
-    """Write a PNG: loss over speed-up."""
+    """Write a PNG with the loss over the speed-up."""
     with drawing(path, title, 11, 6) as (_, axes):
         for kind, colour in KINDS.items():
             some = sorted(
@@ -270,22 +254,21 @@ def draw_curve(points: Sequence[Point], title: str, path: Path) -> None:
                 markersize=7,
                 linewidth=1,
             )
-            for point in some:
-                if kind in (
-                    "full",
-                    "fixed",
-                ):  # the names of others would cover each other; the page has them
-                    axes.annotate(
-                        point.name.replace("fixed ", ""),
-                        (point.speed_up, point.loss),
-                        xytext=(5, 6),
-                        textcoords="offset points",
-                        fontsize=9,
-                        color=colour,
-                    )
+            # names of the others would cover each other; the page has them
+            for point in some if kind in ("full", "fixed") else ():
+                axes.annotate(
+                    point.name.replace("fixed ", ""),
+                    (point.speed_up, point.loss),
+                    xytext=(5, 6),
+                    textcoords="offset points",
+                    fontsize=9,
+                    color=colour,
+                )
         full = next(point.loss for point in points if point.kind == FULL)
-        axes.axhspan(full, 1.01 * full, color="#2ca02c", alpha=0.12, label="at most 1 % above full")
+        axes.axhspan(
+            full, 1.01 * full, color=COLOURS[2], alpha=0.12, label="at most 1 % above full"
+        )
         axes.axvline(1, color="#999999", linewidth=0.8, linestyle="--")
         axes.set_xlabel("speed-up over full, batch 1")
-        axes.set_ylabel("held-out loss, nats a token")
+        axes.set_ylabel("held-out loss, nats per token")
         axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""The peer that ours are measured beside: transformers' own ``generate`` of the same model."""
+"""The peer of our strategies: transformers' own ``generate`` with the same model."""
 
 import torch
 from transformers import GenerationConfig
@@ -11,60 +11,58 @@ HUGGING_FACE = "transformers"
 
 
 def generation_config(
-    writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters
+    generator: TextGenerator, max_new_tokens: int, sampling: SamplingParameters
 ) -> GenerationConfig:
-    """Return the same wishes in transformers' words."""
-    ends, is_drawn = sorted(writer.end_ids), sampling.temperature > 0
-    words = (
-        {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k or 0,
-            "top_p": sampling.top_p or 1.0,
-        }
-        if is_drawn
-        else {}
-    )
+    """Return the sampling parameters and limits as a transformers config."""
+    ends, options = sorted(generator.end_ids), {"do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        options["temperature"] = sampling.temperature
+        options |= {"top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
     return GenerationConfig(
-        do_sample=is_drawn,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=min(ends, default=0),
         repetition_penalty=sampling.repetition_penalty,
-        **words,
+        **options,
     )
 
 
 def peer_run(
-    writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters, **more
+    generator: TextGenerator, max_new_tokens: int, sampling: SamplingParameters, **more
 ) -> Run:
-    """Return transformers' ``generate``; prompts of a batch are filled at the left, as it asks.
+    """Return a function that runs transformers' ``generate`` on prompts padded at the left.
 
     Args:
-        writer: The model.
-        max_new_tokens: Of a text.
+        generator: The model.
+        max_new_tokens: Maximum number of new tokens of a text.
         sampling: How tokens are chosen.
-        **more: For ``generate``, such as assistant_early_exit.
+        **more: Arguments of ``generate``, such as assistant_early_exit.
     """
-    config, device = generation_config(writer, max_new_tokens, sampling), writer.network.device
+    config, device = (
+        generation_config(generator, max_new_tokens, sampling),
+        generator.network.device,
+    )
 
     @torch.inference_mode()
     def run(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
         longest = max(map(len, prompts))
-        ids = torch.tensor(
-            [[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device
-        )
-        mask = torch.tensor(
-            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
-        )
-        rows = writer.network.model.generate(
+        gaps = [[0] * (longest - len(prompt)) for prompt in prompts]
+        rows = list(zip(gaps, prompts, strict=True))
+        ids = torch.tensor([gap + prompt for gap, prompt in rows], device=device)
+        mask = torch.tensor([gap + [1] * len(prompt) for gap, prompt in rows], device=device)
+        rows = generator.network.model.generate(
             ids, attention_mask=mask, generation_config=config, **more
         )[:, longest:].tolist()
-        return [until_end(row, writer.end_ids) for row in rows], 0
+        return [until_end(row, generator.end_ids) for row in rows], 0
 
     return run
 
 
 def until_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
-    """Return the tokens up to the first end token, which is kept; what follows it is filling."""
-    place = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: place + 1]
+    """Return the tokens up to and including the first end token; what follows is padding.
+
+    >>> until_end([5, 2, 0, 0], frozenset({2}))
+    [5, 2]
+    """
+    end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: end + 1]

@@ -1,13 +1,12 @@
-"""Questions in Spec-Bench's form, and prompts of a file."""
+"""Readers of questions in the format of Spec-Bench, and of prompts."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sorted.command_line import has_half_pairs
 from megatron_sorted.errors import DataError
 from megatron_sorted.reading.json_lines import read_records
 from megatron_sorted.reading.shown import shown
-from megatron_sorted.reading.text_file import read_text, split_lines
+from megatron_sorted.reading.text_file import has_surrogates, read_text, split_lines
 
 REMEDY = "Give JSON lines with question_id, category and turns."
 
@@ -30,17 +29,20 @@ GROUPS = {
     "rag": "retrieval-augmented generation",
 }
 GROUPS = dict.fromkeys(MT_BENCH, CONVERSATION) | GROUPS
-"""Spec-Bench's category -> its group; MT-Bench's eight categories are conversations (Xia et al., arXiv 2401.07851, section 5)."""
+"""Category of Spec-Bench -> its group (Xia et al., arXiv 2401.07851, section 5).
+
+The eight categories of MT-Bench are conversations.
+"""
 
 
 @dataclass(frozen=True)
 class MultiTurnQuestion:
-    """One conversation to hold.
+    """A question with one or more turns.
 
     Attributes:
-        id: As the file says.
-        category: As the file says.
-        turns: What the user says, one after another.
+        id: Identifier in the file.
+        category: Category in the file.
+        turns: The user's messages.
     """
 
     id: int | str
@@ -49,7 +51,7 @@ class MultiTurnQuestion:
 
     @property
     def group(self) -> str:
-        """Return Spec-Bench's group; a category that is none of its own is a group of that name."""
+        """Return the group of Spec-Bench; a category that it lacks is a group by itself."""
         return GROUPS.get(self.category, self.category)
 
 
@@ -57,17 +59,17 @@ def read_questions(path: Path) -> list[MultiTurnQuestion]:
     """Return the questions of a file of JSON lines or records.
 
     Raises:
-        DataError: One is none.
+        DataError: The file is empty, or an entry is no question.
     """
-    found = []
+    questions = []
     for place, entry in read_records(path, REMEDY):
         try:
-            found.append(_question(entry))
+            questions.append(_question(entry))
         except ValueError as error:
             raise DataError(f"--questions: {place}: {error}. {REMEDY}") from error
-    if not found:
+    if not questions:
         raise DataError(f"--questions: {shown(path)} is empty. {REMEDY}")
-    return found
+    return questions
 
 
 def _question(entry: object) -> MultiTurnQuestion:
@@ -85,22 +87,29 @@ def _question(entry: object) -> MultiTurnQuestion:
         or not all(isinstance(turn, str) and turn for turn in turns)
     ):
         raise ValueError("turns is not a list of texts")
-    if has_half_pairs("".join([str(number), str(category), *turns])):
-        raise ValueError("half of a UTF-16 pair is no text")
+    if has_surrogates("".join([str(number), str(category), *turns])):
+        raise ValueError("a text holds half of a UTF-16 pair")
     return MultiTurnQuestion(number, str(category), tuple(turns))
 
 
 def spread(items: list, count: int) -> list:
-    """Return ``count`` of the items, evenly spread; all if there are no more."""
-    return (
-        items
-        if count >= len(items)
-        else [items[index * len(items) // count] for index in range(count)]
-    )
+    """Return ``count`` evenly spread items; all if there are fewer.
+
+    >>> spread(list("abcdef"), 3)
+    ['a', 'c', 'e']
+    """
+    if count >= len(items):
+        return items
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def read_prompts(prompt_file: Path | None, questions: Path | None, count: int) -> list[str]:
-    """Return some texts of a file of prompts, or the first turns of some questions, evenly spread.
+    """Return evenly spread prompts: lines of a file, or first turns of questions.
+
+    Args:
+        prompt_file: File with one prompt per line; used without ``questions``.
+        questions: File of questions; None to use ``prompt_file``.
+        count: Number of prompts.
 
     Raises:
         DataError: The file cannot be used.
@@ -110,5 +119,5 @@ def read_prompts(prompt_file: Path | None, questions: Path | None, count: int) -
     text = read_text(prompt_file, "Give --prompt-file a text in UTF-8, plain or gzipped.")
     lines = [line for line in split_lines(text) if line.strip()]
     if not lines:
-        raise DataError(f"--prompt-file: {shown(prompt_file)} is empty. Give texts, one a line.")
+        raise DataError(f"--prompt-file: {shown(prompt_file)} is empty. Give one prompt per line.")
     return spread(lines, count)

@@ -1,7 +1,7 @@
-"""Page and picture of a comparison of ways to decode."""
+"""The page and the picture of a comparison of decoding strategies."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,28 +14,31 @@ from megatron_sorted.benchmark.trials import FULL
 from megatron_sorted.decoding.strategies import SamplingParameters
 from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.files import write_text_atomically
-from megatron_sorted.reporting.drawing import drawing
+from megatron_sorted.reporting.drawing import COLOURS, drawing
 from megatron_sorted.reporting.markdown import facts, table
 
 ALL = "all"
 DEFINITIONS = (
-    "*tokens/s*: new tokens over seconds, all questions of a group together, reading prompts included, batch 1.",
-    "*speed-up*: tokens/s over those of `full` in the same run, question by question.",
-    "*tokens a step*: new tokens over verifications by the full model, its own token included (Spec-Bench's mean accepted tokens).",
-    "*accepted*: drafted tokens that are in the text over all drafted ones (of a tree: over all its nodes).",
-    "*same*: answers that are `full`'s token for token.",
+    "*tokens/s*: new tokens over seconds, all questions of a group together, with the time for the "
+    "prompts, batch 1.",
+    "*speed-up*: ratio to the tokens/s of `full` in the same run, question by question.",
+    "*tokens/step*: new tokens over verifications by the full model, its own token included "
+    "(Spec-Bench's mean accepted tokens).",
+    "*accepted*: share of drafted tokens that are in the text (of a tree: of all its nodes).",
+    "*same*: share of answers that equal those of `full`, token for token.",
 )
+"""Definitions of the page's columns."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """On what terms ways are compared.
+    """The terms of a comparison, the same for all contestants.
 
     Attributes:
-        title: The page's title.
+        title: Title of the page.
         sampling: How tokens are chosen.
-        max_new_tokens: Tokens of a turn at most.
-        numbers: Kind of numbers and device, in words.
+        max_new_tokens: Maximum number of new tokens of a turn.
+        numbers: Data type and device as text.
     """
 
     title: str
@@ -49,7 +52,7 @@ def scores_of(
     answers: Sequence[dict[str, ContestAnswer]],
     names: Sequence[str],
 ) -> dict[str, dict[str, Score]]:
-    """Return {group: {way: score}}, all questions together under "all"."""
+    """Return {group: {contestant: score}}, with all questions together under "all"."""
     groups = {ALL: list(answers)}
     for question, answer in zip(questions, answers, strict=True):
         groups.setdefault(question.group, []).append(answer)
@@ -62,110 +65,87 @@ def scores_of(
 def write_page(
     path: Path,
     terms: Terms,
-    writer: TextGenerator,
+    generator: TextGenerator,
     questions: Sequence[MultiTurnQuestion],
     scores: dict[str, dict[str, Score]],
-    options: Sequence[str],
+    options: Mapping[str, str],
     sections: Sequence[str],
 ) -> str:
-    """Write the page, and return it.
+    """Write the page and return it.
 
     Args:
         path: The file.
-        terms: What was alike for all ways.
-        writer: The model.
-        questions: What was asked.
-        scores: What `scores_of` returned.
-        options: Options of each way, in words.
-        sections: Lines of what else was measured.
+        terms: Terms of the comparison.
+        generator: The model.
+        questions: The questions.
+        scores: Scores as `scores_of` returns them.
+        options: Options of each strategy as text, by name.
+        sections: Lines about other measurements.
     """
-    network, sampling = writer.network, terms.sampling
-    chosen = (
-        "greedy"
-        if sampling.temperature == 0
-        else (
+    network, sampling = generator.network, terms.sampling
+    choice = "greedy"
+    if sampling.temperature > 0:
+        choice = (
             f"temperature {sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p}"
         )
-    )
     if sampling.repetition_penalty != 1:
-        chosen += f", repetition penalty {sampling.repetition_penalty:g}"
+        choice += f", repetition penalty {sampling.repetition_penalty:g}"
     lines = [
-        f"# {terms.title}: ways to decode",
+        f"# {terms.title}: decoding strategies",
         "",
-        f"{network.num_layers} layers, exits at {', '.join(map(str, network.depths))}; {terms.numbers}, "
-        f"{torch.get_num_threads()} threads; {chosen}; {len(questions)} questions, at most {terms.max_new_tokens} tokens a turn.",
+        f"{network.num_layers} layers, exits at {', '.join(map(str, network.depths))}; "
+        f"{terms.numbers}, {torch.get_num_threads()} threads; {choice}; "
+        f"{len(questions)} questions, at most {terms.max_new_tokens} tokens per turn.",
         "",
-        *(f"- {option}" for option in options),
+        *(f"- `{name}`: {text or 'no options'}" for name, text in options.items()),
         "",
     ]
+    columns = ["strategy", "tokens/s", "speed-up", f"over {HUGGING_FACE}"]
+    columns += ["tokens/step", "accepted", "same"]
     for group, row in scores.items():
         count = sum(group in (ALL, question.group) for question in questions)
-        rows = []
-        for name, one in row.items():
-            over = (
-                f"{one.speed_up / row[HUGGING_FACE].speed_up:.2f}x" if HUGGING_FACE in row else ""
-            )
-            steps = f"{one.mean_accepted:.2f}" if one.mean_accepted else ""
-            accepted = "" if one.acceptance is None else f"{one.acceptance:.0%}"
-            rows.append(
-                [
-                    name,
-                    f"{one.tokens_per_second:.1f}",
-                    f"{one.speed_up:.2f}x",
-                    over,
-                    steps,
-                    accepted,
-                    f"{one.same:.0%}",
-                ]
-            )
-        lines += [
-            f"## {group} ({count} questions)",
-            "",
-            *table(
-                [
-                    "way",
-                    "tokens/s",
-                    "speed-up",
-                    f"over {HUGGING_FACE}",
-                    "tokens a step",
-                    "accepted",
-                    "same",
-                ],
-                rows,
-            ),
+        base = row[HUGGING_FACE].speed_up if HUGGING_FACE in row else None
+        rows = [
+            [
+                name,
+                f"{one.tokens_per_second:.1f}",
+                f"{one.speed_up:.2f}x",
+                f"{one.speed_up / base:.2f}x" if base else "",
+                f"{one.mean_accepted:.2f}" if one.mean_accepted else "",
+                "" if one.acceptance is None else f"{one.acceptance:.0%}",
+                f"{one.same:.0%}",
+            ]
+            for name, one in row.items()
         ]
-    lines += [
-        *sections,
-        "## What the figures are",
-        "",
-        *(f"- {text}" for text in DEFINITIONS),
-        "",
-        *facts(f"{torch.get_num_threads()} threads, {terms.numbers}", ("torch", "transformers")),
-        "",
-    ]
-    page = "\n".join(lines)
+        lines += [f"## {group} ({count} questions)", "", *table(columns, rows)]
+    lines += [*sections, "## What the figures are", "", *(f"- {text}" for text in DEFINITIONS), ""]
+    lines += facts(f"{torch.get_num_threads()} threads, {terms.numbers}", ("torch", "transformers"))
+    page = "\n".join([*lines, ""])
     write_text_atomically(path, page)
     return page
 
 
 def draw(scores: dict[str, dict[str, Score]], title: str, path: Path) -> None:
-    """Write a PNG: speed-up of each way by group, over transformers' plain generate where it took part, else over full."""
-    from matplotlib import colormaps
+    """Write a PNG with the speed-up of each contestant by group.
 
+    The base is transformers' plain generate if it took part, else full.
+    """
     base, groups = HUGGING_FACE if HUGGING_FACE in scores[ALL] else FULL, list(scores)
     names = [name for name in scores[ALL] if name != base]
     width = 0.8 / max(len(names), 1)
     with drawing(path, title, 14, 6.5) as (figure, axes):
-        for place, name in enumerate(names):
+        for number, name in enumerate(names):
             values = [
                 scores[group][name].speed_up / scores[group][base].speed_up for group in groups
             ]
             bars = axes.bar(
-                [index + place * width for index in range(len(groups))],
+                [index + number * width for index in range(len(groups))],
                 values,
                 width,
                 label=name,
-                color=colormaps["tab10"](place % 10),
+                color=COLOURS[number % len(COLOURS)],
+                hatch="//" * (number // len(COLOURS)),  # more contestants than colours
+                edgecolor="white",
             )
             axes.bar_label(bars, fmt="%.2f", fontsize=8, rotation=90, padding=2)
         axes.axhline(1, color="#555555", linewidth=0.8, linestyle="--")
@@ -173,6 +153,6 @@ def draw(scores: dict[str, dict[str, Score]], title: str, path: Path) -> None:
             [index + width * (len(names) - 1) / 2 for index in range(len(groups))],
             [textwrap.fill(group, 16) for group in groups],
         )
-        axes.set_ylabel(f"tokens/s over those of {base}, batch 1")
+        axes.set_ylabel(f"ratio to the tokens/s of {base}, batch 1")
         axes.margins(y=0.1)
         figure.legend(frameon=False, ncols=4, loc="outside lower center")

@@ -1,13 +1,13 @@
-"""Draft depth x draft length: which exit should draft, and how many tokens."""
+"""The speed of self-speculation over draft depth and draft length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sorted.benchmark.trials import FULL, full_run, run_of, try_all
-from megatron_sorted.decoding.strategies import SelfSpeculative
+from megatron_sorted.benchmark.trials import FULL, run_all, run_of
+from megatron_sorted.decoding.strategies import Full, SelfSpeculative
 from megatron_sorted.decoding.text_generator import TextGenerator
-from megatron_sorted.reporting.drawing import drawing
+from megatron_sorted.reporting.drawing import COLOURS, drawing
 from megatron_sorted.reporting.markdown import table
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12)
@@ -15,12 +15,12 @@ LENGTHS = (1, 2, 3, 4, 6, 8, 12)
 
 @dataclass(frozen=True)
 class Sweep:
-    """Self-speculation at every point of a grid.
+    """Measurements of self-speculation on a grid.
 
     Attributes:
-        depths, lengths: Of the grid.
-        speed_ups: tokens/s over those of full in the same run; [depth][length].
-        accepted: New tokens a verification; [depth][length].
+        depths, lengths: Depths and draft lengths of the grid.
+        speed_ups: Ratios to the tokens/s of full in the same run, [depth][length].
+        accepted: New tokens per verification, [depth][length].
     """
 
     depths: tuple[int, ...]
@@ -42,24 +42,22 @@ class Sweep:
 
 
 def sweep(
-    writer: TextGenerator,
+    generator: TextGenerator,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     lengths: Sequence[int] = LENGTHS,
 ) -> Sweep:
-    """Return the measured grid of every exit and length."""
-    depths = writer.network.depths[:-1]
-    grid = {
-        (depth, length): SelfSpeculative(depth, length) for depth in depths for length in lengths
+    """Measure the grid of every exit before the last layer and every draft length."""
+    depths = generator.network.depths[:-1]
+    strategies = {FULL: Full()} | {
+        f"{depth} {length}": SelfSpeculative(depth, length)
+        for depth in depths
+        for length in lengths
     }
-    runs = full_run(writer, max_new_tokens)
-    runs |= {
-        f"{depth} {length}": run_of(writer, strategy, max_new_tokens)
-        for (depth, length), strategy in grid.items()
-    }
-    found = try_all(runs, prompts, writer, "depth x length")
-    trials = [[found[f"{depth} {length}"] for length in lengths] for depth in depths]
-    base = found[FULL].tokens_per_second
+    runs = {name: run_of(generator, one, max_new_tokens) for name, one in strategies.items()}
+    by_name = run_all(runs, prompts, generator, "depth x length")
+    trials = [[by_name[f"{depth} {length}"] for length in lengths] for depth in depths]
+    base = by_name[FULL].tokens_per_second
     return Sweep(
         depths,
         tuple(lengths),
@@ -68,9 +66,9 @@ def sweep(
     )
 
 
-def sweep_lines(found: Sweep) -> list[str]:
-    """Return the section of the page."""
-    depth, length, best = found.best
+def sweep_lines(grid: Sweep) -> list[str]:
+    """Return the page's section on the sweep."""
+    depth, length, best = grid.best
     rows = [
         [
             f"@{depth}",
@@ -79,36 +77,34 @@ def sweep_lines(found: Sweep) -> list[str]:
                 for speed, tokens in zip(speeds, accepted, strict=True)
             ),
         ]
-        for depth, speeds, accepted in zip(
-            found.depths, found.speed_ups, found.accepted, strict=True
-        )
+        for depth, speeds, accepted in zip(grid.depths, grid.speed_ups, grid.accepted, strict=True)
     ]
     return [
         "## Draft depth x draft length",
         "",
-        "`self_speculative`: speed-up over `full` in the same run, and tokens a verification.",
+        "`self_speculative`: speed-up over `full` in the same run, and tokens per verification.",
         "",
-        *table(["draft exit", *(f"{count} tokens" for count in found.lengths)], rows),
+        *table(["draft exit", *(f"{count} tokens" for count in grid.lengths)], rows),
         f"Fastest: exit @{depth}, {length} tokens, {best:.2f}x.",
         "",
     ]
 
 
-def draw_sweep(found: Sweep, title: str, path: Path) -> None:
-    """Write a PNG with contours of speed-up and of tokens a verification over the grid; dots are what was measured."""
-    depth, length, best = found.best
-    columns = range(len(found.lengths))
+def draw_sweep(grid: Sweep, title: str, path: Path) -> None:
+    """Write a PNG with contours of speed-up and of tokens per verification; dots are measured."""
+    depth, length, best = grid.best
+    columns = range(len(grid.lengths))
     with drawing(path, title, 13, 5, 2, sharey=True) as (figure, (left, right)):
         for axes, values, name, colours in (
-            (left, found.speed_ups, "speed-up over full", "viridis"),
-            (right, found.accepted, "tokens a verification", "cividis"),
+            (left, grid.speed_ups, "speed-up over full", "viridis"),
+            (right, grid.accepted, "tokens per verification", "cividis"),
         ):
             axes.set_title(name, loc="left")
-            if len(found.depths) > 1 and len(found.lengths) > 1:
-                filled = axes.contourf(columns, found.depths, values, levels=12, cmap=colours)
+            if len(grid.depths) > 1 and len(grid.lengths) > 1:
+                filled = axes.contourf(columns, grid.depths, values, levels=12, cmap=colours)
                 lines = axes.contour(
                     columns,
-                    found.depths,
+                    grid.depths,
                     values,
                     levels=filled.levels[::2],
                     colors="white",
@@ -116,7 +112,7 @@ def draw_sweep(found: Sweep, title: str, path: Path) -> None:
                 )
                 axes.clabel(lines, fmt="%.2f", fontsize=8)
                 figure.colorbar(filled, ax=axes)
-            for row, exit_ in enumerate(found.depths):
+            for row, exit_ in enumerate(grid.depths):
                 for column, value in enumerate(values[row]):
                     axes.plot(column, exit_, "o", color="black", markersize=3)
                     axes.annotate(
@@ -127,16 +123,16 @@ def draw_sweep(found: Sweep, title: str, path: Path) -> None:
                         ha="center",
                         fontsize=8,
                     )
-            axes.set_xticks(list(columns), [str(count) for count in found.lengths])
-            axes.set_yticks(found.depths)
+            axes.set_xticks(list(columns), [str(count) for count in grid.lengths])
+            axes.set_yticks(grid.depths)
             axes.set_xlabel("drafted tokens before a verification")
-            axes.set_xlim(-0.5, len(found.lengths) - 0.5)
-            axes.set_ylim(found.depths[0] - 0.6, found.depths[-1] + 0.6)
+            axes.set_xlim(-0.5, len(grid.lengths) - 0.5)
+            axes.set_ylim(grid.depths[0] - 0.6, grid.depths[-1] + 0.6)
         left.plot(
-            found.lengths.index(length),
+            grid.lengths.index(length),
             depth,
             "*",
-            color="#d62728",
+            color=COLOURS[1],
             markersize=18,
             label=f"fastest: @{depth}, {length} tokens, {best:.2f}x",
         )

@@ -1,14 +1,15 @@
-"""Where checkpoints lie: Megatron's directory layout, each checkpoint with a manifest beside the shards.
+"""The directory layout of checkpoints: Megatron's, each checkpoint with a manifest.
 
-SAVE/latest_checkpointed_iteration.txt    number of the newest complete checkpoint; written last
-SAVE/iter_0000100/                        torch_dist shards, .metadata, metadata.json, common.pt
-SAVE/iter_0000100/manifest.json           what it is and the hash of every file, readable without torch (manifest.py)
-SAVE/iter_0000100/tokenizer/              the tokenizer's files
-SAVE/iter_0000100/huggingface/            config.json and generation_config.json of the model that was imported, if one was
-SAVE/iter_0000000/                        an imported model: weights only, with which a run starts
-SAVE/.iter_0000200.writing/               a checkpoint that is not complete; removed by the next run
-SAVE/.iter_0000200.complete/              a complete one about to replace another of its step, where names cannot be swapped
-SAVE/.iter_0000050.removing/              one that is being deleted; removed by the next run
+SAVE/latest_checkpointed_iteration.txt  step of the newest complete checkpoint; written last
+SAVE/iter_0000100/                      torch_dist shards, .metadata, metadata.json, common.pt
+SAVE/iter_0000100/manifest.json         description and the hash of every file (manifest.py)
+SAVE/iter_0000100/tokenizer/            the tokenizer's files
+SAVE/iter_0000100/huggingface/          config.json and generation_config.json of an imported model
+SAVE/iter_0000000/                      an imported model: weights only, from which a run starts
+SAVE/.iter_0000200.writing/             an incomplete checkpoint; the next run removes it
+SAVE/.iter_0000200.complete/            a complete one about to replace another of its step, where
+                                        the file system cannot exchange names
+SAVE/.iter_0000050.removing/            one that is being deleted; the next run removes it
 """
 
 import os
@@ -18,10 +19,9 @@ from pathlib import Path
 TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,17})")
 COMPLETE = re.compile(r"\.iter_([0-9]{7}|[1-9][0-9]{7,17})\.complete")
-TOKENIZER, HUGGING_FACE = (
-    "tokenizer",
-    "huggingface",
-)  # directories whose files travel from checkpoint to checkpoint
+TOKENIZER, HUGGING_FACE = "tokenizer", "huggingface"
+"""Directories whose files are copied from checkpoint to checkpoint."""
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -54,12 +54,12 @@ def iteration_directory(root: str | Path, step: int) -> Path:
 
 
 def writing_directory(root: str | Path, step: int) -> Path:
-    """Return the directory in which the checkpoint of ``step`` lies until it is complete."""
+    """Return the directory into which the checkpoint of ``step`` is written."""
     return Path(root) / f".iter_{step:07d}.writing"
 
 
 def complete_directory(root: str | Path, step: int) -> Path:
-    """Return the directory of a complete checkpoint of ``step`` that does not have its name yet."""
+    """Return the directory of a complete checkpoint of ``step`` before its final rename."""
     return Path(root) / f".iter_{step:07d}.complete"
 
 
@@ -74,15 +74,15 @@ def saved_steps(root: str | Path) -> list[int]:
 
 
 def tokenizer_files_in(directory: Path) -> dict[str, Path]:
-    """Return the files in a Hugging Face directory that make up its tokenizer, by name within a checkpoint."""
-    found = {
+    """Return {name within a checkpoint: path} of a Hugging Face directory's tokenizer files."""
+    paths = {
         path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()
     }
-    return {f"{TOKENIZER}/{path.relative_to(directory).as_posix()}": path for path in sorted(found)}
+    return {f"{TOKENIZER}/{path.relative_to(directory).as_posix()}": path for path in sorted(paths)}
 
 
 def checkpoint_directory(root: str | Path, step: int) -> Path:
-    """Return where the checkpoint of ``step`` is, which a kill may have left under another name."""
+    """Return the directory of the checkpoint of ``step``, under its final name or not yet."""
     complete = complete_directory(root, step)
     return complete if complete.is_dir() else iteration_directory(root, step)
 
@@ -90,13 +90,19 @@ def checkpoint_directory(root: str | Path, step: int) -> Path:
 def steps_to_remove(
     steps: list[int], newest: int, retain: int | None, interval: int | None
 ) -> list[int]:
-    """Return the checkpoints that are not kept: all but the ``retain`` newest, ``newest`` itself and multiples of ``interval``.
+    """Return the steps of the checkpoints to delete.
+
+    The ``retain`` newest, ``newest`` itself and multiples of ``interval`` are kept.
+
+    >>> steps_to_remove([400, 300, 200, 100], newest=400, retain=1, interval=200)
+    [300, 100]
 
     Args:
-        steps: Of all checkpoints.
-        newest: The one just saved; checkpoints of higher steps belong to an earlier run and count as older.
-        retain: How many to keep; None for all.
-        interval: Every multiple of it is kept as well.
+        steps: Steps of all checkpoints.
+        newest: Step of the checkpoint just saved; checkpoints of higher steps belong to an earlier
+            run and count as older.
+        retain: Number of checkpoints to keep; None for all.
+        interval: Interval of steps whose checkpoints are always kept; None for none.
     """
     if retain is None:
         return []

@@ -1,4 +1,4 @@
-"""One run at a time saves into a directory."""
+"""A lock that lets only one run at a time save into a directory."""
 
 import errno
 import fcntl
@@ -11,15 +11,17 @@ from pathlib import Path
 from megatron_sorted.errors import CheckpointError
 
 LOCK = ".lock"
-# A run that was told to end, or whose launcher was killed, may need a moment to be gone.
+
+# A run that was requested to end, or whose launcher was killed, may need a moment to finish.
 PATIENCE_SECONDS = 8.0
 
 
 class DirectoryLock:
-    """The right to save into a directory, held until ``release`` or the end of the process, however it ends.
+    """The exclusive right to save into a directory.
 
-    A record lock of the operating system: it works across hosts on NFS, is not inherited by child processes and vanishes with the
-    process. The lock file stays; what it says is for people.
+    It is held until ``release`` or the end of the process, however it ends. It is a record lock of
+    the operating system: it works across hosts on NFS, child processes do not inherit it, and it
+    ends with the process. The lock file stays; its content is for people.
     """
 
     def __init__(self, root: str | Path):
@@ -27,12 +29,12 @@ class DirectoryLock:
         self._file = None
 
     def acquire(self, patience_seconds: float = PATIENCE_SECONDS) -> bool:
-        """Return True once this process holds the directory, False where the file system knows no locks.
+        """Acquire the lock; return False where the file system does not support locks.
 
         Raises:
-            CheckpointError: Another process holds it, and still does after ``patience_seconds``.
+            CheckpointError: Another process still holds it after ``patience_seconds``.
         """
-        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - closing it would give the lock up
+        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - closing it releases the lock
         until = time.monotonic() + patience_seconds
         while True:
             try:
@@ -49,8 +51,8 @@ class DirectoryLock:
                     holder = file.read().strip() or "unknown"
                     file.close()
                     raise CheckpointError(
-                        f"--save: another run is saving into {self.path.parent} ({holder}). Wait for it, end it, or give another "
-                        "directory."
+                        f"--save: another run is saving into {self.path.parent} ({holder}). "
+                        "Wait for it, end it, or give another directory."
                     ) from None
                 time.sleep(0.2)
         file.seek(0)
@@ -68,7 +70,7 @@ class DirectoryLock:
         return True
 
     def release(self) -> None:
-        """Give the directory up."""
+        """Release the lock."""
         if self._file is not None:
             self._file.close()
             self._file = None

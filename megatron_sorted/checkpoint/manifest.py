@@ -1,4 +1,7 @@
-"""What a checkpoint says of itself: settings, progress, tokenizer, data, versions, and the size and hash of every file."""
+"""The manifest of a checkpoint: its description, and the size and hash of every file.
+
+The description holds settings, progress, tokenizer, data and versions.
+"""
 
 import dataclasses
 import hashlib
@@ -11,6 +14,7 @@ from typing import Any
 
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.json_text import parse_json, read_json
+from megatron_sorted.settings.coefficient_rule import base_rule
 from megatron_sorted.settings.derived import (
     exit_depths,
     ffn_hidden_size,
@@ -20,14 +24,13 @@ from megatron_sorted.settings.derived import (
 )
 from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import base_rule
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 BLOCK_BYTES = 1 << 20
-MOST_BYTES = 256 << 20  # of a manifest; 100,000 files take 15 MB
+MAX_BYTES = 256 << 20  # largest size of a manifest; 100,000 files take 15 MB
 NAMED_FOR_STEP = re.compile(r"\.?iter_([0-9]{7,18})(?:\.complete)?")
-# What must agree between a checkpoint and the run that loads it: what the network computes of its weights.
+
 SHAPE_FIELDS = (
     "num_layers",
     "hidden_size",
@@ -57,27 +60,40 @@ SHAPE_FIELDS = (
     "num_experts",
     "vocab_size",
 )
-# These name parameters, so they must agree too; exits that share norm and head may change freely.
-OWN_PART_FIELDS = (
+"""Settings that fix the function of the weights; checkpoint and run must agree on them."""
+
+EXIT_OWNED_FIELDS = (
     "use_exit_norm",
     "untie_exit_output_weights",
     "use_exit_block",
     "use_exit_mlp",
     "exit_adapter_rank",
 )
-# What a manifest says under "contents" where there are no optimizer, schedule and random state, as in an imported model.
+"""Settings that give exits their own parameters, so they must agree too.
+
+Exits that share norm and output matrix may change freely.
+"""
+
 WEIGHTS_ONLY = "weights"
-# What Megatron's loader is told of the content; the form of the distributed optimizer's state is the one that survives a change of layout.
+"""Value of "contents" in the manifest of a checkpoint without optimizer, schedule and random state.
+
+An imported model is one.
+"""
+
 CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
+"""Megatron's metadata of the content.
+
+This form of the distributed optimizer's state can be loaded in every layout.
+"""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training was when a checkpoint was taken."""
+    """The progress of training at a checkpoint: finished steps and trained samples."""
 
     step: int
     samples: int
@@ -85,17 +101,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and content of one file of a checkpoint."""
+    """Size and hash of one file of a checkpoint."""
 
     num_bytes: int
     sha256: str
 
 
 def record_file(path: Path, progress_mark: Callable[[], None] = lambda: None) -> FileRecord:
-    """Return size and hash of a file, read from disk; ``progress_mark`` is called as it gets on.
+    """Read a file from disk and return its size and hash; call ``progress_mark`` for each block.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     digest, num_bytes = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
@@ -107,6 +123,7 @@ def record_file(path: Path, progress_mark: Callable[[], None] = lambda: None) ->
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
+    """Return the hash of a manifest's other entries, which it holds under "sha256"."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
@@ -117,9 +134,9 @@ def manifest_text(
     """Return the manifest of a checkpoint as JSON.
 
     Args:
-        description: What the run says of itself (``training.describe.description``); plain data.
-        progress: How far training is.
-        files: By name relative to the checkpoint's directory.
+        description: Description of the run (``training.run.describe.description``), plain data.
+        progress: Progress of training.
+        files: {name relative to the checkpoint's directory: size and hash}.
     """
     manifest = {
         "format": FORMAT,
@@ -130,27 +147,23 @@ def manifest_text(
             for name, record in sorted(files.items())
         },
     }
-    return (
-        json.dumps(
-            {**manifest, "sha256": _own_hash(parse_json(json.dumps(manifest), "manifest"))},
-            indent=1,
-        )
-        + "\n"
-    )
+    own_hash = _own_hash(parse_json(json.dumps(manifest), "manifest"))
+    return json.dumps({**manifest, "sha256": own_hash}, indent=1) + "\n"
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint, its form checked.
+    """Read the manifest of a checkpoint and check its form.
 
     Raises:
-        CheckpointError: It is missing, damaged, or of another format.
+        CheckpointError: The manifest is missing, damaged, or of another format.
     """
     path = directory / MANIFEST
     if not path.is_file():
         raise CheckpointError(
-            f"{directory}: {MANIFEST} is missing, so this is no complete checkpoint of ours."
+            f"{directory}: {MANIFEST} is missing, "
+            "so this is no complete checkpoint of megatron_sorted."
         )
-    manifest = read_json(path, "The file was damaged or edited.", CheckpointError, MOST_BYTES)
+    manifest = read_json(path, "The file was damaged or edited.", CheckpointError, MAX_BYTES)
     number = manifest.get("format") if isinstance(manifest, dict) else None
     if number != FORMAT or isinstance(number, (bool, float)):
         newer = isinstance(number, int) and number > FORMAT
@@ -164,17 +177,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     if wrong := _wrong_entry(manifest):
         raise CheckpointError(
-            f"{path}: {wrong} is missing or not of its kind; no version of ours wrote it."
+            f"{path}: {wrong} is missing or not of its kind; "
+            "no version of megatron_sorted wrote it."
         )
     return manifest
 
 
 def _is_count(value: Any) -> bool:
+    """Return whether a value is a whole number from 0 to 2^63 - 1."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _wrong_entry(manifest: Mapping[str, Any]) -> str | None:
-    """Return the name of an entry that readers rely on and that is not of its kind; None where all are."""
+    """Return the name of an entry that readers need and that has a wrong type; None if all fit."""
     kinds = {
         "progress": dict,
         "files": dict,
@@ -193,71 +208,78 @@ def _wrong_entry(manifest: Mapping[str, Any]) -> str | None:
     for name in ("step", "samples"):
         if not _is_count(manifest.get("progress", {}).get(name)):
             return f"progress.{name}"
-    for name, said in manifest["files"].items():
-        inside = (
+    for name, record in manifest["files"].items():
+        is_inside = (
             name and "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
         )
-        whole = (
-            isinstance(said, dict)
-            and _is_count(said.get("bytes"))
-            and isinstance(said.get("sha256"), str)
+        is_complete = (
+            isinstance(record, dict)
+            and _is_count(record.get("bytes"))
+            and isinstance(record.get("sha256"), str)
         )
-        if not inside or not whole:
+        if not is_inside or not is_complete:
             return f"files.{name[:40]!r}"
     return None
 
 
 def check_name(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Check that the folder of a checkpoint is named for the step that its manifest says.
+    """Check that a checkpoint's directory has the name of the step in its manifest.
 
     Raises:
-        CheckpointError: It was copied or renamed, and would be taken for a checkpoint of another step.
+        CheckpointError: The directory was copied or renamed, and would be taken for a checkpoint of
+            another step.
     """
     named, step = NAMED_FOR_STEP.fullmatch(directory.name), manifest["progress"]["step"]
     if named and int(named[1]) != step:
         raise CheckpointError(
-            f"{directory}: its manifest says step {step}, so it is a copy under another name. Take it away, or name it iter_{step:07d}."
+            f"{directory}: its manifest says step {step}, so it is a copy under another name. "
+            f"Move it elsewhere, or rename it to iter_{step:07d}."
         )
 
 
 def check_sizes(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Check that every file of the checkpoint is there with its right size; contents are not read.
+    """Check that every file of the checkpoint exists and has its size; contents are not read.
 
     Raises:
-        CheckpointError: Naming the first file that is not.
+        CheckpointError: A file is missing or has another size; the message names the first.
     """
-    for name, said in manifest["files"].items():
+    for name, record in manifest["files"].items():
         try:
             num_bytes = (directory / name).stat().st_size
         except OSError as error:
             raise CheckpointError(f"{directory / name}: {error.strerror or error}.") from None
-        if num_bytes != said["bytes"]:
-            state = "truncated" if num_bytes < said["bytes"] else "too long"
+        if num_bytes != record["bytes"]:
+            state = "truncated" if num_bytes < record["bytes"] else "too long"
             raise CheckpointError(
-                f"{directory / name}: {num_bytes} bytes where the manifest says {said['bytes']}; it is {state}."
+                f"{directory / name}: {num_bytes} bytes where the manifest says "
+                f"{record['bytes']}; it is {state}."
             )
 
 
 def find_damage(directory: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Return a sentence for each of the files ``names`` whose content is not what the manifest says."""
+    """Return a sentence for each of the files ``names`` whose content differs from the manifest."""
     problems = []
     for name in names:
-        said = manifest["files"][name]
+        expected = manifest["files"][name]
         try:
-            found = record_file(directory / name)
+            record = record_file(directory / name)
         except OSError as error:
             problems.append(f"{directory / name}: not readable ({error.strerror or error})")
             continue
-        if found != FileRecord(said["bytes"], said["sha256"]):
+        if record != FileRecord(expected["bytes"], expected["sha256"]):
             problems.append(
-                f"{directory / name}: damaged (sha256 {found.sha256[:12]}, the manifest says {said['sha256'][:12]})"
+                f"{directory / name}: damaged (sha256 {record.sha256[:12]}, "
+                f"the manifest says {expected['sha256'][:12]})"
             )
     return problems
 
 
 def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
-    """Return the fields that fix what the network computes of its weights, defaults resolved: "shape" of a manifest."""
-    shape = {name: getattr(settings, name) for name in (*SHAPE_FIELDS, *OWN_PART_FIELDS)}
+    """Return the settings that fix the function of the weights, with defaults resolved.
+
+    They are the entry "shape" of a manifest.
+    """
+    shape = {name: getattr(settings, name) for name in (*SHAPE_FIELDS, *EXIT_OWNED_FIELDS)}
     return shape | {
         "ffn_hidden_size": ffn_hidden_size(settings),
         "kv_channels": kv_channels(settings),
@@ -268,7 +290,7 @@ def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
 
 
 def exits_description(settings: Settings) -> dict[str, Any]:
-    """Return what a manifest says of exits: "exits"."""
+    """Return the description of the exits: the entry "exits" of a manifest."""
     coefficients = step_coefficients(
         settings, base_rule(settings), settings.exit_layer_weight_warmup_iters
     )
@@ -276,36 +298,34 @@ def exits_description(settings: Settings) -> dict[str, Any]:
         "depths": list(exit_depths(settings)),
         "own_norm": settings.use_exit_norm,
         "own_output_weights": settings.untie_exit_output_weights,
-        # of the rule alone: a curriculum switches exits on later, and a rule that learns has moved (its state is saved beside)
+        # of the rule alone: a curriculum switches exits on later, and a learned rule changes them
+        # (its state is saved too)
         "coefficients": {str(depth): value for depth, value in coefficients.items()},
     }
 
 
 def with_new_parts(manifest: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Return the manifest as that of a model whose exits have the parts that the run gives them, where the model's have none.
+    """Return the manifest as if the model's exits had the parts that the run adds.
 
-    For a run that takes weights only: the new parts begin as copies (``conversion.origins.origin_of``). Parts that the model has name the
-    depths of its exits, which then stay.
+    A run that takes weights only may add parts that the model has not; they are initialised as
+    copies (``conversion.origins.origin_of``). Parts that the model has are named by the depths of
+    its exits, so these stay.
     """
-    shape, said = dict(manifest["shape"]), manifest.get("settings", {})
-    has = {name: shape.get(name, said.get(name)) for name in OWN_PART_FIELDS}
-    new = {
-        name: getattr(settings, name)
-        for name in OWN_PART_FIELDS
-        if getattr(settings, name) and not has[name]
-    }
-    depths = (
-        {"exit_layer_nums": list(exit_depths(settings))} if new and not any(has.values()) else {}
-    )
-    return {**manifest, "shape": shape | new | depths}
+    shape, stored = dict(manifest["shape"]), manifest.get("settings", {})
+    has = {name: shape.get(name, stored.get(name)) for name in EXIT_OWNED_FIELDS}
+    wanted = {name: getattr(settings, name) for name in EXIT_OWNED_FIELDS}
+    new = {name: value for name, value in wanted.items() if value and not has[name]}
+    if new and not any(has.values()):
+        new["exit_layer_nums"] = list(exit_depths(settings))
+    return {**manifest, "shape": shape | new}
 
 
 def settings_of_manifest(manifest: Mapping[str, Any], source: str) -> Settings:
-    """Return the settings a checkpoint was saved with, vocabulary and exits resolved.
+    """Return the settings that a checkpoint was saved with, vocabulary and exits resolved.
 
     Args:
-        manifest: Of the checkpoint.
-        source: Its name, for messages.
+        manifest: The checkpoint's manifest.
+        source: Name of the checkpoint, for messages.
     """
     shape = manifest["shape"]
     resolved = {"vocab_size": shape["vocab_size"], "exit_layer_nums": shape["exit_layer_nums"]}
@@ -315,26 +335,23 @@ def settings_of_manifest(manifest: Mapping[str, Any], source: str) -> Settings:
 def check_same_shape(
     directory: Path, manifest: Mapping[str, Any], settings: Settings, shape: Mapping[str, Any]
 ) -> None:
-    """Check that the checkpoint holds a network of the shape the run asks for.
+    """Check that the checkpoint holds a network of the run's shape.
 
     Args:
         directory: The checkpoint.
-        manifest: Its manifest.
-        settings: The run, for messages.
+        manifest: The checkpoint's manifest.
+        settings: The run's settings.
         shape: {field: value} of the run, with defaults resolved (``network_shape``).
 
     Raises:
-        CheckpointError: Naming every field that differs.
+        CheckpointError: Fields differ; the message names them all.
     """
-    absent = {field.name: field.default for field in dataclasses.fields(Settings)}
-    before = {
-        **absent,
-        **manifest.get("settings", {}),
-        **manifest["shape"],
-    }  # what an older version did not write is as it was then
-    now = {**absent, **shape}
-    names = (*SHAPE_FIELDS, *OWN_PART_FIELDS)
-    if any(getattr(settings, name) for name in OWN_PART_FIELDS):
+    # fields that an older version did not write have their defaults
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    before = {**defaults, **manifest.get("settings", {}), **manifest["shape"]}
+    now = {**defaults, **shape}
+    names = (*SHAPE_FIELDS, *EXIT_OWNED_FIELDS)
+    if any(getattr(settings, name) for name in EXIT_OWNED_FIELDS):
         names += ("exit_layer_nums",)
     different = [name for name in names if before[name] != now[name]]
     if different:
@@ -343,5 +360,6 @@ def check_same_shape(
             for name in different
         )
         raise CheckpointError(
-            f"{directory}: made with other sizes. {rows}. Use the checkpoint's values, or train anew without --load."
+            f"{directory}: made with other sizes. {rows}. "
+            "Use the checkpoint's values, or train anew without --load."
         )

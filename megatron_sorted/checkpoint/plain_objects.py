@@ -1,7 +1,8 @@
-"""Objects of a checkpoint that are no tensors (``common.pt``, random state, arguments), read without running anything.
+"""A safe reader of a checkpoint's objects: ``common.pt``, random state, arguments.
 
-torch's reader of weights refuses every class it was not told of. It is told here of the few that Megatron-LM and MindSpeed put beside
-weights; most are given as records that hold values, so neither Megatron nor NumPy has to be there.
+torch's reader of weights refuses every class that is not registered as safe. Here the few that
+Megatron-LM and MindSpeed store beside weights are registered, most as stand-ins that hold values;
+so neither Megatron nor NumPy has to be installed.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
 
 
-class Named:
-    """A value whose class is not needed here: its name, what it was made from, and its state."""
+class StandIn:
+    """A stand-in for a class that is not needed here; it keeps the arguments and the state."""
 
     def __new__(cls, *arguments, **_named):
-        """Return the value, made from ``arguments``."""
+        """Create the value and keep ``arguments``."""
         value = super().__new__(cls)
         value.arguments = arguments
         value.state = None
@@ -50,8 +51,9 @@ ENUMS = (
     "CudaGraphScope",
     "Fp8Recipe",
 )
-"""Names of Megatron's enumerations, wherever its versions keep them."""
-HOMES = (
+"""Names of Megatron's enumerations, in any of the modules below."""
+
+MODULES = (
     "megatron.core.enums",
     "megatron.core.transformer.enums",
     "megatron.model.enums",
@@ -59,7 +61,7 @@ HOMES = (
     "megatron.core.models.common.embeddings.enums",
 )
 RECORDS = (
-    *(f"{home}.{name}" for home in HOMES for name in ENUMS),
+    *(f"{module}.{name}" for module in MODULES for name in ENUMS),
     *(
         f"megatron.core.rerun_state_machine.{name}"
         for name in ("RerunDiagnostic", "RerunMode", "RerunState")
@@ -72,23 +74,27 @@ RECORDS = (
     "types.SimpleNamespace",
     "_io.BytesIO",
     *(
-        f"{home}.{name}"
-        for home in ("numpy.core.multiarray", "numpy._core.multiarray")
+        f"{module}.{name}"
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
         for name in ("_reconstruct", "scalar")
     ),
     "numpy.ndarray",
     "numpy.dtype",
     "numpy.dtypes.UInt32DType",
 )
-"""Names besides torch's own that may stand in a checkpoint."""
+"""Names beside torch's own that a checkpoint may hold."""
+
 STAND_INS = [
-    (type(name.rpartition(".")[2], (Named,), {"__module__": __name__}), name) for name in RECORDS
+    (type(name.rpartition(".")[2], (StandIn,), {"__module__": __name__}), name) for name in RECORDS
 ]
 
 
 @contextmanager
-def _only_ours() -> Iterator[None]:
-    """Let torch's reader take the names above and no others, whatever the process has told it before (Megatron does, on import)."""
+def _only_our_globals() -> Iterator[None]:
+    """Make torch's reader accept the names above and no others within a context.
+
+    Other code of the process may have registered more, as Megatron does on import.
+    """
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -100,13 +106,14 @@ def _only_ours() -> Iterator[None]:
 
 
 def _check_archive(source: Path | io.BufferedIOBase) -> None:
-    """Check that what torch.save wrote, a zip file of plain bytes, holds no more than its own size.
+    """Check that the records in a zip file of torch.save are uncompressed and fit its size.
 
     Raises:
-        ValueError: A record is compressed, or they have more bytes than the file: reading it would take any amount of memory.
+        ValueError: A record is compressed, or the records have more bytes than the file: reading
+            them could take any amount of memory.
     """
     if not zipfile.is_zipfile(source):
-        return  # the format of torch before 1.6, or damaged: its reader says so
+        return  # the format of torch before 1.6, or damaged, which torch's reader reports
     with zipfile.ZipFile(source) as archive:
         records, size = archive.infolist(), archive.fp.seek(0, io.SEEK_END)
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -117,20 +124,20 @@ def _check_archive(source: Path | io.BufferedIOBase) -> None:
         source.seek(0)
 
 
-def load_plain(source: Path | io.BufferedIOBase, told: str, **how: Any) -> Any:
-    """Return what torch.save wrote, classes of Megatron as ``Named`` records.
+def load_plain(source: Path | io.BufferedIOBase, name: str, **options: Any) -> Any:
+    """Load a file of torch.save, with ``StandIn`` records in place of Megatron's classes.
 
     Args:
         source: A path or an open file.
-        told: What errors call it.
-        how: Further arguments of ``torch.load``.
+        name: Name of the source in errors.
+        options: Further arguments of ``torch.load``.
 
     Raises:
-        CheckpointError: It cannot be read, or asks for a class that is not on the list.
+        CheckpointError: The source cannot be read, or requests a class that is not on the list.
     """
     try:
         _check_archive(source)
-        with _only_ours():
+        with _only_our_globals():
             try:
                 foreign = torch.serialization.get_unsafe_globals_in_checkpoint(source)
             except ValueError:
@@ -139,33 +146,36 @@ def load_plain(source: Path | io.BufferedIOBase, told: str, **how: Any) -> Any:
                 source.seek(0)
             if foreign:
                 raise CheckpointError(
-                    f"{told}: refused: it asks for {shown(', '.join(sorted(foreign)))}. Only plain values, argparse.Namespace and "
-                    "Megatron's enumerations are read, since any other class may run a program. Load it once with the program that "
-                    "wrote it and save "
-                    "it again without (in Megatron-LM: --no-save-optim --no-save-rng, and no objects of your own in args)."
+                    f"{name}: refused: it asks for {shown(', '.join(sorted(foreign)))}. Only plain "
+                    "values, argparse.Namespace and Megatron's enumerations are read, since any "
+                    "other class may run a program. Load it once with the program that wrote it "
+                    "and save it again without (in Megatron-LM: --no-save-optim --no-save-rng, "
+                    "and no objects of your own in args)."
                 )
-            return torch.load(
-                source, map_location=how.pop("map_location", "cpu"), weights_only=True, **how
-            )
+            return torch.load(source, weights_only=True, **{"map_location": "cpu", **options})
     except FileNotFoundError:
-        raise CheckpointError(f"{told}: is missing.") from None
+        raise CheckpointError(f"{name}: is missing.") from None
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+        raise CheckpointError(f"{name}: refused or damaged ({_first_line(reason)}).") from error
+    except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
         raise CheckpointError(
-            f"{told}: refused or damaged ({shown((reason.splitlines() or [''])[0])})."
-        ) from error
-    except Exception as error:  # a damaged file shows as anything from EOFError to RuntimeError
-        raise CheckpointError(
-            f"{told}: not readable ({type(error).__name__}: {shown((str(error).splitlines() or [''])[0])}). "
+            f"{name}: not readable ({type(error).__name__}: {_first_line(str(error))}). "
             "It is damaged, or was not written by torch.save."
         ) from error
 
 
+def _first_line(text: str) -> str:
+    """Return the first line of a message, safe to print."""
+    return shown((text.splitlines() or [""])[0])
+
+
 def _object_bytes(directory: Path, name: str, piece: StoredPiece | None) -> io.BytesIO:
+    """Read the bytes of an object that is not a tensor."""
     if piece is None:
-        raise CheckpointError(f"{directory}: {name}: its metadata does not say where it lies.")
+        raise CheckpointError(f"{directory}: {name}: its metadata does not record its place.")
     try:
         with open(directory / piece.file, "rb") as file:
             file.seek(piece.offset)
@@ -183,14 +193,16 @@ def _object_bytes(directory: Path, name: str, piece: StoredPiece | None) -> io.B
 
 
 def check_checkpoint_is_safe(directory: str | Path) -> None:
-    """Check that loading a ``torch_dist`` checkpoint with Megatron would run nothing of somebody else's.
+    """Check that loading a ``torch_dist`` checkpoint with Megatron would run no foreign code.
 
-    Megatron reads ``.metadata`` as a raw pickle, and torch's planner every object that is no tensor (random state, extra state of
-    layers) with ``weights_only=False``; so both are read here first, with readers that refuse. The tensors themselves and
-    ``common.pt`` Megatron reads with ``weights_only``.
+    Megatron reads ``.metadata`` as a raw pickle, and torch's planner reads every object that is not
+    a tensor (random state, extra state of layers) with ``weights_only=False``; so both are read
+    here first, by readers that refuse. Megatron reads the tensors themselves and ``common.pt`` with
+    ``weights_only``.
 
     Raises:
-        CheckpointError: It asks for something that is not on the lists, or cannot be read.
+        CheckpointError: The checkpoint requests a class that is not on the lists, or cannot be
+            read.
     """
     directory = Path(directory)
     for name, piece in read_stored_names(directory).objects.items():

@@ -1,9 +1,9 @@
-"""How a checkpoint gets its name and how one is deleted, so that a kill at any instruction loses none.
+"""Naming and deleting of checkpoints, so that a kill at any instruction loses none.
 
-write .iter_N.writing, its manifest last      not there for anybody yet
-name it iter_N                                takes the place of an older one of its step in one step
-write the tracker                             a resume finds the newest without it, too
-delete what is not kept                       each is renamed first, so that it is whole or gone
+write .iter_N.writing, its manifest last      no reader sees it yet
+rename it to iter_N                           replaces an older one of its step in one operation
+write the tracker                             a resume finds the newest without it too
+delete those not kept                         each is renamed first, so it is complete or absent
 """
 
 import itertools
@@ -37,8 +37,8 @@ class Retention:
     """Which checkpoints of a run are kept.
 
     Attributes:
-        retain: How many of the newest; None for all.
-        interval: Those of steps that are a multiple of it as well.
+        retain: Number of the newest that are kept; None for all.
+        interval: Steps that are a multiple of it are kept too.
     """
 
     retain: int | None = None
@@ -46,25 +46,27 @@ class Retention:
 
 
 def publish(root: Path, step: int, manifest: str, run_id: str | None, keep: Retention) -> list[str]:
-    """Make a checkpoint of what lies in ``writing_directory``; return notes for the user.
+    """Publish the checkpoint in ``writing_directory``; return notes for the user.
 
     Args:
         root: Directory of all checkpoints.
-        step: Of this one.
-        manifest: Its text.
-        run_id: The run, whose own older checkpoints alone are deleted.
-        keep: Which of them are not.
+        step: The checkpoint's step.
+        manifest: Text of its manifest.
+        run_id: The run; only its own older checkpoints are deleted.
+        keep: Which of them are kept.
 
     Raises:
-        OSError: It could not be given its name; those that were there are as they were. From then on nothing is raised.
+        OSError: It could not be renamed to its final name; earlier checkpoints are unchanged. Later
+            failures are notes.
     """
-    aside = writing_directory(root, step)
-    write_text_atomically(aside / MANIFEST, manifest)
-    sync_directory(aside)
+    partial = writing_directory(root, step)
+    write_text_atomically(partial / MANIFEST, manifest)
+    sync_directory(partial)
     notes = [name_checkpoint(root, step)]
     try:
         write_text_atomically(root / TRACKER, str(step))
-    except OSError as error:  # a resume finds the checkpoint without it; deleting others on top would be too bold
+    except OSError as error:
+        # a resume finds the checkpoint without it, but deleting others would be a risk
         return [
             *filter(None, notes),
             f"{root / TRACKER}: could not be written ({error.strerror or error})",
@@ -81,34 +83,37 @@ def publish(root: Path, step: int, manifest: str, run_id: str | None, keep: Rete
 
 
 def name_checkpoint(root: str | Path, step: int) -> str | None:
-    """Give the checkpoint of ``step`` that lies in ``writing_directory`` its name; return a note, if any.
+    """Rename the checkpoint in ``writing_directory`` to its final name; return a note, if any.
 
-    A checkpoint of the same step is replaced. At every moment one of the two is there under a name
-    that ``checkpoint_directory`` finds: names are swapped in one step, or the new one is called
-    complete before the old one is renamed.
+    A checkpoint of the same step is replaced. At every moment ``checkpoint_directory`` finds one of
+    the two: names are exchanged in one operation, or the new one is renamed to complete before the
+    old one is renamed.
 
     Raises:
-        OSError: It cannot be renamed. The old one is as it was.
+        OSError: It cannot be renamed. The old one is unchanged.
     """
-    aside, final = writing_directory(root, step), iteration_directory(root, step)
-    old = aside
+    partial, final = writing_directory(root, step), iteration_directory(root, step)
+    old = partial
     if not os.path.lexists(final):
-        os.rename(aside, final)
-    elif not exchange(aside, final):
+        os.rename(partial, final)
+    elif not exchange(partial, final):
         complete, old = complete_directory(root, step), _free_name(root, step)
-        os.rename(aside, complete)
+        os.rename(partial, complete)
         try:
             take_place(complete, final, old)
         except OSError:
-            if os.path.lexists(final):  # otherwise the complete one is all there is
-                os.rename(complete, aside)
+            if os.path.lexists(final):  # otherwise the complete one is the only one
+                os.rename(complete, partial)
             raise
     sync_directory(Path(root))
     return _remove_old(old, final)
 
 
 def _free_name(root: str | Path, step: int) -> Path:
-    """Return a name for what is to be deleted; what lies there from a run that was killed is deleted, or passed by."""
+    """Return a free name for a directory to delete.
+
+    Leftovers of a killed run are deleted; a name whose leftover cannot be deleted is skipped.
+    """
     for number in itertools.count():
         name = Path(root) / f".iter_{step:07d}.removing{number or ''}"
         discard_tree(name)
@@ -118,7 +123,7 @@ def _free_name(root: str | Path, step: int) -> Path:
 
 
 def _remove_old(old: Path, final: Path) -> str | None:
-    """Delete what was renamed to ``old``; return what the user should know of it."""
+    """Delete the directory or link ``old``, which was ``final`` before; return a note, if any."""
     if not os.path.lexists(old):
         return None
     target = os.readlink(old) if old.is_symlink() else None
@@ -132,7 +137,10 @@ def _remove_old(old: Path, final: Path) -> str | None:
 
 
 def finish_publishing(root: str | Path) -> None:
-    """Give checkpoints that a kill left complete their names. Only the run that holds the directory may call it."""
+    """Rename complete checkpoints that a kill left without their final names.
+
+    Only the run that holds the directory's lock may call it.
+    """
     for path in Path(root).iterdir():
         if match := COMPLETE.fullmatch(path.name):
             final = iteration_directory(root, int(match[1]))
@@ -143,7 +151,10 @@ def finish_publishing(root: str | Path) -> None:
 
 
 def remove_leftovers(root: str | Path) -> None:
-    """Delete what a run that was killed while it saved or deleted has left. Only the run that holds the directory may call it."""
+    """Delete leftovers of a run that was killed while it saved or deleted.
+
+    Only the run that holds the directory's lock may call it.
+    """
     finish_publishing(root)
     for path in Path(root).iterdir():
         if LEFTOVER.fullmatch(path.name):
@@ -151,13 +162,14 @@ def remove_leftovers(root: str | Path) -> None:
 
 
 def remove_checkpoint(root: str | Path, step: int) -> str | None:
-    """Delete a checkpoint and return a note, if any; killed in the middle, it never leaves one that looks complete.
+    """Delete a checkpoint and return a note, if any.
 
-    Of a checkpoint that is a link, the link is deleted: what it points to may be another run's.
+    A kill during the deletion never leaves a checkpoint that looks complete. If the checkpoint is a
+    link, only the link is deleted: its target may be another run's.
 
     Raises:
-        OSError: It cannot be renamed, and is as it was.
+        OSError: It cannot be renamed, and is unchanged.
     """
-    directory, aside = iteration_directory(root, step), _free_name(root, step)
-    directory.rename(aside)
-    return _remove_old(aside, directory)
+    directory, old = iteration_directory(root, step), _free_name(root, step)
+    directory.rename(old)
+    return _remove_old(old, directory)

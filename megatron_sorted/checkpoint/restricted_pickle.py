@@ -1,8 +1,9 @@
-"""A checkpoint's ``.metadata`` read without running anything: it is a raw pickle, and a raw pickle can call whatever it names.
+"""A safe reader of a checkpoint's ``.metadata``.
 
-Only the names below may be asked for, and none of them is the real thing: plain stand-ins of this file take their place, which hold
-values and do nothing. So what a pickle asks for beyond this list is refused by its name, and nothing of it has run. Unlike the rest of
-this folder this file needs torch alone.
+The file is a raw pickle, and unpickling can call any function that the pickle names. Only the names
+below are permitted, and stand-ins of this file replace the real classes: they hold values and do
+nothing. Any other name is refused before code of the pickle has run. Unlike the rest of this folder
+this file needs torch alone.
 """
 
 import io
@@ -18,13 +19,13 @@ from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
 
 METADATA = ".metadata"
-MOST_BYTES = 1 << 30
-"""Of it: that of a thousand ranks takes some 100 MB."""
+MAX_BYTES = 1 << 30
+"""Largest size of the file; that of a thousand ranks takes some 100 MB."""
 
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """Where one piece of a checkpoint lies: a file of its directory, and the bytes in it."""
+    """The place of one piece of a checkpoint: a file of its directory, and a range of bytes."""
 
     file: str
     offset: int
@@ -33,7 +34,7 @@ class StoredPiece:
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """A box of a tensor; ``piece`` is None when the checkpoint does not say where it lies."""
+    """A rectangle of a tensor; ``piece`` is None if the checkpoint does not record its place."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -42,7 +43,7 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Kind, shape and boxes of a tensor."""
+    """Dtype, shape and stored rectangles of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -51,7 +52,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredNames:
-    """What a sharded checkpoint holds, by name: tensors, and objects that are no tensors."""
+    """Content of a sharded checkpoint by name: tensors, and objects that are not tensors."""
 
     tensors: dict[str, StoredTensor]
     objects: dict[str, StoredPiece | None]
@@ -59,12 +60,12 @@ class StoredNames:
 
 class _Fixed(type):
     def __setattr__(cls, name, value):
-        # a pickle may ask to set attributes of whatever it can name, a class too
+        # a pickle may request to set attributes of anything that it can name, even of a class
         raise pickle.UnpicklingError(f"refused: pickle changes {cls.__name__}.{name}")
 
 
 class _Record(metaclass=_Fixed):
-    """Takes any arguments and keeps the state it is given."""
+    """A stand-in that accepts any arguments and keeps its state."""
 
     def __new__(cls, *_arguments, **_named):
         return super().__new__(cls)
@@ -85,14 +86,10 @@ class _BytesRecord(_Record): ...
 class _Anything(_Record): ...
 
 
-TORCH_METADATA, TORCH_FILES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-)
-TORCH_PLANNER, MEGATRON = (
-    "torch.distributed.checkpoint.planner",
-    "megatron.core.dist_checkpointing.strategies.torch",
-)
+TORCH_METADATA = "torch.distributed.checkpoint.metadata"
+TORCH_FILES = "torch.distributed.checkpoint.filesystem"
+TORCH_PLANNER = "torch.distributed.checkpoint.planner"
+MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 DTYPES = {
     name: value for name in dir(torch) if isinstance(value := getattr(torch, name), torch.dtype)
 }
@@ -112,7 +109,7 @@ PERMITTED: dict[tuple[str, str], Any] = {
     (TORCH_METADATA, "BytesStorageMetadata"): _BytesRecord,
     (TORCH_FILES, "_StorageInfo"): _Anything,
     (TORCH_FILES, "_StoragePrefix"): _Anything,
-    # Megatron keeps the plan of the save beside it, and once had classes of its own for both
+    # Megatron also stores the plan of the save, and once had its own classes for both
     **{
         (TORCH_PLANNER, name): _Anything
         for name in (
@@ -138,20 +135,21 @@ PERMITTED: dict[tuple[str, str], Any] = {
     },
     ("collections", "OrderedDict"): OrderedDict,
 }
-"""Every (module, name) that a ``.metadata`` may ask for, and what it is given in its place."""
+"""{(module, name) that a ``.metadata`` may request: its stand-in}."""
 
 
 class RestrictedUnpickler(pickle._Unpickler):
-    """Reads a pickle that asks for permitted names only.
+    """An unpickler that accepts permitted names only.
 
-    It is the reader in Python: that in C makes room for as many remembered values as a pickle says, 32 GB for ten bytes.
+    It derives from the reader in Python: the one in C allocates memory for any number of memoised
+    values that a pickle states, 32 GB for ten bytes.
     """
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in of a permitted name.
 
         Raises:
-            UnpicklingError: It is not permitted.
+            UnpicklingError: The name is not permitted.
         """
         try:
             return PERMITTED[module, name]
@@ -159,7 +157,7 @@ class RestrictedUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"refused: pickle asks for {module}.{name}") from None
 
     def persistent_load(self, pid: Any) -> Any:
-        """Raises UnpicklingError: no metadata refers to something outside it."""
+        """Raise UnpicklingError: metadata has no references to objects outside it."""
         raise pickle.UnpicklingError(f"refused: pickle asks for the outside object {pid!r}")
 
 
@@ -171,7 +169,7 @@ def _piece(info: Any) -> StoredPiece:
         or Path(info.relative_path).name != info.relative_path
     ):
         raise ValueError(
-            f"a piece is said to lie in {info.relative_path!r}, which is not a file of this directory"
+            f"a piece is recorded in {info.relative_path!r}, which is not a file of this directory"
         )
     if min(info.offset, info.length) < 0:
         raise ValueError(
@@ -199,17 +197,18 @@ def _tensor(name: str, record: Any, pieces: dict) -> StoredTensor:
 
 
 def read_stored_names(directory: str | Path) -> StoredNames:
-    """Return what a ``torch_dist`` checkpoint says it holds; nothing of the file is run.
+    """Read the list of contents of a ``torch_dist`` checkpoint, without running code of the file.
 
     Raises:
-        CheckpointError: ``.metadata`` is missing, damaged, or asks for something that a checkpoint's metadata does not need.
+        CheckpointError: ``.metadata`` is missing, damaged, or requests a name that a checkpoint's
+            metadata does not need.
     """
     path = Path(directory) / METADATA
     try:
         with open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"more than {MOST_BYTES:,} bytes")
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes")
         metadata = RestrictedUnpickler(io.BytesIO(content)).load()
         pieces = {}
         for index, info in metadata.storage_data.items():
@@ -227,13 +226,12 @@ def read_stored_names(directory: str | Path) -> StoredNames:
         ) from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{shown(path)}: {shown(error)}. Either it is damaged, or it was made to run a program of somebody "
-            "else's when it is read. "
-            "Take the checkpoint from a source you trust."
+            f"{shown(path)}: {shown(error)}. Either it is damaged, or it was made to run somebody "
+            "else's program when it is read. Take the checkpoint from a source you trust."
         ) from error
-    except Exception as error:  # a damaged pickle shows as anything from EOFError to MemoryError
+    except Exception as error:  # a damaged pickle raises anything from EOFError to MemoryError
         raise CheckpointError(
-            f"{shown(path)}: not readable ({type(error).__name__}: {shown(error)}). It is damaged, or no metadata "
-            "of a torch_dist checkpoint."
+            f"{shown(path)}: not readable ({type(error).__name__}: {shown(error)}). "
+            "It is damaged, or no metadata of a torch_dist checkpoint."
         ) from error
     return StoredNames(tensors, objects)

@@ -1,9 +1,11 @@
 """Saving in the background: training waits only until its state is copied to host memory.
 
-A save has two halves. In the first, on the main thread, the state is described and copied. In the second, on a thread with a process
-group of its own, every rank writes and verifies its shards, and rank 0 adds the manifest, gives the directory its name and then the
-tracker. Torch lets other threads run while it writes, so the main thread goes on training. Until its directory is renamed, a
-checkpoint does not exist for anybody; a save that fails, at whatever point and on whatever rank, leaves what was there before.
+A save has two halves. In the first, on the main thread, the state is described and copied. In the
+second, on a thread with a separate process group, every rank writes and verifies its shards, and
+rank 0 adds the manifest, renames the directory to its final name and then writes the tracker. Torch
+lets other threads run while it writes, so the main thread continues training. Until its directory
+is renamed, no reader sees a checkpoint; a save that fails, at any point and on any rank, leaves the
+earlier checkpoints unchanged.
 """
 
 import io
@@ -27,10 +29,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
+from megatron_sorted.checkpoint.host_copies import HostCopies
 from megatron_sorted.checkpoint.layout import iteration_directory, writing_directory
 from megatron_sorted.checkpoint.manifest import FileRecord, Progress, manifest_text, record_file
 from megatron_sorted.checkpoint.publishing import Retention, publish, remove_leftovers
-from megatron_sorted.checkpoint.staging import Stage
 from megatron_sorted.checkpoint.writer import HashingWriter
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.platform.contract import Platform
@@ -38,16 +40,17 @@ from megatron_sorted.platform.contract import Platform
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """What became of a save.
+    """The outcome of a save.
 
     Attributes:
-        step: Of the checkpoint.
+        step: The checkpoint's step.
         directory: The checkpoint, or None if it could not be written.
-        error: Why not, with the rank; the same on all ranks.
+        error: Reason of a failure, with the rank; the same on all ranks. None for a success.
         num_bytes: Size of the checkpoint.
-        stall_seconds: How long training was held up: by the end of the save before, a look at the weights, describing and copying.
-        seconds: How long the whole save took.
-        notes: What else the user should know; of the first rank.
+        stall_seconds: Time for which training waited: for the end of the save before, a check of
+            the weights, describing and copying.
+        seconds: Duration of the whole save.
+        notes: Further notes for the user, from the first rank.
     """
 
     step: int
@@ -61,7 +64,7 @@ class SaveOutcome:
 
 @dataclass
 class _Job:
-    """One save on its way."""
+    """A save in progress."""
 
     progress: Progress
     shards: dict[str, Any]
@@ -73,16 +76,17 @@ class _Job:
 
 
 class Saver:
-    """Saves the checkpoints of a run into one directory.
+    """The saver of a run's checkpoints, all in one directory.
 
     Args:
         root: Directory of all checkpoints.
-        platform: Where the run is.
-        background: Whether `save` comes back before the files are written.
+        platform: Platform of the run.
+        background: Whether `save` returns before the files are written.
         verify: Whether files are read back and compared after writing.
         keep: Which checkpoints are not deleted.
-        extra_files: Content of small files that go into every checkpoint, by name within it; only the first rank's are written.
-        progress_mark: Called from the writing thread as it gets on, for a watchdog.
+        extra_files: {name within a checkpoint: content} of small files of every checkpoint; only
+            the first rank's are written.
+        progress_mark: Called from the writing thread as it proceeds, for a watchdog.
     """
 
     def __init__(
@@ -95,14 +99,14 @@ class Saver:
         extra_files: Mapping[str, bytes],
         progress_mark: Callable[[], None],
     ):
-        """Clear what an earlier run left unfinished.
+        """Remove unfinished checkpoints of an earlier run.
 
         Collective: creates a process group of all ranks; every process must make a saver.
         """
         self.root, self.background, self.verify, self.keep = Path(root), background, verify, keep
         self.extra_files, self.progress_mark = dict(extra_files), progress_mark
         self.group = dist.new_group(backend=platform.host_backend)
-        self.stage = Stage(platform)
+        self._copies = HostCopies(platform)
         self._validated = False
         self._thread: threading.Thread | None = None
         self._job: _Job | None = None
@@ -112,26 +116,29 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Return whether a save of this rank is still on its way."""
+        """Return whether a save of this rank is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(
         self, state: dict[str, Any], progress: Progress, description: dict[str, Any], began: float
     ) -> None:
-        """Start a save of ``state``, a Megatron sharded state dict, which may change afterwards. The save before must be taken.
+        """Start a save of ``state``, which may change afterwards.
 
-        Collective: Megatron's checks of the state dict over all ranks (the first time), then nothing on the main thread.
+        The outcome of the save before must have been taken.
+
+        Collective: Megatron's checks of the state dict over all ranks (the first time), then none
+            on the main thread.
 
         Args:
-            state: What `sharded_state` returns.
-            progress: How far training is.
-            description: What the manifest says of the run.
-            began: ``time.monotonic()`` when training stopped for it.
+            state: Megatron's sharded state dict, from `sharded_state`.
+            progress: Progress of training.
+            description: Entries of the manifest that describe the run.
+            began: ``time.monotonic()`` when training stopped for the save.
         """
         assert self._job is None, "the outcome of the save before was not taken"
         sharded, common = save_preprocess(state, validate_access_integrity=not self._validated)
         self._validated = True
-        self.stage.copy(sharded)
+        self._copies.copy(sharded)
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded, keep_only_main_replica=True
         )
@@ -150,9 +157,11 @@ class Saver:
             self._thread.join()
 
     def take_outcome(self, wait: bool) -> SaveOutcome | None:
-        """Return what became of the save on its way, once; None if there is none, or it is not finished and ``wait`` is False.
+        """Return the outcome of the last save, once.
 
-        Ranks finish at slightly different times: without ``wait``, all must agree before they act on it.
+        The result is None if no save was started, or if it is in progress and ``wait`` is False.
+        Ranks finish at slightly different times: without ``wait``, all must agree before they act
+        on the outcome.
         """
         if self._job is None or (self.busy and not wait):
             return None
@@ -161,25 +170,25 @@ class Saver:
         return outcome
 
     def _run(self, job: _Job) -> None:
-        """Do the second half of a save and note its outcome; never raises.
+        """Do the second half of a save and record its outcome; never raise.
 
         Collective: over the saver's own group.
         """
         step = job.progress.step
-        aside, final = writing_directory(self.root, step), iteration_directory(self.root, step)
-        writer = HashingWriter(aside, self.progress_mark)
+        partial, final = writing_directory(self.root, step), iteration_directory(self.root, step)
+        writer = HashingWriter(partial, self.progress_mark)
         records: list[dict[str, FileRecord]] = []
         notes: list[list[str]] = []
-        error, _ = self._agree(lambda: self._make_directory(aside))
+        error, _ = self._agree(lambda: self._make_directory(partial))
         if not error:
             error, _ = self._agree(lambda: self._write_shards(job, writer))
         if not error:
-            error, records = self._agree(lambda: self._write_rest(job, writer, aside))
+            error, records = self._agree(lambda: self._write_rest(job, writer, partial))
         files = {name: record for of_rank in records if of_rank for name, record in of_rank.items()}
         if not error:
             error, notes = self._agree(lambda: self._publish(job, files))
         if error and dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         job.outcome = SaveOutcome(
             step,
             None if error else final,
@@ -191,36 +200,34 @@ class Saver:
         )
 
     def _agree(self, work: Callable[[], Any]) -> tuple[str | None, list[Any]]:
-        """Return (None, what ``work`` returned on every rank), or (what went wrong and on which rank, []).
+        """Do ``work`` on all ranks, and gather whether it succeeded everywhere.
 
-        Collective: one small all-gather over the saver's group, and those of ``work``. A rank that fails must not leave others waiting
-        in a collective of ``work``: either torch sees to that, or ``work`` has none.
+        Returns:
+            (None, the result of ``work`` on every rank), or (the reason of a failure with its rank,
+            an empty list).
+
+        Collective: one small all-gather over the saver's group, and those of ``work``. A rank that
+            fails must not leave others waiting in a collective of ``work``: either torch prevents
+            it, or ``work`` has none.
         """
         mine: tuple[str | None, Any]
         try:
             mine = (None, work())
-        except (
-            Exception,
-            CheckpointException,
-        ) as error:  # torch's is no Exception; whatever it is, other ranks must hear of it
+        except (Exception, CheckpointException) as error:
+            # every failure must reach the other ranks; torch's CheckpointException is no Exception
             mine = (_cause(error), None)
         self.progress_mark()
-        everybody: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, mine, group=self.group)
-        failed = next(
-            (
-                said if "on rank" in said else f"{said}, on rank {rank}"
-                for rank, (said, _) in enumerate(everybody)
-                if said
-            ),
-            None,
-        )
-        return failed, [] if failed else [value for _, value in everybody]
+        results: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(results, mine, group=self.group)
+        for rank, (reason, _) in enumerate(results):
+            if reason:
+                return reason if "on rank" in reason else f"{reason}, on rank {rank}", []
+        return None, [value for _, value in results]
 
-    def _make_directory(self, aside: Path) -> None:
+    def _make_directory(self, partial: Path) -> None:
         if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
 
     def _write_shards(self, job: _Job, writer: HashingWriter) -> None:
         """Write this rank's shards, and on rank 0 torch's description of all.
@@ -231,18 +238,19 @@ class Saver:
         save_shards(job.shards, storage_writer=writer, planner=planner, process_group=self.group)
         job.shards = {}
 
-    def _write_rest(self, job: _Job, writer: HashingWriter, aside: Path) -> dict[str, FileRecord]:
-        """Return the records of all files this rank wrote, after rank 0 has added the small ones and all were read back."""
+    def _write_rest(self, job: _Job, writer: HashingWriter, partial: Path) -> dict[str, FileRecord]:
+        """Write the small files on rank 0, and verify all; return records of this rank's files."""
         if dist.get_rank() == 0:
-            writer.fs.write_bytes(aside / "common.pt", job.common)
-            save_config(CheckpointingConfig("torch_dist", 1), str(aside))
-            writer.fs.records[aside / "metadata.json"] = record_file(aside / "metadata.json")
+            writer.fs.write_bytes(partial / "common.pt", job.common)
+            save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+            writer.fs.records[partial / "metadata.json"] = record_file(partial / "metadata.json")
             for name, content in self.extra_files.items():
-                writer.fs.write_bytes(aside / name, content)
+                writer.fs.write_bytes(partial / name, content)
         self.progress_mark()
         if self.verify:
             writer.fs.verify()
-        return {str(path.relative_to(aside)): record for path, record in writer.fs.records.items()}
+        records = writer.fs.records
+        return {str(path.relative_to(partial)): record for path, record in records.items()}
 
     def _publish(self, job: _Job, files: dict[str, FileRecord]) -> list[str]:
         """Make a checkpoint of what all ranks wrote, on rank 0; return notes for the user."""
@@ -253,7 +261,10 @@ class Saver:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the reason of an error in a few words; of torch's, which hold those of all ranks, the one of the lowest rank."""
+    """Return the reason of an error in a few words.
+
+    torch's error holds those of all ranks; the reason is that of the lowest one.
+    """
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
         return f"{_cause(inner)}, on rank {rank}"
@@ -266,10 +277,11 @@ def require_saved(outcome: SaveOutcome) -> None:
     """Check that a save succeeded.
 
     Raises:
-        CheckpointError: It did not.
+        CheckpointError: It failed.
     """
     if outcome.error:
         raise CheckpointError(
             f"the checkpoint of step {outcome.step} could not be written ({outcome.error}). "
-            "Earlier checkpoints are as they were. Make room or mend the file system, then start again with --load."
+            "Earlier checkpoints are as they were. Make room or mend the file system, "
+            "then start again with --load."
         )

@@ -1,4 +1,4 @@
-"""torch's checkpoint writer with a hash of everything it writes, compared with what is then read back from disk."""
+"""torch's checkpoint writer, which also hashes its files and can verify them from disk."""
 
 import hashlib
 import io
@@ -14,15 +14,11 @@ from megatron_sorted.checkpoint.manifest import FileRecord, record_file
 
 
 class _HashingStream(io.RawIOBase):
-    """Hands bytes on to a file and adds them to a hash."""
+    """A stream that writes bytes to a file and adds them to a hash."""
 
     def __init__(self, file, progress_mark: Callable[[], None]):
-        self.file, self.progress_mark, self.digest, self.num_bytes = (
-            file,
-            progress_mark,
-            hashlib.sha256(),
-            0,
-        )
+        self.file, self.progress_mark = file, progress_mark
+        self.digest, self.num_bytes = hashlib.sha256(), 0
         self.failure: OSError | None = None
 
     def writable(self) -> bool:
@@ -47,7 +43,7 @@ class _HashingStream(io.RawIOBase):
         return self.num_bytes
 
     def fileno(self) -> int:
-        self.file.flush()  # whoever asks is about to sync
+        self.file.flush()  # the caller is about to sync
         return self.file.fileno()
 
     def close(self) -> None:
@@ -56,7 +52,12 @@ class _HashingStream(io.RawIOBase):
 
 
 class HashingFileSystem(FileSystem):
-    """torch's local file system; ``records`` holds size and hash of every file written, by path."""
+    """torch's local file system with a record of every file written.
+
+    Attributes:
+        records: {path: size and hash} of every file written.
+        progress_mark: Called as files are written and verified, for a watchdog.
+    """
 
     def __init__(self, progress_mark: Callable[[], None] = lambda: None) -> None:
         self.records: dict[Path, FileRecord] = {}
@@ -73,9 +74,8 @@ class HashingFileSystem(FileSystem):
             try:
                 yield stream
             except Exception as error:
-                if (
-                    stream.failure is not None
-                ):  # torch says "unexpected pos" of a stream that could not be written
+                # torch reports "unexpected pos" for a stream that could not be written
+                if stream.failure is not None:
                     raise stream.failure from error
                 raise
             if not file.closed:
@@ -84,38 +84,39 @@ class HashingFileSystem(FileSystem):
             self.records[Path(path)] = FileRecord(stream.num_bytes, stream.digest.hexdigest())
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        """Rename a file; its record goes with it."""
+        """Rename a file and its record."""
         super().rename(path, new_path)
         self.records[Path(new_path)] = self.records.pop(Path(path))
 
     def write_bytes(self, path: Path, data: bytes) -> None:
-        """Write a whole file."""
+        """Write a file with this content."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.create_stream(path, "wb") as stream:
             stream.write(data)
 
     def verify(self) -> None:
-        """Check that every file on disk is what was written.
+        """Check that every file on disk has the content that was written.
 
         Raises:
-            OSError: One is not, or cannot be read.
+            OSError: A file differs or cannot be read.
         """
         for path, record in self.records.items():
             with open(path, "rb") as file:
-                # or the kernel's memory would be compared, not the disk
+                # otherwise the kernel's cache would be compared, not the disk
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            found = record_file(path, self.progress_mark)
-            if found != record:
+            on_disk = record_file(path, self.progress_mark)
+            if on_disk != record:
                 raise OSError(
-                    f"{path}: {record.num_bytes} bytes with sha256 {record.sha256[:12]} were written, "
-                    f"{found.num_bytes} bytes with {found.sha256[:12]} came back"
+                    f"{path}: {record.num_bytes} bytes with sha256 {record.sha256[:12]} were "
+                    f"written, {on_disk.num_bytes} bytes with {on_disk.sha256[:12]} came back"
                 )
 
 
 class HashingWriter(FileSystemWriter):
-    """torch's writer of one file a rank, on a `HashingFileSystem`.
+    """torch's writer of one file per rank, on a `HashingFileSystem`.
 
-    One thread: with several, torch loses the errors of all but the first, and the checkpoint would lack tensors without a word.
+    It uses a single thread: with several, torch loses the errors of all but the first, and the
+    checkpoint would silently lack tensors.
     """
 
     def __init__(self, directory: Path, progress_mark: Callable[[], None]):

@@ -1,4 +1,7 @@
-"""``megatron-sorted benchmark``: every question is answered by every way before the next, so that a noisy machine is as noisy for all."""
+"""``megatron-sorted benchmark``: decoding strategies compared on the same questions.
+
+Every strategy answers a question before the next one, so that a noisy machine is as noisy for all.
+"""
 
 import argparse
 import sys
@@ -11,23 +14,24 @@ from megatron_sorted.commands.options.decoding import (
     add_sampling_options,
     add_strategy_options,
     check_positive,
+    open_generator,
+    requested_strategy,
     sampling_of,
-    strategy_choice,
-    writer_of,
 )
+from megatron_sorted.commands.options.models import check_directories
 from megatron_sorted.commands.parser import Parser
 from megatron_sorted.decoding.strategies import STRATEGIES
 from megatron_sorted.errors import SettingsError
 
 IF_STOPPED = "Nothing was written."
 DESCRIPTION = """\
-Compare ways to decode on questions in Spec-Bench's form, beside transformers' own generate.
-Writes answers, a page of scores and pictures; docs/decoding.md says what the figures are."""
+Compare decoding strategies on questions in Spec-Bench's format, beside transformers' own generate.
+Writes the answers, a page of scores and pictures; docs/decoding.md defines the numbers."""
 DEFAULT_STRATEGIES = ("full", "self_speculative", "sorted_speculative", "tree", "early_exit")
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line's values."""
+    """Return the values of the options."""
     parser = Parser(
         "megatron-sorted benchmark",
         DESCRIPTION,
@@ -48,7 +52,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         type=int,
         default=80,
         metavar="N",
-        help="questions of each group, evenly spread (%(default)s)",
+        help="questions of each group, evenly spread (default: %(default)s)",
     )
     group.add_argument(
         "--strategies",
@@ -56,46 +60,63 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         choices=tuple(STRATEGIES),
         default=DEFAULT_STRATEGIES,
         metavar="NAME",
-        help="(all but fixed)",
+        help="strategies to compare (default: all but fixed)",
     )
     group.add_argument(
         "--without-transformers", action="store_true", help="leave out transformers' generate"
     )
     group.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="of every turn (%(default)s)"
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="most tokens of each turn (default: %(default)s)",
     )
     group.add_argument(
-        "--batches", type=int, nargs="*", default=[], metavar="N", help="also N prompts at once"
+        "--batches",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="N",
+        help="also measure batches of N prompts",
     )
     group.add_argument(
-        "--sweep", action="store_true", help="also self_speculative at every exit and draft length"
+        "--sweep",
+        action="store_true",
+        help="also try self_speculative at every exit and draft length",
     )
     group.add_argument(
         "--text",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="also loss on these held-out texts over speed",
+        help="also draw loss on these held-out texts over speed",
     )
-    group.add_argument("--text-separator", metavar="TEXT", help="between texts of a plain file")
     group.add_argument(
-        "--num-texts", type=int, default=100, metavar="N", help="of each file at most (%(default)s)"
+        "--text-separator", metavar="TEXT", help="separator of the texts in a plain file"
+    )
+    group.add_argument(
+        "--num-texts",
+        type=int,
+        default=100,
+        metavar="N",
+        help="most texts of each file (default: %(default)s)",
     )
     group.add_argument(
         "--num-prompts",
         type=int,
         default=12,
         metavar="N",
-        help="of --batches, --sweep and --text (%(default)s)",
+        help="prompts of --batches, --sweep and --text (default: %(default)s)",
     )
     group.add_argument(
         "--output",
         type=Path,
         default=Path("runs/benchmark_decoding"),
         metavar="DIR",
-        help="folder (%(default)s)",
+        help="folder to write (default: %(default)s)",
     )
-    group.add_argument("--title", help="of the page (default: the model's directory)")
+    group.add_argument("--title", help="title of the page (default: the model's directory)")
     add_strategy_options(parser)
     add_sampling_options(parser)
     values = parser.parse_args(arguments)
@@ -106,7 +127,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Ask, measure and write."""
+    """Answer the questions with every strategy, measure, and write the results."""
     values = read_arguments(arguments)
     questions = read_questions(values.questions)
     groups = dict.fromkeys([*GROUPS.values(), *(question.group for question in questions)])
@@ -116,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for question in spread([one for one in questions if one.group == group], values.per_group)
     ]
     sampling = sampling_of(values)
+    check_directories(values.model, values.draft)
     from megatron_sorted.benchmark.comparison import (
         Extras,
         compare_strategies,
@@ -124,16 +146,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     from megatron_sorted.benchmark.scores import Terms
 
-    writer = writer_of(values)
-    print(writer.form.line, file=sys.stderr, flush=True)
+    generator = open_generator(values)
+    print(generator.form.line, file=sys.stderr, flush=True)
     terms = Terms(
         values.title or values.model.resolve().name,
         sampling,
         values.max_new_tokens,
         f"{values.dtype} on {values.device}",
     )
-    strategies = strategies_of(writer, strategy_choice(values), values.strategies)
-    contestants = contestants_of(writer, strategies, terms, not values.without_transformers)
+    strategies = strategies_of(generator, requested_strategy(values), values.strategies)
+    contestants = contestants_of(generator, strategies, terms, not values.without_transformers)
     extras = Extras(
         values.batches,
         values.sweep,
@@ -142,5 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         values.num_texts,
         values.num_prompts,
     )
-    print(compare_strategies(writer, chosen, strategies, contestants, terms, extras, values.output))
+    print(
+        compare_strategies(generator, chosen, strategies, contestants, terms, extras, values.output)
+    )
     print(f"written: {values.output}/decoding.md, decoding.json, pictures and the answers")

@@ -1,4 +1,7 @@
-"""``megatron-sorted convert``: on a CPU, one tensor in memory at a time; what does not match what there was is not written."""
+"""``megatron-sorted convert``: conversion on a CPU with one tensor in memory at a time.
+
+A result that does not match its source is not kept.
+"""
 
 import argparse
 import sys
@@ -6,24 +9,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sorted.commands.options.models import check_directories
 from megatron_sorted.commands.parser import Parser
 from megatron_sorted.conversion.hugging_face.families import DTYPES
 from megatron_sorted.errors import SortedError
 
 DESCRIPTION = """\
-Convert models between Hugging Face directories and checkpoints, and verify them: every tensor bit for
-bit, and the logits of every exit. VERB --help says what each of these takes."""
+Convert models between Hugging Face directories and checkpoints, and verify them: every tensor bit
+for bit, and the logits of every exit. VERB --help lists the options of each verb."""
 VERBS = {
     "import": (
         "MODEL",
         "CHECKPOINTS",
-        "Make a checkpoint of a Hugging Face model or of a Megatron-LM checkpoint.",
+        "Write a checkpoint from a Hugging Face model or a Megatron-LM checkpoint.",
         "Llama-3.2-1B runs/llama --exit-layer-nums 4 8 12",
     ),
     "export": (
         "CHECKPOINTS",
         "MODEL",
-        "Make a Hugging Face model of a checkpoint.",
+        "Write a Hugging Face model from a checkpoint.",
         "runs/llama my-llama --dtype bfloat16",
     ),
     "verify": (
@@ -39,17 +43,17 @@ VERBS = {
         "runs/llama my-adapter --base-model NAME",
     ),
 }
-"""Verb -> its two directories, what it does, and the words of an example."""
+"""Verb -> its two directories, its description, and the arguments of an example."""
 
 
 def clean_up() -> None:
-    """End the lines of bars that an error left unfinished."""
+    """End the lines of progress bars that an error left unfinished."""
     if report := sys.modules.get("megatron_sorted.conversion.report"):
         report.end_bars()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return what the command line says."""
+    """Return the values of the options."""
     parser = Parser(
         "megatron-sorted convert",
         DESCRIPTION,
@@ -57,30 +61,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
     commands = {}
-    for verb, (first, second, what, words) in VERBS.items():
+    for verb, (first, second, description, example) in VERBS.items():
         name = f"megatron-sorted convert {verb}"
         command = commands[verb] = verbs.add_parser(
             verb,
             prog=name,
-            help=what,
-            description=what,
-            example=f"{name} {words}",
+            help=description,
+            description=description,
+            example=f"{name} {example}",
             usage=f"{name} {first} {second} [options]",
         )
-        command.add_argument("first", type=Path, nargs="?", metavar=first, help="what is read")
+        command.add_argument("first", type=Path, nargs="?", metavar=first, help="model to read")
         command.add_argument(
             "second",
             type=Path,
             nargs="?",
             metavar=second,
-            help="what is compared with it" if verb == "verify" else "what is written",
+            help="model to compare with it" if verb == "verify" else "directory to write",
         )
-        command.add_argument(
-            "--load-dir", type=Path, metavar="DIR", help=f"another way to write {first}"
-        )
-        command.add_argument(
-            "--save-dir", type=Path, metavar="DIR", help=f"another way to write {second}"
-        )
+        command.add_argument("--load-dir", type=Path, metavar="DIR", help=f"the same as {first}")
+        command.add_argument("--save-dir", type=Path, metavar="DIR", help=f"the same as {second}")
         command.add_argument(
             "--ckpt-step",
             type=int,
@@ -91,20 +91,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             "--vocab-size",
             type=int,
             metavar="N",
-            help="real tokens, for a Megatron-LM checkpoint that knows the padded number",
+            help="vocabulary size without padding, if the checkpoint lacks it",
         )
         command.add_argument(
             "--lora-rank-used",
             type=int,
             metavar="RANK",
-            help="of nested adapters (--dylora); 0: none (default: all)",
+            help="rank to use of nested adapters (--dylora), 0: none (default: all)",
         )
         if verb != "export-adapter":
             command.add_argument(
                 "--tolerance",
                 type=float,
                 metavar="X",
-                help="difference of logits, relative to the largest (1e-4)",
+                help="largest difference of logits, relative (default: 1e-4)",
             )
             command.add_argument(
                 "--report",
@@ -118,9 +118,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             )
         if verb in ("import", "export"):
             command.add_argument(
-                "--no-verify",
-                action="store_true",
-                help="do not compare what was written with what there was",
+                "--no-verify", action="store_true", help="do not compare the result with the source"
             )
             for axis in ("tensor", "pipeline"):
                 command.add_argument(
@@ -147,13 +145,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--dtype", choices=DTYPES, metavar="KIND", help=f"{', '.join(DTYPES)} (default: as stored)"
     )
     commands["export"].add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file at most (%(default)s)"
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest size of a file (default: %(default)s)",
     )
     commands["export-adapter"].add_argument(
         "--base-model",
         required=True,
         metavar="NAME",
-        help="the Hugging Face model they were trained on",
+        help="Hugging Face model that the adapters were trained on",
     )
     values = parser.parse_args(arguments)
     values.first, values.second = values.first or values.load_dir, values.second or values.save_dir
@@ -163,16 +164,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line says, and say what became of it."""
+    """Convert or compare, and print the result."""
     values = parse(arguments)
+    check_directories(values.first, values.second if values.verb == "verify" else None)
     from megatron_sorted.conversion.exporting import export_model
     from megatron_sorted.conversion.hugging_face.peft_adapter import export_adapter
     from megatron_sorted.conversion.importing import import_model
     from megatron_sorted.conversion.open_model import open_model
-    from megatron_sorted.conversion.origins import Exits
+    from megatron_sorted.conversion.origins import RequestedExits
     from megatron_sorted.conversion.report import describe, parse_size, progress_bars, write_report
     from megatron_sorted.conversion.verifying.comparison import TOLERANCE, compare
-    from megatron_sorted.conversion.writing import Writing, Written
+    from megatron_sorted.conversion.writing import ConversionResult, WriteOptions
 
     began = time.monotonic()
     model = open_model(values.first, values.ckpt_step, values.vocab_size, values.lora_rank_used)
@@ -180,23 +182,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if values.verb == "export-adapter":
         count, num_bytes = export_adapter(model, values.second, values.base_model, values.overwrite)
         print(
-            f"wrote {values.second}: {count} tensors, {num_bytes / 1e6:,.1f} MB ({time.monotonic() - began:.1f} s)"
+            f"wrote {values.second}: {count} tensors, {num_bytes / 1e6:,.1f} MB "
+            f"({time.monotonic() - began:.1f} s)"
         )
         return
     tolerance = TOLERANCE if values.tolerance is None else values.tolerance
     if values.verb == "verify":
         other = open_model(values.second)
         print(describe(other), flush=True)
-        written = Written(
+        written = ConversionResult(
             compare(model, other, tolerance, progress_bars("verifying", other.num_bytes))
         )
     else:
         if values.target_tensor_parallel_size or values.target_pipeline_parallel_size:
             print("note: a checkpoint loads in any layout; the --target sizes are not needed")
-        writing = Writing(values.overwrite, not values.no_verify, tolerance, progress_bars)
+        writing = WriteOptions(values.overwrite, not values.no_verify, tolerance, progress_bars)
         if values.verb == "import":
             depths = None if values.exit_layer_nums is None else tuple(values.exit_layer_nums)
-            exits = Exits(
+            exits = RequestedExits(
                 depths,
                 values.use_exit_norm,
                 values.untie_exit_output_weights,
@@ -215,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if values.verb == "verify":
         if comparison.problems:
             raise SortedError(
-                f"{values.first} and {values.second} are not the same model. {'; '.join(comparison.problems[:5])}"
+                f"{values.first} and {values.second} are not the same model. "
+                f"{'; '.join(comparison.problems[:5])}"
             )
         print(f"the same model ({time.monotonic() - began:.1f} s)")
     else:

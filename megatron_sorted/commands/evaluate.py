@@ -1,4 +1,7 @@
-"""``megatron-sorted evaluate``: what was measured is kept as it comes, so that a mistake in the last task loses nothing."""
+"""``megatron-sorted evaluate``: every exit of trained models, measured.
+
+Results are saved as they come, so that an error in the last task loses nothing.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +10,7 @@ from megatron_sorted.errors import DataError, SortedError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the tables, write JSON, answers and picture."""
+    """Measure the models, print the tables, write JSON, answers and picture."""
     values = read_arguments(arguments)
     from megatron_sorted.commands.options.measures import name_subjects, read_measures
     from megatron_sorted.evaluation.evaluate import evaluate
@@ -28,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kept = {name: plain(getattr(values, name)) for name in KEPT} | {"texts": plain(values.text)}
     described, record = describe(measures, kept), Record(values.output)
     try:
-        found = evaluate(
+        measured = evaluate(
             subjects,
             measures,
             lambda so_far: record.keep(
@@ -39,19 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if record.kept is None:
             raise
         raise type(error)(f"{error} What was measured before is in {record.kept}.") from error
-    results = described | results_of(found, measures)
+    results = described | results_of(measured, measures)
     print("\n" + write_tables(results))
-    record.finish(results, answers_of(found, measures))
+    record.finish(results, answers_of(measured, measures))
     written = [values.output / "evaluation.json"]
     picture = values.output / "evaluation.png"
-    if len(found) <= MAX_MODELS:
+    if len(measured) <= MAX_MODELS:
         draw(results, picture)
         written.append(picture)
     else:
-        picture.unlink(missing_ok=True)  # of an earlier evaluation, which these numbers are not
+        picture.unlink(missing_ok=True)  # one of an earlier evaluation would show other numbers
         print(
-            f"\nno picture: {len(found)} models are more than the {MAX_MODELS} that one can tell apart; the tables have them all"
+            f"\nno picture: {len(measured)} models are more than the {MAX_MODELS} that one can "
+            "distinguish; the tables list them all"
         )
-    print(
-        f"\nwritten: {', '.join(map(str, [*written, *[values.save_heads] * bool(values.save_heads)]))}"
-    )
+    if values.save_heads:
+        written.append(values.save_heads)
+    print(f"\nwritten: {', '.join(map(str, written))}")

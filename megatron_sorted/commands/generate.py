@@ -1,4 +1,7 @@
-"""``megatron-sorted generate``: a prompt, several at once, or a conversation; colours show at which exit each token left."""
+"""``megatron-sorted generate``: one prompt, several at once, or a conversation.
+
+Colours show the exit at which each token was written.
+"""
 
 import argparse
 import sys
@@ -10,11 +13,12 @@ from megatron_sorted.commands.options.decoding import (
     add_sampling_options,
     add_strategy_options,
     check_positive,
+    default_sampling,
+    open_generator,
+    requested_strategy,
     sampling_of,
-    strategy_choice,
-    usual_sampling,
-    writer_of,
 )
+from megatron_sorted.commands.options.models import check_directories
 from megatron_sorted.commands.parser import Parser
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.reading.shown import shown
@@ -22,12 +26,13 @@ from megatron_sorted.reading.text_file import decoded, read_text, split_lines
 
 GIVE_PROMPTS = "Give --prompt-file a text in UTF-8, plain or gzipped."
 DESCRIPTION = """\
-Write with a nested model, or chat with it. The ways full, self_speculative, sorted_speculative and
-tree write the same text, faster; early_exit and fixed another. docs/decoding.md says how they work."""
+Generate text with a nested model, or chat with it. The strategies self_speculative,
+sorted_speculative and tree write the same text as full, faster; early_exit and fixed write other
+texts. docs/decoding.md explains them."""
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line's values, the prompts of a file among them."""
+    """Return the values of the options; prompts of a file are added to those of --prompt."""
     parser = Parser(
         "megatron-sorted generate",
         DESCRIPTION,
@@ -41,27 +46,29 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         action="append",
         default=[],
         metavar="TEXT",
-        help="to go on with, or to answer (--prompt-template); may be repeated",
+        help="prompt to continue, or to answer (--prompt-template); may be repeated",
     )
     group.add_argument(
-        "--prompt-file", metavar="FILE", help="a file whose lines are prompts; - for standard input"
+        "--prompt-file",
+        metavar="FILE",
+        help="file with a prompt on each line; - for standard input",
     )
-    group.add_argument("--chat", action="store_true", help="a conversation; an empty line ends it")
+    group.add_argument("--chat", action="store_true", help="conversation; an empty line ends it")
     group.add_argument(
         "--colour",
         choices=("auto", "always", "never"),
         default="auto",
         metavar="WHEN",
-        help="auto (in terminals), always or never show where tokens left (%(default)s)",
+        help="colours for exits: auto (in terminals), always, never (default: %(default)s)",
     )
     group.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="at most (default: 128, or what the context leaves)",
+        help="most tokens to write (default: 128, or what the context leaves)",
     )
     group.add_argument(
-        "--stop", nargs="+", default=[], metavar="WORD", help="words after which a text is over"
+        "--stop", nargs="+", default=[], metavar="TEXT", help="sequences that end a text"
     )
     add_strategy_options(parser)
     add_generation_config(add_sampling_options(parser))
@@ -75,7 +82,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         raise SettingsError(
             "Give --prompt, --prompt-file or --chat" + (", not both" if values.prompt else "") + "."
         )
-    sampling_of(values)  # a wrong number is told before the model is read
+    sampling_of(values)  # refuses a wrong number before the model is read
     return values
 
 
@@ -83,7 +90,7 @@ def read_prompt_text(path: str) -> str:
     """Return the text of a file of prompts, or of standard input for "-".
 
     Raises:
-        DataError: It cannot be read, or is no UTF-8.
+        DataError: The text cannot be read, or is not UTF-8.
     """
     return (
         decoded(sys.stdin.buffer.read(), "standard input")
@@ -93,17 +100,18 @@ def read_prompt_text(path: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write what was asked for."""
+    """Complete the prompts, or chat."""
     values = read_arguments(arguments)
-    from megatron_sorted.decoding.terminal import Console, Page
+    check_directories(values.model, values.draft)
+    from megatron_sorted.decoding.terminal import Console, TokenFormat
 
-    writer = writer_of(values)
-    network, draft, form = writer.network, writer.draft, writer.form.prompt_form
-    sampling = sampling_of(values, usual_sampling(values, writer, 0.0))
-    strategy = strategy_choice(values).strategy(network, draft)
+    generator = open_generator(values)
+    network, draft, form = generator.network, generator.draft, generator.form.prompt_form
+    sampling = sampling_of(values, default_sampling(values, generator, 0.0))
+    strategy = requested_strategy(values).strategy(network, draft)
     depths = sorted({*network.depths, *(draft.depths if draft else ())})
     on_terminal = sys.stdout.isatty()
-    page = Page(
+    page = TokenFormat(
         depths, values.colour == "always" or (values.colour == "auto" and on_terminal), on_terminal
     )
     exits = (
@@ -111,33 +119,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if len(network.depths) > 1
         else ""
         if draft
-        else "no exits before the last layer, so only 'full' can be had (or --depths); "
+        else "no exits before the last layer, so only strategy full works (or give --depths); "
     )
     drafts = f"drafts by {shown(values.draft)}; " if draft else ""
     print(
-        f"[{shown(values.model)}: {network.num_layers} layers, {exits}{drafts}way: {strategy.name}] {page.legend()}",
+        f"[{shown(values.model)}: {network.num_layers} layers, {exits}{drafts}"
+        f"strategy: {strategy.name}] {page.legend()}",
         file=sys.stderr,
         flush=True,
     )
-    asks = values.chat or values.prompt_template is not None
-    if asks:
-        print(f"[{writer.form.line}]", file=sys.stderr, flush=True)
-    elif form is not None and form.is_conversation and writer.form.is_stored:
+    in_template = values.chat or values.prompt_template is not None
+    if in_template:
+        print(f"[{generator.form.line}]", file=sys.stderr, flush=True)
+    elif form is not None and form.is_conversation and generator.form.is_stored:
         print(
-            f"[prompts are texts to go on with; --chat, or --prompt-template {form.label}, asks in the form that was trained]",
+            f"[prompts are continued as plain text; --chat or --prompt-template {form.label} uses "
+            "the prompt template of training]",
             file=sys.stderr,
             flush=True,
         )
-    console = Console(writer, strategy, sampling, page, values.max_new_tokens, values.stop)
+    console = Console(generator, strategy, sampling, page, values.max_new_tokens, values.stop)
     if values.chat:
         console.chat()
     else:
         console.write(
             values.prompt,
             [
-                writer.encode_chat([{"role": "user", "content": prompt}])
-                if asks
-                else writer.encode(prompt)
+                generator.encode_chat([{"role": "user", "content": prompt}])
+                if in_template
+                else generator.encode(prompt)
                 for prompt in values.prompt
             ],
         )

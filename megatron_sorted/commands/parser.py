@@ -1,4 +1,4 @@
-"""The parser of every command: help that fits a screen and ends with an example, mistakes in one line that names what may be meant."""
+"""The parser of every command: help that fits a screen, mistakes in one line with a suggestion."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from megatron_sorted.reading.shown import one_line
 from megatron_sorted.settings.require import nearest
 
 WIDTH = 100
-"""Columns of a help page, whatever the terminal has: so it reads the same everywhere."""
+"""Columns of a help page, the same on every terminal."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -20,13 +20,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes end the process with status 2 and one line.
+    """A parser that ends the process with status 2 and one line when a command line is wrong.
 
     Args:
-        prog: What is typed to start it, such as ``megatron-sorted plan``.
-        description: What it does, in a sentence or two.
-        example: A command line, the last of its help; a command with verbs leaves examples to them too.
-        more: As of argparse.
+        prog: The command as typed, such as ``megatron-sorted plan``.
+        description: The command's purpose, in a sentence or two.
+        example: A command line, printed at the end of the help.
+        more: Further arguments of argparse.
     """
 
     def __init__(self, prog: str, description: str, example: str = "", **more: Any):
@@ -34,11 +34,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog, description=description, formatter_class=_Help, add_help=False, **more
         )
+        self._positionals.title = "arguments"
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-        self._takes_any = False
+        self._allows_unknown = False
 
     def format_help(self) -> str:
-        """Return the help, its groups one below the other without empty lines between."""
+        """Return the help, without empty lines between its groups."""
         parts = super().format_help().strip("\n").split("\n\n")
         first = 2 + self.description.count("\n\n")  # after usage and description
         last = len(parts) - bool(self.epilog)
@@ -47,46 +48,50 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the process with one line about a mistake in the command line."""
         text = one_line(message.removeprefix("argument "))
-        self.exit(
-            2,
-            f"error: {text}{'' if text.endswith(('.', '?')) else f'. {self.prog} --help says what it takes.'}\n",
-        )
+        remedy = "" if text.endswith((".", "?")) else f". See {self.prog} --help."
+        self.exit(2, f"error: {text}{remedy}\n")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Return the values; a word that is none of its own is a mistake."""
+        """Return the values of the options; refuse every argument that is not known."""
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"{unknown[0]!r}: a word too many. {self.prog} --help says what it takes.")
+            self.error(f"{unknown[0]!r}: unexpected argument. See {self.prog} --help.")
         return values
 
     def parse_some(
         self, args: Sequence[str] | None, others: Sequence[str]
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Return the values, and the words that are left, whose options are ``others``.
+        """Return the values of the options and the remaining arguments.
+
+        Args:
+            args: The command line's arguments.
+            others: Options that the remaining arguments may have.
 
         Raises:
-            SettingsError: One is none of these.
+            SettingsError: An option is neither known nor one of ``others``.
         """
-        self._takes_any = True
-        values, left = self.parse_known_args(args)
-        for option in (word.partition("=")[0] for word in left):
+        self._allows_unknown = True
+        values, remaining = self.parse_known_args(args)
+        for option in (argument.partition("=")[0] for argument in remaining):
             if option.startswith("--") and option not in others:
                 near = nearest(
-                    option,
-                    [*self._option_string_actions, *others],
-                    f"{self.prog} --help names them.",
+                    option, [*self._option_string_actions, *others], f"See {self.prog} --help."
                 )
                 raise SettingsError(f"{option}: there is no such option. {near}")
-        return values, left
+        return values, remaining
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Return the values and the words left over, after a look for options that there are not: before what is missing is told."""
-        words = sys.argv[1:] if args is None else list(args)
-        words = rename_flags(words, self._option_string_actions)
-        if not self._takes_any and self._subparsers is None:
-            for word in words[: words.index("--")] if "--" in words else words:
-                self._check_option(word.partition("=")[0])
-        return super().parse_known_args(words, namespace)
+        """Return the values and the remaining arguments.
+
+        Old names are replaced first, and unknown options are refused before missing ones.
+        """
+        arguments = sys.argv[1:] if args is None else list(args)
+        arguments = rename_flags(arguments, self._option_string_actions)
+        if not self._allows_unknown and self._subparsers is None:
+            end = arguments.index("--") if "--" in arguments else len(arguments)
+            for argument in arguments[:end]:
+                self._check_option(argument.partition("=")[0])
+        return super().parse_known_args(arguments, namespace)
 
     def _check_option(self, option: str) -> None:
         known = [name for name in self._option_string_actions if name.startswith("--")]
@@ -99,9 +104,8 @@ class Parser(argparse.ArgumentParser):
                 if self._option_string_actions[name].help is not argparse.SUPPRESS
                 or name == "--help"
             ]
-            self.error(
-                f"{option}: there is no such option. {nearest(option, shown, f'{self.prog} --help names them.')}"
-            )
+            near = nearest(option, shown, f"See {self.prog} --help.")
+            self.error(f"{option}: there is no such option. {near}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -111,12 +115,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Any:
-    """Return the type of a whole number that is not below ``least``."""
+    """Return an argparse type for whole numbers of at least ``least``.
+
+    >>> at_least(1)("3")
+    3
+    """
 
     def number(text: str) -> int:
         if (value := int(text)) < least:
             raise argparse.ArgumentTypeError(f"{value} is not at least {least}")
         return value
 
-    number.__name__ = "int"  # what argparse says of a text that is none
+    number.__name__ = "int"  # argparse's messages name the type
     return number

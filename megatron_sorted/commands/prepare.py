@@ -1,4 +1,4 @@
-"""``megatron-sorted prepare``: JSON lines become Megatron's indexed token files."""
+"""``megatron-sorted prepare``: Megatron's indexed token files from JSON lines."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _form(text: str) -> str:
+def _template_label(text: str) -> str:
     if text != "auto":
         try:
             parse_label(text)
@@ -30,11 +30,11 @@ def _form(text: str) -> str:
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line's values."""
+    """Return the values of the options."""
     parser = Parser(
         "megatron-sorted prepare",
-        "Turn JSON lines into Megatron's indexed token files. docs/data.md says what they hold.",
-        "megatron-sorted prepare --input train.jsonl --output-prefix data/train --tokenizer-model t",
+        "Turn JSON lines into Megatron's indexed token files. docs/data.md describes both.",
+        "megatron-sorted prepare --input train.jsonl --output-prefix train --tokenizer-model t",
         usage="%(prog)s --input FILE ... --output-prefix P [options]",
     )
     parser.add_argument(
@@ -44,26 +44,26 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         "--output-prefix",
         required=True,
         metavar="P",
-        help="writes P_text_document.bin, P_text_document.idx and P.json",
+        help="write P_text_document.bin, P_text_document.idx and P.json",
     )
     parser.add_argument(
         "--tokenizer-type",
         default=TOKENIZERS[0],
         choices=TOKENIZERS,
         metavar="TYPE",
-        help=", ".join(TOKENIZERS),
+        help=", ".join(TOKENIZERS),  # the first is the default, and the line is full
     )
     parser.add_argument(
         "--tokenizer-model", metavar="PATH", help="sentencepiece file or Hugging Face directory"
     )
     parser.add_argument(
-        "--vocab-size", type=at_least(1), metavar="N", help="vocabulary of NullTokenizer"
+        "--vocab-size", type=at_least(1), metavar="N", help="vocabulary size of NullTokenizer"
     )
     parser.add_argument(
         "--train-tokenizer",
         type=at_least(1),
         metavar="N",
-        help="first train P_tokenizer.model, of N tokens, on the input",
+        help="first train P_tokenizer.model with N tokens on the input",
     )
     parser.add_argument(
         "--format",
@@ -75,80 +75,82 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser.add_argument(
         "--prompt-template",
         default="auto",
-        type=_form,
+        type=_template_label,
         metavar="FORM",
-        help="plain, alpaca, chat or chat:NAME (default: chat for messages, else plain)",
+        help="plain, alpaca, chat or chat:NAME (default: fits the format)",
     )
     parser.add_argument(
         "--seq-length",
         type=at_least(1),
         metavar="N",
-        help="that of training; longer samples are cut or skipped",
+        help="sequence length of training; longer samples are cut or skipped",
     )
     parser.add_argument(
         "--too-long",
         default="truncate",
         choices=("truncate", "skip"),
         metavar="WHAT",
-        help="truncate or skip them",
+        help="what to do with them: truncate or skip (default: %(default)s)",
     )
     parser.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="end responses and texts with eos",
+        help="end responses and texts with eos (default: yes)",
     )
     parser.add_argument(
         "--valid-fraction",
         type=_fraction,
         default=0.0,
         metavar="F",
-        help="share written to P_valid_text_document",
+        help="share written to P_valid_text_document (default: 0)",
     )
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first line that cannot be used"
     )
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="read only the first lines")
+    parser.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="read only the first N lines"
+    )
     parser.add_argument(
         "--workers",
         type=at_least(1),
         default=1,
         metavar="N",
-        help="processes; the output does not depend on it",
+        help="number of processes, without effect on the output (default: 1)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
-    args = parser.parse_args(arguments)
-    if args.train_tokenizer and args.tokenizer_model:
+    values = parser.parse_args(arguments)
+    if values.train_tokenizer and values.tokenizer_model:
         parser.error("--train-tokenizer and --tokenizer-model exclude each other")
-    return args
+    return values
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the files and print what was counted."""
-    args = read_arguments(arguments)
+    """Write the files and print the counts."""
+    values = read_arguments(arguments)
     from megatron_sorted.data.preparation.encode import EncodeOptions
     from megatron_sorted.data.preparation.prepare import PrepareOptions, prepare
 
     encode = EncodeOptions(
-        tokenizer_type=args.tokenizer_type,
-        tokenizer_model=args.tokenizer_model,
-        vocab_size=args.vocab_size,
-        data_format=args.format,
-        prompt_template=args.prompt_template,
-        seq_length=args.seq_length,
-        too_long=args.too_long,
-        append_eod=args.append_eod,
-        valid_fraction=args.valid_fraction,
-        strict=args.strict,
+        tokenizer_type=values.tokenizer_type,
+        tokenizer_model=values.tokenizer_model,
+        vocab_size=values.vocab_size,
+        data_format=values.format,
+        prompt_template=values.prompt_template,
+        seq_length=values.seq_length,
+        too_long=values.too_long,
+        append_eod=values.append_eod,
+        valid_fraction=values.valid_fraction,
+        strict=values.strict,
     )
     options = PrepareOptions(
-        tuple(args.input),
-        args.output_prefix,
+        tuple(values.input),
+        values.output_prefix,
         encode,
-        args.train_tokenizer,
-        args.workers,
-        args.limit,
-        args.overwrite,
+        values.train_tokenizer,
+        values.workers,
+        values.limit,
+        values.overwrite,
     )
     summary = prepare(options)
     for line in summary.notes:

@@ -1,4 +1,7 @@
-"""``megatron-sorted report``: works while a run goes on, and after kills and resumes; steps that were repeated count once."""
+"""``megatron-sorted report``: pictures and pages of runs.
+
+The command works while a run continues, and after kills and resumes; repeated steps count once.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +14,13 @@ from megatron_sorted.reporting.run_picture import MAX_RUNS, draw
 from megatron_sorted.reporting.run_reports import read_run
 
 DESCRIPTION = """\
-Draw what runs reported, as a picture and a page: losses of every exit over steps and over depth. Of
-evaluation files (evaluation.json): their exits alone, as a table and a picture."""
+Draw what runs reported, as a picture and a page: losses of every exit over steps and over depth.
+From evaluation files that training writes (RUN/evaluation.json): a table and a picture of their
+exits."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the runs, write the picture and the page."""
+    """Read the runs and write the picture and the page."""
     parser = Parser(
         "megatron-sorted report",
         DESCRIPTION,
@@ -27,13 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="--save directory of each run, or its metrics.jsonl; or evaluation files",
+        help="--save directory or metrics.jsonl of each run, or evaluation files",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="NAME",
-        help="of picture and page, without .png and .html (report; exits)",
+        help="name of picture and page without suffix (default: report, or exits)",
     )
     values = parser.parse_args(arguments)
     evaluations = [path for path in values.runs if path.suffix == ".json"]
@@ -45,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if len(values.runs) > MAX_RUNS:
         raise DataError(
-            f"{len(values.runs)} runs are more than one picture can tell apart. Give at most {MAX_RUNS}."
+            f"{len(values.runs)} runs are more than one picture can distinguish. "
+            f"Give at most {MAX_RUNS}."
         )
     runs = [read_run(path) for path in values.runs]
     draw(runs, picture)

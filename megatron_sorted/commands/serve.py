@@ -1,4 +1,7 @@
-"""``megatron-sorted serve``: a nested model under OpenAI's API; requests may say ``way`` and ``task`` beside OpenAI's fields."""
+"""``megatron-sorted serve``: a nested model under OpenAI's API.
+
+Beside OpenAI's fields, requests may have ``strategy`` and ``task``.
+"""
 
 import argparse
 import functools
@@ -9,24 +12,25 @@ from megatron_sorted.commands.options.decoding import (
     add_generation_config,
     add_model_options,
     add_strategy_options,
+    default_sampling,
+    open_generator,
+    requested_strategy,
     requests_strategy,
-    strategy_choice,
-    usual_sampling,
-    writer_of,
 )
 from megatron_sorted.commands.parser import Parser
 from megatron_sorted.decoding.strategies import STRATEGIES, Strategy
-from megatron_sorted.decoding.tuning.choices import LEARNED
+from megatron_sorted.decoding.tuning.tuned_options import LEARNED_FILE
 from megatron_sorted.errors import SettingsError
 
-MOST_SHUTDOWN_SECONDS = 86400
+MAX_SHUTDOWN_SECONDS = 86400
 DESCRIPTION = """\
 Serve a nested model under OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models.
-Only this machine is listened to unless --host says otherwise; put a proxy with keys and TLS before it."""
+By default only this machine can connect. For others, give --host and put a proxy with keys and TLS
+in front."""
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line's values."""
+    """Return the values of the options."""
     parser = Parser(
         "megatron-sorted serve",
         DESCRIPTION,
@@ -37,99 +41,105 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     add_strategy_options(parser)
     group = parser.add_argument_group("server")
     add_generation_config(group)
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     group.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="0 for any that is free (%(default)s)"
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    group.add_argument(
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="port to listen on; 0 takes any free one (default: %(default)s)",
     )
     group.add_argument(
         "--shutdown-timeout",
         type=float,
         default=10.0,
         metavar="SECONDS",
-        help="texts may end within this time after SIGTERM or Ctrl-C (%(default)s)",
+        help="time for running requests after SIGTERM or Ctrl-C (default: %(default)s)",
     )
     group.add_argument(
-        "--served-name", metavar="NAME", help="what clients call the model (default: its directory)"
+        "--served-name",
+        metavar="NAME",
+        help="the model's name for clients (default: that of its directory)",
     )
     group.add_argument(
         "--adapt",
         action="store_true",
-        help="learn which way is fastest for each task, instead of --strategy",
+        help="learn the fastest strategy for each task, instead of --strategy",
     )
     group.add_argument(
         "--adapt-file",
         type=Path,
         metavar="FILE",
-        help=f"of one server, with what it learns (MODEL/{LEARNED})",
+        help=f"file of --adapt, one per server (default: MODEL/{LEARNED_FILE})",
     )
     values = parser.parse_args(arguments)
     if values.adapt_file is not None and not values.adapt:
         raise SettingsError(
-            f"--adapt-file: {values.adapt_file} is of no use without --adapt. Give both, or none."
+            f"--adapt-file: {values.adapt_file} has no effect without --adapt. "
+            "Give both or neither."
         )
     if values.adapt and requests_strategy(values):
         named = f" beside --strategy {values.strategy}" if values.strategy else ""
         raise SettingsError(
-            f"--adapt{named}: it chooses the way and its options by itself. Leave out options of ways, or --adapt."
+            f"--adapt{named}: it chooses the strategy and its options by itself. "
+            "Leave out the options of strategies, or --adapt."
         )
-    if not 0 <= values.shutdown_timeout <= MOST_SHUTDOWN_SECONDS:
+    if not 0 <= values.shutdown_timeout <= MAX_SHUTDOWN_SECONDS:
         raise SettingsError(
-            f"--shutdown-timeout: {values.shutdown_timeout} is not in 0..{MOST_SHUTDOWN_SECONDS} seconds. Change it."
+            f"--shutdown-timeout: {values.shutdown_timeout} is not in "
+            f"0..{MAX_SHUTDOWN_SECONDS} seconds. Change it."
         )
     return values
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve until it is stopped."""
+    """Serve until the process is stopped."""
     values = read_arguments(arguments)
-    try:
-        import torch
+    import torch
 
-        from megatron_sorted.serving.adaptation import open_adaptation
-        from megatron_sorted.serving.api import make_app, served_name
-        from megatron_sorted.serving.listening import bind, serve
-        from megatron_sorted.serving.worker import GenerationWorker
-    except ModuleNotFoundError as error:
-        raise SettingsError(
-            f"serve: {error.name} is not installed. pip install 'megatron_sorted[serve]'."
-        ) from error
+    from megatron_sorted.serving.adaptation import open_adaptation
+    from megatron_sorted.serving.api import make_app, served_name
+    from megatron_sorted.serving.listening import bind, serve
+    from megatron_sorted.serving.worker import GenerationWorker
+
     bound = bind(values.host, values.port)  # before the model is read, which may take minutes
-    writer, choice = writer_of(values), strategy_choice(values)
-    usual = usual_sampling(values, writer, 1.0)
-    print(f"[{writer.form.line}]", flush=True)
+    generator, choice = open_generator(values), requested_strategy(values)
+    defaults = default_sampling(values, generator, 1.0)
+    print(f"[{generator.form.line}]", flush=True)
     machine = {"device": values.device, "dtype": values.dtype, "threads": torch.get_num_threads()}
     adaptation = (
-        open_adaptation(choice, writer, machine, values.adapt_file) if values.adapt else None
+        open_adaptation(choice, generator, machine, values.adapt_file) if values.adapt else None
     )
-    own = None if adaptation else choice.strategy(writer.network, writer.draft)
+    default = None if adaptation else choice.strategy(generator.network, generator.draft)
 
     @functools.cache
     def strategy_for(name: str | None) -> Strategy | None:
-        is_own = name is None or (own and name == own.name)
-        return (
-            own
-            if is_own
-            else choice.named(name).strategy(writer.network, writer.draft_for(STRATEGIES[name]))
-        )
+        if name is None or (default and name == default.name):
+            return default
+        draft = generator.draft_for(STRATEGIES[name])
+        return choice.named(name).strategy(generator.network, draft)
 
-    name = served_name(writer, values.served_name or values.model.resolve().name)
+    name = served_name(generator, values.served_name or values.model.resolve().name)
     strategy = (
-        own.name
-        if own
-        else f"the fastest of {', '.join(strategy.name for strategy in adaptation.strategies)}"
+        default.name
+        if default
+        else f"the fastest of {', '.join(one.name for one in adaptation.strategies)}"
     )
     host, port = values.host, bound.getsockname()[1]
 
     def announce() -> None:
         print(
-            f"[{name}: exits at {', '.join(map(str, writer.network.depths))}; way: {strategy}; "
+            f"[{name}: exits at {', '.join(map(str, generator.network.depths))}; "
+            f"strategy: {strategy}; "
             f"http://{f'[{host}]' if ':' in host else host}:{port}/v1]",
             flush=True,
         )
 
-    worker = GenerationWorker(writer, adaptation)
+    worker = GenerationWorker(generator, adaptation)
     serve(
-        make_app(worker, name, strategy_for, usual),
+        make_app(worker, name, strategy_for, defaults),
         worker,
         bound,
         values.shutdown_timeout,

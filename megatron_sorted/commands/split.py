@@ -1,4 +1,4 @@
-"""``megatron-sorted split``: the first samples are held out, the next are for choosing, the rest is trained on."""
+"""``megatron-sorted split``: held-out samples first, then tuning samples, the rest for training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +8,12 @@ from megatron_sorted.data.preparation.split import divide, read_samples, write_s
 from megatron_sorted.errors import DataError
 
 DESCRIPTION = """\
-Split a text, or JSON lines, without copies into held_out.jsonl, tuning.jsonl and train.jsonl.
---num-tokens adds train_TOKENS.jsonl: training samples, repeated until they hold so many tokens."""
+Split a text or JSON lines into held_out.jsonl, tuning.jsonl and train.jsonl, without duplicates.
+--num-tokens adds train_TOKENS.jsonl: training samples, repeated up to that number of tokens."""
 
 
 def count_tokens(samples: Sequence[dict], tokenizer: Path) -> list[int]:
-    """Return how many tokens each sample has, with the bos before it; prompts of instructions are encoded apart and counted too."""
+    """Return the number of tokens of each sample, with its bos and its prompt if it has one."""
     from megatron_sorted.data.preparation.templates import detect_format
     from megatron_sorted.evaluation.documents import Document, encode_documents
     from megatron_sorted.exported.tokenizer import open_tokenizer
@@ -25,7 +25,7 @@ def count_tokens(samples: Sequence[dict], tokenizer: Path) -> list[int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read, split and write; print how many there are."""
+    """Split the samples, write the files and print the counts."""
     parser = Parser(
         "megatron-sorted split",
         DESCRIPTION,
@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="text, or JSON lines or records; plain or gzipped",
+        help="text, JSON lines or JSON records, plain or gzipped",
     )
-    parser.add_argument("--separator", metavar="TEXT", help="what stands between two texts")
+    parser.add_argument("--separator", metavar="TEXT", help="text between two samples")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder to write into"
     )
@@ -48,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="samples that are held out (%(default)s)",
+        help="number of samples to hold out (default: %(default)s)",
     )
     parser.add_argument(
         "--num-tuning",
         type=int,
         default=0,
         metavar="N",
-        help="samples to choose learning rates by (%(default)s)",
+        help="number of samples for tuning (default: %(default)s)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -69,11 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         default=[],
         metavar="N",
-        help="tokens of further training sets",
+        help="number of tokens of each further training set",
     )
     values = parser.parse_args(arguments)
     if values.num_tokens and values.tokenizer is None:
-        raise DataError("--num-tokens: which tokens? Give --tokenizer.")
+        raise DataError("--num-tokens: needs a tokenizer to count tokens. Give --tokenizer.")
     sizes_of = (
         None
         if values.tokenizer is None

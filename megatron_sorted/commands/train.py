@@ -1,9 +1,12 @@
-"""``megatron-sorted train``: train or fine-tune a nested language model; under torchrun, one process a device."""
+"""``megatron-sorted train``: train or fine-tune a nested language model.
+
+Under torchrun, start one process on every device.
+"""
 
 import faulthandler
 import os
 
-from megatron_sorted.conversion.network import network_to_start_from
+from megatron_sorted.conversion.starting_settings import starting_settings
 from megatron_sorted.platform.processes import (
     keep_device_packages_out,
     read_world_of_training,
@@ -18,20 +21,21 @@ from megatron_sorted.training.watch.signals import EXIT_STOPPED, stop_request
 report_error = report_and_exit
 
 
-def main(words: list[str] | None = None) -> int:
-    """Read and check the settings, by default those of the command line, run them, and return the exit status.
+def main(arguments: list[str] | None = None) -> int:
+    """Train as the arguments say (by default those of the command line); return the exit status.
 
-    That is 0 when the run is done, and 75 ("try again") when it saved and stopped early, for a scheduler to requeue it. torchrun takes
-    any status but 0 for a failure, so under it a run that stopped early ends with 0; SAVE/stopped.json tells the two apart.
+    The status is 0 when the run is complete, and 75 ("try again") when it saved and stopped early,
+    for a scheduler to requeue it. torchrun takes any status but 0 for a failure, so under it a run
+    that stopped early ends with 0; SAVE/stopped.json distinguishes the two.
     """
     faulthandler.enable()
     keep_device_packages_out()
-    settings = load_settings(words, network_to_start_from)
+    settings = load_settings(arguments, starting_settings)
     check_settings(settings, read_world_of_training(os.environ).size)
     check_megatron_version()
     silence_library_warnings()
     if settings.exit_signal_handler:
-        stop_request.listen()  # before the slow imports: a scheduler's warning may come while they go on
+        stop_request.listen()  # a scheduler's warning may come during the slow imports
     from megatron_sorted.platform.select import load_device
 
     load_device(settings)

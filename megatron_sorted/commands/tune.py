@@ -1,4 +1,7 @@
-"""``megatron-sorted tune``: what is fastest is kept beside the model in decoding.json, where all commands that decode find it."""
+"""``megatron-sorted tune``: the fastest decoding options, kept in decoding.json beside the model.
+
+All commands that decode read them from there.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -10,19 +13,20 @@ from megatron_sorted.commands.options.decoding import (
     add_prompt_options,
     check_positive,
     check_prompt_options,
-    writer_of,
+    open_generator,
 )
+from megatron_sorted.commands.options.models import check_directories
 from megatron_sorted.commands.parser import Parser
-from megatron_sorted.decoding.tuning.choices import CHOICES, read_choices
+from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE, read_tuned_options
 
 IF_STOPPED = "Nothing was written."
 DESCRIPTION = """\
-Choose how to decode a model on this machine: measure what each exit says and costs, and keep the
-fastest options of every way in decoding.json beside the model."""
+Find the fastest decoding options of a model on this machine: measure the quality and cost of every
+exit, and store the best options of every strategy in decoding.json beside the model."""
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line's values."""
+    """Return the values of the options."""
     parser = Parser(
         "megatron-sorted tune",
         DESCRIPTION,
@@ -37,17 +41,17 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         type=int,
         default=96,
         metavar="N",
-        help="written for each prompt (%(default)s)",
+        help="tokens to write for each prompt (default: %(default)s)",
     )
     group.add_argument(
         "--least-same",
         type=float,
         default=0.99,
         metavar="SHARE",
-        help="of tokens that early_exit has in common with full (%(default)s)",
+        help="least share of tokens early_exit has in common with full (default: %(default)s)",
     )
     group.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"file to write (default: MODEL/{CHOICES})"
+        "--output", type=Path, metavar="FILE", help=f"file to write (default: MODEL/{TUNED_FILE})"
     )
     values = parser.parse_args(arguments)
     check_positive(values, "max_new_tokens", "num_prompts")
@@ -56,25 +60,24 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, choose, try and write."""
+    """Measure the exits, choose and compare strategies, write the file."""
     values = read_arguments(arguments)
-    path = values.output or values.model / CHOICES
-    read_choices(path)  # what is damaged is told before anything is measured
+    check_directories(values.model, values.draft)
+    path = values.output or values.model / TUNED_FILE
+    read_tuned_options(path)  # refuses a damaged file before anything is measured
     texts = read_prompts(values.prompt_file, values.questions, values.num_prompts)
     from megatron_sorted.benchmark.trials import encode_prompts
     from megatron_sorted.decoding.generate import Limits
     from megatron_sorted.decoding.tuning.tune import Tuning, depths_to_try
 
-    writer = writer_of(values)
-    print(writer.form.line, flush=True)
-    depths = depths_to_try(writer)
-    prompts = encode_prompts(writer, texts, values.questions is not None, values.max_new_tokens)
-    tuning = Tuning(
-        writer, values.draft, depths, prompts, Limits(values.max_new_tokens, writer.end_ids)
-    )
+    generator = open_generator(values)
+    print(generator.form.line, flush=True)
+    depths = depths_to_try(generator)
+    prompts = encode_prompts(generator, texts, values.questions is not None, values.max_new_tokens)
+    limits = Limits(values.max_new_tokens, generator.end_ids)
+    tuning = Tuning(generator, values.draft, depths, prompts, limits)
     tuning.choose(values.least_same)
     best = tuning.keep(path, {"device": values.device, "dtype": values.dtype})
-    slower = writer.draft and tuning.speed(best) <= tuning.speed("full")
-    print(
-        f"\nfastest without a difference: {best}{'; without --draft, full is faster here' if slower else ''}; written: {path}"
-    )
+    slower = generator.draft and tuning.speed(best) <= tuning.speed("full")
+    note = "; without --draft, full is faster here" if slower else ""
+    print(f"\nfastest lossless strategy: {best}{note}; written: {path}")

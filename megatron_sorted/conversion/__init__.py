@@ -1,1 +1,4 @@
-"""Checkpoints to and from Hugging Face directories, tensor by tensor; sub-models cut out. Needs torch and safetensors, no megatron."""
+"""Conversion of checkpoints to and from Hugging Face directories, tensor by tensor.
+
+Also sub-models cut out of nested models. Needs torch and safetensors, no Megatron.
+"""

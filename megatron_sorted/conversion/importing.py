@@ -1,10 +1,11 @@
-"""A model of any kind into one of our checkpoints: weights alone, verified before it gets its name."""
+"""Import of any model as one of our checkpoints, weights only, verified before it gets its name."""
 
 import dataclasses
 import platform
 import uuid
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from megatron_sorted.checkpoint.manifest import (
 )
 from megatron_sorted.conversion.megatron.checkpoint_files import WeightsWriter
 from megatron_sorted.conversion.open_model import OpenModel
-from megatron_sorted.conversion.origins import Exits, Part, whole
+from megatron_sorted.conversion.origins import NetworkOrigin, RequestedExits, whole_network
 from megatron_sorted.conversion.staging import staged_directory
-from megatron_sorted.conversion.tensors.source import Renamed, TensorInfo
+from megatron_sorted.conversion.tensors.source import Overlay, TensorInfo
 from megatron_sorted.conversion.tensors.table import TensorPair, tensor_table
 from megatron_sorted.conversion.verifying.transformers_states import require_transformers
-from megatron_sorted.conversion.writing import Writing, Written
+from megatron_sorted.conversion.writing import ConversionResult, WriteOptions
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.settings.load import settings_as_dict
@@ -35,42 +36,42 @@ from megatron_sorted.settings.run import Settings
 
 
 def import_model(
-    model: OpenModel, destination: Path, exits: Exits, writing: Writing | None = None
-) -> Written:
-    """Write a checkpoint made of a model; it loads in any layout.
+    model: OpenModel, destination: Path, exits: RequestedExits, writing: WriteOptions | None = None
+) -> ConversionResult:
+    """Write a model as a checkpoint that loads in any parallel layout.
 
     Args:
-        model: Of any kind.
+        model: A model of any kind.
         destination: A new directory of checkpoints.
-        exits: To give the model.
-        writing: How it is written; by default verified, to a place where nothing is.
+        exits: The exits that the checkpoint is to have.
+        writing: Options; by default the result is verified and nothing is overwritten.
 
     Raises:
-        CheckpointError: The destination exists, the disk is full, or the two do not match; nothing
-            is left there then.
+        CheckpointError: The destination exists, the disk is full, or the two models differ. The
+            destination is then left as it was.
         SettingsError: An exit is not a layer of the model.
     """
-    writing = writing or Writing()
+    writing = writing or WriteOptions()
     if writing.verify and model.kind == "hugging_face":
         require_transformers()
-    settings = exits.on(model.settings)
-    pairs, origins = tensor_table(settings), whole(model, settings).origins
+    settings = exits.applied_to(model.settings)
+    pairs, origins = tensor_table(settings), whole_network(model, settings).origins
     if left := [pair.ours for pair in model.pairs if pair not in origins.values()]:
         raise CheckpointError(
-            f"{model.directory}: the exits asked for leave {', '.join(left[:3])} "
+            f"{model.directory}: the requested exits leave {', '.join(left[:3])} "
             "unused. Keep the exits it has."
         )
     if new := [pair.ours for pair in pairs if pair.ours not in origins]:
         raise CheckpointError(
-            f"{model.directory}: {', '.join(new[:3])} would be made of nothing. Keep the exits it "
-            "has; a run that loads the model makes new adapters (--exit-adapter-rank)."
+            f"{model.directory}: no tensor of it can initialize {', '.join(new[:3])}. Keep the "
+            "exits it has; a run that loads the model creates new adapters (--exit-adapter-rank)."
         )
     tensors = {
         pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours])) for pair in pairs
     }
     total = sum(info.num_bytes for info in tensors.values())
-    with staged_directory(destination, writing.overwrite, total, model.directory) as aside:
-        directory = iteration_directory(aside, 0)
+    with staged_directory(destination, writing.overwrite, total, model.directory) as staged:
+        directory = iteration_directory(staged, 0)
         directory.mkdir()
         writer = WeightsWriter(directory, tensors, settings.num_layers)
         count = writing.watch("converting", total)
@@ -84,9 +85,9 @@ def import_model(
             raise
         text = manifest_text(_description(model, settings), Progress(0, 0), files)
         (directory / MANIFEST).write_text(text, encoding="utf-8")
-        write_text_atomically(aside / TRACKER, "0")
-        part = Part(_with_parts(model, settings, origins), settings, origins)
-        return Written(writing.compared(part, aside, total, destination))
+        write_text_atomically(staged / TRACKER, "0")
+        network = NetworkOrigin(_with_parts(model, settings, origins), settings, origins)
+        return ConversionResult(writing.verify_written(network, staged, total, destination))
 
 
 def _with_parts(
@@ -94,37 +95,44 @@ def _with_parts(
 ) -> OpenModel:
     """Return the model with the parts of exits that ``settings`` add to it.
 
-    Its exits then say something else, which is to be compared.
+    The comparison needs them: with these parts the exits compute other logits than before.
     """
-    pairs, own = tensor_table(settings), {pair.ours for pair in model.pairs}
-    names: dict[str, str] = {}
+    source, pairs, own = model.source, tensor_table(settings), {pair.ours for pair in model.pairs}
+    origin_names: dict[str, str] = {}
     for pair in (pair for pair in pairs if pair.ours not in own):
         origin = origins[pair.ours]
-        names |= (
+        origin_names |= (
             {pair.ours: origin.ours}
             if model.kind == "megatron"
             else dict(zip(pair.theirs, origin.theirs, strict=True))
         )
-    source = Renamed(model.source, names)
-    return dataclasses.replace(model, settings=settings, pairs=pairs, source=source)
+    parts = {
+        name: (source.tensors[origin], partial(source.read, origin))
+        for name, origin in origin_names.items()
+    }
+    return dataclasses.replace(model, settings=settings, pairs=pairs, source=Overlay(source, parts))
 
 
 def tokenizer_description(model: OpenModel) -> dict[str, Any] | None:
-    """Return what a manifest says of a model's tokenizer; None if it has none.
+    """Return the description of a model's tokenizer for a manifest; None if it has no tokenizer.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The tokenizer cannot be read.
     """
-    found = model.open_tokenizer()
-    if found is None:
+    tokenizer = model.open_tokenizer()
+    if tokenizer is None:
         return model.manifest["tokenizer"] if model.manifest else None
-    said = {"type": type(found).__name__, "name": found.name, "sha256": found.sha256}
-    # several forms of one tokenizer
-    return said | ({"hashes": sorted(found.hashes)} if len(found.hashes) > 1 else {})
+    description = {
+        "type": type(tokenizer).__name__,
+        "name": tokenizer.name,
+        "sha256": tokenizer.sha256,
+    }
+    # Files of one tokenizer in several formats have several hashes.
+    return description | ({"hashes": sorted(tokenizer.hashes)} if len(tokenizer.hashes) > 1 else {})
 
 
 def _description(model: OpenModel, settings: Settings) -> dict[str, Any]:
-    """Return what the manifest of an imported checkpoint says."""
+    """Return the content of an imported checkpoint's manifest, apart from progress and files."""
     tokenizer = tokenizer_description(model)
     if tokenizer is not None:
         settings = dataclasses.replace(settings, tokenizer_type=tokenizer["type"])

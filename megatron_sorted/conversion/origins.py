@@ -1,4 +1,7 @@
-"""Which tensors of a model a new network is made of: the same network, with other exits, or cut at one."""
+"""The tensor of a model from which each tensor of a new network is taken.
+
+The new network is the same, has other exits, or is cut at an exit.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,10 +15,10 @@ from megatron_sorted.settings.run import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Exits:
-    """Exits to give a model that is imported; None keeps those it has.
+class RequestedExits:
+    """The exits that an imported model is to have; None keeps those of the model.
 
-    New parts of their own begin as ``origin_of`` says.
+    ``origin_of`` defines the initial values of new norms, heads, blocks and MLPs.
     """
 
     depths: tuple[int, ...] | None = None
@@ -24,8 +27,8 @@ class Exits:
     own_blocks: bool | None = None
     own_mlps: bool | None = None
 
-    def on(self, settings: Settings) -> Settings:
-        """Return the settings with these exits.
+    def applied_to(self, settings: Settings) -> Settings:
+        """Return the settings of the model with these exits.
 
         Raises:
             SettingsError: A depth is not a layer of the model, or exits cannot have these parts.
@@ -45,15 +48,15 @@ class Exits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A network and the model it is made of: all of it, or a sub-model cut out.
+class NetworkOrigin:
+    """A network, whole or a sub-model cut out, and the model that its tensors come from.
 
     Attributes:
-        model: Where the tensors come from.
-        settings: Of the network.
-        origins: For every tensor of it, the model's own that it is made of, by our name.
-        exits: {depth in the network: the model's exit that stands there}, where the two differ.
-        cast: The kind of numbers in which tensors are written; None as they are stored.
+        model: The model that holds the tensors.
+        settings: The settings of the network.
+        origins: {our name of a tensor of the network: the model's tensor it is taken from}.
+        exits: {depth in the network: depth of the model's exit there}, where the two differ.
+        cast: The data type in which tensors are written; None leaves them as stored.
     """
 
     model: OpenModel
@@ -63,34 +66,34 @@ class Part:
     cast: torch.dtype | None = None
 
 
-def whole(model: OpenModel, settings: Settings | None = None) -> Part:
-    """Return the network of ``settings``, by default the model's own, made of a model."""
+def whole_network(model: OpenModel, settings: Settings | None = None) -> NetworkOrigin:
+    """Return the network of ``settings``, by default the model's own, with its origins."""
     settings = settings or model.settings
-    return Part(model, settings, origins_of(model, settings))
+    return NetworkOrigin(model, settings, origins_of(model, settings))
 
 
 def origins_of(model: OpenModel, settings: Settings) -> dict[str, TensorPair]:
     """Return the origin of every tensor of a network of ``settings``, by our name.
 
-    The network may have exits with parts that the model has not (``origin_of``). It may end at an
-    exit of the model: what reads that exit then stands in the last place. An adapter that the
-    model has not is made of nothing, and absent.
+    The network may have exits with parts that the model lacks (``origin_of``). It may end at an
+    exit of the model, whose norm and head are then the network's last. Adapters that the model
+    lacks have no origin and are left out.
     """
-    found = {pair.ours: origin_of(pair.ours, model, settings) for pair in tensor_table(settings)}
-    return {name: pair for name, pair in found.items() if pair is not None}
+    pairs = {pair.ours: origin_of(pair.ours, model, settings) for pair in tensor_table(settings)}
+    return {name: pair for name, pair in pairs.items() if pair is not None}
 
 
 def origin_of(name: str, model: OpenModel, settings: Settings) -> TensorPair | None:
-    """Return the model's own tensor that a tensor of a network of ``settings`` is made of.
+    """Return the model's tensor that initializes a tensor of a network of ``settings``.
 
-    None: it is made of nothing. Parts of exits that the model has not begin as copies: norm and
-    head of the last exit's, a block of the model's last layer (Balcony), an MLP of that layer's
-    with its norm (EE-Tuning). An adapter begins as it was made: it adds nothing.
+    Parts of exits that the model lacks start as copies: norm and head of those of the last exit, a
+    block of the model's last layer (Balcony), an MLP with its norm of that layer's (EE-Tuning).
+    None stands for a new adapter, which starts by adding nothing.
 
     Args:
-        name: Ours.
-        model: Where the network begins.
-        settings: Of the network.
+        name: Our name of the tensor.
+        model: The model that the network starts from.
+        settings: The settings of the network.
     """
     own, depth = model.pair_of, settings.num_layers
     kind = name.split(".", 1)[0]

@@ -1,4 +1,4 @@
-"""What a terminal and a report show of a conversion: bars, a line about each model, every comparison as JSON."""
+"""Output of conversions: progress bars, a line about each model, comparisons as JSON."""
 
 import json
 import re
@@ -21,51 +21,55 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def progress_bars(title: str, num_bytes: int) -> Callable[[int], None]:
-    """Return what moves a bar of ``num_bytes`` on."""
+    """Show a progress bar of ``num_bytes`` and return the function that advances it."""
     bar = tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True, leave=True)
     OPEN_BARS.append(bar)
 
-    def move(done: int) -> None:
+    def advance(done: int) -> None:
         bar.update(done)
         if bar.n >= bar.total:
             bar.close()
 
-    return move
+    return advance
 
 
 def end_bars() -> None:
-    """End the lines of bars that an error left unfinished, so that it stands on a line of its own."""
+    """Close the bars that an error left unfinished, so that its message gets a line of its own."""
     while OPEN_BARS:
         OPEN_BARS.pop().close()
 
 
-def parse_size(word: str) -> int:
-    """Return the bytes of a size such as 5GB.
+def parse_size(text: str) -> int:
+    """Return the number of bytes of a size such as 5GB.
 
     Raises:
-        SettingsError: It is none.
+        SettingsError: The text is no size.
+
+    >>> parse_size("500MB")
+    500000000
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", word.strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.strip().upper())
     if match is None or float(match[1]) <= 0:
-        raise SettingsError(f"--max-shard-size: {word!r} is no size. Write it as 500MB or 5GB.")
+        raise SettingsError(f"--max-shard-size: {text!r} is no size. Write it as 500MB or 5GB.")
     return max(1, int(float(match[1]) * UNITS[match[2] or ""]))
 
 
 def describe(model: OpenModel) -> str:
-    """Return one line about a model."""
+    """Return a line about a model: kind, size and exits."""
     settings, depths = model.settings, exit_depths(model.settings)
     kind = "Hugging Face model" if model.kind == "hugging_face" else "checkpoint"
     exits = f"exits {' '.join(map(str, depths))}" if len(depths) > 1 else "one exit, the last layer"
     if own := part_names(settings):
         exits += f", each with {', '.join(own)} of its own"
     return (
-        f"{model.directory}: {kind}, {settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {settings.vocab_size}, "
-        f"{model.num_bytes / 1e6:,.1f} MB in {len(model.source.tensors)} tensors, {exits}"
+        f"{model.directory}: {kind}, {settings.num_layers} layers, hidden {settings.hidden_size}, "
+        f"vocabulary {settings.vocab_size}, {model.num_bytes / 1e6:,.1f} MB in "
+        f"{len(model.source.tensors)} tensors, {exits}"
     )
 
 
 def write_report(path: Path, comparison: Comparison) -> None:
-    """Write every tensor and exit of a comparison as JSON."""
+    """Write a comparison, with every tensor and exit, as JSON."""
     rows = [{**asdict(row), "dtype": str(row.dtype)} for row in comparison.tensors]
     content = {
         "computed_by": comparison.computed_by,

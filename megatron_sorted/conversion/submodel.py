@@ -1,20 +1,18 @@
-"""A sub-model cut out of a nested model: an ordinary model of fewer layers, with the norm and head of its exit in the last place.
+"""Sub-models cut out of a nested model: ordinary models that end with an exit's norm and head.
 
-An exit with a block of its own becomes a model of one layer more, the block. One with an MLP of its own becomes a model of one layer more
-too: the base's next layer, whose MLP and norm before it are the exit's and whose attention adds nothing, because its output projection is
-zero. (What comes before that projection is the base's own, which reads the same hidden state there, so it stays finite and can be trained
-on.) An exit with an adapter is no ordinary model: no family adds a linear map of the hidden state that has not been normed.
+A block of the exit becomes one more layer. So does an MLP of the exit: the MLP and its norm replace
+those of a copy of the base model's next layer, whose attention adds nothing because its output
+projection is zero. (The weights before that projection are the base's own, which read the same
+hidden state there, so they stay finite and can be trained on.) An exit with an adapter has no
+ordinary counterpart: no family adds a linear map of the hidden state before a norm.
 """
 
 import dataclasses
-from collections.abc import Mapping
-
-import torch
 
 from megatron_sorted.conversion.open_model import OpenModel
-from megatron_sorted.conversion.origins import Part, origins_of, whole
+from megatron_sorted.conversion.origins import NetworkOrigin, origins_of, whole_network
 from megatron_sorted.conversion.tensors.memory import new_tensor
-from megatron_sorted.conversion.tensors.source import TensorInfo, TensorSource
+from megatron_sorted.conversion.tensors.source import Overlay, TensorInfo
 from megatron_sorted.conversion.tensors.table import tensor_table
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.settings.derived import exit_depths
@@ -24,10 +22,12 @@ ZERO = "zero"
 
 
 def check_depth(model: OpenModel, depth: int) -> None:
-    """Check that the first ``depth`` layers are a model by themselves: one of its exits, or any layer of an ordinary one.
+    """Check that the first ``depth`` layers can be cut out as a model.
+
+    A nested model can be cut at its exits, an ordinary one at any layer.
 
     Raises:
-        SettingsError: They are not, naming the depths that are.
+        SettingsError: They cannot. The message names the depths that can.
     """
     depths, layers = exit_depths(model.settings), model.settings.num_layers
     if not 1 <= depth <= layers:
@@ -36,38 +36,39 @@ def check_depth(model: OpenModel, depth: int) -> None:
         )
     if len(depths) > 1 and depth not in depths:
         raise SettingsError(
-            f"--depth: {depth} is no exit of this model, so it was never trained to speak there. Its exits are "
-            f"{', '.join(map(str, depths))}."
+            f"--depth: {depth} is no exit of this model, so it was never trained to predict there. "
+            f"Its exits are {', '.join(map(str, depths))}."
         )
     if model.settings.exit_adapter_rank and depth < layers:
         raise SettingsError(
-            f"--depth: exit {depth} reads the hidden state through an adapter of its own (exit_adapter_rank "
-            f"{model.settings.exit_adapter_rank}), which no ordinary model has. Use --depth {layers}, the full model; "
-            "nested_exits.py, beside the exported model, runs its exits."
+            f"--depth: exit {depth} reads the hidden state through an adapter of its own "
+            f"(exit_adapter_rank {model.settings.exit_adapter_rank}), which no ordinary model has. "
+            f"Use --depth {layers}, the full model; nested_exits.py, beside the exported model, "
+            "runs its exits."
         )
 
 
 def has_layer_of_its_own(settings: Settings, depth: int) -> bool:
-    """Return whether the sub-model of an exit has one layer more than the exit's depth: its block or MLP."""
+    """Return whether an exit's block or MLP makes its sub-model one layer deeper than the exit."""
     return depth in exit_depths(settings)[:-1] and (
         settings.use_exit_block or settings.use_exit_mlp
     )
 
 
 def submodel_settings(model: OpenModel, depth: int) -> Settings:
-    """Return the settings of the sub-model at ``depth``; shallower exits stay its exits.
+    """Return the settings of the sub-model at ``depth``, which keeps the shallower exits.
 
     Raises:
         SettingsError: There is no such sub-model.
     """
     check_depth(model, depth)
-    settings, own = model.settings, {pair.ours for pair in model.pairs}
+    settings, model_pairs = model.settings, {pair.ours for pair in model.pairs}
     shallower = (
         tuple(exit_depth for exit_depth in exit_depths(settings) if exit_depth < depth)
         if len(exit_depths(settings)) > 1
         else ()
     )
-    has_own_head = f"exit_output_layers.{depth}.weight" in own
+    has_own_head = f"exit_output_layers.{depth}.weight" in model_pairs
     layers = depth + has_layer_of_its_own(settings, depth)
     return dataclasses.replace(
         settings,
@@ -83,17 +84,17 @@ def submodel_settings(model: OpenModel, depth: int) -> Settings:
     )
 
 
-def cut_submodel(model: OpenModel, depth: int) -> Part:
-    """Return what an export needs to write the sub-model at ``depth``.
+def cut_submodel(model: OpenModel, depth: int) -> NetworkOrigin:
+    """Return the sub-model at ``depth`` with the origins of its tensors, for an export.
 
     Raises:
         SettingsError: There is no such sub-model.
     """
     settings = submodel_settings(model, depth)
     if settings.num_layers == depth:
-        return whole(model, settings)
-    # first as if the exit stood at the end of the base's own layers: its norm and head come in the last place
-    own, table = model.pair_of, tensor_table(settings)
+        return whole_network(model, settings)
+    # For the origins of norm and head, treat the exit as the end of the base's own layers.
+    model_pairs, table = model.pair_of, tensor_table(settings)
     origins = origins_of(
         model,
         dataclasses.replace(
@@ -103,34 +104,19 @@ def cut_submodel(model: OpenModel, depth: int) -> Part:
     added = f"decoder.layers.{depth}."
     if model.settings.use_exit_block:
         origins |= {
-            pair.ours: own[f"exit_blocks.{depth}.{pair.ours.removeprefix(added)}"]
+            pair.ours: model_pairs[f"exit_blocks.{depth}.{pair.ours.removeprefix(added)}"]
             for pair in table
             if pair.ours.startswith(added)
         }
-        return Part(model, settings, origins, {settings.num_layers: depth})
-    mlp, zero = f"{added}mlp.", own[f"{added}self_attention.linear_proj.weight"]
+        return NetworkOrigin(model, settings, origins, {settings.num_layers: depth})
+    mlp, zero = f"{added}mlp.", model_pairs[f"{added}self_attention.linear_proj.weight"]
     for pair in table:
         if pair.ours.startswith(mlp):
-            origins[pair.ours] = own[f"exit_mlps.{depth}.{pair.ours.removeprefix(mlp)}"]
+            origins[pair.ours] = model_pairs[f"exit_mlps.{depth}.{pair.ours.removeprefix(mlp)}"]
         elif pair.ours.startswith(added):
-            origins[pair.ours] = own[pair.ours]
-    names = (zero.ours,) if model.kind == "megatron" else zero.theirs
+            origins[pair.ours] = model_pairs[pair.ours]
     origins[zero.ours] = dataclasses.replace(zero, ours=ZERO, theirs=(ZERO,))
-    info = TensorInfo(zero.shape, model.source.tensors[names[0]].dtype)
-    with_zero = dataclasses.replace(
-        model, source=_WithZero(model.source, {**model.source.tensors, ZERO: info})
-    )
-    return Part(with_zero, settings, origins, {settings.num_layers: depth})
-
-
-class _WithZero(TensorSource):
-    """The tensors of a source and one of zeros."""
-
-    def __init__(self, source: TensorSource, tensors: Mapping[str, TensorInfo]):
-        self.source, self.tensors = source, tensors
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in memory of its own."""
-        if name != ZERO:
-            return self.source.read(name)
-        return new_tensor(self.tensors[name].shape, self.tensors[name].dtype).zero_()
+    info = TensorInfo(zero.shape, model.dtype_of(zero))
+    zeros = {ZERO: (info, lambda: new_tensor(info.shape, info.dtype).zero_())}
+    with_zeros = dataclasses.replace(model, source=Overlay(model.source, zeros))
+    return NetworkOrigin(with_zeros, settings, origins, {settings.num_layers: depth})

@@ -1,32 +1,32 @@
-"""How a conversion writes a directory, and what became of it; both directions write alike."""
+"""Options and result of a conversion, the same for both directions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.conversion.origins import Part
-from megatron_sorted.conversion.verifying.comparison import TOLERANCE, Comparison, compare_part
+from megatron_sorted.conversion.origins import NetworkOrigin
+from megatron_sorted.conversion.verifying.comparison import TOLERANCE, Comparison, compare_network
 from megatron_sorted.errors import CheckpointError
 
 Watch = Callable[[str, int], Callable[[int], None]]
-"""Is called with a title and the bytes to come, and returns what counts them."""
+"""Starts a progress display, given title and number of bytes; returns what adds bytes to it."""
 
 
 def silent(_title: str, _num_bytes: int) -> Callable[[int], None]:
-    """Return a progress that shows nothing."""
+    """Start a progress display that shows nothing."""
     return lambda _done: None
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How a directory is written.
+class WriteOptions:
+    """Options for writing a directory.
 
     Attributes:
-        overwrite: Replace what is there.
-        verify: Compare every tensor, and the logits of every exit with transformers'.
-        tolerance: Of logits, relative to the largest.
-        watch: Shows progress.
+        overwrite: Whether to replace an existing directory.
+        verify: Whether to compare every tensor, and the logits of every exit with transformers'.
+        tolerance: Largest difference of logits, relative to the largest logit.
+        watch: The progress display.
     """
 
     overwrite: bool = False
@@ -34,40 +34,40 @@ class Writing:
     tolerance: float = TOLERANCE
     watch: Watch = silent
 
-    def compared(
-        self, part: Part, written: Path, num_bytes: int, destination: Path
+    def verify_written(
+        self, network: NetworkOrigin, written: Path, num_bytes: int, destination: Path
     ) -> Comparison | None:
-        """Return how what was written compares with what it was made of; None: not verified.
+        """Compare a written directory with its origin, if ``verify`` is set; otherwise return None.
 
         Args:
-            part: What it was made of.
-            written: Where it lies.
-            num_bytes: Of its tensors.
-            destination: The name it is to get.
+            network: The network and its origin.
+            written: The directory that was written.
+            num_bytes: Size of its tensors.
+            destination: The name it will have, for messages.
 
         Raises:
-            CheckpointError: The two differ.
+            CheckpointError: The two models differ.
         """
         if not self.verify:
             return None
         progress = self.watch("verifying", num_bytes)
-        found = compare_part(part, open_model(written), self.tolerance, progress)
-        if problems := found.problems:
+        comparison = compare_network(network, open_model(written), self.tolerance, progress)
+        if problems := comparison.problems:
             more = " ..." if len(problems) > 5 else ""
             raise CheckpointError(
                 f"{destination}: the conversion does not match its origin, so nothing was "
                 f"written. {'; '.join(problems[:5])}{more}"
             )
-        return found
+        return comparison
 
 
 @dataclass(frozen=True)
-class Written:
-    """What became of a conversion.
+class ConversionResult:
+    """The result of a conversion.
 
     Attributes:
-        comparison: With what it was made of; None if it was not verified.
-        notes: Lines to show, about the tokenizer and the form in which the model is asked.
+        comparison: The comparison of origin and result; None if it was not verified.
+        notes: Lines to print about the tokenizer and the prompt template.
     """
 
     comparison: Comparison | None

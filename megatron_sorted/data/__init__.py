@@ -1,1 +1,1 @@
-"""Tokenizers, indexed files, packed samples, batches."""
+"""Training data: indexed files and their preparation, samples, batches, identity of the data."""

@@ -1,6 +1,6 @@
-"""Micro-batches as torch tensors; each rank cuts its own out of the global order."""
+"""Micro-batches as torch tensors; each rank takes its own from the global order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -18,7 +18,6 @@ from megatron_sorted.data.samples.dataset import (
 )
 from megatron_sorted.data.samples.sample import Sample, SampleSource, empty_sample
 from megatron_sorted.data.samples.text_samples import DocumentMasks
-from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.settings.derived import (
     data_blend,
@@ -28,6 +27,7 @@ from megatron_sorted.settings.derived import (
     split_ranges,
 )
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.text.tokenizer.contract import Tokenizer
 from megatron_sorted.text.tokenizer.fit import fitting_pad, surplus_line
 
 
@@ -36,30 +36,28 @@ class Batch:
     """One micro-batch.
 
     Attributes:
-        checksum: Sum over the samples of the CRC-32 of their tokens and labels (int64, little endian), kept on the host. Added up over
-            the micro-batches of all data parallel ranks it tells which samples a step was trained on, however they were grouped.
+        checksum: The sum over the samples of the CRC-32 of their tokens and labels (int64, little
+            endian), kept on the host. Summed over the micro-batches of all data parallel ranks it
+            identifies the samples of a step, however they were grouped.
 
     Shapes:
         tokens_bs, labels_bs: (micro batch, seq_length) int64.
-        loss_mask_bs: the same, float32.
-        positions_bs: the same, int64; starts again at 0 with each piece, or as its sample says.
-        segments_bs: the same, int32; number of the piece, padding has a number of its own. None where plain causal attention is
-            right: no sample holds more than one piece.
-
-    Attributes:
-        checksum: Sum of a checksum of each sample.
+        loss_mask_bs: The same, float32.
+        positions_bs: The same, int64; starts again at 0 with each piece, or as its sample defines.
+        pieces_bs: The same, int32: the number of the piece, with a number for padding. None where
+            plain causal attention is correct: no sample holds more than one piece.
     """
 
     tokens_bs: torch.Tensor
     labels_bs: torch.Tensor
     loss_mask_bs: torch.Tensor
-    segments_bs: torch.Tensor | None
+    pieces_bs: torch.Tensor | None
     positions_bs: torch.Tensor
     checksum: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Return how many labels are trained on."""
+        """Return the number of labels that are trained on."""
         return int(self.loss_mask_bs.sum())
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -70,7 +68,7 @@ class Batch:
                 self.tokens_bs,
                 self.labels_bs,
                 self.loss_mask_bs,
-                self.segments_bs,
+                self.pieces_bs,
                 self.positions_bs,
             )
         )
@@ -85,7 +83,10 @@ def _checksum(sample: Sample) -> int:
 
 
 def _positions(sample: Sample, packed: bool) -> np.ndarray:
-    """Return the positions of a sample; ``packed``: they start again with each piece, unless the sample has its own."""
+    """Return the positions of a sample.
+
+    With ``packed`` they start again with each piece, unless the sample has its own.
+    """
     if sample.positions_s is not None:
         return sample.positions_s
     positions = np.arange(len(sample.segments_s))
@@ -96,23 +97,25 @@ def _positions(sample: Sample, packed: bool) -> np.ndarray:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Return samples stacked into one batch."""
-    # One document followed by padding needs no segments: causal attention never looks at what comes after.
+    """Stack samples into one batch."""
+    # one document followed by padding needs no numbers of pieces: attention is causal
     packed = any(sample.num_pieces > 1 for sample in samples)
+
+    def stack(rows: Iterable[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(list(rows)))
+
     return Batch(
-        tokens_bs=torch.from_numpy(np.stack([sample.tokens_s for sample in samples])),
-        labels_bs=torch.from_numpy(np.stack([sample.labels_s for sample in samples])),
-        loss_mask_bs=torch.from_numpy(np.stack([sample.loss_mask_s for sample in samples])),
-        segments_bs=torch.from_numpy(np.stack([sample.segments_s for sample in samples]))
-        if packed
-        else None,
-        positions_bs=torch.from_numpy(np.stack([_positions(sample, packed) for sample in samples])),
+        tokens_bs=stack(sample.tokens_s for sample in samples),
+        labels_bs=stack(sample.labels_s for sample in samples),
+        loss_mask_bs=stack(sample.loss_mask_s for sample in samples),
+        pieces_bs=stack(sample.segments_s for sample in samples) if packed else None,
+        positions_bs=stack(_positions(sample, packed) for sample in samples),
         checksum=sum(map(_checksum, samples)),
     )
 
 
 def _vocabulary(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> tuple[int, int]:
-    """Return the model's vocabulary and the padding token."""
+    """Return the size of the model's vocabulary and the padding token."""
     given = (
         tokenizer_or_vocab
         if isinstance(tokenizer_or_vocab, int | None)
@@ -121,7 +124,8 @@ def _vocabulary(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) 
     vocab_size = settings.vocab_size or given
     if not vocab_size:
         raise SettingsError(
-            "--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size."
+            "--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model "
+            "or --vocab-size."
         )
     if isinstance(tokenizer_or_vocab, Tokenizer):
         surplus_line(tokenizer_or_vocab, vocab_size, "--vocab-size")
@@ -135,7 +139,10 @@ def _vocabulary(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) 
 
 
 def make_document_masks(settings: Settings, tokenizer: Tokenizer | None) -> DocumentMasks:
-    """Return how documents of text share a sample; without a tokenizer they end where the indexed file says, and nowhere else."""
+    """Return how documents of text share a sample.
+
+    Without a tokenizer they end where the indexed file says, and nowhere else.
+    """
     return DocumentMasks(
         **document_masks(settings), eod_id=None if tokenizer is None else tokenizer.eos_id
     )
@@ -146,14 +153,17 @@ def open_train_samples(
     tokenizer_or_vocab: Tokenizer | int | None,
     masks: DocumentMasks | None = None,
 ) -> SampleSource:
-    """Return the training samples that the settings name: of each file the first share of ``--split``, without --valid-data-path.
+    """Open the training samples that the settings name.
 
-    Files without weights are one set of documents, each seen once an epoch. In a blend each file is packed and shuffled by itself.
+    They are the first share of ``--split`` of each file, or all of it with --valid-data-path. Files
+    without weights are one set of documents, each seen once per epoch. In a blend each file is
+    packed and shuffled by itself.
 
     Args:
         settings: The run.
-        tokenizer_or_vocab: Of the data, or the number of tokens.
-        masks: How documents of text share a sample; None: as the settings say, ends of documents from the files alone.
+        tokenizer_or_vocab: The tokenizer of the data, or the number of tokens.
+        masks: How documents of text share a sample. By default the settings decide, and ends of
+            documents come from the files alone.
     """
     masks = masks or make_document_masks(settings, None)
     vocab_size, pad_id = _vocabulary(settings, tokenizer_or_vocab)
@@ -163,7 +173,8 @@ def open_train_samples(
         )
     if not settings.data_path:
         raise SettingsError(
-            "--data-path: no training data. Give the prefix that megatron-sorted prepare wrote, or --mock-data."
+            "--data-path: no training data. Give the prefix that megatron-sorted prepare wrote, "
+            "or --mock-data."
         )
     share = split_ranges(settings)[0]
 
@@ -181,16 +192,19 @@ def open_train_samples(
 
 
 def _batches(samples: Iterator[Sample], settings: Settings) -> Iterator[Batch]:
-    chunk: list[Sample] = []
+    micro_batch: list[Sample] = []
     for sample in samples:
-        chunk.append(sample)
-        if len(chunk) == settings.micro_batch_size:
-            yield collate(chunk)
-            chunk = []
+        micro_batch.append(sample)
+        if len(micro_batch) == settings.micro_batch_size:
+            yield collate(micro_batch)
+            micro_batch = []
 
 
 def _own_indices(settings: Settings, dp_rank: int, dp_size: int, start: int) -> Iterator[int]:
-    """Yield the numbers of this rank's samples, micro-batch by micro-batch, without end (Megatron's order)."""
+    """Yield the numbers of this rank's samples without end, micro-batch by micro-batch.
+
+    The order is Megatron's.
+    """
     size, micro = samples_per_step(settings, dp_size), settings.micro_batch_size
     assert size % (micro * dp_size) == 0, "check_settings lets no other batch pass"
     while True:
@@ -207,10 +221,12 @@ def make_train_batches(
     start_sample: int = 0,
     source: SampleSource | None = None,
 ) -> Iterator[Batch]:
-    """Return this rank's micro-batches without end, after ``start_sample`` samples were trained on over all ranks.
+    """Return this rank's micro-batches without end.
 
-    Global batch g is samples ``start_sample + [g * G, (g + 1) * G)``; its micro-batch m on rank d takes the b samples from
-    ``m * b * dp_size + d * b`` on. Ranks of one tensor or pipeline group pass the same ``dp_rank`` and get the same batches.
+    They follow ``start_sample`` samples that were trained on over all ranks. Global batch g is
+    samples ``start_sample + [g * G, (g + 1) * G)``; its micro-batch m on rank d takes the b samples
+    from ``m * b * dp_size + d * b`` on. Ranks of one tensor or pipeline group pass the same
+    ``dp_rank`` and get the same batches.
     """
     source = source or open_train_samples(settings, tokenizer_or_vocab)
     indices = _own_indices(settings, dp_rank, dp_size, start_sample)
@@ -222,7 +238,10 @@ def make_eval_sets(
     tokenizer_or_vocab: Tokenizer | int | None,
     masks: DocumentMasks | None = None,
 ) -> dict[str, EvaluationSet]:
-    """Return the evaluation sets by name: each --valid-data-path, or the second share of --split (none if that is 0)."""
+    """Return the evaluation sets by name.
+
+    They are each --valid-data-path, or the second share of --split (none if that is 0).
+    """
     if settings.mock_data:
         vocab_size, _ = _vocabulary(settings, tokenizer_or_vocab)
         count = settings.eval_iters * samples_per_step(settings, 1)
@@ -239,7 +258,10 @@ def make_test_sets(
     tokenizer_or_vocab: Tokenizer | int | None,
     masks: DocumentMasks | None = None,
 ) -> dict[str, EvaluationSet]:
-    """Return the sets for the end of the run by name: each --test-data-path, or the third share of --split (none if that is 0)."""
+    """Return the sets for the end of the run by name.
+
+    They are each --test-data-path, or the third share of --split (none if that is 0).
+    """
     return {} if settings.mock_data else _held_out_sets(settings, tokenizer_or_vocab, masks, 2)
 
 
@@ -249,7 +271,10 @@ def _held_out_sets(
     masks: DocumentMasks | None,
     share: int,
 ) -> dict[str, EvaluationSet]:
-    """Return a set of each given prefix, or, if none is given, of that share of each training file, where it holds documents."""
+    """Return a set of each given prefix.
+
+    If none is given, it is a set of that share of each training file which holds documents.
+    """
     flag, given = (
         ("--valid-data-path", settings.valid_data_path),
         ("--test-data-path", settings.test_data_path),
@@ -265,7 +290,8 @@ def _held_out_sets(
         name = Path(prefix).name.removesuffix("_text_document")
         if name in sets:
             raise SettingsError(
-                f"{flag}: two sets are called {name!r} and could not be told apart in reports. Rename one."
+                f"{flag}: two sets are called {name!r} and could not be distinguished in reports. "
+                "Rename one."
             )
         sets[name] = EvaluationSet(
             open_samples(
@@ -282,9 +308,10 @@ def make_eval_batches(
     dp_size: int,
     num_batches: int | None = None,
 ) -> Iterator[Batch]:
-    """Return this rank's micro-batches of one pass (or its first ``num_batches`` global batches); every rank gets equally many.
+    """Return this rank's micro-batches of one pass, or of its first ``num_batches`` global batches.
 
-    What is missing to the last global batch is filled with samples that count nowhere.
+    Every rank gets the same number. The last global batch is filled up with samples whose loss does
+    not count.
     """
     size = samples_per_step(settings, dp_size)
     total = num_eval_batches(settings, samples, dp_size, num_batches) * size
@@ -302,6 +329,6 @@ def make_eval_batches(
 def num_eval_batches(
     settings: Settings, samples: EvaluationSet, dp_size: int, num_batches: int | None = None
 ) -> int:
-    """Return the number of global batches :func:`make_eval_batches` gives."""
+    """Return the number of global batches that :func:`make_eval_batches` yields."""
     whole = -(-len(samples) // samples_per_step(settings, dp_size))
     return whole if num_batches is None else min(whole, num_batches)

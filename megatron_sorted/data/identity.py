@@ -1,4 +1,4 @@
-"""Which data a run is trained on, as plain data that a checkpoint keeps, and in words what is another."""
+"""The identity of a run's data, kept in checkpoints, and readable differences between two."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,26 +14,28 @@ from megatron_sorted.settings.derived import data_blend, data_prefixes, split_ra
 from megatron_sorted.settings.run import Settings
 
 WHOLE_BYTES = 256 << 20
-"""A .bin up to this size is read from end to end."""
+"""Largest size of a .bin that is read from end to end."""
 NUM_BLOCKS, BLOCK_BYTES = 256, 1 << 20
 READERS = 8
 SHOWN_DIGITS = 8
 
 
 def data_identity(settings: Settings) -> dict[str, Any]:
-    """Return all that fixes which sample a run trains on at which place: files and their contents, weights, share, length and seed.
+    """Return everything that fixes which sample a run trains on at which position.
 
-    Names are without their folders, so that data may be moved. Reads the whole of every .idx and of every .bin up to 256 MiB,
-    and 256 MiB of larger ones (see :func:`fingerprint`): call it on one process.
+    That is: files and their contents, weights, share, length and seed. Names are without their
+        folders, so
+    that data may be moved. Reads the whole of every .idx and of every .bin up to 256 MiB, and 256
+    MiB of larger ones (see :func:`fingerprint`): call it on one process.
 
     Raises:
-        DataError: a file cannot be read.
+        DataError: A file cannot be read.
     """
     blend = data_blend(settings)
     prefixes = () if settings.mock_data else data_prefixes(settings)
     paths = {Path(f"{prefix}.{ending}") for prefix in prefixes for ending in ("idx", "bin")}
     with ThreadPoolExecutor(READERS) as pool:
-        found = dict(zip(paths, pool.map(fingerprint, paths), strict=True))
+        fingerprints = dict(zip(paths, pool.map(fingerprint, paths), strict=True))
     return {
         "sample_order": SAMPLE_ORDER,
         "mock": settings.mock_data,
@@ -43,10 +45,10 @@ def data_identity(settings: Settings) -> dict[str, Any]:
         "files": [
             {
                 "name": Path(prefix).name,
-                "weight": None if blend is None else blend[place][0],
-                **{ending: found[Path(f"{prefix}.{ending}")] for ending in ("idx", "bin")},
+                "weight": None if blend is None else blend[position][0],
+                **{ending: fingerprints[Path(f"{prefix}.{ending}")] for ending in ("idx", "bin")},
             }
-            for place, prefix in enumerate(prefixes)
+            for position, prefix in enumerate(prefixes)
         ],
     }
 
@@ -54,12 +56,13 @@ def data_identity(settings: Settings) -> dict[str, Any]:
 def fingerprint(path: Path) -> dict[str, Any]:
     """Return the size of a file in bytes and a SHA-256 of its size and content.
 
-    Of a .bin above 256 MiB the content is 256 blocks of 1 MiB, evenly spaced, the first and the last included. An .idx is read whole.
-    So every change of size, and of the length, order or number of documents is seen, also any shift of the tokens; of a few tokens
-    overwritten in place in a larger .bin only those that lie in a block.
+    An .idx and a .bin of up to 256 MiB are read whole; of a larger .bin the content is 256 blocks
+    of 1 MiB, evenly spaced, the first and the last included. So every change of size, and of the
+    length, order or number of documents is detected, and every shift of the tokens; tokens that are
+    overwritten in place in a larger .bin only if they lie in a block.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: The file cannot be read.
     """
     try:
         size = path.stat().st_size
@@ -69,7 +72,8 @@ def fingerprint(path: Path) -> dict[str, Any]:
                 digest.update(block)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Data must stay readable while it is trained on."
+            f"{path}: cannot be read ({error.strerror}). Data must stay readable while it is "
+            "trained on."
         ) from error
     return {"bytes": size, "sha256": digest.hexdigest()}
 
@@ -85,68 +89,76 @@ def _blocks(stream: BinaryIO, size: int, whole: bool) -> Iterator[bytes]:
 
 
 FIELDS = {
-    "sample_order": "sample order of version", "mock": "--mock-data", "seed": "--seed", "seq_length": "--seq-length",
+    "sample_order": "sample order of version",
+    "mock": "--mock-data",
+    "seed": "--seed",
+    "seq_length": "--seq-length",
     "training_share": "training share of each file (--split, --valid-data-path)",
-}  # fmt: skip
+}
 
 
 def describe_changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return each difference between two results of :func:`data_identity` in words; empty if a run sees the same samples.
+    """Return each difference between two results of :func:`data_identity` as a text.
 
-    A file is the same one under its name, or, where its name is gone, under another with the same content. Weights are compared
-    as shares: 3 and 7 are 0.3 and 0.7.
+    The list is empty if a run sees the same samples. A file is identified by its name, or, where
+    that no longer exists, by its content. Weights are compared as shares: 3 and 7 are 0.3 and 0.7.
     """
-    words = [
+    changes = [
         f"{name} {_shown(saved.get(key))} -> {_shown(now.get(key))}"
         for key, name in FIELDS.items()
         if saved.get(key) != now.get(key)
     ]
     before, after = saved["files"], now["files"]
-    place_before = _matches(before, after)
-    words += [
+    position_before = _matches(before, after)
+    changes += [
         f"{file['name']} was removed"
-        for place, file in enumerate(before)
-        if place not in place_before.values()
+        for position, file in enumerate(before)
+        if position not in position_before.values()
     ]
-    words += [
-        f"{file['name']} was added" for place, file in enumerate(after) if place not in place_before
+    changes += [
+        f"{file['name']} was added"
+        for position, file in enumerate(after)
+        if position not in position_before
     ]
-    both = [(before[old], after[new]) for new, old in sorted(place_before.items())]
+    both = [(before[old], after[new]) for new, old in sorted(position_before.items())]
     for old, new in both:
-        words += [
+        changes += [
             text
             for ending in ("idx", "bin")
             for text in _content(f"{new['name']}.{ending}", old[ending], new[ending])
         ]
     shares_before, shares_after = _shares(before), _shares(after)
-    if any(shares_before[old] != shares_after[new] for new, old in place_before.items()):
-        words += [
+    if any(shares_before[old] != shares_after[new] for new, old in position_before.items()):
+        changes += [
             f"weight of {new['name']} {_shown(old['weight'])} -> {_shown(new['weight'])}"
             for old, new in both
             if old["weight"] != new["weight"]
         ]
-    order = [place_before[new] for new in sorted(place_before)]
+    order = [position_before[new] for new in sorted(position_before)]
     if order != sorted(order):
-        words.append(
+        changes.append(
             f"order of files {', '.join(before[old]['name'] for old in sorted(order))} -> "
             f"{', '.join(new['name'] for _, new in both)}"
         )
-    return words
+    return changes
 
 
 def _matches(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[int, int]:
-    """Return {place now: place before} of the files that are on both sides: same name and content, else name, else content."""
-    places: dict[int, int] = {}
+    """Return {position now: position before} of the files in both lists.
+
+    Files match by name and content, else by name, else by content.
+    """
+    positions: dict[int, int] = {}
     for keys in (("name", "idx", "bin"), ("name",), ("idx", "bin")):
         for new, file in enumerate(after):
             free = (
                 old
                 for old, other in enumerate(before)
-                if old not in places.values() and all(file[key] == other[key] for key in keys)
+                if old not in positions.values() and all(file[key] == other[key] for key in keys)
             )
-            if new not in places and (old := next(free, None)) is not None:
-                places[new] = old
-    return places
+            if new not in positions and (old := next(free, None)) is not None:
+                positions[new] = old
+    return positions
 
 
 def _shares(files: list[dict[str, Any]]) -> list[Fraction | None]:
@@ -162,7 +174,8 @@ def _content(name: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         return []
     size = f"{old['bytes']} -> {new['bytes']} bytes, " if old["bytes"] != new["bytes"] else ""
     return [
-        f"{name}: content differs ({size}fingerprint {old['sha256'][:SHOWN_DIGITS]}.. -> {new['sha256'][:SHOWN_DIGITS]}..)"
+        f"{name}: content differs ({size}fingerprint {old['sha256'][:SHOWN_DIGITS]}.. -> "
+        f"{new['sha256'][:SHOWN_DIGITS]}..)"
     ]
 
 

@@ -1,13 +1,16 @@
 """Token files in Megatron's indexed format (``PREFIX.bin``, ``PREFIX.idx``): write, check, open.
 
-Only numpy is needed here, so that preparing data starts in a moment; tests compare every byte with Megatron's own builder.
+This module needs only numpy, so that preparing data starts at once; tests compare every byte with
+Megatron's own builder.
 
-Layout of the .idx, little endian: 9 bytes magic, u64 version 1, u8 code of the token type, u64 S = sequences, u64 D + 1 where D =
-documents, then S i32 lengths in tokens, S i64 byte offsets into the .bin, D + 1 i64 document boundaries (numbers of sequences), and,
-where documents have parts of different kind, S i8 modes. The .bin holds nothing but the tokens.
+Layout of the .idx, little endian: 9 bytes magic, u64 version 1, u8 code of the token type, u64 S =
+sequences, u64 D + 1 where D = documents, then S i32 lengths in tokens, S i64 byte offsets into the
+.bin, D + 1 i64 document boundaries (numbers of sequences), and, where documents have parts of
+different kind, S i8 modes. The .bin holds nothing but the tokens.
 
-A document of an instruction file alternates sequences of mode 0 (prompt, read but not trained on) and mode 1 (response, trained on).
-A file without modes is plain text: one sequence per document, all of it trained on.
+A document of an instruction file alternates sequences of mode 0 (prompt, read but not trained on)
+and mode 1 (response, trained on). A file without modes is plain text: one sequence per document,
+all of it trained on.
 """
 
 import struct
@@ -29,13 +32,17 @@ REMEDY = "Write it again with megatron-sorted prepare."
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the smallest token type for a vocabulary, by Megatron's rule (uint16 below 65,500)."""
+    """Return the smallest token type for a vocabulary, by Megatron's rule.
+
+    >>> str(token_dtype(32000)), str(token_dtype(65500))
+    ('uint16', 'int32')
+    """
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What the first bytes of an .idx say, and whether modes follow."""
+    """The content of the header of an .idx, and whether modes follow."""
 
     dtype: np.dtype
     num_sequences: int
@@ -45,7 +52,7 @@ class IndexHeader:
 
 @dataclass(frozen=True)
 class Indexed:
-    """An open indexed file; tokens stay on disk and are mapped.
+    """An open indexed file; tokens stay on disk and are memory-mapped.
 
     Shapes:
         sequence_starts: (sequences + 1,), in tokens.
@@ -61,11 +68,11 @@ class Indexed:
 
     @property
     def num_documents(self) -> int:
-        """Return how many documents the file holds."""
+        """Return the number of documents in the file."""
         return len(self.document_bounds) - 1
 
     def document_lengths(self) -> np.ndarray:
-        """Return the tokens of each document, (documents,) int64."""
+        """Return the number of tokens of each document, (documents,) int64."""
         return np.diff(self.sequence_starts[self.document_bounds])
 
     def document(self, number: int) -> np.ndarray:
@@ -82,29 +89,31 @@ class Indexed:
 
 
 def check_indexed(prefix: str) -> IndexHeader:
-    """Return the header of an indexed file after checking both files' existence, header and size.
+    """Return the header of an indexed file after checks of both files' existence, header and size.
 
     Raises:
-        DataError: says which file, what was expected and found, and the remedy.
+        DataError: A check fails; the message names the file, what was expected, and the remedy.
     """
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     replacing.finish_interrupted(prefix)
     for path in (idx_path, bin_path):
         if not path.is_file():
             raise DataError(
-                f"{path}: no such file; indexed data needs PREFIX.bin and PREFIX.idx. Give the prefix without an ending, "
-                "or write the data with megatron-sorted prepare."
+                f"{path}: no such file; indexed data needs PREFIX.bin and PREFIX.idx. Give the "
+                "prefix without an ending, or write the data with megatron-sorted prepare."
             )
     idx_bytes = idx_path.stat().st_size
     if idx_bytes < HEADER_BYTES:
         raise DataError(
-            f"{idx_path}: {idx_bytes} bytes, but the header alone takes {HEADER_BYTES}; the file is truncated. {REMEDY}"
+            f"{idx_path}: {idx_bytes} bytes, but the header alone takes {HEADER_BYTES}; the file "
+            f"is truncated. {REMEDY}"
         )
     with open(idx_path, "rb") as stream:
         head = stream.read(HEADER_BYTES)
     if head[:9] != MAGIC:
         raise DataError(
-            f"{idx_path}: starts with {head[:9]!r} where an index of Megatron starts with {MAGIC!r}. {REMEDY}"
+            f"{idx_path}: starts with {head[:9]!r} where an index of Megatron starts with "
+            f"{MAGIC!r}. {REMEDY}"
         )
     version, code, num_sequences, num_bounds = struct.unpack("<QBQQ", head[9:])
     if version != 1:
@@ -118,8 +127,9 @@ def check_indexed(prefix: str) -> IndexHeader:
     if num_bounds < 1 or idx_bytes not in (without_modes, with_modes):
         state = "truncated" if idx_bytes < without_modes else "damaged"
         raise DataError(
-            f"{idx_path}: {idx_bytes} bytes, but {num_sequences} sequences and {num_bounds - 1} documents take {without_modes} "
-            f"({with_modes} with modes); the file is {state}. {REMEDY}"
+            f"{idx_path}: {idx_bytes} bytes, but {num_sequences} sequences and {num_bounds - 1} "
+            f"documents take {without_modes} ({with_modes} with modes); the file is {state}. "
+            f"{REMEDY}"
         )
     with open(idx_path, "rb") as stream:
         stream.seek(HEADER_BYTES)
@@ -129,8 +139,9 @@ def check_indexed(prefix: str) -> IndexHeader:
     if bin_bytes != num_tokens * dtype.itemsize:
         state = "truncated" if bin_bytes < num_tokens * dtype.itemsize else "too long"
         raise DataError(
-            f"{bin_path}: {bin_bytes} bytes, but {idx_path.name} lists {num_tokens} tokens of {dtype.itemsize} bytes = "
-            f"{num_tokens * dtype.itemsize} bytes; the file is {state}, or the two are not of one run. {REMEDY}"
+            f"{bin_path}: {bin_bytes} bytes, but {idx_path.name} lists {num_tokens} tokens of "
+            f"{dtype.itemsize} bytes = {num_tokens * dtype.itemsize} bytes; the file is {state}, "
+            f"or the two are not of one run. {REMEDY}"
         )
     return IndexHeader(
         dtype, num_sequences, num_bounds - 1, idx_bytes == with_modes and num_sequences > 0
@@ -138,10 +149,11 @@ def check_indexed(prefix: str) -> IndexHeader:
 
 
 def open_indexed(prefix: str) -> Indexed:
-    """Return an indexed file, opened after :func:`check_indexed` and a check of the tables in the index.
+    """Open an indexed file after :func:`check_indexed` and a check of the tables in the index.
 
     Raises:
-        DataError: when a file is missing or damaged, holds no tokens, or is of a kind we cannot train on.
+        DataError: A file is missing or damaged, holds no tokens, or is of a kind that cannot be
+            trained on.
     """
     header = check_indexed(prefix)
     idx_path = f"{prefix}.idx"
@@ -156,31 +168,37 @@ def open_indexed(prefix: str) -> Indexed:
         raise DataError(f"{prefix}.bin: holds no tokens. {REMEDY}")
     if (lengths < 0).any() or (pointers != starts[:-1] * header.dtype.itemsize).any():
         raise DataError(
-            f"{idx_path}: sequence lengths and byte offsets contradict each other; the file is damaged. {REMEDY}"
+            f"{idx_path}: sequence lengths and byte offsets contradict each other; the file is "
+            f"damaged. {REMEDY}"
         )
     if bounds[0] != 0 or bounds[-1] != header.num_sequences or (np.diff(bounds) < 0).any():
         raise DataError(
-            f"{idx_path}: document boundaries do not run from 0 to {header.num_sequences}; the file is damaged. {REMEDY}"
+            f"{idx_path}: document boundaries do not run from 0 to {header.num_sequences}; the "
+            f"file is damaged. {REMEDY}"
         )
     if modes is None and (np.diff(bounds) > 1).any():
-        # An instruction index that lost exactly its modes looks like this; training on it would silently include the prompts.
+        # an instruction index that lost exactly its modes looks like this; training on it would
+        # include the prompts without a warning
         raise DataError(
-            f"{idx_path}: documents of several sequences but no modes that say which are trained on (the last "
-            f"{header.num_sequences} bytes may be missing). {REMEDY}"
+            f"{idx_path}: documents of several sequences but no modes that say which are trained "
+            f"on (the last {header.num_sequences} bytes may be missing). {REMEDY}"
         )
     if modes is not None and not np.isin(modes, (PROMPT, RESPONSE)).all():
         raise DataError(
-            f"{idx_path}: sequence modes {np.unique(modes).tolist()}; only 0 (prompt) and 1 (response) are known. {REMEDY}"
+            f"{idx_path}: sequence modes {np.unique(modes).tolist()}; only 0 (prompt) and 1 "
+            f"(response) are known. {REMEDY}"
         )
     return Indexed(prefix, np.memmap(f"{prefix}.bin", header.dtype, "r"), starts, bounds, modes)
 
 
 @dataclass
 class Documents:
-    """Whole documents as flat arrays, the form in which workers hand them on.
+    """Whole documents as flat arrays, the form that workers return.
 
     Shapes:
-        tokens: (tokens,); lengths and modes: (sequences,); num_sequences: (documents,), sequences of each document.
+        tokens: (tokens,).
+        lengths, modes: (sequences,).
+        num_sequences: (documents,), the number of sequences of each document.
     """
 
     tokens: np.ndarray
@@ -190,31 +208,29 @@ class Documents:
 
 
 class IndexedWriter:
-    """Context manager that appends documents and gives the files their names only when all is written.
+    """A context manager that appends documents and names the files when all is written.
 
-    After an error inside the ``with`` block nothing remains and files of that name from before are untouched.
+    After an error inside the ``with`` block nothing remains, and earlier files of that name are
+    untouched.
 
     Args:
-        prefix: Of the files.
-        dtype: Of tokens.
+        prefix: The prefix of the files.
+        dtype: The type of tokens.
         with_modes: Whether documents have prompts and responses.
-        publishes: Whether the files get their names at the end of the block; otherwise they wait for ``replacing.publish``.
+        publishes: Whether the files get their names at the end of the block; otherwise they wait
+            for ``replacing.publish``.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype, with_modes: bool, publishes: bool = True):
-        self.prefix, self.dtype, self.with_modes, self.publishes = (
-            prefix,
-            np.dtype(dtype),
-            with_modes,
-            publishes,
-        )
+        self.prefix, self.dtype = prefix, np.dtype(dtype)
+        self.with_modes, self.publishes = with_modes, publishes
         self.num_tokens = 0
         self._lengths: list[np.ndarray] = []
         self._modes: list[np.ndarray] = []
         self._num_sequences: list[np.ndarray] = []
 
     def __enter__(self) -> "IndexedWriter":
-        """Return itself with the unnamed .bin open."""
+        """Return the writer with the temporary .bin open."""
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         replacing.remove_leftovers(self.prefix)
         self._bin = open(self._partial("bin"), "wb")  # closed in __exit__
@@ -225,7 +241,7 @@ class IndexedWriter:
 
     @property
     def num_documents(self) -> int:
-        """Return how many documents were appended so far."""
+        """Return the number of documents that were appended so far."""
         return sum(len(part) for part in self._num_sequences)
 
     def append(self, documents: Documents) -> None:

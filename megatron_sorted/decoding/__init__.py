@@ -1,1 +1,4 @@
-"""Text from nested models: any depth, early exits, speculation within one model, draft trees. Needs torch and transformers alone."""
+"""Text generation with nested models: any depth, early exits, self-speculation and draft trees.
+
+Runs without Megatron.
+"""

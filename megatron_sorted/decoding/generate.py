@@ -1,4 +1,4 @@
-"""Texts that go on: the loop over steps, where texts end, and what is counted of them."""
+"""The generation loop: steps until every text has ended, limits of texts, and their counts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from megatron_sorted.decoding.cache.capacity import (
     bytes_needed,
     check_cache_memory,
 )
-from megatron_sorted.decoding.cache.state import State
+from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.cache.transfer import to_device
-from megatron_sorted.decoding.choice import check_strategy
 from megatron_sorted.decoding.network import Network
+from megatron_sorted.decoding.requested_strategy import check_strategy
 from megatron_sorted.decoding.sampling import Sampler
 from megatron_sorted.decoding.speculation.steps import (
     Chain,
@@ -42,10 +42,10 @@ class Limits:
     """Where a text ends.
 
     Attributes:
-        max_new_tokens: At most so many are added.
-        end_ids: Tokens after which it is over.
-        stop: Texts after which it is over; they are cut off. Needs ``to_text``.
-        to_text: Text of the tokens that were added.
+        max_new_tokens: Maximum number of new tokens.
+        end_ids: Tokens that end a text.
+        stop: Sequences that end a text; they need ``to_text``.
+        to_text: Function from new tokens to their text.
     """
 
     max_new_tokens: int = 128
@@ -54,10 +54,10 @@ class Limits:
     to_text: Callable[[list[int]], str] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse limits that mean nothing.
+        """Check that the limits make sense.
 
         Raises:
-            SettingsError: One of them.
+            SettingsError: A limit does not.
         """
         if self.max_new_tokens < 0:
             raise SettingsError(
@@ -65,27 +65,29 @@ class Limits:
             )
         if not all(self.stop):
             raise SettingsError(
-                "stop: a stop word is empty, and would end every text at once. Leave it out."
+                "stop: a stop sequence is empty, and would end every text at once. Leave it out."
             )
         if self.stop and self.to_text is None:
-            raise SettingsError("stop: words need to_text, which makes text of tokens. Give both.")
+            raise SettingsError(
+                "stop: stop sequences need to_text, which decodes tokens. Give both."
+            )
 
     def ends(self, tokens: list[int]) -> bool:
-        """Return whether the newest token completes a stop word."""
+        """Return whether the newest token completes a stop sequence."""
         if not self.stop:
             return False
         text = self.to_text(tokens)
-        return any(word in text for word in self.stop)
+        return any(sequence in text for sequence in self.stop)
 
 
 @dataclass
 class Counts:
-    """What one text took.
+    """Counts of generating one text.
 
     Attributes:
-        num_steps: Times that the model was asked; each adds at least one token.
-        num_drafted, num_accepted: Drafted tokens, and those of them in the text.
-        depths: Exit of every added token.
+        num_steps: Number of steps; each adds at least one token.
+        num_drafted, num_accepted: Numbers of drafted tokens, and of those in the text.
+        depths: Exit of every new token.
     """
 
     num_steps: int = 0
@@ -96,20 +98,20 @@ class Counts:
 
 @dataclass
 class Text:
-    """One text.
+    """The new tokens of one text.
 
     Attributes:
-        tokens: That were added; with a stop text those up to it, whole.
-        finish: Why it is over: "eos", "stop" or "length"; None while it is not.
-        counts: What it took.
+        tokens: The new tokens, up to and including a stop sequence.
+        finish: Why the text ended: "eos", "stop" or "length"; None while it continues.
+        counts: Counts of generating it.
     """
 
     tokens: list[int] = field(default_factory=list)
     finish: str | None = None
     counts: Counts = field(default_factory=Counts)
 
-    def take(self, added: "Added") -> None:
-        """Add what a step gave."""
+    def add(self, added: "AddedTokens") -> None:
+        """Append the tokens of a step."""
         self.tokens += added.tokens
         self.finish = added.finish
         self.counts.num_steps += 1
@@ -119,12 +121,12 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Added:
-    """Tokens that a step added to a text.
+class AddedTokens:
+    """The tokens that a step added to one text.
 
     Attributes:
-        row: Of the prompts.
-        tokens, depths: And the exits that said them.
+        row: Number of the prompt.
+        tokens, depths: The tokens, and the exit that chose each.
         num_drafted, num_accepted: See `Counts`.
         finish: See `Text`.
     """
@@ -138,10 +140,10 @@ class Added:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], network: Network, max_new_tokens: int) -> None:
-    """Check that all prompts can be gone on with.
+    """Check that the model can continue all prompts.
 
     Raises:
-        DataError: One is empty, has unknown tokens, or does not fit.
+        DataError: A prompt is empty, has unknown tokens, or is too long for the context.
     """
     if not prompts:
         raise DataError("prompts: there are none. Give at least one.")
@@ -150,20 +152,22 @@ def check_prompts(prompts: Sequence[Sequence[int]], network: Network, max_new_to
             raise DataError(
                 f"prompt {row}: it is empty. Give at least one token, such as the tokenizer's bos."
             )
-        # before its tokens are looked at: there may be millions
+        # checked before the tokens themselves, of which there may be millions
         if len(prompt) + max_new_tokens > network.max_positions:
             raise DataError(
-                f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's context of "
-                f"{network.max_positions}. Shorten it, or ask for at most {max(network.max_positions - len(prompt), 0)}."
+                f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones are more than "
+                f"the model's context of {network.max_positions}. Shorten it, or ask for at most "
+                f"{max(network.max_positions - len(prompt), 0)}."
             )
         if min(prompt) < 0 or max(prompt) >= network.vocab_size:
             raise DataError(
-                f"prompt {row}: a token is not in 0..{network.vocab_size - 1}. Use the model's own tokenizer."
+                f"prompt {row}: a token is not in 0..{network.vocab_size - 1}. "
+                "Use the model's own tokenizer."
             )
 
 
 def make_step(strategy: Strategy, batch: DecodingBatch) -> OneToken | Chain | TreeStep:
-    """Return what does a step of the way."""
+    """Return the object that runs a step of the strategy."""
     if isinstance(strategy, Full | Fixed):
         return OneToken(batch, [batch.depth])
     if isinstance(strategy, EarlyExit):
@@ -187,32 +191,22 @@ def start_batch(
     max_new_tokens: int,
     draft: Network | None,
 ) -> DecodingBatch:
-    """Return the texts with their prompts, nothing read yet."""
-    capacity = max(map(len, prompts)) + max_new_tokens + draft_slots(strategy) + 1
-    own = (
-        [strategy.depth]
-        if isinstance(strategy, Fixed)
-        else stops_of(
-            network,
-            strategy.depths
-            if isinstance(strategy, EarlyExit)
-            else ()
-            if draft
-            else draft_depths(strategy),
-        )
-    )
-    check_cache_memory(
-        network,
-        len(prompts),
-        capacity,
-        own,
-        0 if draft is None else bytes_needed(draft, len(prompts), capacity, draft_depths(strategy)),
-    )
+    """Return a batch that holds the prompts and has not run any layer yet."""
     longest = max(map(len, prompts))
+    capacity = longest + max_new_tokens + draft_slots(strategy) + 1
+    drafting = draft_depths(strategy)
+    if isinstance(strategy, Fixed):
+        own = [strategy.depth]
+    elif isinstance(strategy, EarlyExit):
+        own = stops_of(network, strategy.depths)
+    else:
+        own = stops_of(network, () if draft else drafting)
+    draft_bytes = 0 if draft is None else bytes_needed(draft, len(prompts), capacity, drafting)
+    check_cache_memory(network, len(prompts), capacity, own, draft_bytes)
     padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
-    states = [State(network, len(prompts), capacity, own)]
+    states = [DecodingState(network, len(prompts), capacity, own)]
     if draft is not None:
-        states.append(State(draft, len(prompts), capacity, draft_depths(strategy)))
+        states.append(DecodingState(draft, len(prompts), capacity, drafting))
     for state in states:
         state.append(to_device(padded, state.device), [len(prompt) for prompt in prompts])
     seen = None
@@ -238,55 +232,48 @@ def stream(
     sampling: SamplingParameters | None = None,
     limits: Limits | None = None,
     draft: Network | None = None,
-) -> Iterator[Added]:
-    """Yield what each step adds to each text, until all are over.
+) -> Iterator[AddedTokens]:
+    """Yield the tokens that each step adds to each text, until all texts have ended.
 
     Args:
         network: The model.
-        prompts: Tokens of each text so far, of any lengths.
-        way: How to generate; `Full` by default.
-        sampling: How tokens are chosen; greedily by default.
+        prompts: Tokens of each prompt; lengths may differ.
+        strategy: The decoding strategy; `Full` by default.
+        sampling: How tokens are chosen; greedy by default.
         limits: Where texts end.
-        draft: Another model that drafts, of the same vocabulary.
+        draft: Another model with the same vocabulary that drafts; None without one.
 
     Raises:
-        SettingsError: The way does not fit the model.
-        DataError: A prompt cannot be gone on with.
+        SettingsError: The model does not support the strategy.
+        DataError: A prompt cannot be continued.
         MemoryExhaustedError: The texts do not fit into memory.
     """
-    strategy, sampling, limits = (
-        strategy or Full(),
-        sampling or SamplingParameters(),
-        limits or Limits(),
-    )
+    strategy, sampling = strategy or Full(), sampling or SamplingParameters()
+    limits = limits or Limits()
     check_strategy(strategy, network, draft)
     check_prompts(prompts, network, limits.max_new_tokens)
     if limits.max_new_tokens < 1:
         return
     with as_memory_error():
         batch = start_batch(network, prompts, strategy, sampling, limits.max_new_tokens, draft)
-        texts, rows, step = (
-            [Text() for _ in prompts],
-            list(range(len(prompts))),
-            make_step(strategy, batch),
-        )
+        texts, rows = [Text() for _ in prompts], list(range(len(prompts)))
+        step = make_step(strategy, batch)
         while rows:
-            said = step.step()
-            for row, one in zip(rows, said, strict=True):
-                added = cut(texts[row], one, row, limits)
-                texts[row].take(added)
+            for row, output in zip(rows, step.step(), strict=True):
+                added = apply_limits(texts[row], output, row, limits)
+                texts[row].add(added)
                 yield added
-            going_on = [place for place, row in enumerate(rows) if texts[row].finish is None]
-            if len(going_on) < len(rows):
-                rows = [rows[place] for place in going_on]
+            active = [index for index, row in enumerate(rows) if texts[row].finish is None]
+            if len(active) < len(rows):
+                rows = [rows[index] for index in active]
                 if rows:
-                    batch.select_rows(going_on)
+                    batch.select_rows(active)
 
 
-def cut(text: Text, said: StepOutput, row: int, limits: Limits) -> Added:
-    """Return what a step adds to a text: no more than up to where it is over."""
+def apply_limits(text: Text, output: StepOutput, row: int, limits: Limits) -> AddedTokens:
+    """Return the tokens that a step adds to a text, up to where the text ends."""
     kept, finish = list(text.tokens), None
-    for token in said.tokens:
+    for token in output.tokens:
         kept.append(token)
         if token in limits.end_ids:
             finish = "eos"
@@ -297,12 +284,12 @@ def cut(text: Text, said: StepOutput, row: int, limits: Limits) -> Added:
         if finish:
             break
     count = len(kept) - len(text.tokens)
-    return Added(
+    return AddedTokens(
         row,
-        said.tokens[:count],
-        said.depths[:count],
-        said.num_drafted,
-        min(said.num_accepted, count),
+        output.tokens[:count],
+        output.depths[:count],
+        output.num_drafted,
+        min(output.num_accepted, count),
         finish,
     )
 
@@ -315,8 +302,8 @@ def generate(
     limits: Limits | None = None,
     draft: Network | None = None,
 ) -> list[Text]:
-    """Return all texts when they are over; arguments and errors as for `stream`."""
+    """Return all texts when they have ended; arguments and errors as for `stream`."""
     texts = [Text() for _ in prompts]
     for added in stream(network, prompts, strategy, sampling, limits, draft):
-        texts[added.row].take(added)
+        texts[added.row].add(added)
     return texts

@@ -1,4 +1,4 @@
-"""A nested model ready to decode: its layers, and what reads the hidden state at each of its exits."""
+"""A nested model prepared for decoding: its layers, and the readout of each exit."""
 
 import copy
 import hashlib
@@ -10,28 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_sorted.conversion.hugging_face.families import CONFIG
-from megatron_sorted.conversion.hugging_face.nested_exits import Exit, ExitBlock, ExitNorm
+from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, FAMILIES, attention_window
+from megatron_sorted.conversion.hugging_face.nested_exits import ExitBlock, ExitNorm, NestedExit
 from megatron_sorted.decoding.cache.layer import Layer, norm
 from megatron_sorted.decoding.cache.matrix import Matrices, Matrix
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.platform.graphs import graphs_of
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 UNKNOWN_ROTATIONS = ("dynamic", "longrope")
-"""Rotations that depend on the length of the text, so keys in a cache would be those of another length."""
+"""Rotary embeddings that depend on the text's length, so that cached keys would become wrong."""
 
 
 @dataclass(frozen=True)
 class ExitReadout:
-    """What an exit makes of the hidden state after its layers.
+    """The modules that turn the hidden state at an exit into logits.
 
     Attributes:
-        norm: Before the head; may hold an MLP or adapter of the exit's own.
-        head: To the vocabulary.
-        block: A layer of the exit's own before the norm, with keys and values of its own; else None.
-        adapter: Before the block.
+        norm: Norm before the head; it may hold an MLP or adapter of the exit's own.
+        head: Output matrix.
+        block: The exit's own layer before the norm, with its own KV cache; None without one.
+        adapter: The exit's own adapter before the block; None without one.
     """
 
     norm: nn.Module
@@ -40,61 +39,63 @@ class ExitReadout:
     adapter: nn.Module | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., v] of hidden states [..., h] that have been through the block, if any."""
+        """Return the logits [..., v] of hidden states [..., h] after the block, if there is one."""
         normed = self.norm(hidden) if isinstance(self.norm, ExitNorm) else norm(hidden, self.norm)
         return self.head(normed)
 
 
 class Network:
-    """Layers and exits of a model of transformers, whose weights it shares.
+    """The layers and exits of a transformers model, whose weights it shares.
 
     Attributes:
         model: The model; it stays usable.
-        depths: Of its exits, increasing; the last is the full model.
-        layers: Shallow to deep.
-        readers: By depth.
-        graphs: Whether passes are told on the device where tokens stand, so that it can record and replay them.
-        make_recorder: Of such passes; None where the device has no graphs.
-        idle: Memory that nobody uses; `memory.lend` lends it.
+        depths: Depths of its exits, increasing; the last is the full model.
+        layers: Layers from shallow to deep.
+        readouts: Readout of each exit, by depth.
+        graphs: Whether forward passes take the tokens' positions from the device, so that they can
+            be recorded as graphs and replayed.
+        make_recorder: Function that makes a recorder of graphs; None if the device has none.
+        idle: Caches that are not in use; see `cache.memory.acquire`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        exits: dict[int, Exit],
+        exits: dict[int, NestedExit],
         packed: bool = True,
         graphs: bool | None = None,
     ):
         """Join the model's matrices.
 
         Args:
-            model: Of transformers; it must not be moved afterwards.
-            exits: By depth.
-            packed: Whether to keep a copy of each matrix that a CPU reads faster.
-            graphs: See the class; by default where the device has them.
+            model: The transformers model; it must not be moved to another device afterwards.
+            exits: Exits by depth.
+            packed: Whether to keep a copy of each matrix in a format that a CPU reads faster.
+            graphs: See the class; by default True if the device has graphs.
 
         Raises:
-            SettingsError: The model is of a family, or has rotations, that this does not know.
+            SettingsError: The model's family or rotary embedding is not supported.
         """
         config = model.config
         if config.model_type not in FAMILIES:
             raise SettingsError(
-                f"model_type: {config.model_type} is not one of {', '.join(FAMILIES)}. Use transformers' own generate."
+                f"model_type: {config.model_type} is not one of {', '.join(FAMILIES)}. "
+                "Use transformers' own generate."
             )
         kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if kind in UNKNOWN_ROTATIONS:
             raise SettingsError(
-                f"rope_type: {kind} rotates by the length of the text, which a cache cannot follow. "
-                "Use transformers' own generate."
+                f"rope_type: {kind} rotates by the length of the text, which a cache cannot "
+                "follow. Use transformers' own generate."
             )
         self.model, self.depths = model, tuple(sorted(exits))
         matrices = Matrices(packed)
         self.layers = [
-            Layer(layer, matrices, window_of(config, index))
+            Layer(layer, matrices, attention_window(config, index))
             for index, layer in enumerate(model.model.layers)
         ]
-        self.readers = {
-            depth: make_reader(config, depth, found, matrices) for depth, found in exits.items()
+        self.readouts = {
+            depth: make_readout(config, depth, own, matrices) for depth, own in exits.items()
         }
         self.embedding = model.get_input_embeddings().weight
         self.rotary, self.num_layers = model.model.rotary_emb, len(self.layers)
@@ -103,35 +104,35 @@ class Network:
         self.idle: list = []
 
     def resized(self, vocab_size: int) -> "Network":
-        """Return the network with so many tokens, whose layers it shares: of the same tokenizer, filled up to another size.
+        """Return a network with a vocabulary padded to another size, which shares the layers.
 
-        Tokens that it lacks are read as zeros and never said.
+        Tokens beyond the old size have zeros as embedding and are never chosen.
         """
         other = copy.copy(self)
-        lacking = vocab_size - self.vocab_size
+        missing = vocab_size - self.vocab_size
         other.embedding = (
-            F.pad(self.embedding, (0, 0, 0, lacking))
-            if lacking > 0
+            F.pad(self.embedding, (0, 0, 0, missing))
+            if missing > 0
             else self.embedding[:vocab_size]
         )
         heads = {
-            id(reader.head): reader.head.resized(vocab_size) for reader in self.readers.values()
+            id(readout.head): readout.head.resized(vocab_size) for readout in self.readouts.values()
         }
-        other.readers = {
-            depth: replace(reader, head=heads[id(reader.head)])
-            for depth, reader in self.readers.items()
+        other.readouts = {
+            depth: replace(readout, head=heads[id(readout.head)])
+            for depth, readout in self.readouts.items()
         }
         other.idle = []
         return other
 
     @property
     def vocab_size(self) -> int:
-        """Return the number of tokens."""
+        """Return the number of tokens of the vocabulary."""
         return self.embedding.size(0)
 
     @property
     def hidden_size(self) -> int:
-        """Return the numbers of a hidden state."""
+        """Return the size of a hidden state."""
         return self.embedding.size(1)
 
     @property
@@ -141,51 +142,37 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Return the device of the weights."""
         return self.embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its kind of numbers."""
+        """Return the data type of the weights."""
         return self.embedding.dtype
 
     def check_depth(self, depth: int, name: str) -> None:
-        """Check that there is an exit at ``depth``.
+        """Check that the model has an exit at ``depth``.
 
         Raises:
-            SettingsError: There is none; ``name`` says whose value it is.
+            SettingsError: It has none; the message begins with ``name``.
         """
-        if depth not in self.readers:
+        if depth not in self.readouts:
             raise SettingsError(
-                f"{name}: depth {depth} is no exit of this model; its exits are {', '.join(map(str, self.depths))}. "
-                "Use one of them."
+                f"{name}: depth {depth} is no exit of this model; its exits are "
+                f"{', '.join(map(str, self.depths))}. Use one of them."
             )
 
 
-def window_of(config, index: int) -> int | None:
-    """Return how far back layer ``index`` sees; None for all."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return config.sliding_window if kinds[index] == "sliding_attention" else None
-    return getattr(config, "sliding_window", None)
-
-
-def make_reader(config, depth: int, found: Exit, matrices: Matrices) -> ExitReadout:
-    """Return the reader of an exit."""
-    head = matrices.of(found.head)
-    if found.block is None:
-        return ExitReadout(found.norm, head)
-    module, adapter = (
-        (found.block.layer, found.block.adapter)
-        if isinstance(found.block, ExitBlock)
-        else (found.block, None)
-    )
-    return ExitReadout(
-        found.norm,
-        head,
-        Layer(module, matrices, window_of(config, min(depth, config.num_hidden_layers - 1))),
-        adapter,
-    )
+def make_readout(config, depth: int, own: NestedExit, matrices: Matrices) -> ExitReadout:
+    """Return the readout of an exit with these modules."""
+    head = matrices.of(own.head)
+    if own.block is None:
+        return ExitReadout(own.norm, head)
+    module, adapter = own.block, None
+    if isinstance(module, ExitBlock):
+        module, adapter = module.layer, module.adapter
+    window = attention_window(config, min(depth, config.num_hidden_layers - 1))
+    return ExitReadout(own.norm, head, Layer(module, matrices, window), adapter)
 
 
 def load_network(
@@ -195,18 +182,20 @@ def load_network(
     device: torch.device | str = "cpu",
     graphs: bool | None = None,
 ) -> Network:
-    """Return the network of a Hugging Face directory; nothing in the directory is executed.
+    """Load the network of a Hugging Face directory; no code in the directory is executed.
 
     Args:
-        directory: With config.json; exits are those it names (``exit_layer_indices``), else the full model alone.
-        depths: Exits to use instead; those that the directory does not know are read by the last one's norm and head.
-        dtype: Kind of numbers.
-        device: Where to.
-        graphs: Whether passes are recorded by the device and replayed; by default where it can.
+        directory: Directory with a config.json that names the exits (``exit_layer_indices``), else
+            the full model is the only exit.
+        depths: Exits to use instead; those that the directory does not name are read with the last
+            norm and head.
+        dtype: Data type of the weights.
+        device: Device of the weights.
+        graphs: Whether forward passes are recorded and replayed; by default if the device can.
 
     Raises:
-        CheckpointError: It holds no intact model.
-        SettingsError: The model cannot be decoded here, or a depth is not one of its layers.
+        CheckpointError: The directory holds no intact model.
+        SettingsError: The model is not supported, or a depth is not one of its layers.
     """
     model, exits = load_with_exits(Path(directory), dtype)
     last = model.config.num_hidden_layers
@@ -215,23 +204,23 @@ def load_network(
             raise SettingsError(
                 f"depth {depth} is not a layer of this model, which has {last}. Use 1..{last}."
             )
-        exits.setdefault(depth, Exit(model.model.norm, model.lm_head))
+        exits.setdefault(depth, NestedExit(model.model.norm, model.lm_head))
     if depths is not None:
-        exits = {depth: found for depth, found in exits.items() if depth in depths or depth == last}
-    for found in exits.values():
-        for part in (found.block, found.norm, found.head):
-            if part is not None:
-                part.to(device)
+        exits = {depth: own for depth, own in exits.items() if depth in depths or depth == last}
+    for own in exits.values():
+        for module in (own.block, own.norm, own.head):
+            if module is not None:
+                module.to(device)
     return Network(model.to(device).requires_grad_(False).eval(), exits, graphs=graphs)
 
 
 def config_sha256(network: Network) -> str:
-    """Return the hash of the config.json that a model was loaded with."""
+    """Return the SHA-256 of the config.json that a model was loaded with."""
     return hashlib.sha256(
-        (Path(network.model.config.name_or_path) / CONFIG).read_bytes()
+        (Path(network.model.config.name_or_path) / CONFIG_FILE).read_bytes()
     ).hexdigest()
 
 
 def draft_key(directory: Path, draft: Network) -> str:
-    """Return what the choices made with a draft model are kept under: its directory's name, and of which config.json it is."""
+    """Return the key of tuned options for a draft model: its directory's name and config hash."""
     return f"{directory.resolve().name}@{config_sha256(draft)[:16]}"

@@ -1,9 +1,10 @@
-"""Which token comes next: greedily, or at random by noise that belongs to a place in a text and to nothing else.
+"""The choice of the next token, greedy or random, and measures of an exit's confidence in it.
 
-The token at a place is argmax over tokens of log p - log e, with e independent and exponential: a sample of p (the exponential race, or
-Gumbel-max). The noise e of a place depends on seed, row and position alone. So a drafted token and the one the full model chooses at the
-same place share their noise, which makes them agree often (Daliri, Musco and Suresh, arXiv 2408.07978), and the full model's choice does
-not depend on what was drafted: speculation says, token for token, what decoding without it says with the same seed.
+The token at a position is argmax over tokens of log p - log e, with e independent and exponential:
+a sample of p (the exponential race, or Gumbel-max). The noise e depends on seed, row and position
+alone. A drafted token and the full model's choice at the same position therefore share their noise
+and often agree (Daliri, Musco and Suresh, arXiv 2408.07978), and the full model's choice does not
+depend on the draft: speculative decoding returns the text of plain decoding with the same seed.
 """
 
 import math
@@ -17,11 +18,11 @@ from megatron_sorted.decoding.strategies import MEASURES, SamplingParameters
 
 
 class Sampler:
-    """Chooses tokens; one for all depths of a batch.
+    """The choice of tokens for one batch, shared by all its exits.
 
     Args:
-        sampling: How.
-        rows: What tells rows apart in the noise; a row's text does not depend on which others are in the batch.
+        sampling: How tokens are chosen.
+        rows: Number of each row in the noise; a row's text does not depend on the other rows.
     """
 
     def __init__(self, sampling: SamplingParameters, rows: Sequence[int]):
@@ -34,16 +35,16 @@ class Sampler:
         """Return the chosen tokens [b, n].
 
         Args:
-            logits_bnv: After the tokens before.
-            positions: Of the tokens to choose, by row; needed for noise.
-            seen_bnv: Whether a token is in the text before it; needed for a penalty.
+            logits_bnv: Logits of the tokens to choose.
+            positions: Positions of the tokens to choose, by row; needed for noise.
+            seen_bnv: Whether a token is in the text before; needed for a repetition penalty.
         """
         return self.scores(logits_bnv, positions, seen_bnv).argmax(-1)
 
     def scores(
         self, logits_bnv: Tensor, positions: Sequence[Sequence[int]], seen_bnv: Tensor | None = None
     ) -> Tensor:
-        """Return numbers whose order is that in which tokens are chosen: log p - log e, less what is the same for all tokens.
+        """Return scores whose largest is chosen: log p - log e, up to a constant of the position.
 
         Arguments as for `choose`.
         """
@@ -52,8 +53,8 @@ class Sampler:
         if sampling.temperature == 0:
             return logits
         logits = logits.float()
-        # the largest becomes 0, which no temperature, however low, makes infinite
-        logits = cut(
+        # the largest becomes 0, so that no temperature, however low, makes it infinite
+        logits = keep_likely(
             (logits - logits.amax(-1, keepdim=True)) / sampling.temperature,
             sampling.top_k,
             sampling.top_p,
@@ -65,7 +66,7 @@ class Sampler:
         self.rows = [self.rows[row] for row in rows]
 
     def forget(self, before: Sequence[int]) -> None:
-        """Forget the noise of places before these positions, by row: they are decided."""
+        """Drop the noise before these positions, by row: tokens there are final."""
         limits = dict(zip(self.rows, before, strict=True))
         self._noise = {
             (row, position): noise
@@ -75,8 +76,8 @@ class Sampler:
 
     def _noise_of(self, positions: Sequence[Sequence[int]], like: Tensor) -> Tensor:
         rows = []
-        for row, places in zip(self.rows, positions, strict=True):
-            for position in places:
+        for row, row_positions in zip(self.rows, positions, strict=True):
+            for position in row_positions:
                 if (row, position) not in self._noise:
                     self._noise[row, position] = to_device(
                         gumbel(self.sampling.seed, row, position, like.size(-1)), like.device
@@ -86,7 +87,7 @@ class Sampler:
 
 
 def gumbel(seed: int, row: int, position: int, size: int) -> Tensor:
-    """Return Gumbel noise, -log e of exponential e, that depends on seed, row and position alone; alike on any device."""
+    """Return Gumbel noise, -log e of exponential e, the same on every device."""
     mixed = (
         seed * 0x9E3779B97F4A7C15
         + row * 0xC2B2AE3D27D4EB4F
@@ -99,51 +100,63 @@ def gumbel(seed: int, row: int, position: int, size: int) -> Tensor:
 
 
 def penalise(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
-    """Return logits with those of tokens that were ``seen`` made less likely; all of them as they are for a penalty of 1."""
+    """Apply the repetition penalty to the logits of tokens that were ``seen``."""
     if penalty == 1.0 or seen is None:
         return logits
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def cut(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Return logits with -inf for tokens that are not among the ``top_k``, then not among those that make up ``top_p``.
+def keep_likely(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Set the logits of tokens outside ``top_k``, then of those outside ``top_p``, to -inf.
 
-    In that order and with transformers' rules: tokens as likely as the last of the k stay, and the token that reaches ``top_p`` stays.
+    Order and rules are those of transformers: tokens as likely as the k-th stay, and the token that
+    reaches ``top_p`` stays.
     """
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(
             logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf")
         )
     if top_p is not None and top_p < 1:
-        ordered, place = logits.sort(dim=-1)
+        ordered, tokens = logits.sort(dim=-1)
         dropped = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
         dropped[..., -1] = False
         logits = logits.masked_fill(
-            torch.zeros_like(dropped).scatter(-1, place, dropped), float("-inf")
+            torch.zeros_like(dropped).scatter(-1, tokens, dropped), float("-inf")
         )
     return logits
 
 
 def highest_probability(logits: Tensor) -> Tensor:
-    """Return the probability of the most likely token (Schuster et al., CALM, arXiv 2207.07061; Sorted LLaMA; S2D)."""
+    """Return the probability of the most likely token.
+
+    Source: CALM (Schuster et al., arXiv 2207.07061), Sorted LLaMA, S2D.
+    """
     return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
 def margin(logits: Tensor) -> Tensor:
-    """Return the probability of the most likely token less that of the next (CALM, arXiv 2207.07061, section 3.1)."""
+    """Return the difference of the two highest probabilities.
+
+    Source: CALM (arXiv 2207.07061, section 3.1).
+    """
     two = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
     return two[..., 0] - two[..., 1]
 
 
 def certainty(logits: Tensor) -> Tensor:
-    """Return 1 - entropy / log(vocabulary): 1 for one sure token, 0 where all are alike (BranchyNet, arXiv 1709.01686, by entropy)."""
+    """Return 1 - entropy / log(vocabulary): 1 for one certain token, 0 if all are equally likely.
+
+    Source: BranchyNet (arXiv 1709.01686), which uses the entropy itself.
+    """
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).nan_to_num().sum(-1)
     return 1 - entropy / math.log(logits.size(-1))
 
 
-SURENESS: dict[str, Callable[[Tensor], Tensor]] = dict(
+CONFIDENCE: dict[str, Callable[[Tensor], Tensor]] = dict(
     zip(MEASURES, (highest_probability, margin, certainty), strict=True)
 )
-"""How sure an exit is of its next token, by measure; each [..., v] -> [...], in 0..1, higher is surer. A token leaves where it is above
-the exit's threshold."""
+"""An exit's confidence in its next token, by name of the measure: logits [..., v] -> [...] in 0..1.
+
+A token exits where its confidence is above the exit's threshold.
+"""

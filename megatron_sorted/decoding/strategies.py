@@ -1,11 +1,11 @@
-"""What is asked of decoding: a way to generate with its options, and how tokens are chosen. Needs no torch."""
+"""Decoding strategies with their options, and the parameters of sampling. Needs no torch."""
 
 from dataclasses import dataclass
 
 from megatron_sorted.errors import SettingsError
 
 MEASURES = ("probability", "margin", "entropy")
-"""Names of the measures of how sure an exit is; `sampling.SURENESS` computes them."""
+"""Names of the measures of an exit's confidence; `sampling.CONFIDENCE` computes them."""
 
 
 @dataclass(frozen=True)
@@ -13,12 +13,20 @@ class SamplingParameters:
     """How tokens are chosen.
 
     Attributes:
-        temperature: By which logits are divided; 0 takes the most likely token.
-        top_k: Only so many most likely tokens; None for all.
-        top_p: Only the fewest most likely tokens whose probabilities sum to at least this.
-        repetition_penalty: Logits of tokens in the text so far are divided by it if positive, multiplied if negative (CTRL, arXiv
-            1909.05858, section 4.1).
-        seed: Of the noise.
+        temperature: Divisor of the logits; 0 takes the most likely token.
+        top_k: Number of most likely tokens to choose from; None for all.
+        top_p: Probability mass to choose from: the fewest most likely tokens that reach it.
+        repetition_penalty: Factor for tokens that are in the text so far: their positive logits
+            are divided by it, their negative ones multiplied (CTRL, arXiv 1909.05858, section 4.1).
+        seed: Seed of the noise.
+
+    >>> SamplingParameters(temperature=0.7, top_p=0.9).top_k is None
+    True
+    >>> SamplingParameters(top_p=1.5)
+    Traceback (most recent call last):
+    ...
+    megatron_sorted.errors.SettingsError: top_p: 1.5 is not above 0 and at most 1. Change it, or \
+leave it out.
     """
 
     temperature: float = 0.0
@@ -28,10 +36,10 @@ class SamplingParameters:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check that the numbers mean something.
+        """Check that every number is in its range.
 
         Raises:
-            SettingsError: One does not.
+            SettingsError: A number is out of its range.
         """
         for name, holds, rule in (
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
@@ -47,17 +55,17 @@ class SamplingParameters:
 
 @dataclass(frozen=True)
 class Full:
-    """Every token by the full model."""
+    """Every token comes from the full model."""
 
     name = "full"
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Every token by the sub-model of one exit, as if the model ended there.
+    """Every token comes from the sub-model of one exit, as if the model ended there.
 
     Attributes:
-        depth: Of the exit.
+        depth: The exit's depth.
     """
 
     depth: int
@@ -66,14 +74,15 @@ class Fixed:
 
 @dataclass(frozen=True)
 class EarlyExit:
-    """Every token by the first exit that is sure of it; the full model takes what is left. Faster, not the same text.
+    """Every token comes from the first exit whose confidence is above its threshold.
 
+    The full model takes the remaining tokens. This is faster, but changes the text.
     Source: Sorted LLaMA (arXiv 2309.08968, section 3.3), CALM (arXiv 2207.07061).
 
     Attributes:
-        depths: Exits that are asked, increasing; the full model not among them.
-        thresholds: Of each of them: how sure it must be.
-        measure: Of how sure it is: probability, margin or entropy.
+        depths: Exits that are evaluated, increasing, without the full model.
+        thresholds: Confidence that each of them needs.
+        measure: Measure of confidence: probability, margin or entropy.
     """
 
     depths: tuple[int, ...]
@@ -84,13 +93,13 @@ class EarlyExit:
 
 @dataclass(frozen=True)
 class SelfSpeculative:
-    """One exit drafts some tokens, the layers above it verify them at once; what the exit's layers computed is not computed again.
+    """One exit drafts some tokens, and the layers above it verify them at once.
 
-    Source: LayerSkip (arXiv 2404.16710, section 4.3).
+    The layers below the exit run only once. Source: LayerSkip (arXiv 2404.16710, section 4.3).
 
     Attributes:
-        depth: Of the exit.
-        num_draft_tokens: Drafted before each verification.
+        depth: Depth of the exit that drafts.
+        num_draft_tokens: Number of tokens drafted before each verification.
     """
 
     depth: int
@@ -100,15 +109,16 @@ class SelfSpeculative:
 
 @dataclass(frozen=True)
 class SortedSpeculative:
-    """Each drafted token leaves at the first exit that is sure of it; drafting ends when even the deepest draft exit is not.
+    """Each drafted token comes from the first exit whose confidence is above its threshold.
 
+    Drafting ends when the confidence of even the deepest draft exit is too low.
     Source: S2D (arXiv 2407.01955, section 3), without its bias when sampling (see ``sampling``).
 
     Attributes:
         depths: Exits that draft, increasing.
-        thresholds: Of each of them: how sure it must be.
-        num_draft_tokens: Most tokens drafted before a verification.
-        measure: Of how sure an exit is.
+        thresholds: Confidence that each of them needs.
+        num_draft_tokens: Maximum number of tokens drafted before a verification.
+        measure: Measure of confidence: probability, margin or entropy.
     """
 
     depths: tuple[int, ...]
@@ -120,19 +130,22 @@ class SortedSpeculative:
 
 @dataclass(frozen=True)
 class TreeSpeculative:
-    """A tree of drafted tokens, grown where paths are likely and cut to the likeliest nodes; verified at once.
+    """A tree of drafted tokens is grown along likely paths, pruned to its best nodes and verified.
 
-    Source: EAGLE-2 (arXiv 2406.16858, sections 4.1 and 4.2); that a whole level leaves at the first exit that is sure: SD2's code.
+    Source: EAGLE-2 (arXiv 2406.16858, sections 4.1 and 4.2). That one exit drafts a whole level
+    follows the published code of SD2.
 
     Attributes:
-        depths: Exits that draft, increasing; a level leaves at the first that is sure of its likeliest node.
-        thresholds: Of all of them but the last.
-        num_levels: Levels that are drafted.
-        num_branches: Nodes of a level that are followed.
-        num_nodes: Nodes that are verified.
-        num_candidates: Followers looked at of each; 0 for as many as are followed. With one branch and some candidates the draft costs
-            no more than a chain, and verification also looks at the next best tokens where the chain may break.
-        measure: Of how sure an exit is.
+        depths: Exits that draft, increasing. A level comes from the first exit that has the
+            confidence it needs in the level's most likely node.
+        thresholds: Confidence that each exit but the last needs.
+        num_levels: Number of drafted levels.
+        num_branches: Number of nodes of a level that are expanded.
+        num_nodes: Number of nodes that are verified.
+        num_candidates: Number of next tokens considered for each expanded node; 0 for
+            ``num_branches``. With one branch and some candidates a draft costs no more than a
+            chain, and the second best tokens are verified too, where a chain would break.
+        measure: Measure of confidence: probability, margin or entropy.
     """
 
     depths: tuple[int, ...]
@@ -146,7 +159,7 @@ class TreeSpeculative:
 
     @property
     def candidates(self) -> int:
-        """Return how many followers of a node are looked at."""
+        """Return the number of next tokens considered for each expanded node."""
         return self.num_candidates or self.num_branches
 
 
@@ -159,16 +172,20 @@ STRATEGIES = {
 
 
 def draft_depths(strategy: Strategy) -> tuple[int, ...]:
-    """Return the exits that draft, increasing."""
+    """Return the exits that draft, increasing; an empty tuple if the strategy drafts nothing.
+
+    >>> draft_depths(SelfSpeculative(depth=8)), draft_depths(EarlyExit((4, 8), (0.9, 0.9)))
+    ((8,), ())
+    """
     if isinstance(strategy, SelfSpeculative):
         return (strategy.depth,)
     return strategy.depths if isinstance(strategy, SortedSpeculative | TreeSpeculative) else ()
 
 
 def draft_slots(strategy: Strategy) -> int:
-    """Return the most tokens that stand behind a text while it is drafted."""
+    """Return the number of cache slots that drafted tokens need behind a text."""
     if isinstance(strategy, TreeSpeculative):
-        # what is grown before it is cut to num_nodes
+        # the tree is larger before it is pruned to num_nodes
         return (
             1
             + strategy.num_branches * (strategy.num_levels - 1)

@@ -1,4 +1,4 @@
-"""Text in, text out: a network with its tokenizer, texts that end at stop words, pieces as they come."""
+"""Text generation from prompts: a network with its tokenizer, stop sequences, streamed text."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,36 +7,37 @@ from typing import Any
 
 import torch
 
-from megatron_sorted.decoding.generate import Added, Limits, stream
+from megatron_sorted.decoding.generate import AddedTokens, Limits, stream
 from megatron_sorted.decoding.network import Network, load_network
 from megatron_sorted.decoding.strategies import SPECULATIVE, SamplingParameters, Strategy
 from megatron_sorted.errors import DataError, SettingsError
-from megatron_sorted.exported.form import ModelForm, form_of_model
-from megatron_sorted.exported.model_directory import open_model_directory
+from megatron_sorted.exported.checkpoint_as_directory import as_hugging_face_directory
+from megatron_sorted.exported.generation_defaults import GenerationDefaults, generation_defaults_of
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 from megatron_sorted.text.tokenizer.fit import surplus_line
 
 BROKEN = "\ufffd"
-"""What a tokenizer writes for bytes that are no character yet."""
+"""What a tokenizer decodes the bytes of an incomplete character to."""
 ANCHOR = "a"
-"""Text behind which new text is decoded: some tokenizers leave out the space before a text's first word."""
+"""Text before new text when it is decoded: some tokenizers drop the space before a first word."""
 
 
 @dataclass
 class StreamedText:
-    """What came to one text.
+    """The newest part of one text.
 
     Attributes:
-        row: Of the prompts.
-        parts: (text, exit) of every token; the text of one that ends no character, or may begin a stop word, comes with a later one.
+        row: Number of the prompt.
+        parts: (text, exit) of every token. The text of a token that ends inside a character, or may
+            start a stop sequence, comes with a later token.
         added: The tokens.
-        finish: Why the text is over, or None.
+        finish: Why the text ended; None while it continues.
     """
 
     row: int
     parts: list[tuple[str, int]]
-    added: Added
+    added: AddedTokens
     finish: str | None
 
     @property
@@ -47,13 +48,14 @@ class StreamedText:
 
 @dataclass
 class _Row:
-    """Text of one row, as far as it is sure.
+    """The state of decoding one row's tokens to text.
 
     Attributes:
-        ids: Tokens that were added, behind those of the anchor.
-        first: The first of those that are decoded together with new ones: a tokenizer may write a token otherwise behind another.
-        done: Those before it are text already.
-        held: Text and exits that are kept back, since a stop word may begin there.
+        ids: Tokens of the anchor, then the new ones.
+        first: Index of the first token that is decoded again with new ones: a tokenizer may write a
+            token differently after another.
+        done: Number of tokens whose text is complete.
+        held: (text, exit) of tokens that are not yielded yet: a stop sequence may start there.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -63,16 +65,18 @@ class _Row:
 
 
 class TextGenerator:
-    """A model that writes.
+    """A model with its tokenizer that continues texts and answers conversations.
 
     Args:
         network: The model.
-        tokenizer: Its own.
-        draft: Another model that drafts, if any.
-        form: In which conversations are written; by default contents one below the other, as before version 0.7.
+        tokenizer: The model's tokenizer.
+        draft: Another model that drafts; None without one.
+        form: The form of conversations; by default the messages' contents, one per line, as before
+            version 0.7.
 
     Raises:
-        DataError: The model's end tokens are no tokens of it, or its tokenizer belongs to another model.
+        DataError: An end token is not in the model's vocabulary, or the tokenizer belongs to
+            another model.
     """
 
     def __init__(
@@ -80,41 +84,45 @@ class TextGenerator:
         network: Network,
         tokenizer: Tokenizer,
         draft: Network | None = None,
-        form: ModelForm | None = None,
+        form: GenerationDefaults | None = None,
     ):
         self.network, self.tokenizer, self.draft = network, tokenizer, draft
-        self.form = form = form or ModelForm()
+        self.form = form = form or GenerationDefaults()
         self.end_ids = form.end_ids_of(network.model, tokenizer)
         line = surplus_line(tokenizer, network.vocab_size, "--tokenizer")
         self.notes = tokenizer.notes if line is None else (*tokenizer.notes, line)
 
     def draft_for(self, strategy: Strategy | type[Strategy] | None) -> Network | None:
-        """Return the other model that drafts; None for ways, or kinds of them, that draft nothing."""
+        """Return the other model that drafts; None for strategies that draft nothing."""
         kind = strategy if isinstance(strategy, type) else type(strategy)
         return self.draft if issubclass(kind, SPECULATIVE) else None
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of a prompt, with what the tokenizer puts before texts; of an empty one that alone.
+        """Return the tokens of a prompt with the tokenizer's prefix; for an empty prompt, bos.
 
         Raises:
-            DataError: Nothing is left.
+            DataError: The prompt is empty, and the tokenizer has no bos.
         """
         ids = self.tokenizer.encode_prompt(text)
         if not ids and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id]
         if not ids:
             raise DataError(
-                "prompt: it is empty, and the tokenizer puts nothing before a text. Write something."
+                "prompt: it is empty, and the tokenizer puts nothing before a text. Write a prompt."
             )
         return ids
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
     ) -> list[int]:
-        """Return the tokens of a conversation [{"role": ..., "content": ...}] up to where the assistant answers.
+        """Return the tokens of a conversation up to where the assistant's answer starts.
+
+        Args:
+            messages: The conversation, [{"role": ..., "content": ...}].
+            tools: Tools for the chat template.
 
         Raises:
-            DataError: The form does not take these messages.
+            DataError: The form does not accept these messages.
         """
         form = self.form.prompt_form
         if form is None or not form.is_conversation:
@@ -129,9 +137,17 @@ class TextGenerator:
         max_new_tokens: int = 128,
         stop: Sequence[str] = (),
     ) -> Iterator[StreamedText]:
-        """Yield what comes to each text; stop words are left out. The draft model is left alone by ways that draft nothing.
+        """Yield the continuations of prompts as they are generated, without stop sequences.
 
-        Errors as for ``generate.stream``.
+        Args:
+            prompts: Tokens of each prompt.
+            strategy: The decoding strategy; `Full` by default.
+            sampling: How tokens are chosen; greedy by default.
+            max_new_tokens: Maximum number of new tokens of a text.
+            stop: Stop sequences.
+
+        Raises:
+            SettingsError, DataError, MemoryExhaustedError: See ``generate.stream``.
         """
         anchor = self.tokenizer.encode_batch([ANCHOR])[0]
         rows = [self._begin(prompt, anchor) for prompt in prompts]
@@ -145,11 +161,11 @@ class TextGenerator:
             self.network, prompts, strategy, sampling, limits, self.draft_for(strategy)
         ):
             row = rows[added.row]
-            for place, (token, depth) in enumerate(zip(added.tokens, added.depths, strict=True), 1):
+            for count, (token, depth) in enumerate(zip(added.tokens, added.depths, strict=True), 1):
                 if token not in self.end_ids:
                     row.ids.append(token)
-                # half a character is shown as such only where nothing comes that could make it whole
-                text = self._new_text(row, added.finish is not None and place == len(added.tokens))
+                # an incomplete character is shown only at the end, where no token can complete it
+                text = self._new_text(row, added.finish is not None and count == len(added.tokens))
                 if text or token not in self.end_ids:
                     row.held.append((text, depth))
             yield StreamedText(
@@ -157,12 +173,12 @@ class TextGenerator:
             )
 
     def _begin(self, prompt: Sequence[int], anchor: list[int]) -> _Row:
-        """Return a row without new text, which stands behind the anchor if it stands behind any text."""
+        """Return a row without new text; it starts with the anchor if the prompt has any text."""
         is_bare = self.tokenizer.special_ids.issuperset(prompt)
         return _Row() if is_bare else _Row(list(anchor), 0, len(anchor))
 
     def _new_text(self, row: _Row, is_over: bool) -> str:
-        """Return the text that the newest token brings."""
+        """Return the text that the newest token adds."""
         before = self.tokenizer.decode(row.ids[row.first : row.done])
         whole = self.tokenizer.decode(row.ids[row.first :])
         if (whole.endswith(BROKEN) and not is_over) or len(whole) <= len(before):
@@ -171,30 +187,23 @@ class TextGenerator:
         return whole[len(before) :]
 
     def _release(self, row: _Row, stop: Sequence[str], finish: str | None) -> list[tuple[str, int]]:
-        """Return the held text without what may be the beginning of a stop word, and without a whole one."""
+        """Return the held text up to a stop sequence, or up to what may be the start of one."""
         text = "".join(part for part, _ in row.held)
+        end = len(text)
         if finish == "stop":
-            # a tokenizer may write the last tokens otherwise than all of them: then nothing is cut off
-            sure = min(
-                (place for word in stop if (place := text.find(word)) >= 0), default=len(text)
+            # a tokenizer may decode the last tokens differently from all: then no stop is in text
+            starts = (start for one in stop if (start := text.find(one)) >= 0)
+            end = min(starts, default=end)
+        elif finish is None:
+            sizes = (
+                size for one in stop for size in range(1, len(one)) if text.endswith(one[:size])
             )
-        elif finish is None and stop:
-            sure = len(text) - max(
-                (
-                    size
-                    for word in stop
-                    for size in range(1, len(word))
-                    if text.endswith(word[:size])
-                ),
-                default=0,
-            )
-        else:
-            sure = len(text)
-        parts, row.held, place = row.held, [], 0
+            end -= max(sizes, default=0)
+        parts, row.held, start = row.held, [], 0
         released = []
         for part, depth in parts:
-            kept = part[: max(0, sure - place)]
-            place += len(part)
+            kept = part[: max(0, end - start)]
+            start += len(part)
             if kept or not part:
                 released.append((kept, depth))
             if finish is None and kept != part:
@@ -202,7 +211,7 @@ class TextGenerator:
         return released
 
 
-def open_writer(
+def open_text_generator(
     directory: Path,
     draft: Path | None = None,
     depths: Sequence[int] | None = None,
@@ -211,53 +220,50 @@ def open_writer(
     device: str = "cpu",
     prompt_template: str | None = None,
 ) -> TextGenerator:
-    """Return the model of a Hugging Face directory, or of a checkpoint, ready to write.
+    """Load a text generator from a Hugging Face directory or a checkpoint.
 
     Args:
-        directory: The model's.
-        draft: Of another model that drafts.
-        depths: Exits to use instead of those the directory names.
-        tokenizer: A directory or sentencepiece file, where the model has none.
-        dtype: Kind of numbers.
-        device: Where to.
-        prompt_template: Form of conversations, instead of the one the model was trained in.
+        directory: Directory of the model.
+        draft: Directory of another model that drafts; None without one.
+        depths: Exits to use instead of those that the directory names.
+        tokenizer: Directory or sentencepiece file, for a model without tokenizer.
+        dtype: Data type of the weights.
+        device: Device of the weights.
+        prompt_template: Form of conversations instead of the one the model was trained in.
 
     Raises:
         CheckpointError, SettingsError, DataError: A directory, tokenizer or form cannot be used.
     """
-    place = open_model_directory(directory)
-    words = open_tokenizer(place, tokenizer)
-    form = form_of_model(place, words, prompt_template)
-    network = load_network(place, depths, dtype, device)
+    opened = as_hugging_face_directory(directory)
+    own = open_tokenizer(opened, tokenizer)
+    form = generation_defaults_of(opened, own, prompt_template)
+    network = load_network(opened, depths, dtype, device)
     form.check_rows(network.vocab_size)
-    other = (
-        None
-        if draft is None
-        else open_draft(open_model_directory(draft), network, words, tokenizer)
-    )
-    return TextGenerator(network, words, other, form)
+    drafter = draft and open_draft(as_hugging_face_directory(draft), network, own, tokenizer)
+    return TextGenerator(network, own, drafter, form)
 
 
 def open_draft(
     directory: Path, network: Network, tokenizer: Tokenizer, option: Path | None = None
 ) -> Network:
-    """Return a model that can draft for the network: of the same tokenizer. Vocabularies filled up to other sizes are made alike.
+    """Load a model with the same tokenizer that drafts for another one.
+
+    Where the two vocabularies are padded to different sizes, the draft model is resized.
 
     Args:
-        directory: The draft model's.
+        directory: Directory of the draft model.
         network: The model that it drafts for.
-        tokenizer: Of the network.
-        option: Tokenizer of both, where directories have none.
+        tokenizer: Tokenizer of ``network``.
+        option: Tokenizer of both, for directories without one.
 
     Raises:
-        SettingsError: Its tokenizer gives other numbers.
+        SettingsError: The tokenizers give tokens different numbers.
     """
     draft = load_network(directory, None, network.dtype, network.device)
     own = open_tokenizer(directory, option)
     if own.vocabulary() != tokenizer.vocabulary():
         raise SettingsError(
-            f"draft model: its tokenizer ({own.vocab_size} tokens) gives other numbers than the model's "
-            f"({tokenizer.vocab_size}). "
-            "Draft with a model of the same vocabulary."
+            f"draft model: its tokenizer ({own.vocab_size} tokens) gives other numbers than the "
+            f"model's ({tokenizer.vocab_size}). Draft with a model of the same vocabulary."
         )
     return draft if draft.vocab_size == network.vocab_size else draft.resized(network.vocab_size)

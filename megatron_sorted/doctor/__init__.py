@@ -1,1 +1,1 @@
-"""Looks at a machine, and at the nodes of a job, and says what will not work there."""
+"""Checks of a machine, or of the nodes of a job: what will not work there, and the remedy."""

@@ -1,4 +1,4 @@
-"""What a check says: a name, a value, a verdict, and the remedy where something is wrong."""
+"""Findings: what a check saw, its verdict, and the remedy where something is wrong."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ class Finding:
     """One line of the table.
 
     Attributes:
-        name: What was looked at; few words.
-        value: What was seen.
+        name: The subject of the check, in few words.
+        value: The observed state.
         verdict: OK; WARN: it works, but slowly, unsafely or not for long; FAIL: it will not work.
-        remedy: What to do about it; empty with OK.
+        remedy: The action to take; empty with OK.
     """
 
     name: str
@@ -24,31 +24,36 @@ class Finding:
     remedy: str = ""
 
 
-def fine(name: str, value: object) -> Finding:
-    """Return a finding that nothing need be done about."""
+def ok(name: str, value: object) -> Finding:
+    """Return a finding that needs no action."""
     return Finding(name, str(value))
 
 
-def doubtful(name: str, value: object, remedy: str) -> Finding:
-    """Return a finding that works, but slowly, unsafely or not for long."""
+def warn(name: str, value: object, remedy: str) -> Finding:
+    """Return a finding for what works, but slowly, unsafely or not for long."""
     return Finding(name, str(value), WARN, remedy)
 
 
-def broken(name: str, value: object, remedy: str) -> Finding:
-    """Return a finding that will not work."""
+def fail(name: str, value: object, remedy: str) -> Finding:
+    """Return a finding for what will not work."""
     return Finding(name, str(value), FAIL, remedy)
 
 
 def worst(findings: Iterable[Finding]) -> str:
-    """Return the worst verdict among them."""
+    """Return the worst verdict among findings; OK if there are none."""
     return max((finding.verdict for finding in findings), key=VERDICTS.index, default=OK)
 
 
-def some(words: Sequence[str], most: int) -> str:
-    """Return the first ``most`` words of a list, and how many more there are."""
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+def first_of(items: Sequence[str], most: int) -> str:
+    """Join the first ``most`` items, and append the number of further ones.
+
+    >>> first_of(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    more = len(items) - most
+    return ", ".join(items[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def gibibytes(number: float) -> str:
-    """Return a number of bytes for people, in MiB below one GiB."""
+def format_bytes(number: float) -> str:
+    """Format a number of bytes in GiB, or in MiB below one GiB."""
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""All that can be found out on one host without another one."""
+"""The checks of one host, which need no other host."""
 
 import importlib.machinery
 import os
@@ -8,13 +8,11 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_sorted.doctor import disks, interfaces, limits, packages, run_file
-from megatron_sorted.doctor.devices import variables
+from megatron_sorted.doctor import addresses, disks, limits, packages, run_file
 from megatron_sorted.doctor.devices.local import Check, LocalDevices, read_devices
-from megatron_sorted.doctor.devices.names import OPTIONAL
-from megatron_sorted.doctor.finding import Finding, broken, doubtful
+from megatron_sorted.doctor.devices.names import PROBED
+from megatron_sorted.doctor.finding import Finding, fail, ok, warn
 from megatron_sorted.doctor.probes import Probe, probe_all, training_path
 from megatron_sorted.platform import versions
 from megatron_sorted.platform.processes import World
@@ -25,14 +23,14 @@ OLDEST_TORCH = (2, 6)
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What the doctor is asked about.
+    """The host, job and run to check.
 
     Attributes:
         environment: The process's environment.
         world: The job this process is part of.
         device: ``--device``.
         run: YAML file of a run, if any.
-        folder: Where to try the disk; None: --save of the run, else here.
+        folder: The folder to measure; None: --save of the run, else the current one.
         world_size: ``--world-size``, if given.
     """
 
@@ -45,193 +43,117 @@ class DoctorOptions:
 
 
 def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """Return a check's findings; a check that fails itself is a finding, so that the others still speak."""
+    """Return a check's findings; a check that raises is a finding, so that the others still run."""
     try:
         return check()
     except Exception as error:
-        return [
-            doubtful(
-                name,
-                f"could not be looked at: {type(error).__name__}: {error}",
-                "Please report this.",
-            )
-        ]
+        value = f"could not be checked: {type(error).__name__}: {error}"
+        return [warn(name, value, "Please report this.")]
 
 
-def optional_libraries(path: list[str]) -> list[str]:
-    """Return those libraries that megatron-core or torch import where they are installed, and that are."""
-    return [
-        name
-        for name in OPTIONAL
-        if importlib.machinery.PathFinder.find_spec(name, path) is not None
-    ]
-
-
-def look_around(question: DoctorOptions) -> list[Finding]:
-    """Return everything found on this host, in the order of the table."""
-    environment, num_nodes, path = question.environment, question.world.num_nodes, training_path()
-    probes = probe_all(optional_libraries(path), environment, IMPORT_SECONDS)
+def check_host(options: DoctorOptions) -> list[Finding]:
+    """Check this host; return all findings in the order of the table."""
+    environment, world, path = options.environment, options.world, training_path()
     installed = packages.installed_versions(path)
+    libraries = [name for name in PROBED if importlib.machinery.PathFinder.find_spec(name, path)]
+    probes = probe_all(libraries, environment, IMPORT_SECONDS)
     devices = read_devices(probes, environment)
-    adapters = (
-        sorted(os.listdir("/sys/class/infiniband"))
-        if os.path.isdir("/sys/class/infiniband")
-        else []
-    )
-    has_device = devices.present or bool(adapters)
-    version, container = sys.version_info[:3], limits.read_container(Path("/sys/fs/cgroup"))
-    named = variables.interfaces_named(environment)
+    nodes = world.num_nodes
     host, master = socket.gethostname(), environment.get("MASTER_ADDR")
+    # fmt: off
     checks: list[Check] = [
-        ("python", lambda: packages.check_python(version, sys.executable, sys.prefix, environment)),
-        ("PYTHONPATH", lambda: packages.check_python_path(environment, version)),
+        ("python", lambda: packages.check_python(sys.version_info, sys.executable)),
         ("packages", lambda: packages.check_required(installed)),
-        ("torch", lambda: check_torch(probes)),
+        ("torch", lambda: check_torch(probes["torch"])),
         ("megatron-core", lambda: check_megatron(probes, path)),
-        (
-            "megatron_sorted",
-            lambda: packages.check_own_copies(
-                packages.copies_of("megatron_sorted", "megatron_sorted", path)
-            ),
-        ),
-        *devices.checks(device_of(question), installed, environment),
-        (
-            "ports",
-            lambda: variables.check_ports(
-                environment, bool(devices.npus.device_files), *interfaces.read_ports()
-            ),
-        ),
-        (
-            "interfaces",
-            lambda: interfaces.check_interfaces(interfaces.read_interfaces(), named, num_nodes),
-        ),
-        (
-            "host name",
-            lambda: interfaces.check_host_name(
-                host, interfaces.addresses_of(host), num_nodes, named
-            ),
-        ),
-        (
-            "MASTER_ADDR",
-            lambda: interfaces.check_master(
-                master, interfaces.addresses_of(master or ""), num_nodes
-            ),
-        ),
-        ("adapters", lambda: variables.check_adapters(environment, adapters, num_nodes)),
-        ("limits", lambda: limits.check_limits(*limits.read_limits(), has_device)),
-        ("/dev/shm", lambda: limits.check_shared_memory(*limits.read_shared_memory(), has_device)),
-        ("memory", lambda: limits.check_memory(*limits.read_memory(), container)),
-        (
-            "CPU cores",
-            lambda: limits.check_processors(container, environment, question.world.local_size),
-        ),
-        ("run folder", lambda: check_folder(question)),
+        ("megatron_sorted", lambda: packages.check_own_copies(
+            packages.copies_of("megatron_sorted", "megatron_sorted", path))),
+        *devices.checks(device_of(options), installed, environment),
+        ("host name", lambda: addresses.check_host_name(
+            host, addresses.addresses_of(host), nodes, "GLOO_SOCKET_IFNAME" in environment)),
+        ("MASTER_ADDR", lambda: addresses.check_master(
+            master, environment.get("MASTER_PORT"), addresses.addresses_of(master or ""), nodes)),
+        ("/dev/shm", lambda: limits.check_shared_memory(
+            *limits.read_shared_memory(), devices.present)),
+        ("CPU cores", lambda: limits.check_cores(
+            len(os.sched_getaffinity(0)), os.cpu_count() or 1, world.local_size)),
+        ("run folder", lambda: check_folder(options)),
     ]
-    if question.run is not None:
-        checks.append(("run file", lambda: check_run_file(question, devices)))
+    # fmt: on
+    if options.run is not None:
+        checks.append(("run file", lambda: check_run_file(options, devices)))
     return [finding for name, check in checks for finding in _guarded(name, check)]
 
 
-def check_torch(probes: Mapping[str, Probe]) -> list[Finding]:
-    """Check that torch can be imported, and say what else is to blame if it cannot."""
-    probe = probes["torch"]
+def check_torch(probe: Probe) -> list[Finding]:
+    """Check that torch can be imported, is new enough and can communicate."""
     if probe.facts is None:
-        alone = probes.get("torch alone", Probe())
-        if alone.facts is not None:
-            return [
-                broken(
-                    "torch",
-                    f"{alone.facts['version']}, but import torch fails: a backend that loads itself fails ({probe.error})",
-                    "Mend or remove that backend (see its line), or export TORCH_DEVICE_BACKEND_AUTOLOAD=0.",
-                )
-            ]
         if "No module named 'torch'" in probe.error:
-            return [
-                broken(
-                    "torch",
-                    "not installed",
-                    "pip install torch, of the build for this device (pytorch.org/get-started).",
-                )
-            ]
-        return [broken("torch", probe.error, "Install torch anew, in an environment of its own.")]
-    facts = probe.facts
-    shown = f"{facts['version']} in {Path(facts['file']).parent}"
-    if packages.numbers_of(facts["version"]) < OLDEST_TORCH:
-        return [broken("torch", shown, f"pip install 'torch>={versions.shown(OLDEST_TORCH)}'.")]
-    if not facts["distributed"] or not facts["gloo"]:
-        return [
-            broken(
-                "torch",
-                f"{shown}: built without {'gloo' if facts['distributed'] else 'torch.distributed'}",
-                "Install torch from pytorch.org.",
-            )
-        ]
-    return [Finding("torch", shown)]
+            remedy = "pip install torch, of the build for this device (pytorch.org/get-started)."
+            return [fail("torch", "not installed", remedy)]
+        return [fail("torch", probe.error, "Reinstall torch, in an environment of its own.")]
+    version = probe.facts["version"]
+    shown = f"{version} in {Path(probe.facts['file']).parent}"
+    if packages.version_numbers(version) < OLDEST_TORCH:
+        return [fail("torch", shown, f"pip install 'torch>={versions.shown(OLDEST_TORCH)}'.")]
+    if not probe.facts["gloo"]:
+        value = f"{shown}: built without torch.distributed's gloo"
+        return [fail("torch", value, "Install torch from pytorch.org.")]
+    return [ok("torch", shown)]
 
 
 def check_megatron(probes: Mapping[str, Probe], path: list[str]) -> list[Finding]:
-    """Check that one megatron-core can be imported, of a version that training runs on."""
+    """Check that one megatron-core, of a supported version, can be imported."""
     copies = packages.copies_of("megatron/core", "megatron-core", path)
-    found = packages.check_megatron_copies(copies)
+    findings = packages.check_megatron_copies(copies)
     if copies and probes["megatron"].facts is None and probes["torch"].facts is not None:
-        found.append(
-            broken(
-                "import megatron.core",
-                probes["megatron"].error,
-                "Mend what it names; Apex and Transformer Engine have lines of their own.",
-            )
+        remedy = (
+            "Reinstall what it names, or uninstall it: Apex and Transformer Engine are optional."
         )
-    return found
+        findings.append(fail("import megatron.core", probes["megatron"].error, remedy))
+    return findings
 
 
-def device_of(question: DoctorOptions) -> str:
-    """Return the device that is asked for: ``--device``, or where that is "auto" the run's."""
-    if question.device == "auto" and question.run is not None:
-        settings, _ = run_file.load_run(question.run)
+def device_of(options: DoctorOptions) -> str:
+    """Return the requested device: ``--device``, or the run's where that is "auto"."""
+    if options.device == "auto" and options.run is not None:
+        settings, _ = run_file.load_run(options.run)
         return settings.device if settings is not None else "auto"
-    return question.device
+    return options.device
 
 
-def folder_of(question: DoctorOptions) -> Path:
-    """Return the folder the run writes to: as asked, else --save of the run, else the current one."""
-    if question.folder is None and question.run is not None:
-        settings, _ = run_file.load_run(question.run)
+def folder_of(options: DoctorOptions) -> Path:
+    """Return the folder to measure: ``--folder``, else --save of the run, else the current one."""
+    if options.folder is None and options.run is not None:
+        settings, _ = run_file.load_run(options.run)
         if settings is not None and settings.save:
             return Path(settings.save)
-    return question.folder or Path()
+    return options.folder or Path()
 
 
-def check_folder(question: DoctorOptions) -> list[Finding]:
-    """Check the folder the run writes to."""
-    folder = disks.existing_folder(folder_of(question))
-    kind = disks.file_system_of(folder.resolve(), Path("/proc/self/mountinfo").read_text())
-    return disks.check_disk(
-        folder, kind, disks.try_disk(folder, DISK_SECONDS), question.world.num_nodes
-    )
+def check_folder(options: DoctorOptions) -> list[Finding]:
+    """Check the folder that the run writes to."""
+    folder = disks.existing_folder(folder_of(options))
+    mounts = Path("/proc/self/mountinfo").read_text()
+    file_system = disks.file_system_of(folder.resolve(), mounts)
+    return disks.check_disk(folder, file_system, disks.measure_disk(folder, DISK_SECONDS))
 
 
-def check_run_file(question: DoctorOptions, devices: LocalDevices) -> list[Finding]:
-    """Check that the run of a YAML file can be started here."""
-    settings, found = run_file.load_run(question.run)
+def check_run_file(options: DoctorOptions, devices: LocalDevices) -> list[Finding]:
+    """Check that the run of a YAML file can start on this host."""
+    settings, findings = run_file.load_run(options.run)
     if settings is None:
-        return found
-    environment, world, device = (
-        question.environment,
-        question.world,
-        devices.chosen(device_of(question)),
-    )
-    num_devices = devices.count(device, environment)
+        return findings
+    world, device = options.world, devices.chosen(device_of(options))
+    num_devices = len(devices.names.get(device, []))
     of_job = world.size if world.size > 1 else None
-    size = run_file.wanted_processes(settings, question.world_size, of_job, num_devices)
-    site = run_file.Site(
-        device, num_devices, devices.has_bf16(device), size, world.local_size if of_job else None
-    )
-    found = run_file.check_run(settings, site)
-    found += variables.check_waits(environment, device, 60 * settings.distributed_timeout_minutes)
-    needed: Any = run_file.checkpoint_bytes(settings) if settings.save else None
-    if needed is not None:
+    size = run_file.num_processes(settings, options.world_size, of_job, num_devices)
+    local = world.local_size if of_job else None
+    site = run_file.Site(device, num_devices, devices.has_bf16(device), size, local)
+    findings = run_file.check_run(settings, site)
+    checkpoint_bytes = run_file.checkpoint_bytes(settings) if settings.save else None
+    if checkpoint_bytes is not None:
         folder = disks.existing_folder(Path(settings.save))
-        found += disks.check_space(
-            folder, shutil.disk_usage(folder).free, needed, settings.save_retain
-        )
-    return found
+        free = shutil.disk_usage(folder).free
+        findings += disks.check_space(folder, free, checkpoint_bytes, settings.save_retain)
+    return findings

@@ -1,4 +1,4 @@
-"""Python, and which copies of a package it could take: the one that is imported is not always the one that was installed."""
+"""Python and its packages: versions, and the copies of a package that Python could import."""
 
 import importlib.metadata
 import json
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from megatron_sorted.doctor.finding import Finding, broken, doubtful, fine
+from megatron_sorted.doctor.finding import Finding, fail, ok, warn
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform import versions
 
 OLDEST_PYTHON = (3, 10)
-# what training imports, and the oldest version that will do
 REQUIRED = {
     "numpy": (),
     "pydantic": (2,),
@@ -22,17 +21,18 @@ REQUIRED = {
     "safetensors": (),
     "psutil": (),
 }
+"""Packages that training imports -> the oldest version."""
 WHY = {"psutil": "; without it megatron's checkpoint writer hangs for ever"}
 
 
 @dataclass(frozen=True)
 class InstalledCopy:
-    """A package found in a folder.
+    """A copy of a package.
 
     Attributes:
-        folder: Entry of the path, or the checkout an editable installation points to.
-        version: What the files or the installation say; "unknown" if they do not.
-        editable: Whether it is an editable installation that is not on the path itself.
+        folder: The entry of the path, or the checkout of an editable installation.
+        version: The version from its files or its installation; "unknown" without one.
+        editable: Whether it is an editable installation that is not itself on the path.
     """
 
     folder: str
@@ -43,189 +43,128 @@ class InstalledCopy:
         return f"{self.version} in {self.folder}" + (" (editable)" if self.editable else "")
 
 
-def numbers_of(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version: (2, 13, 0) of "2.13.0+cpu"."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found.group().split("."))) if found else ()
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version.
+
+    >>> version_numbers("2.13.0+cpu")
+    (2, 13, 0)
+    """
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match.group().split("."))) if match else ()
 
 
-def check_python(
-    version: Sequence[int], executable: str, prefix: str, environment: Mapping[str, str]
-) -> list[Finding]:
-    """Return whether this is a Python that will do, and the one that is meant."""
-    shown = f"{'.'.join(map(str, version[:3]))}, {executable}"
+def check_python(version: Sequence[int], executable: str) -> list[Finding]:
+    """Check that this Python is new enough."""
+    shown = f"{versions.shown(tuple(version[:3]))}, {executable}"
     if tuple(version[:2]) < OLDEST_PYTHON:
-        oldest = ".".join(map(str, OLDEST_PYTHON))
-        return [broken("python", shown, f"Use Python {oldest} or newer.")]
-    active = environment.get("VIRTUAL_ENV")
-    if active and Path(active).resolve() != Path(prefix).resolve():
-        return [
-            doubtful(
-                "python",
-                f"{shown}; VIRTUAL_ENV is {active}",
-                f"Start {active}/bin/python, or deactivate that environment: packages installed there are not seen.",
-            )
-        ]
-    return [fine("python", shown)]
-
-
-def check_python_path(environment: Mapping[str, str], version: Sequence[int]) -> list[Finding]:
-    """Check that the entries of PYTHONPATH exist and are for this Python."""
-    entries = [entry for entry in environment.get("PYTHONPATH", "").split(":") if entry]
-    missing = [entry for entry in entries if not Path(entry).exists()]
-    foreign = [
-        entry
-        for entry in entries
-        if (other := re.search(r"python(\d+)\.(\d+)", entry))
-        and tuple(map(int, other.groups())) != tuple(version[:2])
-    ]
-    if foreign:
-        return [
-            broken(
-                "PYTHONPATH",
-                f"{foreign[0]} holds packages of another Python",
-                "Take it out of PYTHONPATH.",
-            )
-        ]
-    if missing:
-        return [
-            doubtful(
-                "PYTHONPATH",
-                f"{missing[0]} does not exist on this host",
-                "Mend or remove the entry.",
-            )
-        ]
-    return [fine("PYTHONPATH", ":".join(entries))] if entries else []
+        return [fail("python", shown, f"Use Python {versions.shown(OLDEST_PYTHON)} or newer.")]
+    return [ok("python", shown)]
 
 
 def version_in(folder: Path) -> str:
-    """Return the version that a package's own files say, without importing it."""
-    for name in ("package_info.py", "__init__.py", "version.py", "_version.py"):
-        text = (
-            (folder / name).read_text(encoding="utf-8", errors="replace")
-            if (folder / name).is_file()
-            else ""
-        )
-        parts = [
-            re.search(rf"^{part} = (\d+)", text, re.MULTILINE)
-            for part in ("MAJOR", "MINOR", "PATCH")
-        ]
-        if all(parts):
-            return ".".join(part.group(1) for part in parts)
-        if said := re.search(r"^__version__ = ['\"]([^'\"]+)", text, re.MULTILINE):
-            return said.group(1)
+    """Return the version in a package's own files, without importing it."""
+    for path in (folder / "package_info.py", folder / "__init__.py"):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        numbers = re.findall(r"^(?:MAJOR|MINOR|PATCH) = (\d+)", text, re.MULTILINE)
+        written = re.findall(r"^__version__ = ['\"]([^'\"]+)", text, re.MULTILINE)
+        if len(numbers) == 3 or written:
+            return ".".join(numbers) or written[0]
     return "unknown"
 
 
 def copies_of(package: str, distribution: str, path: Sequence[str]) -> list[InstalledCopy]:
-    """Return all copies of a package that Python could take, the one it takes first.
+    """Return all copies of a package that Python could import, starting with the one it imports.
 
     Args:
-        package: Folder below an entry of the path, with slashes: "megatron/core".
-        distribution: What it is installed as.
+        package: The package's folder below an entry of the path: "megatron/core".
+        distribution: The name under which it is installed.
         path: Folders, as in ``sys.path``.
     """
-    folders: dict[Path, InstalledCopy] = {}
-    for entry in path:
-        place = Path(entry or ".") / package
+    copies: dict[Path, InstalledCopy] = {}
+
+    def add(folder: Path, version: str = "", editable: bool = False) -> None:
+        place = folder / package
         if (place / "__init__.py").is_file():
-            folders.setdefault(
-                place.resolve(), InstalledCopy(str(Path(entry or ".").resolve()), version_in(place))
-            )
+            copy = InstalledCopy(str(folder), version or version_in(place), editable)
+            copies.setdefault(place.resolve(), copy)
+
+    for entry in path:
+        add(Path(entry or ".").resolve())
     for installed in importlib.metadata.distributions(name=distribution, path=list(path)):
         origin = json.loads(installed.read_text("direct_url.json") or "{}")
         if origin.get("dir_info", {}).get("editable"):
             root = Path(unquote(urlparse(origin["url"]).path))
             for folder in (root, root / "src"):
-                place = folder / package
-                if (place / "__init__.py").is_file():
-                    folders.setdefault(
-                        place.resolve(),
-                        InstalledCopy(str(folder), installed.version, editable=True),
-                    )
-    return list(folders.values())
+                add(folder, installed.version, editable=True)
+    return list(copies.values())
 
 
 def check_megatron_copies(copies: Sequence[InstalledCopy]) -> list[Finding]:
-    """Return whether there is one copy of megatron-core, of a version that training accepts.
+    """Check that there is one copy of megatron-core, of a supported version.
 
     Args:
-        copies: The one Python takes first.
+        copies: All copies, the one that Python imports first.
     """
     name = "megatron-core"
     if not copies:
-        return [broken(name, "not found", versions.INSTALL)]
+        return [fail(name, "not found", versions.INSTALL)]
     first, *others = copies
-    remedy = f"Take {first.folder} out of PYTHONPATH, or pip uninstall what put it on the path"
-    shown = (
-        f"{len(copies)} copies; taken: {first}; also: {'; '.join(map(str, others))}"
-        if others
-        else str(first)
-    )
+    remove = f"Take {first.folder} out of PYTHONPATH, or pip uninstall what put it on the path"
+    shown = str(first)
+    if others:
+        shown = f"{len(copies)} copies; taken: {first}; also: {'; '.join(map(str, others))}"
     try:
         versions.check_megatron_version(first.version)
     except PlatformError:
-        return [broken(name, shown, f"{versions.INSTALL}; {remedy}, if it is a checkout.")]
+        return [fail(name, shown, f"{versions.INSTALL}; {remove}, if it is a checkout.")]
     if others:
-        return [
-            doubtful(
-                name,
-                shown,
-                f"Keep one: which is taken depends on the folder and way a program is started. {remedy} "
-                f"or remove {others[0].folder}.",
-            )
-        ]
+        remedy = (
+            "Keep one: the folder and command of a program decide which it imports. "
+            f"{remove} or remove {others[0].folder}."
+        )
+        return [warn(name, shown, remedy)]
     if not versions.can_do_all(first.version):
-        return [
-            doubtful(
-                name,
-                shown,
-                f"Training runs on it, without what needs {versions.shown(versions.ALL)}: {versions.INSTALL}.",
-            )
-        ]
-    return [fine(name, first)]
+        oldest = versions.shown(versions.ALL)
+        remedy = f"Training runs on it, without what needs {oldest}: {versions.INSTALL}."
+        return [warn(name, shown, remedy)]
+    return [ok(name, first)]
 
 
 def check_own_copies(copies: Sequence[InstalledCopy]) -> list[Finding]:
-    """Return whether this project's package is the only one of its kind, the checkout's own being first."""
+    """Check that there is one copy of this project's package."""
     first, *others = copies
-    if others:
-        return [
-            doubtful(
-                "megatron_sorted",
-                f"taken: {first}; also: {'; '.join(map(str, others))}",
-                f"pip install -e {first.folder}: programs outside its folder take the other one.",
-            )
-        ]
-    return [fine("megatron_sorted", first)]
+    if not others:
+        return [ok("megatron_sorted", first)]
+    shown = f"taken: {first}; also: {'; '.join(map(str, others))}"
+    remedy = f"pip install -e {first.folder}: programs outside its folder import the other one."
+    return [warn("megatron_sorted", shown, remedy)]
 
 
-def check_required(versions: Mapping[str, str]) -> list[Finding]:
-    """Return whether the packages that training imports are installed.
+def check_required(installed: Mapping[str, str]) -> list[Finding]:
+    """Check that the packages that training imports are installed.
 
     Args:
-        versions: Versions of installed distributions, by name in small letters.
+        installed: Versions of installed distributions, by name in lower case.
     """
     wrong = []
     for name, oldest in REQUIRED.items():
-        version = versions.get(name.lower())
+        version = installed.get(name.lower())
         if version is None:
-            wrong.append(broken(name, f"not installed{WHY.get(name, '')}", f"pip install {name}"))
-        elif numbers_of(version) < oldest:
-            wrong.append(
-                broken(name, version, f"pip install '{name}>={'.'.join(map(str, oldest))}'")
-            )
-    shown = ", ".join(
-        f"{name} {versions[name.lower()]}" for name in REQUIRED if name.lower() in versions
-    )
-    return wrong or [fine("packages", shown)]
+            wrong.append(fail(name, f"not installed{WHY.get(name, '')}", f"pip install {name}"))
+        elif version_numbers(version) < oldest:
+            remedy = f"pip install '{name}>={versions.shown(oldest)}'"
+            wrong.append(fail(name, version, remedy))
+    shown = ", ".join(f"{name} {installed.get(name.lower())}" for name in REQUIRED)
+    return wrong or [ok("packages", shown)]
 
 
 def installed_versions(path: Sequence[str]) -> dict[str, str]:
-    """Return the version of every installed distribution by its name in small letters; the first on the path counts."""
-    versions: dict[str, str] = {}
-    for installed in importlib.metadata.distributions(path=list(path)):
-        name = installed.metadata["Name"]
-        if name:
-            versions.setdefault(name.lower(), installed.version)
-    return versions
+    """Return the version of every installed distribution by its name in lower case.
+
+    Of several with one name, the first on the path counts.
+    """
+    installed: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions(path=list(path)):
+        if name := distribution.metadata["Name"]:
+            installed.setdefault(name.lower(), distribution.version)
+    return installed

@@ -1,4 +1,4 @@
-"""Imports libraries in processes of their own: one that fails, crashes or hangs is a finding and not the doctor's end."""
+"""Imports of libraries in processes of their own: one that fails, crashes or hangs is a finding."""
 
 import json
 import signal
@@ -6,16 +6,16 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from megatron_sorted.command_line import IS_CHECKOUT, ROOT, own_module
+from megatron_sorted.installation import IS_CHECKOUT, ROOT, own_module
 
 
 def training_path() -> list[str]:
     """Return the folders from which a training run imports.
 
-    The folder of a checkout comes first, as Python puts that of ``pretrain_sorted.py`` there; an installed package stands where
+    A checkout's folder comes first, as for ``pretrain_sorted.py``; an installed package stays where
     it is on the path.
     """
     path = sys.path[1:]
@@ -24,27 +24,30 @@ def training_path() -> list[str]:
 
 @dataclass(frozen=True)
 class Probe:
-    """What became of an import.
+    """The result of importing a library.
 
     Attributes:
-        facts: What the library said; None if it could not be imported.
-        errors: The error and those that caused it, outermost first; none if it was imported.
+        facts: Facts about the library; None if it could not be imported.
+        errors: The error and its causes, outermost first; none if it was imported.
     """
 
     facts: Mapping[str, Any] | None = None
-    errors: tuple[str, ...] = field(default=())
+    errors: tuple[str, ...] = ()
 
     @property
     def error(self) -> str:
-        """Return the error that began it, without line breaks."""
+        """Return the root cause, without line breaks."""
         return " ".join(self.errors[-1].split()) if self.errors else ""
 
 
 def run_module(
-    name: str, words: Sequence[object], environment: Mapping[str, str], limit_seconds: float
+    name: str, arguments: Sequence[object], environment: Mapping[str, str], limit_seconds: float
 ) -> tuple[str, str]:
-    """Run a module of this package, which imports what a training run would; return what it printed and how it ended."""
-    command, environment = own_module(name, *words, environment=environment)
+    """Run a module of this package with a time limit; return what it printed and how it ended.
+
+    It imports what a training run would import.
+    """
+    command, environment = own_module(name, *arguments, environment=environment)
     try:
         done = subprocess.run(
             command,
@@ -56,59 +59,50 @@ def run_module(
             errors="replace",
         )
     except subprocess.TimeoutExpired as late:
-        return (late.stdout or b"").decode(
-            errors="replace"
-        ), f"did not end within {limit_seconds:.0f} s"
+        printed = (late.stdout or b"").decode(errors="replace")
+        return printed, f"did not end within {limit_seconds:.0f} s"
     if done.returncode < 0:
         return done.stdout, f"crashed with {signal.Signals(-done.returncode).name}"
     lines = done.stderr.strip().splitlines()
-    return done.stdout, lines[
-        -1
-    ] if lines else f"ended with status {done.returncode} without a word"
+    return done.stdout, lines[-1] if lines else f"ended with status {done.returncode}, no message"
 
 
 def probe(
     names: Sequence[str], environment: Mapping[str, str], limit_seconds: float
 ) -> list[Probe]:
-    """Return what becomes of importing libraries one after another in one process, as a training run would.
+    """Import libraries one after another in one process, as a training run would.
 
     Args:
         names: Keys of ``devices.probe.FACTS``.
         environment: The process's environment.
-        limit_seconds: Time after which it is ended.
+        limit_seconds: Time after which the process is ended.
     """
     printed, end = run_module(
-        "megatron_sorted.doctor.devices.probe", names, environment, limit_seconds
+        "megatron_sorted.doctor.devices.probe",
+        names,
+        {**environment, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        limit_seconds,
     )
-    found = []
+    results = []
     for line in printed.splitlines():
         try:
             answer = json.loads(line)
-            found.append(Probe(answer.get("facts"), tuple(answer.get("errors", ()))))
-        except ValueError:  # what a library printed from outside Python
+        except ValueError:  # printed by a library from outside Python
             continue
-    # what it was at when it ended is to blame; what would have come after it was not tried
-    return [*found, *[Probe(errors=(end,))] * (len(names) - len(found))]
+        results.append(Probe(answer.get("facts"), tuple(answer.get("errors", ()))))
+    # The library being imported when the process ended is to blame; later ones were not tried.
+    return [*results, *[Probe(errors=(end,))] * (len(names) - len(results))]
 
 
 def probe_all(
     names: Sequence[str], environment: Mapping[str, str], limit_seconds: float
 ) -> dict[str, Probe]:
-    """Return what becomes of several imports, tried side by side; megatron in the process of torch, which takes most of its time.
-
-    torch, where it cannot be imported, is tried once more without backends that load themselves: "torch alone".
-    """
-    together = [("torch", "megatron"), *((name,) for name in names)]
-    with ThreadPoolExecutor(max_workers=len(together)) as pool:
-        running = [
-            (group, pool.submit(probe, group, environment, limit_seconds)) for group in together
-        ]
-        found = {
-            name: one
-            for group, future in running
-            for name, one in zip(group, future.result(), strict=True)
+    """Import torch, megatron-core and ``names`` in parallel; megatron-core in torch's process."""
+    groups = [("torch", "megatron"), *((name,) for name in names)]
+    with ThreadPoolExecutor(max_workers=len(groups)) as pool:
+        results = pool.map(lambda group: probe(group, environment, limit_seconds), groups)
+        return {
+            name: result
+            for group, group_results in zip(groups, results, strict=True)
+            for name, result in zip(group, group_results, strict=True)
         }
-    if found["torch"].facts is None:
-        alone = {**environment, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-        found["torch alone"] = probe(("torch",), alone, limit_seconds)[0]
-    return found

@@ -1,1 +1,1 @@
-"""Ranks of a layout built and stepped without devices, beside the plan."""
+"""Ranks of a layout, built and stepped without devices and compared with the plan."""

@@ -1,7 +1,8 @@
-"""Measures what a plan needs to know of this machine's cores."""
+"""Measurement of this machine's cores for plans."""
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from megatron_sorted.files import write_text_atomically
 SIZE, BYTES, REPEATS = 768, 64 << 20, 5
 
 
-def _best_seconds(work) -> float:
-    """Return the least of a few times: what others do on the machine only makes it longer."""
+def _best_seconds(work: Callable[[], object]) -> float:
+    """Return the shortest of a few times: other programs on the machine only make it longer."""
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -23,9 +24,10 @@ def _best_seconds(work) -> float:
 
 
 def calibrate(path: Path, cores: int) -> dict[str, float]:
-    """Return the fields of a cpu device as measured on one core, and write them to a JSON file.
+    """Measure one core, write the fields of a cpu device to a JSON file and return them.
 
-    Matrix products in fp32 and bf16, and the rate at which an element-wise operation reads and writes.
+    These are matrix products in fp32 and bf16, and the rate at which an element-wise operation
+    reads and writes.
 
     Raises:
         SettingsError: The file cannot be written.

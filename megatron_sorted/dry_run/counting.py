@@ -1,4 +1,4 @@
-"""Counts what passes torch's dispatcher: operations of matrix products, and what is sent."""
+"""Counts of what passes torch's dispatcher: operations of matrix products, and messages."""
 
 import math
 from collections import defaultdict
@@ -27,20 +27,20 @@ SHARES = {
     "reduce_scatter_tensor_coalesced_": 1,
     "allgather_into_tensor_coalesced_": 1,
 }
-"""Collectives, and how often their larger tensor goes round a ring, less one rank's part."""
+"""Collectives -> how often their larger tensor passes a ring, less one rank's part."""
 
 
 class Counter(TorchDispatchMode):
-    """Counts operations by the formulas of torch's FlopCounterMode, bytes of collectives, and keeps shapes of messages.
+    """A counter of operations, bytes of collectives and shapes of messages.
 
-    FlopCounterMode itself cannot be used: it follows modules by hooks that refuse ``torch.autograd.grad`` within backward, by which exits
-    are computed.
+    Operations follow the formulas of torch's FlopCounterMode, which itself cannot be used: it
+    follows modules by hooks that refuse ``torch.autograd.grad`` within backward, as exits use it.
 
     Attributes:
-        flops: Operations, a multiply-add counting 2.
-        sent, received: {rank: messages, in order}.
-        collective_bytes: {(ranks of the group, whether tensors were gathered, not summed): bytes that a rank sends if the group is a
-            ring}.
+        flops: Number of operations; a multiply-add counts 2.
+        sent, received: Messages in order, by the other rank.
+        collective_bytes: Bytes that a rank sends if the group is a ring, by (ranks of the group,
+            whether tensors were gathered rather than summed).
     """
 
     def __init__(self):
@@ -51,49 +51,38 @@ class Counter(TorchDispatchMode):
         self.collective_bytes: dict[tuple[tuple[int, ...], bool], float] = defaultdict(float)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Return what the operation returns, counted."""
+        """Count an operation and return its result."""
         kwargs = kwargs or {}
         if function.namespace == "c10d":
-            self._communication(function._schema.name.split("::")[1], args)
+            self._count_communication(function._schema.name.split("::")[1], args)
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return 1  # a number that the host wants to know and that no one has: trained tokens, whether there are any
+            return 1  # the host reads a number without a value: whether there are trained tokens
         packet = function._overloadpacket
         out = function(*args, **kwargs)
-        formula = flop_registry.get(
-            torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet
-        )
+        in_place = packet is torch.ops.aten.addmm_
+        formula = flop_registry.get(torch.ops.aten.addmm if in_place else packet)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
-    def _communication(self, name: str, args: tuple) -> None:
+    def _count_communication(self, name: str, args: tuple) -> None:
         objects = (arg for arg in args if isinstance(arg, torch.ScriptObject))
-        group = dist.ProcessGroup.unbox(
-            next(each for each in objects if "ProcessGroup" in str(each._type()))
-        )
-        ranks = tuple(dist.get_process_group_ranks(group))
-        tensors = [
-            tensor for arg in args if isinstance(arg, list | tuple) for tensor in _tensors(arg)
-        ]
-        tensors += [arg for arg in args if isinstance(arg, torch.Tensor)]
+        group = next(each for each in objects if "ProcessGroup" in str(each._type()))
+        ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
+        tensors = _tensors(args)
         if name in ("send", "recv_"):
             [tensor] = tensors
             peer = ranks[next(arg for arg in args if isinstance(arg, int))]
-            (self.sent if name == "send" else self.received)[peer].append(
-                Message(tuple(tensor.shape), tensor.dtype)
-            )
+            messages = self.sent if name == "send" else self.received
+            messages[peer].append(Message(tuple(tensor.shape), tensor.dtype))
         elif name in SHARES and len(ranks) > 1:
             largest = max(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
-            self.collective_bytes[ranks, "gather" in name] += (
-                SHARES[name] * largest * (len(ranks) - 1) / len(ranks)
-            )
+            sent = SHARES[name] * largest * (len(ranks) - 1) / len(ranks)
+            self.collective_bytes[ranks, "gather" in name] += sent
 
 
-def _tensors(arg) -> list[torch.Tensor]:
-    if isinstance(arg, torch.Tensor):
-        return [arg]
-    return (
-        [tensor for part in arg for tensor in _tensors(part)]
-        if isinstance(arg, list | tuple)
-        else []
-    )
+def _tensors(value: object) -> list[torch.Tensor]:
+    """Return all tensors in nested lists and tuples."""
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return [value] if isinstance(value, torch.Tensor) else []

@@ -1,4 +1,7 @@
-"""Builds ranks of a layout without devices, runs steps of them, and compares with the plan. A process that did it can do nothing else."""
+"""Dry runs: ranks of a layout are built and stepped without devices and compared with the plan.
+
+A process that has done this cannot do anything else.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -10,30 +13,38 @@ from megatron_sorted.dry_run.counting import Counter, Message
 from megatron_sorted.parallel.groups import Place, start_process_groups, stop_process_groups
 from megatron_sorted.planning.estimate import Plan
 from megatron_sorted.planning.messages import messages_of_stage
-from megatron_sorted.planning.operations import operations_of_chunk, real_rows
+from megatron_sorted.planning.operations import operations_of_chunk
 from megatron_sorted.planning.work import work_of_chunks
 from megatron_sorted.platform.meta import MetaPlatform, pretended_world
 from megatron_sorted.settings.derived import num_micro_batches
+from megatron_sorted.settings.layout import vocabulary_rows
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.step.build import Model, build_model
 from megatron_sorted.training.step.forward_step import ForwardStep
 from megatron_sorted.training.step.train_step import run_schedule
 
 SHORT_STEP = 2
-"""Micro-batches per stage in a step that is not run whole: every pass of the schedule occurs, with its messages."""
+"""Micro-batches per stage in a shortened step, which has every pass of the schedule."""
 
-PADDING, SCALARS = 0.01, 1024
-"""Of a collective's bytes, what buffers may be padded by; bytes of numbers that are summed in a step, such as that of trained tokens."""
+PADDING = 0.01
+"""The share of a collective's bytes by which buffers may be padded."""
+SCALARS = 1024
+"""Bytes of single numbers that are summed in a step, such as that of trained tokens."""
 
 
 @dataclass
 class MeasuredRank:
-    """What was found of one rank.
+    """One rank of a dry run.
 
     Attributes:
-        planned_parameters, planned_flops: What the plan says of it.
-        flops: Counted in a step; None where an equal rank's step stands for it.
-        collectives, planned_collectives: {kind of group: bytes} that this rank sends in collectives of a step, up to the optimizer.
+        place: The rank's place in the layout.
+        parameters, planned_parameters: Number of parameters, counted and planned.
+        shapes: Shape and dtype of every parameter, by name.
+        flops, planned_flops: Operations of a step, counted and planned; None if not stepped, since
+            another rank does the same work.
+        collectives, planned_collectives: Bytes that this rank sends in collectives of a step, up to
+            the optimizer, by kind of group.
+        sent, received: Messages in order, by the other rank.
     """
 
     place: Place
@@ -50,13 +61,13 @@ class MeasuredRank:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a dry run found.
+    """The result of a dry run.
 
     Attributes:
-        ranks: Those that were built.
-        micro_batches: Of a step that was run.
-        messages: Numbers of messages compared between pairs of ranks that were both stepped.
-        problems: Where anything differs from the plan or between ranks; empty if all is well.
+        ranks: The ranks that were built.
+        micro_batches: Number of micro-batches in a step.
+        messages: Number of messages compared between pairs of ranks that were both stepped.
+        problems: Differences from the plan or between ranks; empty without any.
     """
 
     ranks: dict[int, MeasuredRank]
@@ -66,7 +77,7 @@ class DryRun:
 
 
 def shapes_of_model(model: Model) -> dict[str, tuple]:
-    """Return {name: shape and dtype} of all parameters of a rank."""
+    """Return the shape and dtype of all parameters of a rank, by name."""
     return {
         f"{number}.{name}": (tuple(p.shape), str(p.dtype))
         for number, chunk in enumerate(model.chunks)
@@ -74,10 +85,12 @@ def shapes_of_model(model: Model) -> dict[str, tuple]:
     }
 
 
-def _step(settings: Settings, model: Model, platform: MetaPlatform, micro_batches: int) -> Counter:
-    """Return what was counted in forward and backward of ``micro_batches``, and in the reduction of their gradients.
+def _count_step(
+    settings: Settings, model: Model, platform: MetaPlatform, micro_batches: int
+) -> Counter:
+    """Count forward and backward of ``micro_batches``, and the reduction of their gradients.
 
-    Collective: the schedule's, answered by nobody.
+    Collective: the schedule's; no other process takes part.
     """
     forward_step = ForwardStep(settings, model, platform)
     forward_step.coefficients = {
@@ -96,26 +109,25 @@ def _step(settings: Settings, model: Model, platform: MetaPlatform, micro_batche
 def by_kind_of_group(
     settings: Settings, world_size: int, collective_bytes: dict[tuple[tuple[int, ...], bool], float]
 ) -> dict[str, float]:
-    """Return the bytes of a counter's collectives by what its groups share.
+    """Return the bytes of a counter's collectives by the kind of their groups.
 
-    That is layers ("tensor"), copies of norms and heads on several stages ("copies"), or a stage,
-    whose data parallel ranks sum "gradients" and gather the "parameters" that each has updated.
+    Groups share layers ("tensor"), copies of norms and heads on several stages ("copies"), or a
+    stage, whose data parallel ranks sum "gradients" and gather the updated "parameters".
     """
-    tensor, stage = (
-        settings.tensor_model_parallel_size,
-        world_size // settings.pipeline_model_parallel_size,
-    )
+    of_copy = settings.tensor_model_parallel_size
+    of_stage = world_size // settings.pipeline_model_parallel_size
     kinds = {"tensor": 0.0, "gradients": 0.0, "parameters": 0.0, "copies": 0.0}
     for (ranks, gathered), size in collective_bytes.items():
-        one_copy, one_stage = (
-            len({rank // width for rank in ranks}) == 1 for width in (tensor, stage)
-        )
-        of_stage = "parameters" if gathered else "gradients"
-        kinds["tensor" if one_copy else of_stage if one_stage else "copies"] += size
+        kind = "copies"
+        if len({rank // of_copy for rank in ranks}) == 1:
+            kind = "tensor"
+        elif len({rank // of_stage for rank in ranks}) == 1:
+            kind = "parameters" if gathered else "gradients"
+        kinds[kind] += size
     return kinds
 
 
-def visit(
+def measure_rank(
     settings: Settings,
     vocab_size: int,
     rank: int,
@@ -124,7 +136,7 @@ def visit(
     platform: MetaPlatform,
     micro_batches: int | None,
 ) -> MeasuredRank:
-    """Return what is found of one rank; it is stepped if ``micro_batches`` says how long.
+    """Build one rank, step it if ``micro_batches`` is given, and return its counts.
 
     Collective: groups of the pretended world.
     """
@@ -133,15 +145,18 @@ def visit(
         model = build_model(settings, platform, place, vocab_size)
         stage = plan.stages[place.stage]
         count = sum(p.numel() for chunk in model.chunks for p in chunk.parameters())
-        found = MeasuredRank(place, count, sum(stage.parameters.values()), shapes_of_model(model))
+        planned_parameters = sum(stage.parameters.values())
+        measured = MeasuredRank(place, count, planned_parameters, shapes_of_model(model))
         if micro_batches is not None:
-            counter = _step(settings, model, platform, micro_batches)
-            found.flops, found.sent, found.received = counter.flops, counter.sent, counter.received
-            found.planned_flops = micro_batches * sum(
+            counter = _count_step(settings, model, platform, micro_batches)
+            measured.flops = counter.flops
+            measured.sent, measured.received = counter.sent, counter.received
+            measured.planned_flops = micro_batches * sum(
                 operations_of_chunk(settings, chunk, vocab_size, place.tensor_rank).total
                 for chunk in stage.chunks
             )
-            found.collectives = by_kind_of_group(settings, world_size, counter.collective_bytes)
+            kinds = by_kind_of_group(settings, world_size, counter.collective_bytes)
+            measured.collectives = kinds
             samples = micro_batches * settings.micro_batch_size * place.data_size
             planned = messages_of_stage(
                 replace(settings, global_batch_size=samples),
@@ -150,18 +165,21 @@ def visit(
                 vocab_size,
                 world_size,
             )
-            found.planned_collectives = {kind: getattr(planned, kind) for kind in found.collectives}
-            if (
-                not settings.overlap_param_gather
-            ):  # the optimizer gathers them, which a dry run has none of
-                found.planned_collectives["parameters"] = 0
+            measured.planned_collectives = {kind: getattr(planned, kind) for kind in kinds}
+            if not settings.overlap_param_gather:  # the optimizer gathers them; a dry run has none
+                measured.planned_collectives["parameters"] = 0
         stop_process_groups()
-    return found
+    return measured
 
 
-def _differences(found: dict[int, MeasuredRank], kinds: dict[tuple, int]) -> Iterable[str]:
-    """Yield in words where a rank differs from the plan, from ranks of its kind, or from what its neighbours send."""
-    for rank, one in found.items():
+def _differences(measured: dict[int, MeasuredRank], kinds: dict[tuple, int]) -> Iterable[str]:
+    """Yield sentences on ranks that differ from the plan, from ranks of their kind or in messages.
+
+    Args:
+        measured: The ranks.
+        kinds: The first rank of each (stage, number of vocabulary rows).
+    """
+    for rank, one in measured.items():
         if one.parameters != one.planned_parameters:
             yield f"rank {rank} has {one.parameters} parameters, planned {one.planned_parameters}"
         if one.flops is not None and one.flops != one.planned_flops:
@@ -169,17 +187,25 @@ def _differences(found: dict[int, MeasuredRank], kinds: dict[tuple, int]) -> Ite
         for kind, size in one.collectives.items():
             planned = one.planned_collectives[kind]
             if abs(size - planned) > PADDING * planned + SCALARS:
-                yield f"rank {rank} sends {size:.0f} bytes in collectives ({kind}), planned {planned:.0f}"
+                sent = f"{size:.0f} bytes in collectives ({kind}), planned {planned:.0f}"
+                yield f"rank {rank} sends {sent}"
         first = next(other for kind, other in kinds.items() if kind[0] == one.place.stage)
-        if one.shapes != found[first].shapes:
+        if one.shapes != measured[first].shapes:
             yield f"rank {rank} holds other parameters than rank {first}, of the same stage"
-        for peer, messages in one.sent.items():
-            if (
-                peer in found
-                and found[peer].flops is not None
-                and found[peer].received.get(rank) != messages
-            ):
-                yield f"rank {rank} sends {len(messages)} messages to {peer}, which expects {found[peer].received.get(rank)}"
+        for peer, messages in _compared(one, measured):
+            expected = measured[peer].received.get(rank)
+            if expected != messages:
+                sent = f"{len(messages)} messages to {peer}"
+                yield f"rank {rank} sends {sent}, which expects {expected}"
+
+
+def _compared(
+    one: MeasuredRank, measured: dict[int, MeasuredRank]
+) -> Iterable[tuple[int, list[Message]]]:
+    """Yield (receiver, messages) of one rank for receivers that were stepped too."""
+    for peer, messages in one.sent.items():
+        if peer in measured and measured[peer].flops is not None:
+            yield peer, messages
 
 
 def dry_run(
@@ -191,20 +217,21 @@ def dry_run(
     whole: bool,
     progress: Callable[[str], None],
 ) -> DryRun:
-    """Return what a dry run of ``ranks`` finds; of all where None, with a step of one rank of each kind.
+    """Build and step ranks without devices, and compare them with the plan.
 
-    Ranks of one kind are of one stage and hold as many rows of the output matrix that are no padding: they do the same.
+    Without ``ranks``, all are built and one of each kind is stepped: ranks of one stage that hold
+    the same number of vocabulary rows without padding do the same work.
 
     Collective: groups of the pretended world, in which this process is one rank after another.
 
     Args:
         settings: The run.
-        vocab_size: Real tokens.
-        world_size: Of the pretended world.
-        plan: Of the run.
-        ranks: To visit.
-        whole: Whether a step has all its micro-batches, or as many as show every pass.
-        progress: Told what is done.
+        vocab_size: Number of real tokens.
+        world_size: Number of processes of the pretended world.
+        plan: The run's plan.
+        ranks: The ranks to build and step; None: all, as above.
+        whole: Whether a step has all its micro-batches, or only enough to show every pass.
+        progress: Called with a text for each rank.
     """
     settings = replace(settings, vocab_size=vocab_size, distributed_backend="auto")
     platform = MetaPlatform()
@@ -213,23 +240,18 @@ def dry_run(
     if not whole:
         micro_batches = min(micro_batches, SHORT_STEP * settings.pipeline_model_parallel_size)
     stride = world_size // settings.pipeline_model_parallel_size
-    found: dict[int, MeasuredRank] = {}
+    measured: dict[int, MeasuredRank] = {}
     kinds: dict[tuple, int] = {}
     for rank in range(world_size) if ranks is None else ranks:
-        kind = (
-            rank // stride,
-            real_rows(settings, vocab_size, rank % settings.tensor_model_parallel_size),
-        )
+        tensor_rank = rank % settings.tensor_model_parallel_size
+        kind = (rank // stride, len(vocabulary_rows(settings, vocab_size, tensor_rank)))
         steps = ranks is not None or kind not in kinds
         kinds.setdefault(kind, rank)
         progress(f"rank {rank}" + (": a step" if steps else ""))
-        found[rank] = visit(
+        measured[rank] = measure_rank(
             settings, vocab_size, rank, world_size, plan, platform, micro_batches if steps else None
         )
     compared = sum(
-        len(messages)
-        for one in found.values()
-        for peer, messages in one.sent.items()
-        if peer in found and found[peer].flops is not None
+        len(messages) for one in measured.values() for _, messages in _compared(one, measured)
     )
-    return DryRun(found, micro_batches, compared, list(_differences(found, kinds)))
+    return DryRun(measured, micro_batches, compared, list(_differences(measured, kinds)))

@@ -1,1 +1,1 @@
-"""How good every sub-model of a finished model is: held-out text, questions, tasks of lm-evaluation-harness."""
+"""Evaluation of every sub-model: held-out text, questions, tasks of lm-evaluation-harness."""

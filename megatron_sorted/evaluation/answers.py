@@ -1,4 +1,4 @@
-"""Whether an answer is right: exact match and F1 as TriviaQA defines them, and exact match with case."""
+"""Scores of an answer: exact match and F1 as TriviaQA defines them, and exact match with case."""
 
 import re
 import string
@@ -10,10 +10,13 @@ ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalise_answer(text: str) -> str:
-    """Return an answer in lower case, underscores and punctuation turned into blanks, without articles and spare blanks.
+    """Normalise an answer: lower case, no punctuation, underscores, articles or extra blanks.
 
-    The definition of TriviaQA's official evaluation (M. Joshi et al., ACL 2017, arXiv 1705.03551; script ``triviaqa_evaluation.py``,
-    function ``normalize_answer``), written anew from it.
+    The definition is that of TriviaQA's official evaluation (M. Joshi et al., ACL 2017, arXiv
+    1705.03551; script ``triviaqa_evaluation.py``, function ``normalize_answer``).
+
+    >>> normalise_answer("The Eiffel_Tower!")
+    'eiffel tower'
     """
     plain = "".join(" " if sign in PUNCTUATION else sign for sign in text.replace("_", " ").lower())
     return " ".join(ARTICLES.sub(" ", plain).split())
@@ -25,15 +28,19 @@ def exact_match(answer: str, right: Sequence[str]) -> bool:
 
 
 def exact_match_with_case(answer: str, right: Sequence[str]) -> bool:
-    """Return whether the answer, blanks around it apart, is letter by letter one of the right ones.
+    """Return whether the answer, without blanks around it, equals one of the right ones.
 
-    Sorted LLaMA (arXiv 2309.08968) reports exact match on TriviaQA "case sensitive", without saying more.
+    Sorted LLaMA (arXiv 2309.08968) reports "case sensitive" exact match without details.
     """
     return answer.strip() in {text.strip() for text in right}
 
 
 def f1(answer: str, right: Sequence[str]) -> float:
-    """Return the largest F1 over the right answers, of the words that answer and right answer share after normalising."""
+    """Return the largest F1 over the right answers, by words after normalisation.
+
+    >>> f1("the blue whale", ["whale", "cat"])
+    0.6666666666666666
+    """
     return max(
         (_f1(normalise_answer(answer).split(), normalise_answer(text).split()) for text in right),
         default=0.0,
@@ -41,13 +48,13 @@ def f1(answer: str, right: Sequence[str]) -> float:
 
 
 def first_line(generated: str) -> str:
-    """Return the answer in generated text: what stands before the first line break, blanks around it dropped."""
+    """Return the answer in generated text: its first line, without blanks around it."""
     return generated.split("\n", 1)[0].strip()
 
 
-def _f1(words: list[str], right: list[str]) -> float:
-    shared = sum((Counter(words) & Counter(right)).values())
+def _f1(answer: list[str], right: list[str]) -> float:
+    shared = sum((Counter(answer) & Counter(right)).values())
     if not shared:
         return 0.0
-    precision, recall = shared / len(words), shared / len(right)
+    precision, recall = shared / len(answer), shared / len(right)
     return 2 * precision * recall / (precision + recall)

@@ -1,4 +1,4 @@
-"""Answers of every exit to closed-book questions: greedy decoding in batches, and how many are right."""
+"""The answers of every exit to closed-book questions, decoded greedily in batches, and scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,13 +22,18 @@ from megatron_sorted.text.tokenizer.fit import fitting_pad
 
 @dataclass(frozen=True)
 class Answered:
-    """What one exit answered, by question, and its scores."""
+    """The answers of one exit and their scores.
+
+    Attributes:
+        answers: Answer to each question.
+        scores: Score of each answer, {name of the score: values}.
+    """
 
     answers: list[str]
     scores: dict[str, list[float]]
 
     def mean(self, score: str) -> float:
-        """Return the mean of ``exact_match``, ``exact_match_with_case`` or ``f1`` over questions."""
+        """Return the mean of a score over all questions."""
         return fmean(self.scores[score])
 
     def standard_error(self, score: str) -> float | None:
@@ -38,41 +43,49 @@ class Answered:
 
 
 def encode_prompts(
-    prompts: Sequence[str], tokenizer: Tokenizer, room: int
+    prompts: Sequence[str], tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[list[list[int]], int]:
-    """Return the prompts as tokens that begin with bos where the tokenizer's texts do, and how many were cut at the left to ``room``.
+    """Return the tokens of prompts, with bos if the tokenizer adds it, truncated at the left.
+
+    Returns:
+        The prompts, and the number of truncated ones.
 
     Raises:
-        SettingsError: There is no room for a prompt.
+        SettingsError: ``max_tokens`` leaves nothing of a prompt.
     """
     begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
-    cut, num_cut = _cut_at_the_left(tokenizer.encode_batch(list(prompts)), room, len(begin))
-    return [begin + ids for ids in cut], num_cut
+    encoded = tokenizer.encode_batch(list(prompts))
+    truncated, num_truncated = _truncate_left(encoded, max_tokens, len(begin))
+    return [begin + ids for ids in truncated], num_truncated
 
 
 def encode_conversations(
     conversations: Sequence[Sequence[Mapping[str, str]]],
     form: PromptForm,
     tokenizer: Tokenizer,
-    room: int,
+    max_tokens: int,
 ) -> tuple[list[list[int]], int]:
-    """Return conversations as the tokens a model is asked with, and how many were cut at the left to ``room``.
+    """Return the tokens of conversations in a form, truncated at the left.
+
+    Returns:
+        The prompts, and the number of truncated ones.
 
     Raises:
-        SettingsError: There is no room for a prompt.
-        DataError: The form does not take a conversation.
+        SettingsError: ``max_tokens`` leaves nothing of a prompt.
+        DataError: The form does not accept a conversation.
     """
     texts = [form.render(messages) for messages in conversations]
-    return _cut_at_the_left(tokenizer.encode_batch(texts), room)
+    return _truncate_left(tokenizer.encode_batch(texts), max_tokens)
 
 
-def _cut_at_the_left(
-    encoded: list[list[int]], room: int, taken: int = 0
+def _truncate_left(
+    encoded: list[list[int]], max_tokens: int, num_added: int = 0
 ) -> tuple[list[list[int]], int]:
-    """Return prompts cut to ``room``, of which a part is taken already, and how many were cut."""
-    if room < 2:
-        raise SettingsError(f"--max-new-tokens leaves {room} tokens for a prompt. Use fewer.")
-    return [ids[taken - room :] for ids in encoded], sum(len(ids) > room - taken for ids in encoded)
+    """Truncate prompts so that with ``num_added`` tokens they have at most ``max_tokens``."""
+    if max_tokens < 2:
+        raise SettingsError(f"--max-new-tokens leaves {max_tokens} tokens for a prompt. Use fewer.")
+    left = max_tokens - num_added
+    return [ids[-left:] for ids in encoded], sum(len(ids) > left for ids in encoded)
 
 
 @dataclass(frozen=True)
@@ -80,10 +93,10 @@ class Answering:
     """How answers are generated.
 
     Attributes:
-        tokenizer: Of the model.
-        max_new_tokens: At most so many tokens an answer.
-        batch_size: Questions at a time.
-        ends: Tokens that end an answer, beside eos and line breaks.
+        tokenizer: Tokenizer of the model.
+        max_new_tokens: Maximum number of tokens of an answer.
+        batch_size: Number of questions in a batch.
+        ends: Tokens that end an answer, besides eos and line breaks.
     """
 
     tokenizer: Tokenizer
@@ -93,7 +106,7 @@ class Answering:
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """Return the tokens after which an answer is over: eos, ``ends``, all with a line break."""
+        """Return the tokens that end an answer: eos, ``ends``, and all with a line break."""
         decode, eos = self.tokenizer.decode, self.tokenizer.eos_id
         breaks = [token for token in range(self.tokenizer.vocab_size) if "\n" in decode([token])]
         return sorted({*breaks, *self.ends, *([] if eos is None else [eos])})
@@ -103,36 +116,41 @@ class Answering:
 def decode_greedily(
     sub_model: nn.Module, prompts: Sequence[list[int]], how: Answering, title: str | None = None
 ) -> list[str]:
-    """Return what the model adds to each prompt, up to what ends an answer or ``max_new_tokens``.
+    """Return the model's continuation of each prompt, up to the end of the answer.
 
-    Prompts of similar length go together; shorter ones are filled at the left and masked there.
+    Prompts of similar length form a batch; shorter ones are padded at the left.
+
+    Args:
+        sub_model: The model.
+        prompts: Tokens of each prompt.
+        how: How answers are generated.
+        title: Title of the progress bar; None for no bar.
     """
     tokenizer, ends = how.tokenizer, how.stop_ids
-    filling = fitting_pad(tokenizer, sub_model.get_input_embeddings().weight.shape[0])
+    pad = fitting_pad(tokenizer, sub_model.get_input_embeddings().weight.shape[0])
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=how.max_new_tokens,
         eos_token_id=ends,
-        pad_token_id=filling,
+        pad_token_id=pad,
     )
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     texts = [""] * len(prompts)
     with tqdm(total=len(prompts), desc=title, unit="question", disable=title is None) as bar:
         for begin in range(0, len(order), how.batch_size):
-            places = order[begin : begin + how.batch_size]
-            length = len(prompts[places[0]])
-            empty = [length - len(prompts[place]) for place in places]
-            ids_bs = torch.tensor(
-                [[filling] * gap + prompts[place] for gap, place in zip(empty, places, strict=True)]
-            )
-            mask_bs = torch.tensor([[0] * gap + [1] * (length - gap) for gap in empty])
+            numbers = order[begin : begin + how.batch_size]
+            rows = [prompts[number] for number in numbers]
+            length = len(rows[0])
+            gaps = [length - len(row) for row in rows]
+            padded = [[pad] * gap + row for gap, row in zip(gaps, rows, strict=True)]
+            mask_bs = torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps])
             output_bs = sub_model.generate(
-                input_ids=ids_bs, attention_mask=mask_bs, generation_config=config
+                input_ids=torch.tensor(padded), attention_mask=mask_bs, generation_config=config
             )
-            for place, ids in zip(places, output_bs[:, length:].tolist(), strict=True):
-                texts[place] = tokenizer.decode(_until(ids, ends), skip_special_tokens=True)
-            bar.update(len(places))
+            for number, ids in zip(numbers, output_bs[:, length:].tolist(), strict=True):
+                texts[number] = tokenizer.decode(_until(ids, ends), skip_special_tokens=True)
+            bar.update(len(rows))
     return texts
 
 
@@ -148,18 +166,16 @@ def answer_questions(
     texts = decode_greedily(model.sub_model(depth), prompts, how, title)
     answers = [first_line(text) for text in texts]
     pairs = [(answer, question.right) for answer, question in zip(answers, questions, strict=True)]
-    measures = {
-        "exact_match": exact_match,
-        "f1": f1,
-        "exact_match_with_case": exact_match_with_case,
-    }
+    scores = {one.__name__: one for one in (exact_match, f1, exact_match_with_case)}
     return Answered(
-        answers,
-        {name: [float(measure(*pair)) for pair in pairs] for name, measure in measures.items()},
+        answers, {name: [float(score(*pair)) for pair in pairs] for name, score in scores.items()}
     )
 
 
 def _until(ids: list[int], ends: list[int]) -> list[int]:
-    """Return the tokens up to the first that ends an answer, it included: text may stand before the break in the same token."""
-    last = next((place for place, token in enumerate(ids) if token in ends), len(ids) - 1)
+    """Return the tokens up to and including the first end.
+
+    The end is included since a token may hold text before its line break.
+    """
+    last = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
     return ids[: last + 1]

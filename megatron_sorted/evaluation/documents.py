@@ -1,4 +1,4 @@
-"""Texts to measure on: plain files cut at a separator, or JSON lines of texts, instructions and messages."""
+"""Documents to evaluate on: plain text, or JSON lines of texts, instructions and conversations."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -21,21 +21,21 @@ from megatron_sorted.reading.json_lines import read_records
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.reading.text_file import read_text
 from megatron_sorted.text.conversation import SkippedConversationError
-from megatron_sorted.text.piece_ids import PieceEncoder
 from megatron_sorted.text.prompt_form import PromptForm
+from megatron_sorted.text.span_ids import SpanEncoder
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 from megatron_sorted.text.written_forms import write_plain
 
-MEND = "Mend or remove the line."
+REMEDY = "Correct or remove the line."
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, instruction or conversation; of the last two the answers are counted.
+    """A text, instruction or conversation. Of the last two only the answers are counted.
 
     Attributes:
-        record: As a line of JSON has it.
-        kind: text, instruction or messages.
+        record: The JSON object.
+        kind: Kind of the record: text, instruction or messages.
     """
 
     record: dict[str, Any]
@@ -43,7 +43,7 @@ class Document:
 
     @property
     def counted_texts(self) -> list[str]:
-        """Return what is counted: the text, or the answers."""
+        """Return the counted texts: the text itself, or the answers."""
         if self.kind == "text":
             return [self.record["text"]]
         messages = conversation_of(self.record, self.kind).messages
@@ -55,17 +55,17 @@ class Document:
 
     @property
     def num_bytes(self) -> int:
-        """Return the UTF-8 bytes of what is counted."""
+        """Return the number of UTF-8 bytes of the counted texts."""
         return sum(len(text.encode()) for text in self.counted_texts)
 
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document as tokens.
+    """The tokens of a document.
 
     Attributes:
-        ids: The prefix (bos or eos), then the text.
-        counted: Of every id whether its prediction is counted; never the prefix.
+        ids: Tokens: the prefix (bos or eos), then the text.
+        counted: Whether the prediction of each token is counted; never that of the prefix.
     """
 
     ids: list[int]
@@ -75,20 +75,25 @@ class EncodedDocument:
 def read_documents(
     path: Path, separator: str | None = None, limit: int | None = None
 ) -> list[Document]:
-    """Return the documents of a file: those of JSON lines or records, or a text cut at ``separator``; plain or gzipped.
+    """Return the documents of a plain or gzipped file: JSON lines or records, or split text.
 
-    What it holds is told by its content; a name that promises JSON is kept to. Blanks around a cut-out
-    text are dropped, and texts of nothing else.
+    The file's content decides which it is, but a name that promises JSON is binding. Blanks around
+    a split text are dropped, and so are empty texts.
+
+    Args:
+        path: The file.
+        separator: Separator of the texts of a plain file; None for a single text.
+        limit: Maximum number of documents; None for all.
 
     Raises:
-        DataError: The file is missing, is no text, has a line that cannot be used, or nothing in it.
+        DataError: The file is missing, empty or no text, or a line cannot be used.
     """
     if holds_records(path):
         documents = _json_documents(path, limit)
     else:
         text = read_text(path)
-        texts = [piece.strip() for piece in text.split(separator)] if separator else [text]
-        documents = [Document({"text": piece}, "text") for piece in texts if piece.strip()][:limit]
+        texts = [part.strip() for part in text.split(separator)] if separator else [text]
+        documents = [Document({"text": part}, "text") for part in texts if part.strip()][:limit]
     if not documents:
         raise DataError(f"{shown(path)}: no text in it. Give a file with text to measure on.")
     return documents
@@ -100,30 +105,31 @@ def encode_documents(
     append_eos: bool = False,
     form: PromptForm | None = None,
 ) -> list[EncodedDocument]:
-    """Return every document as tokens, conversations as training has them.
+    """Return the tokens of every document, of conversations as in training.
 
     Args:
-        documents: Texts, instructions, conversations.
-        tokenizer: Of the model.
-        append_eos: Each counted part ends with its end token, which is counted too (it has no bytes).
-        form: Of conversations; None: plain with prompts and answers encoded apart, as before version 0.7.
+        documents: Texts, instructions and conversations.
+        tokenizer: Tokenizer of the model.
+        append_eos: Whether each counted part ends with its end token, which is counted too (it has
+            no bytes).
+        form: Form of conversations; None for plain text with prompts and answers encoded
+            separately, as before version 0.7.
 
     Raises:
-        DataError: The tokenizer has no token to begin with, or none to end with, or a conversation cannot be written in the form.
+        DataError: The tokenizer has no token for the beginning or the end, or a conversation cannot
+            be written in the form.
     """
     first, last = prefix_id(tokenizer), tokenizer.eos_id
     if append_eos and last is None:
         raise DataError("--append-eos: the tokenizer has no eos. Leave the option out.")
     whole = [document for document in documents if form is not None and document.kind != "text"]
-    formed = (
-        _by_form(whole, tokenizer, append_eos, form) if form is not None and whole else iter(())
-    )
+    formed = _encode_in_form(whole, tokenizer, append_eos, form) if whole else iter(())
     parts = {
         id(document): _parts(document)
         for document in documents
         if form is None or document.kind == "text"
     }
-    encoded = iter(tokenizer.encode_batch([text for found in parts.values() for text, _ in found]))
+    encoded = iter(tokenizer.encode_batch([text for some in parts.values() for text, _ in some]))
     sequences: list[EncodedDocument] = []
     for document in documents:
         if id(document) not in parts:
@@ -139,7 +145,7 @@ def encode_documents(
 
 
 def _parts(document: Document) -> list[tuple[str, bool]]:
-    """Return the texts of a document that are encoded apart, and which are counted."""
+    """Return the texts of a document that are encoded separately, and whether each is counted."""
     if document.kind == "text":
         return [(document.record["text"], True)]
     parts: list[tuple[str, bool]] = []
@@ -153,40 +159,43 @@ def _parts(document: Document) -> list[tuple[str, bool]]:
     return parts
 
 
-def _by_form(
+def _encode_in_form(
     documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bool, form: PromptForm
 ) -> Iterator[list[EncodedDocument]]:
-    """Yield what each instruction or conversation becomes: one document, or several where a template rewrites earlier turns."""
+    """Yield the tokens of each instruction or conversation.
+
+    A conversation becomes several documents if a template rewrites earlier turns.
+    """
     ends = set(form.end_ids)
     readers = {
         kind: SampleReader.of_form(form, kind, tokenizer)
         for kind in {document.kind for document in documents}
     }
-    pieces = PieceEncoder(tokenizer, [end.text for end in form.ends])
+    pieces = SpanEncoder(tokenizer, [end.text for end in form.ends])
     for document in documents:
         try:
             sample = readers[document.kind].read(document.record)
         except (BrokenSampleError, SkippedConversationError) as error:
-            words = ": ".join(filter(None, error.args))
+            reason = ": ".join(filter(None, error.args))
             raise DataError(
-                f"{shown(document.record, 60)}: cannot be written in the form {form.label} ({shown(words)}). Leave it "
-                "out, or give --prompt-template."
+                f"{shown(document.record, 60)}: cannot be written in the form {form.label} "
+                f"({shown(reason)}). Leave it out, or give --prompt-template."
             ) from error
-        found = []
-        for sequences in (one for some in pieces.encode(sample.documents) for one in some):
-            ids = [token for part, _ in sequences for token in part]
+        encoded = []
+        for parts in (one for some in pieces.encode(sample.documents) for one in some):
+            ids = [token for part, _ in parts for token in part]
             counted = [
                 is_response and (append_eos or token not in ends)
-                for part, is_response in sequences
+                for part, is_response in parts
                 for token in part
             ]
-            found.append(EncodedDocument(ids, [False, *counted[1:]]))
-        yield found
+            encoded.append(EncodedDocument(ids, [False, *counted[1:]]))
+        yield encoded
 
 
 def _json_documents(path: Path, limit: int | None) -> list[Document]:
     documents: list[Document] = []
-    for place, record in read_records(path, MEND, limit):
+    for place, record in read_records(path, REMEDY, limit):
         try:
             if (kind := detect_format(record)) is None:
                 raise BrokenSampleError("needs a field 'text', 'instruction' or 'messages'")
@@ -196,11 +205,10 @@ def _json_documents(path: Path, limit: int | None) -> list[Document]:
                 message["role"] == "assistant" for message in conversation_of(record, kind).messages
             ):
                 raise BrokenSampleError("no_assistant_turn")
-            json.dumps(
-                record, ensure_ascii=False
-            ).encode()  # JSON can spell half a surrogate pair, which is no text
+            # JSON can spell half a surrogate pair, which is no text
+            json.dumps(record, ensure_ascii=False).encode()
         except (BrokenSampleError, UnicodeEncodeError) as error:
             reason = "invalid_unicode" if isinstance(error, UnicodeEncodeError) else error
-            raise DataError(f"{place}: {reason}. {MEND}") from error
+            raise DataError(f"{place}: {reason}. {REMEDY}") from error
         documents.append(Document(record, kind))
     return documents

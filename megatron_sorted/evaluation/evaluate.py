@@ -1,4 +1,4 @@
-"""Everything that is measured of several models, one after the other, as one object that can be written as JSON."""
+"""All measurements of several models, one model after the other."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from megatron_sorted.evaluation.nested_model import (
 )
 from megatron_sorted.evaluation.prepared import PreparedData, measure_prepared, open_prepared
 from megatron_sorted.evaluation.questions import Question
-from megatron_sorted.exported.form import form_of_model
+from megatron_sorted.exported.generation_defaults import generation_defaults_of
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from megatron_sorted.reading.shown import printable
 from megatron_sorted.text.prompt_form import NO_FORM, PromptForm
@@ -39,14 +39,21 @@ from megatron_sorted.text.tokenizer.contract import Tokenizer
 from megatron_sorted.text.tokenizer.fit import check_ids, surplus_line
 
 UNFORMED = (
-    f"note: it {NO_FORM}; instructions are read as plain text, prompts and answers encoded apart, and questions are asked in "
-    "--question-template"
+    f"note: it {NO_FORM}; instructions are read as plain text, prompts and answers encoded "
+    "separately, and questions are asked in --question-template"
 )
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to evaluate; ``is_baseline``: others are compared with it; ``with_heads``: also with heads trained on frozen layers."""
+    """A model to evaluate.
+
+    Attributes:
+        name: Name in tables and pictures.
+        directory: Directory of the model.
+        is_baseline: Whether other models are compared with it.
+        with_heads: Whether to evaluate it also with heads trained on its frozen layers.
+    """
 
     name: str
     directory: Path
@@ -59,9 +66,10 @@ class QuestionSet:
     """Questions with their prompts.
 
     Attributes:
-        questions: That are asked.
-        prompts: As text, for models that were trained in no form of conversation, or where a template of questions was given.
-        conversations: As turns, for models that were; empty where only texts are wanted.
+        questions: The questions.
+        prompts: Prompts as texts, for models that were trained in no form of conversation.
+        conversations: Prompts as turns, for models that were trained in one; empty to use the texts
+            for all models.
     """
 
     questions: list[Question]
@@ -74,11 +82,24 @@ class Measures:
     """What is measured, and how.
 
     Attributes:
-        texts, questions: By name, in the order of the tables.
-        prepared: Prepared data, read as a run's evaluation reads them; or none.
-        prompt_template: Form of conversations, instead of the one that a model was trained in.
-        harness: Tasks of lm-evaluation-harness, or none.
-        head_documents: What heads are trained on; needed where a subject asks for it.
+        texts, questions: Texts and questions by name, in the order of the tables.
+        seq_length, stride: Length of windows of long texts, and the distance of their starts.
+        prepared: Prepared data, read as a run's evaluation reads them; None without any.
+        depths: Exits to measure; None for those that the model names.
+        dtype: Data type of the weights.
+        tokenizer: Tokenizer of models without one.
+        prompt_template: Form of conversations instead of the one that a model was trained in.
+        append_eos: Whether counted texts end with eos.
+        batch_tokens: Maximum number of tokens of a forward pass.
+        batch_size: Number of questions in a batch.
+        max_new_tokens: Maximum number of tokens of an answer.
+        harness: Tasks of lm-evaluation-harness; None without any.
+        task_shots, task_limit: Numbers of worked examples and of samples of these tasks.
+        head_documents: Documents to train heads on; needed if a subject has ``with_heads``.
+        head_training: How heads are trained.
+        save_heads: Directory for a model with trained heads; None to not save it.
+        overwrite: Whether to replace that directory.
+        bars: Whether to show progress.
     """
 
     texts: dict[str, list[Document]]
@@ -104,8 +125,8 @@ class Measures:
     bars: bool = True
 
     @property
-    def asks(self) -> bool:
-        """Return whether anything is read as instructions, conversations or questions."""
+    def has_instructions(self) -> bool:
+        """Return whether there are instructions, conversations or questions."""
         return bool(self.questions) or any(
             document.kind != "text" for texts in self.texts.values() for document in texts
         )
@@ -113,7 +134,18 @@ class Measures:
 
 @dataclass
 class ModelMeasurements:
-    """What was measured of one model, still by document and by question, so that models can be compared pairwise."""
+    """The measurements of one model, by document and question, so that models can be paired.
+
+    Attributes:
+        name: Name of the model.
+        is_baseline: Whether other models are compared with it.
+        facts: Facts about the model for the written results.
+        texts, prepared: {name: {depth: losses}}.
+        unknown_tokens: {name of a text: number of unknown tokens}.
+        questions: {name: {depth: answers}}.
+        cut_prompts: {name of questions: number of truncated prompts}.
+        tasks: {depth: {task: metrics}}.
+    """
 
     name: str
     is_baseline: bool
@@ -130,66 +162,57 @@ Keep = Callable[[list[ModelMeasurements]], None]
 
 
 def evaluate(
-    subjects: Sequence[Subject], measures: Measures, keep: Keep = lambda found: None
+    subjects: Sequence[Subject], measures: Measures, keep: Keep = lambda measured: None
 ) -> list[ModelMeasurements]:
-    """Return what was measured of every model, in order; one model is in memory at a time.
+    """Measure every model, in order; only one model is in memory at a time.
 
     Args:
         subjects: The models.
         measures: What is measured.
-        keep: Called with all that was found so far after every text, the prepared data, every set of questions, and
-            every depth of the tasks.
+        keep: Function that is called with all measurements so far after every text, the prepared
+            data, every set of questions, and every depth of the tasks.
 
     Raises:
-        SortedError: as the parts do; what was measured before was kept.
+        SortedError: A measurement failed; the earlier ones were kept.
     """
-    found: list[ModelMeasurements] = []
+    measured: list[ModelMeasurements] = []
     for subject in subjects:
-        _evaluate(subject, measures, found, keep)
-    return found
+        _evaluate(subject, measures, measured, keep)
+    return measured
 
 
 def _evaluate(
-    subject: Subject, measures: Measures, found: list[ModelMeasurements], keep: Keep
+    subject: Subject, measures: Measures, measured: list[ModelMeasurements], keep: Keep
 ) -> None:
+    """Append the measurements of a model, and of the model with trained heads."""
     model = load_nested_model(subject.directory, measures.depths, measures.dtype, subject.name)
     tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
     surplus = surplus_line(tokenizer, model.model.config.vocab_size, subject.name)
     for line in (*tokenizer.notes, *([surplus] if surplus else [])):
         print(f"note: {printable(line)}", file=sys.stderr)
-    form = form_of_model(subject.directory, tokenizer, measures.prompt_template)
-    asked = form.prompt_form if form.is_stored or measures.prompt_template is not None else None
-    if measures.bars and measures.asks:
-        print(f"{subject.name}: {form.line if asked else UNFORMED}", flush=True)
-    found.append(
-        ModelMeasurements(
-            model.name, subject.is_baseline, _facts(model, subject, tokenizer, measures, None)
-        )
+    form = generation_defaults_of(subject.directory, tokenizer, measures.prompt_template)
+    used = form.prompt_form if form.is_stored or measures.prompt_template is not None else None
+    if measures.bars and measures.has_instructions:
+        print(f"{subject.name}: {form.line if used else UNFORMED}", flush=True)
+    facts = _facts(model, subject, tokenizer, measures, None)
+    measured.append(ModelMeasurements(model.name, subject.is_baseline, facts))
+    _measure(model, tokenizer, measures, used, measured[-1], lambda: keep(measured))
+    if not subject.with_heads:
+        return
+    documents = measures.head_documents or []
+    trained = train_heads(
+        model.without_parts(),
+        encode_documents(documents, tokenizer, measures.append_eos, used),
+        measures.seq_length,
+        measures.head_training,
+        f"{subject.name}: training heads" if measures.bars else None,
     )
-    _measure(model, tokenizer, measures, asked, found[-1], lambda: keep(found))
-    if subject.with_heads:
-        documents = encode_documents(
-            measures.head_documents or [], tokenizer, measures.append_eos, asked
-        )
-        trained = train_heads(
-            model.without_parts(),
-            documents,
-            measures.seq_length,
-            measures.head_training,
-            f"{subject.name}: training heads" if measures.bars else None,
-        )
-        if measures.save_heads is not None:
-            save_with_heads(
-                trained.model, subject.directory, measures.save_heads, measures.overwrite
-            )
-        found.append(
-            ModelMeasurements(
-                trained.model.name,
-                True,
-                _facts(trained.model, subject, tokenizer, measures, trained),
-            )
-        )
-        _measure(trained.model, tokenizer, measures, asked, found[-1], lambda: keep(found))
+    model = trained.model
+    if measures.save_heads is not None:
+        save_with_heads(model, subject.directory, measures.save_heads, measures.overwrite)
+    facts = _facts(model, subject, tokenizer, measures, trained)
+    measured.append(ModelMeasurements(model.name, True, facts))
+    _measure(model, tokenizer, measures, used, measured[-1], lambda: keep(measured))
 
 
 def _measure(
@@ -197,79 +220,74 @@ def _measure(
     tokenizer: Tokenizer,
     measures: Measures,
     form: PromptForm | None,
-    found: ModelMeasurements,
+    measured: ModelMeasurements,
     keep: Callable[[], None],
 ) -> None:
-    """Fill in what is measured of a model, part by part, and call ``keep`` after each."""
+    """Fill in the measurements of a model, and call ``keep`` after each."""
+    vocab_size = model.model.config.vocab_size
 
     def title(what: str) -> str | None:
         return f"{model.name}: {what}" if measures.bars else None
 
     for name, documents in measures.texts.items():
         encoded = encode_documents(documents, tokenizer, measures.append_eos, form)
-        check_ids(
-            (document.ids for document in encoded), tokenizer, model.model.config.vocab_size, name
-        )
-        found.texts[name] = measure_held_out(
+        check_ids((document.ids for document in encoded), tokenizer, vocab_size, name)
+        measured.texts[name] = measure_held_out(
             model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name)
         )
-        found.unknown_tokens[name] = sum(
+        measured.unknown_tokens[name] = sum(
             token == tokenizer.unk_id for document in encoded for token in document.ids[1:]
         )
         keep()
     if measures.prepared is not None:
-        sets = open_prepared(measures.prepared, model.model.config.vocab_size, tokenizer)
-        found.prepared = {
+        sets = open_prepared(measures.prepared, vocab_size, tokenizer)
+        measured.prepared = {
             name: measure_prepared(
                 model, samples, measures.prepared.limit, measures.batch_tokens, title(name)
             )
             for name, samples in sets.items()
         }
         keep()
-    for name, asked in measures.questions.items():
-        room, ends = model.max_positions - measures.max_new_tokens, ()
-        if form is not None and form.is_conversation and asked.conversations:
-            prompts, found.cut_prompts[name] = encode_conversations(
-                asked.conversations, form, tokenizer, room
+    for name, questions in measures.questions.items():
+        max_tokens, ends = model.max_positions - measures.max_new_tokens, ()
+        if form is not None and form.is_conversation and questions.conversations:
+            prompts, num_cut = encode_conversations(
+                questions.conversations, form, tokenizer, max_tokens
             )
             ends = form.end_ids
         else:
-            prompts, found.cut_prompts[name] = encode_prompts(asked.prompts, tokenizer, room)
-        check_ids(prompts, tokenizer, model.model.config.vocab_size, name)
-        if found.cut_prompts[name]:
-            print(
-                cut_line(f"{model.name}, {name}", found.cut_prompts[name], len(prompts), room),
-                flush=True,
-            )
+            prompts, num_cut = encode_prompts(questions.prompts, tokenizer, max_tokens)
+        measured.cut_prompts[name] = num_cut
+        check_ids(prompts, tokenizer, vocab_size, name)
+        if num_cut:
+            print(cut_line(f"{model.name}, {name}", num_cut, len(prompts), max_tokens), flush=True)
         how = Answering(tokenizer, measures.max_new_tokens, measures.batch_size, ends)
-        found.questions[name] = {
+        measured.questions[name] = {
             depth: answer_questions(
-                model, depth, asked.questions, prompts, how, title(f"{name}, depth {depth}")
+                model, depth, questions.questions, prompts, how, title(f"{name}, depth {depth}")
             )
             for depth in model.depths
         }
         keep()
-    if measures.harness is not None:
-        for depth in model.depths:
-            if measures.bars:
-                print(
-                    f"{model.name}: {', '.join(measures.harness.tasks)}, depth {depth}", flush=True
-                )
-            found.tasks[depth] = measures.harness.run(
-                model.sub_model(depth),
-                tokenizer,
-                measures.batch_size,
-                measures.task_shots,
-                measures.task_limit,
-            )
-            keep()
+    for depth in model.depths if measures.harness is not None else ():
+        if measures.bars:
+            print(f"{title(', '.join(measures.harness.tasks))}, depth {depth}", flush=True)
+        measured.tasks[depth] = measures.harness.run(
+            model.sub_model(depth),
+            tokenizer,
+            measures.batch_size,
+            measures.task_shots,
+            measures.task_limit,
+        )
+        keep()
 
 
-def cut_line(name: str, num_cut: int, num_prompts: int, room: int) -> str:
-    """Return the line that says how many prompts lost their beginning; it stands before the numbers that come of it."""
+def cut_line(name: str, num_cut: int, num_prompts: int, max_tokens: int) -> str:
+    """Return the note about truncated prompts, which is printed before the numbers they affect."""
     return (
-        f"{name}: {num_cut:,} of {num_prompts:,} prompts are longer than the {room:,} tokens that the context leaves for them and lost "
-        "their beginning; fewer --shots or --max-new-tokens cut less"
+        f"{name}: {num_cut:,} of {num_prompts:,} prompts are longer than the {max_tokens:,} tokens "
+        "that the context leaves for them and lost their beginning; with fewer --shots or "
+        "--max-new-tokens they lose less"
     )
 
 
@@ -280,6 +298,7 @@ def _facts(
     measures: Measures,
     trained: TrainedHeads | None,
 ) -> dict:
+    """Return the facts about a model for the written results."""
     exits = {}
     for depth in model.depths:
         sub_model = model.sub_model(depth)

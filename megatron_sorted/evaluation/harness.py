@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness for a sub-model, through the harness's own API. The only file that knows it."""
+"""Tasks of lm-evaluation-harness for a sub-model; the only file that uses the harness's API."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,15 +11,16 @@ from megatron_sorted.evaluation.task_names import check_task_names, unknown_task
 from megatron_sorted.exported.tokenizer import for_transformers
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 
-USUAL_NEW_TOKENS = 256  # of a task that does not say; HFLM.max_gen_toks
+DEFAULT_NEW_TOKENS = 256
+"""Number of new tokens of a task that does not set it: HFLM.max_gen_toks."""
 
 
 class Harness:
-    """lm-evaluation-harness with the tasks that were asked for.
+    """The requested tasks of lm-evaluation-harness.
 
     Attributes:
-        tasks: Their names; groups are as good as tasks.
-        version: Of the package.
+        tasks: Names of tasks or groups of tasks.
+        version: Version of the package.
     """
 
     def __init__(self, tasks: Sequence[str], tasks_path: Path | None = None):
@@ -35,11 +36,12 @@ class Harness:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise PlatformError(
-                f"--tasks needs lm-evaluation-harness ({error}). pip install lm-eval, or leave --tasks out."
+                f"--tasks needs lm-evaluation-harness ({error}). pip install lm-eval, or leave "
+                "--tasks out."
             ) from error
         self.tasks, self.version = tuple(tasks), getattr(lm_eval, "__version__", "unknown")
         include = None if tasks_path is None else str(tasks_path)
-        # reading the index of its thousands of own tasks takes seconds
+        # the index of the harness's thousands of own tasks takes seconds to read
         self._manager = TaskManager(include_path=include, include_defaults=include is None)
         if include is not None and not set(tasks) <= set(self._manager.all_tasks):
             self._manager = TaskManager(include_path=include)
@@ -48,29 +50,30 @@ class Harness:
                 raise unknown_task(task, tasks_path)
 
     def check(self, positions: Mapping[str, int]) -> None:
-        """Open the tasks' data and check that what they generate fits the models, before anything is measured.
+        """Open the tasks' data and check that their answers fit the models' contexts.
 
         Args:
-            positions: {name of a model: longest text it takes}.
+            positions: {name of a model: length of its context}.
 
         Raises:
-            DataError: A task's data cannot be read, or it asks for more new tokens than a model has positions.
+            DataError: A task's data cannot be read, or it needs more new tokens than a context has.
         """
         from lm_eval.tasks import get_task_dict
 
         try:
             opened = get_task_dict(list(self.tasks), self._manager)
-        except Exception as error:  # whatever the files of a task lead to
+        except Exception as error:  # a task's files can raise anything
             raise _stopped(error) from error
         for task in _leaves(opened):
             if task.config.output_type != "generate_until":
                 continue
-            asked = (task.config.generation_kwargs or {}).get("max_gen_toks", USUAL_NEW_TOKENS)
+            needed = (task.config.generation_kwargs or {}).get("max_gen_toks", DEFAULT_NEW_TOKENS)
             for name, length in positions.items():
-                if isinstance(asked, int) and asked >= length:
+                if isinstance(needed, int) and needed >= length:
                     raise DataError(
-                        f"--tasks: {task.config.task} asks for up to {asked} new tokens, and {name} has {length} positions for "
-                        f"prompt and answer. Set max_gen_toks in the task's generation_kwargs below {length}."
+                        f"--tasks: {task.config.task} needs up to {needed} new tokens, and {name} "
+                        f"has {length} positions for prompt and answer. Set max_gen_toks in the "
+                        f"task's generation_kwargs below {length}."
                     )
 
     def run(
@@ -81,19 +84,21 @@ class Harness:
         num_fewshot: int | None = None,
         limit: int | None = None,
     ) -> dict[str, dict]:
-        """Return {task: {"samples": number, metric: {"value", "standard_error"}}} for one model.
+        """Run the tasks on one model.
+
+        Returns:
+            {task: {"samples": number, metric: {"value", "standard_error"}}}.
 
         Raises:
-            DataError: The task's data cannot be read, as when it would have to be fetched.
+            DataError: A task's data cannot be read, for example without a network.
         """
         import logging
 
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        logging.getLogger("lm_eval").setLevel(
-            logging.ERROR
-        )  # it warns that a model object was given, which is the point
+        # without its warning about a model that is given as an object
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         model = HFLM(
             pretrained=sub_model,
             tokenizer=for_transformers(tokenizer),
@@ -101,7 +106,7 @@ class Harness:
             backend="causal",
         )
         try:
-            found = simple_evaluate(
+            results = simple_evaluate(
                 model=model,
                 tasks=list(self.tasks),
                 task_manager=self._manager,
@@ -111,23 +116,21 @@ class Harness:
                 bootstrap_iters=1000,
                 verbosity="ERROR",
             )
-        except Exception as error:  # whatever the code of a task leads to
+        except Exception as error:  # a task's code can raise anything
             raise _stopped(error) from error
+        samples = results.get("n-samples", {})
         return {
-            task: {
-                "samples": found.get("n-samples", {}).get(task, {}).get("effective"),
-                **_metrics(numbers),
-            }
-            for task, numbers in {**found["results"], **found.get("groups", {})}.items()
+            task: {"samples": samples.get(task, {}).get("effective"), **_metrics(numbers)}
+            for task, numbers in {**results["results"], **results.get("groups", {})}.items()
         }
 
 
 def _stopped(error: Exception) -> DataError:
-    """Return an error of the harness as one of ours, in a sentence."""
+    """Return an error of the harness as a `DataError`."""
     reason = (str(error).strip() or "no reason given").split("\n")[0]
     return DataError(
-        f"--tasks: lm-evaluation-harness stopped: {type(error).__name__}: {reason.rstrip('.')}. Mend the task's files; data "
-        "must lie on this machine (or set HF_HUB_OFFLINE=0)."
+        f"--tasks: lm-evaluation-harness stopped: {type(error).__name__}: {reason.rstrip('.')}. "
+        "Correct the task's files; data must be on this machine (or set HF_HUB_OFFLINE=0)."
     )
 
 
@@ -141,15 +144,18 @@ def _leaves(tasks: dict) -> Iterator[Any]:
 
 
 def _metrics(numbers: dict) -> dict[str, dict]:
-    """Return {metric: {"value", "standard_error"}} of the harness's flat "metric,filter" and "metric_stderr,filter"."""
-    found = {}
+    """Convert the harness's numbers to {metric: {"value", "standard_error"}}.
+
+    Its keys are "metric,filter" and "metric_stderr,filter".
+    """
+    metrics = {}
     for key, value in numbers.items():
-        name, comma, kept = key.partition(",")
+        name, comma, kind = key.partition(",")
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        error = numbers.get(f"{name}_stderr,{kept}")
-        found[name if kept == "none" else f"{name} ({kept})"] = {
+        error = numbers.get(f"{name}_stderr,{kind}")
+        metrics[name if kind == "none" else f"{name} ({kind})"] = {
             "value": float(value),
             "standard_error": float(error) if isinstance(error, int | float) else None,
         }
-    return found
+    return metrics

@@ -1,4 +1,4 @@
-"""SFT+ICT, the baseline of Sorted LLaMA: a norm and a head for each intermediate exit, trained on frozen layers."""
+"""SFT+ICT, the baseline of Sorted LLaMA: a norm and a head for each exit, on frozen layers."""
 
 import hashlib
 import math
@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from megatron_sorted.conversion.exporting import write_config
 from megatron_sorted.conversion.hugging_face.exit_keys import keys_of_exits, without_exits
-from megatron_sorted.conversion.hugging_face.families import EXITS, read_config
-from megatron_sorted.conversion.hugging_face.nested_exits import Exit
+from megatron_sorted.conversion.hugging_face.families import EXITS_FILE, read_config
+from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
 from megatron_sorted.conversion.staging import staged_directory
 from megatron_sorted.errors import DataError, TrainingError
 from megatron_sorted.evaluation.documents import EncodedDocument
@@ -25,18 +25,27 @@ from megatron_sorted.evaluation.nested_model import NestedModel, copy_exit
 from megatron_sorted.evaluation.windows import cut_documents
 
 KEPT = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-"""Files of a directory that belong to the model; others (pickles above all) stay where they are."""
+"""Files of a directory that belong to the model and are copied; pickles are not."""
 WARMUP_SHARE = 0.05
 CLIP_NORM = 1.0
 NUM_REPORTS = 20
+"""Number of intervals of the training over which losses are averaged."""
 
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """How heads are trained: AdamW, cosine to nothing after a short warm-up, gradient norm of each exit clipped at 1.
+    """The training of heads, by AdamW.
+
+    The learning rate follows a cosine to zero after a short warm-up; the gradient norm of each exit
+    is clipped at 1.
 
     Attributes:
-        lr: None: 1 / hidden size, with which one step moves a logit by about one, whatever the width.
+        epochs: Number of epochs.
+        lr: Largest learning rate; None for 1 / hidden size, with which one step moves a logit by
+            about one, whatever the width.
+        batch_size: Number of windows in a batch.
+        weight_decay: Weight decay.
+        seed: Seed of the order of windows.
     """
 
     epochs: int = 1
@@ -48,15 +57,16 @@ class HeadTraining:
 
 @dataclass
 class TrainedHeads:
-    """What became of it.
+    """The result of training heads.
 
     Attributes:
-        model: The same layers with the exits' own norms and heads.
-        num_steps, num_tokens: Optimizer steps; tokens whose loss was counted, over all epochs.
-        num_new_parameters: Of the norms and heads.
-        losses: Mean training loss of each exit over each of up to twenty parts of the training.
+        model: The model with the exits' own norms and heads.
+        num_steps: Number of optimizer steps.
+        num_tokens: Number of counted tokens over all epochs.
+        num_new_parameters: Number of parameters of the new norms and heads.
         lr: Largest learning rate.
-        base_sha256: Of all parameters of the layers, embedding, norm and head, before and after alike.
+        base_sha256: Hash of the frozen parameters, the same before and after.
+        losses: Mean training loss of each exit in up to twenty intervals.
     """
 
     model: NestedModel
@@ -75,12 +85,20 @@ def train_heads(
     training: HeadTraining,
     title: str | None = None,
 ) -> TrainedHeads:
-    """Return the model with norms and heads of its own at every intermediate exit, which start as copies of the last exit's.
+    """Train a norm and a head for every exit before the last layer, from copies of the last exit's.
 
-    All exits learn from one forward pass of the frozen layers, each from its own loss alone; norms and heads train in float32.
+    All exits learn from one forward pass of the frozen layers, each from its own loss alone; norms
+    and heads train in float32.
+
+    Args:
+        model: The model.
+        documents: Documents to train on.
+        seq_length: Length of the windows of long documents.
+        training: How heads are trained.
+        title: Title of the progress bar; None for no bar.
 
     Raises:
-        DataError: Nothing to train on, or no intermediate exit.
+        DataError: There is nothing to train on, or no exit before the last layer.
         TrainingError: A loss is not finite.
     """
     depths = model.depths[:-1]
@@ -93,25 +111,22 @@ def train_heads(
         raise DataError("--train-heads: no token in the text to train on. Give another file.")
     before = hash_parameters(model.model)
     exits = {depth: copy_exit(model.exits[model.depths[-1]]) for depth in depths}
-    for found in exits.values():
-        for module in (found.norm, found.head):
-            module.float().requires_grad_(True)
-    own = {
-        depth: [*found.norm.parameters(), *found.head.parameters()]
-        for depth, found in exits.items()
-    }
+    modules = {depth: nn.ModuleList([own.norm, own.head]) for depth, own in exits.items()}
+    for pair in modules.values():
+        pair.float().requires_grad_(True)
+    parameters = {depth: list(pair.parameters()) for depth, pair in modules.items()}
     lr = training.lr or 1 / model.model.config.hidden_size
     optimizer = torch.optim.AdamW(
-        [p for parameters in own.values() for p in parameters],
+        [parameter for own in parameters.values() for parameter in own],
         lr=lr,
         betas=(0.9, 0.95),
         weight_decay=training.weight_decay,
     )
     num_steps = training.epochs * math.ceil(len(windows) / training.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _share_of_lr(step, num_steps)
+        optimizer, lambda step: _lr_factor(step, num_steps)
     )
-    order, sums, counts = random.Random(training.seed), _Sums(depths), 0
+    order, losses, num_tokens = random.Random(training.seed), _MeanLosses(depths), 0
     with tqdm(total=num_steps, desc=title, unit="step", disable=title is None) as bar:
         for _ in range(training.epochs):
             order.shuffle(windows)
@@ -125,36 +140,32 @@ def train_heads(
                     loss = _backward(exits[depth], hidden[depth], labels_n)
                     if not math.isfinite(loss):
                         raise TrainingError(
-                            f"--train-heads: the loss of exit {depth} of {model.name} is {loss} at step {sums.steps + 1}. "
-                            "Use a smaller --train-heads-lr."
+                            f"--train-heads: the loss of exit {depth} of {model.name} is {loss} at "
+                            f"step {losses.steps + 1}. Use a smaller --train-heads-lr."
                         )
-                    sums.add(depth, loss)
-                    nn.utils.clip_grad_norm_(own[depth], CLIP_NORM)
+                    losses.add(depth, loss)
+                    nn.utils.clip_grad_norm_(parameters[depth], CLIP_NORM)
                 optimizer.step()
                 schedule.step()
-                counts += len(labels_n)
+                num_tokens += len(labels_n)
                 bar.update()
-                sums.close_part(num_steps)
-                bar.set_postfix_str(
-                    "loss " + " ".join(f"{depth}:{sums.last[depth]:.2f}" for depth in depths),
-                    refresh=False,
-                )
-    after = hash_parameters(model.model)
-    if after != before:
+                losses.end_step(num_steps)
+                latest = " ".join(f"{depth}:{losses.last[depth]:.2f}" for depth in depths)
+                bar.set_postfix_str(f"loss {latest}", refresh=False)
+    if hash_parameters(model.model) != before:
         raise TrainingError(
-            f"--train-heads: layers of {model.name} changed, which must not happen. Report this as a bug."
+            f"--train-heads: layers of {model.name} changed, which must not happen. Report this as "
+            "a bug."
         )
-    dtype = model.model.dtype
-    for found in exits.values():
-        for module in (found.norm, found.head):
-            module.to(dtype).requires_grad_(False)
+    for pair in modules.values():
+        pair.to(model.model.dtype).requires_grad_(False)
     trained = NestedModel(f"{model.name}+ICT", model.model, model.depths, exits)
-    num_new = sum(parameter.numel() for parameters in own.values() for parameter in parameters)
-    return TrainedHeads(trained, num_steps, counts, num_new, lr, before, sums.parts)
+    num_new = sum(parameter.numel() for own in parameters.values() for parameter in own)
+    return TrainedHeads(trained, num_steps, num_tokens, num_new, lr, before, losses.means)
 
 
 def hash_parameters(model: nn.Module) -> str:
-    """Return the SHA-256 of names and bits of all parameters."""
+    """Return the SHA-256 of the names and values of all parameters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
@@ -162,52 +173,55 @@ def hash_parameters(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _backward(found: Exit, hidden_nh: Tensor, labels_n: Tensor) -> float:
-    """Return the mean loss of one exit; its gradient is added to norm and head, chunk by chunk, so that few logits exist at a time."""
-    chunk, total = max(1, LOGIT_BYTES // (4 * found.head.out_features)), 0.0
-    for begin in range(0, len(labels_n), chunk):
-        part = slice(begin, begin + chunk)
-        loss = cross_entropy(
-            found.head(found.norm(hidden_nh[part].float())), labels_n[part], reduction="sum"
-        ) / len(labels_n)
+def _backward(own: NestedExit, hidden_nh: Tensor, labels_n: Tensor) -> float:
+    """Return the mean loss of one exit, and add its gradients to norm and head.
+
+    It runs in blocks of tokens, so that few logits exist at a time.
+    """
+    size, total = max(1, LOGIT_BYTES // (4 * own.head.out_features)), 0.0
+    for hidden, labels in zip(hidden_nh.split(size), labels_n.split(size), strict=True):
+        logits = own.head(own.norm(hidden.float()))
+        loss = cross_entropy(logits, labels, reduction="sum") / len(labels_n)
         loss.backward()
         total += float(loss.detach())
     return total
 
 
-def _share_of_lr(step: int, num_steps: int) -> float:
+def _lr_factor(step: int, num_steps: int) -> float:
+    """Return the factor of the largest learning rate at a step."""
     warmup = max(1, round(WARMUP_SHARE * num_steps))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
-class _Sums:
-    """Mean losses over parts of the training."""
+class _MeanLosses:
+    """The mean losses of the exits in intervals of the training."""
 
     def __init__(self, depths: Sequence[int]):
         self.last: dict[int, float] = {}
-        self.parts: dict[int, list[float]] = {depth: [] for depth in depths}
+        self.means: dict[int, list[float]] = {depth: [] for depth in depths}
         self._open: dict[int, list[float]] = {depth: [] for depth in depths}
         self.steps = 0
 
     def add(self, depth: int, loss: float) -> None:
+        """Record an exit's loss in a step."""
         self.last[depth] = loss
         self._open[depth].append(loss)
 
-    def close_part(self, num_steps: int) -> None:
-        """End a step, and with it a part at every twentieth of all steps."""
+    def end_step(self, num_steps: int) -> None:
+        """End a step, and an interval at every twentieth of all steps."""
         self.steps += 1
         if self.steps * NUM_REPORTS // num_steps > (self.steps - 1) * NUM_REPORTS // num_steps:
             for depth, losses in self._open.items():
-                self.parts[depth].append(sum(losses) / len(losses))
+                self.means[depth].append(sum(losses) / len(losses))
                 losses.clear()
 
 
 def save_with_heads(
     model: NestedModel, source: Path, destination: Path, overwrite: bool = False
 ) -> None:
-    """Write the directory of ``source`` with the exits' norms and heads beside it, whole or not at all.
+    """Write a copy of a model's directory with the exits' norms and heads, atomically.
 
     Raises:
         CheckpointError: The destination exists or cannot be written.
@@ -226,14 +240,9 @@ def save_with_heads(
     num_bytes = sum(path.stat().st_size for path in files) + sum(
         tensor.nbytes for tensor in tensors.values()
     )
-    with staged_directory(destination, overwrite, num_bytes, source) as aside:
+    config = without_exits(read_config(source))
+    with staged_directory(destination, overwrite, num_bytes, source) as staged:
         for path in files:
-            shutil.copyfile(path, aside / path.name)
-        write_config(
-            aside,
-            {
-                **without_exits(read_config(source)),
-                **keys_of_exits(model.depths, own_norms=True, own_heads=True),
-            },
-        )
-        save_file(tensors, str(aside / EXITS), metadata={"format": "pt"})
+            shutil.copyfile(path, staged / path.name)
+        write_config(staged, config | keys_of_exits(model.depths, own_norms=True, own_heads=True))
+        save_file(tensors, str(staged / EXITS_FILE), metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Loss of every exit on held-out text, and its agreement with the last exit: one forward pass for all exits."""
+"""The loss of every exit on held-out text and its agreement with the last exit, in one pass."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,18 +14,20 @@ from megatron_sorted.evaluation.nested_model import NestedModel
 from megatron_sorted.evaluation.windows import Window, batch_windows, cut_documents
 
 LOGIT_BYTES = 64 << 20
-"""Of the logits that exist at a time."""
+"""Maximum size of the logits that exist at a time."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What one exit does on every document.
+    """The measurements of one exit, by document.
 
     Attributes:
         nats_d: Sum of the losses of the document's counted tokens, float64.
-        agreed_d: For how many of them exit and last exit find the same token most likely (of equally likely ones the lowest id).
-        tokens_d: How many there are.
-        right_d: For how many of them the right token is the most likely one; None where documents are not counted one by one.
+        agreed_d: Number of them for which exit and last exit have the same most likely token (the
+            lowest id of equally likely ones).
+        tokens_d: Number of counted tokens.
+        right_d: Number of them whose right token is the most likely one; None where it was not
+            measured.
     """
 
     nats_d: Tensor
@@ -35,10 +37,10 @@ class HeldOut:
 
     @property
     def exact_match(self) -> float | None:
-        """Return the share of documents of which every counted token is the most likely one, as a run's evaluation has it."""
-        return (
-            None if self.right_d is None else float((self.right_d == self.tokens_d).double().mean())
-        )
+        """Return the share of documents in which every counted token is the most likely one."""
+        if self.right_d is None:
+            return None
+        return float((self.right_d == self.tokens_d).double().mean())
 
     @property
     def loss(self) -> float:
@@ -61,18 +63,17 @@ class HeldOut:
 
 
 def ratio_standard_error(sums_d: Tensor, counts_d: Tensor) -> float | None:
-    """Return the standard error of r = sum(sums) / sum(counts) where documents are drawn at random; None for fewer than two.
+    """Return the standard error of r = sum(sums) / sum(counts) for documents drawn at random.
 
     The linearised ratio estimator (W. G. Cochran, Sampling Techniques, 3rd ed., 2.11):
-    sqrt(D / (D - 1) * sum_d (sums_d - r counts_d)^2) / sum_d counts_d.
+    sqrt(D / (D - 1) * sum_d (sums_d - r counts_d)^2) / sum_d counts_d. None for a single document.
     """
     number = len(sums_d)
     if number < 2:
         return None
     residual_d = sums_d.double() - sums_d.double().sum() / counts_d.sum() * counts_d
-    return math.sqrt(number / (number - 1) * float(residual_d.square().sum())) / float(
-        counts_d.sum()
-    )
+    variance = number / (number - 1) * float(residual_d.square().sum())
+    return math.sqrt(variance) / float(counts_d.sum())
 
 
 @torch.inference_mode()
@@ -84,46 +85,49 @@ def measure_held_out(
     batch_tokens: int = 8192,
     title: str | None = None,
 ) -> dict[int, HeldOut]:
-    """Return {depth: what the exit does on every document}.
+    """Measure every exit on documents.
 
     Args:
-        batch_tokens: Tokens of one forward pass, with padding.
-        title: Of the progress bar; None for no bar.
+        model: The model.
+        documents: The documents.
+        seq_length: Length of the windows of long documents.
+        stride: Distance of the windows' starts; None for ``seq_length``.
+        batch_tokens: Maximum number of tokens of a forward pass, with padding.
+        title: Title of the progress bar; None for no bar.
+
+    Returns:
+        {depth: measurements}.
     """
-    batches = batch_windows(
-        cut_documents(documents, seq_length, stride or seq_length), batch_tokens
-    )
+    windows = cut_documents(documents, seq_length, stride or seq_length)
+    batches = batch_windows(windows, batch_tokens)
     zero = torch.zeros(len(documents), dtype=torch.float64)
-    found = {depth: HeldOut(zero.clone(), zero.clone(), zero.clone()) for depth in model.depths}
-    total = sum(window.num_read for batch in batches for window in batch)
+    measured = {depth: HeldOut(zero.clone(), zero.clone(), zero.clone()) for depth in model.depths}
+    total = sum(window.num_read for window in windows)
     with tqdm(total=total, desc=title, unit="token", unit_scale=True, disable=title is None) as bar:
         for batch in batches:
-            place_n, labels_n, hidden = read_batch(model, documents, batch)
+            document_n, labels_n, hidden = read_batch(model, documents, batch)
             for depth, part, nats_n, agrees_n, _ in score_exits(model, hidden, labels_n):
-                sums, ones_n = found[depth], torch.ones_like(nats_n)
-                for sum_d, value_n in (
-                    (sums.nats_d, nats_n),
-                    (sums.agreed_d, agrees_n),
-                    (sums.tokens_d, ones_n),
-                ):
-                    sum_d.index_add_(0, place_n[part], value_n.double())
+                one, numbers_n = measured[depth], document_n[part]
+                one.nats_d.index_add_(0, numbers_n, nats_n.double())
+                one.agreed_d.index_add_(0, numbers_n, agrees_n.double())
+                one.tokens_d.index_add_(0, numbers_n, torch.ones_like(nats_n.double()))
             bar.update(sum(window.num_read for window in batch))
-    return found
+    return measured
 
 
 def score_exits(
     model: NestedModel, hidden: dict[int, Tensor], labels_n: Tensor
 ) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
-    """Yield (depth, which tokens, nats_n, agrees_n, right_n) of chunks of tokens, for every exit.
+    """Yield (depth, which tokens, nats_n, agrees_n, right_n) for blocks of tokens and every exit.
 
     Args:
         model: The model.
-        hidden: {depth: hidden_nh} of the tokens that are counted.
-        labels_n: What follows each of them.
+        hidden: {depth: hidden_nh} of the counted tokens.
+        labels_n: Token that follows each of them.
     """
-    chunk = max(1, LOGIT_BYTES // (4 * model.model.config.vocab_size))
-    for begin in range(0, len(labels_n), chunk):
-        part = slice(begin, begin + chunk)
+    block = max(1, LOGIT_BYTES // (4 * model.model.config.vocab_size))
+    for begin in range(0, len(labels_n), block):
+        part = slice(begin, begin + block)
         last_n = None
         for depth in reversed(model.depths):
             logits_nv = model.logits(depth, hidden[depth][part]).float()
@@ -141,9 +145,12 @@ def score_exits(
 def read_batch(
     model: NestedModel, documents: Sequence[EncodedDocument], batch: Sequence[Window]
 ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """Return document_n, labels_n and {depth: hidden_nh} of the batch's counted tokens, from one forward pass.
+    """Run one forward pass on windows.
 
-    Shorter windows are filled at the right: attention is causal, so nothing that is counted sees the filling.
+    Shorter windows are padded at the right, where causal attention never looks.
+
+    Returns:
+        document_n, labels_n and {depth: hidden_nh} of the counted tokens.
     """
     length = max(window.num_read for window in batch)
     input_ids_bs = torch.tensor(
@@ -153,7 +160,7 @@ def read_batch(
             for window in batch
         ]
     )
-    rows, columns, labels, places = [], [], [], []
+    rows, columns, labels, numbers = [], [], [], []
     for row, window in enumerate(batch):
         document = documents[window.document]
         for target in range(window.first_target, window.last + 1):
@@ -161,11 +168,7 @@ def read_batch(
                 rows.append(row)
                 columns.append(target - 1 - window.first)
                 labels.append(document.ids[target])
-                places.append(window.document)
-    hidden = model.hidden_states(input_ids_bs)
-    where = (torch.tensor(rows), torch.tensor(columns))
-    return (
-        torch.tensor(places),
-        torch.tensor(labels),
-        {depth: hidden_bsh[where] for depth, hidden_bsh in hidden.items()},
-    )
+                numbers.append(window.document)
+    counted = (torch.tensor(rows), torch.tensor(columns))
+    hidden = {depth: one[counted] for depth, one in model.hidden_states(input_ids_bs).items()}
+    return torch.tensor(numbers), torch.tensor(labels), hidden

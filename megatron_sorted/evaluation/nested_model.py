@@ -1,4 +1,4 @@
-"""A model with transformers, its exits in one forward pass, and every sub-model as a transformers model."""
+"""A transformers model with its exits, evaluated in one forward pass, and its sub-models."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -7,19 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_sorted.conversion.hugging_face.nested_exits import Exit, greedy, shallow_model
+from megatron_sorted.conversion.hugging_face.families import attention_window
+from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit, greedy, shallow_model
+from megatron_sorted.exported.exit_plan import plan_exits
 from megatron_sorted.exported.load import load_with_exits
-from megatron_sorted.exported.model_directory import plan_exits
 
 
 class NestedModel:
     """A causal language model of transformers and its exits.
 
     Attributes:
-        name: What tables and pictures call it.
+        name: Name in tables and pictures.
         model: The full model.
-        depths: Its exits, increasing; the last is the full model.
-        exits: What reads the hidden state at each; the model's own modules where they are shared.
+        depths: Depths of its exits, increasing; the last is the full model.
+        exits: Modules that read the hidden state at each exit, by depth; they may be shared.
     """
 
     def __init__(
@@ -27,26 +28,26 @@ class NestedModel:
         name: str,
         model: nn.Module,
         depths: Sequence[int],
-        own: Mapping[int, Exit] | None = None,
+        own: Mapping[int, NestedExit] | None = None,
     ):
         """Join a model with its exits.
 
         Args:
-            name: Of the model.
-            model: Of transformers.
-            depths: Of the exits.
-            own: Exits with modules of their own; the others are read by the last one's.
+            name: Name in tables and pictures.
+            model: The transformers model.
+            depths: Depths of the exits.
+            own: Exits with their own modules, by depth; the others use the last exit's.
         """
         self.name, self.model, self.depths = name, model, tuple(depths)
-        shared = Exit(model.model.norm, model.lm_head)
+        shared = NestedExit(model.model.norm, model.lm_head)
         self.exits = {depth: (own or {}).get(depth, shared) for depth in depths}
-        blocks = (found.block for found in self.exits.values() if found.block is not None)
+        blocks = (one.block for one in self.exits.values() if one.block is not None)
         for module in (model, *blocks):
             module.requires_grad_(False).eval()
 
     @property
     def num_layers(self) -> int:
-        """Return the number of layers of the full model, which is the depth of the last exit."""
+        """Return the number of layers of the full model, the depth of the last exit."""
         return self.model.config.num_hidden_layers
 
     @property
@@ -60,24 +61,25 @@ class NestedModel:
         attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids_bs: Tensor | None = None,
     ) -> dict[int, Tensor]:
-        """Return {depth: hidden_bsh} before the exit's norm, after its block where it has one, of one forward pass.
+        """Run one forward pass; return {depth: hidden_bsh} before the exit's norm, after its block.
 
-        Taken by hooks: the last of transformers' own ``hidden_states`` has already been through the final norm. A block gets the mask and
-        positions that the layer before it got.
+        Hooks collect them, since the last of transformers' ``hidden_states`` is already normed. A
+        block gets the mask and positions of the layer before it.
 
         Args:
-            input_ids_bs: Tokens.
-            attention_mask: As the model takes it: [b, s] where some tokens only fill up, [b, 1, s, s], or one of these by kind of layer.
-            position_ids_bs: Positions; None: from 0.
+            input_ids_bs: The tokens.
+            attention_mask: Mask as the model takes it: [b, s] for padding, [b, 1, s, s], or one of
+                these for each kind of layer; None for causal attention.
+            position_ids_bs: Positions; None to count from 0.
         """
-        found: dict[int, Tensor] = {}
+        hidden: dict[int, Tensor] = {}
 
         def keep(depth: int):
             def hook(module, inputs, more, output):
                 hidden_bsh = output[0] if isinstance(output, tuple) else output
                 if (block := self.exits[depth].block) is not None:
                     hidden_bsh = block(hidden_bsh, *inputs[1:], **{**more, "past_key_values": None})
-                found[depth] = hidden_bsh
+                hidden[depth] = hidden_bsh
 
             return hook
 
@@ -95,20 +97,20 @@ class NestedModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
+        return hidden
 
     def logits(self, depth: int, hidden_nh: Tensor) -> Tensor:
-        """Return logits_nv of an exit for any number of hidden states."""
+        """Return the logits_nv of an exit for hidden states."""
         return self.exits[depth].head(self.exits[depth].norm(hidden_nh))
 
     def sub_model(self, depth: int) -> nn.Module:
-        """Return a transformers model of the first ``depth`` layers and the exit's own that shares all parameters; it decodes greedily."""
+        """Return the sub-model as a transformers model that shares all parameters; it is greedy."""
         sub = shallow_model(self.model, depth, self.exits[depth])
         sub.generation_config = greedy(self.model)
         return sub
 
     def without_parts(self) -> "NestedModel":
-        """Return the same layers and depths, every exit read by the last one's norm and head."""
+        """Return the same layers and depths, with the last norm and head at every exit."""
         return NestedModel(self.name, self.model, self.depths)
 
 
@@ -118,10 +120,16 @@ def load_nested_model(
     dtype: torch.dtype = torch.float32,
     name: str | None = None,
 ) -> NestedModel:
-    """Return the model of a Hugging Face directory with its exits; nothing in the directory is executed.
+    """Load a model with its exits; no code in the directory is executed.
+
+    Args:
+        directory: Directory of Hugging Face files.
+        depths: Exits to use; None for those that the directory names.
+        dtype: Data type of the weights.
+        name: Name of the model; None for that of the directory.
 
     Raises:
-        CheckpointError: Files are missing or damaged, or tensors are missing or have another shape than config.json says.
+        CheckpointError: Files or tensors are missing, damaged, or do not match config.json.
         SettingsError: A depth is no exit of the model.
     """
     plan = plan_exits(directory, depths)
@@ -129,9 +137,9 @@ def load_nested_model(
     return NestedModel(name or directory.resolve().name, model, plan.depths, exits)
 
 
-def copy_exit(found: Exit) -> Exit:
-    """Return an exit whose norm and head have weights of their own, copies of another's; without its block."""
-    return Exit(_copy(found.norm), _copy(found.head))
+def copy_exit(original: NestedExit) -> NestedExit:
+    """Return an exit with copies of another's norm and head, and without its block."""
+    return NestedExit(_copy(original.norm), _copy(original.head))
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -142,18 +150,16 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def count_parameters(sub_model: nn.Module) -> int:
-    """Return the number of different parameters: a matrix used as embedding and as head counts once."""
-    return sum(
-        parameter.numel()
-        for parameter in {id(parameter): parameter for parameter in sub_model.parameters()}.values()
-    )
+    """Return the number of parameters; a matrix that is both embedding and head counts once."""
+    return sum(parameter.numel() for parameter in sub_model.parameters())
 
 
 def forward_flops_per_token(sub_model: nn.Module, seq_length: int) -> int:
-    """Return operations of a forward pass for one token, a multiply-add counting 2.
+    """Return the operations of a forward pass for one token; a multiply-add counts 2.
 
-    Twice the weights of every linear layer and of the head, and for attention 2 x 2 x (mean tokens attended to) x (width of all query
-    heads): scores and values, with a mean of half the sequence, as ``settings.costs``; less where a layer's window is shorter.
+    They are twice the weights of every linear layer and of the head, and for attention 2 x 2 x
+    (mean number of tokens attended to) x (width of all query heads), for scores and values. The
+    mean is half the sequence, as in ``settings.costs``, less if a layer has a shorter window.
     """
     config = sub_model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -166,13 +172,6 @@ def forward_flops_per_token(sub_model: nn.Module, seq_length: int) -> int:
         seq_length / 2
         if window is None or window >= seq_length
         else window - window * window / (2 * seq_length)
-        for window in _windows(config)
+        for window in (attention_window(config, layer) for layer in range(config.num_hidden_layers))
     )
     return round(2 * linear + 4 * attended * config.num_attention_heads * head_dim)
-
-
-def _windows(config) -> list[int | None]:
-    """Return how far every layer looks back; None: without limit."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -1,4 +1,4 @@
-"""Loss of every exit on prepared data (PREFIX.bin, PREFIX.idx): training's own samples, windows and masks."""
+"""The loss of every exit on prepared data (PREFIX.bin, PREFIX.idx), with training's own samples."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sorted.checkpoint.candidates import find_candidates
-from megatron_sorted.conversion.network import is_hugging_face
+from megatron_sorted.conversion.directory_kind import is_hugging_face
 from megatron_sorted.data.batches import Batch, collate, make_document_masks, make_eval_sets
 from megatron_sorted.data.prepared import check_same_tokenizer, stored_options
 from megatron_sorted.data.samples.dataset import EvaluationSet, InstructionSamples
@@ -22,12 +22,13 @@ from megatron_sorted.text.tokenizer.contract import Tokenizer
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Files of prepared data, and how samples are cut from them.
+    """Files of prepared data, and how samples are taken from them.
 
     Attributes:
-        prefixes: As ``--data-path`` of a run names them.
-        settings: Of the run whose evaluation this is: share of each file, length of a sample, masks of documents.
-        limit: Only the first samples of each file.
+        prefixes: Names of the files as in ``--data-path``.
+        settings: Settings of the run whose evaluation this is: share of each file, length of a
+            sample, masks of documents.
+        limit: Maximum number of samples of each file; None for all.
     """
 
     prefixes: tuple[str, ...]
@@ -36,21 +37,20 @@ class PreparedData:
 
 
 def settings_of_checkpoint(path: Path) -> dict:
-    """Return what a directory of checkpoints says of its run's samples, by field name; nothing of any other directory."""
+    """Return the settings of samples in a checkpoint directory; {} for any other directory."""
     if is_hugging_face(path) or not path.is_dir():
         return {}
     usable = find_candidates(path).usable
     saved = usable[0].manifest["settings"] if usable and not usable[0].weights_only else {}
-    # a run of 0.6.0 or before knows no masks of text, which is to say that it had none
-    return (
-        {"seq_length": saved["seq_length"], **{name: bool(saved.get(name)) for name in MASKS}}
-        if saved
-        else {}
-    )
+    if not saved:
+        return {}
+    # runs of version 0.6.0 or before had no masks
+    masks = {name: bool(saved.get(name)) for name in MASKS}
+    return {"seq_length": saved["seq_length"], **masks}
 
 
 def sequence_length(prefixes: Sequence[str]) -> int | None:
-    """Return the smallest --seq-length that the data were prepared with; None where no summary names one.
+    """Return the smallest --seq-length that the data were prepared with; None if unknown.
 
     Raises:
         DataError: A summary cannot be read.
@@ -66,12 +66,13 @@ def open_prepared(
 
     Args:
         data: The files.
-        vocab_size: Of the model; other tokens are refused when their sample is read.
-        tokenizer: Of the model, if it has one: the data must have been prepared with it, and its eos ends documents.
+        vocab_size: Size of the model's vocabulary; samples with other tokens are refused.
+        tokenizer: Tokenizer of the model, which must have prepared the data and whose eos ends
+            documents; None if the model has none.
 
     Raises:
         DataError: A file is missing or damaged, or was prepared with another tokenizer.
-        SettingsError: Two files have one name.
+        SettingsError: Two files have the same name.
     """
     if tokenizer is not None:
         check_same_tokenizer(data.prefixes, tokenizer, "the model's tokenizer is")
@@ -86,86 +87,73 @@ def measure_prepared(
     batch_tokens: int,
     title: str | None = None,
 ) -> dict[int, HeldOut]:
-    """Return {depth: what the exit does on every document of instructions, on every sample of text}.
+    """Measure every exit on each document of instructions, or on each sample of text.
 
     Args:
         model: The model.
-        samples: What a run evaluates on.
-        limit: Only the first samples; None for all.
-        batch_tokens: Tokens of one forward pass.
-        title: Of the progress bar; None for no bar.
+        samples: Evaluation set of a run.
+        limit: Maximum number of samples; None for all.
+        batch_tokens: Maximum number of tokens of a forward pass.
+        title: Title of the progress bar; None for no bar.
+
+    Returns:
+        {depth: measurements}.
     """
     by_document = isinstance(samples.source, InstructionSamples)
     length, total = samples.source.seq_length, min(limit or len(samples), len(samples))
     size = max(1, batch_tokens // length)
-    parts: dict[int, list[Tensor]] = {depth: [] for depth in model.depths}
+    sums: dict[int, list[Tensor]] = {depth: [] for depth in model.depths}
     with tqdm(
         total=total * length, desc=title, unit="token", unit_scale=True, disable=title is None
     ) as bar:
         for begin in range(0, total, size):
             batch = collate([samples[number] for number in range(begin, min(begin + size, total))])
-            for depth, numbers in _measure_batch(model, batch, by_document):
-                parts[depth].append(numbers)
+            for depth, sums_4d in _measure_batch(model, batch, by_document):
+                sums[depth].append(sums_4d)
             bar.update(batch.tokens_bs.numel())
-    found = {}
-    for depth, numbers in parts.items():
-        nats_d, agreed_d, tokens_d, right_d = torch.cat(numbers, 1)
-        counted = tokens_d > 0
-        found[depth] = HeldOut(
-            nats_d[counted],
-            agreed_d[counted],
-            tokens_d[counted],
-            right_d[counted] if by_document else None,
-        )
-    return found
+    measured = {}
+    for depth, rows in sums.items():
+        sums_4d = torch.cat(rows, 1)
+        nats_d, agreed_d, tokens_d, right_d = sums_4d[:, sums_4d[2] > 0]
+        measured[depth] = HeldOut(nats_d, agreed_d, tokens_d, right_d if by_document else None)
+    return measured
 
 
 def _measure_batch(
     model: NestedModel, batch: Batch, by_document: bool
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (depth, sums over the documents of a batch [4, d]: nats, agreed, counted, right)."""
+    """Yield (depth, sums [4, d] of each document of a batch: nats, agreed, counted, right)."""
     size, length = batch.tokens_bs.shape
-    segments_bs = (
-        torch.zeros_like(batch.tokens_bs) if batch.segments_bs is None else batch.segments_bs.long()
-    )
-    place_bs = torch.arange(size)[:, None] * (length + 1) + (
-        segments_bs if by_document else torch.zeros_like(segments_bs)
-    )
+    # documents are numbered in the whole batch; a row has at most length + 1 of them
+    document_bs = torch.arange(size)[:, None].expand(size, length) * (length + 1)
+    if by_document and batch.pieces_bs is not None:
+        document_bs = document_bs + batch.pieces_bs.long()
     counted_bs = batch.loss_mask_bs != 0
-    place_n, labels_n = place_bs[counted_bs], batch.labels_bs[counted_bs]
-    masks = attention_masks(model.model.config, batch.segments_bs)
-    hidden = {
-        depth: hidden_bsh[counted_bs]
-        for depth, hidden_bsh in model.hidden_states(
-            batch.tokens_bs, masks, batch.positions_bs
-        ).items()
-    }
+    document_n, labels_n = document_bs[counted_bs], batch.labels_bs[counted_bs]
+    masks = attention_masks(model.model.config, batch.pieces_bs)
+    states = model.hidden_states(batch.tokens_bs, masks, batch.positions_bs)
+    hidden = {depth: hidden_bsh[counted_bs] for depth, hidden_bsh in states.items()}
     sums = {
         depth: torch.zeros(4, size * (length + 1), dtype=torch.float64) for depth in model.depths
     }
     for depth, part, nats_n, agrees_n, right_n in score_exits(model, hidden, labels_n):
-        rows = torch.stack(
-            (
-                nats_n.double(),
-                agrees_n.double(),
-                torch.ones_like(nats_n, dtype=torch.float64),
-                right_n.double(),
-            )
-        )
-        sums[depth].index_add_(1, place_n[part], rows)
+        columns = (nats_n, agrees_n, torch.ones_like(nats_n), right_n)
+        sums_4n = torch.stack([column.double() for column in columns])
+        sums[depth].index_add_(1, document_n[part], sums_4n)
     yield from sums.items()
 
 
-def attention_masks(config, segments_bs: Tensor | None) -> Tensor | dict[str, Tensor] | None:
-    """Return where tokens may look within their own piece, as models of transformers take it; None where plain causal attention is right.
+def attention_masks(config, pieces_bs: Tensor | None) -> Tensor | dict[str, Tensor] | None:
+    """Return the attention masks that keep packed documents apart; None for plain causal attention.
 
-    Shapes: segments [b, s]; masks [b, 1, s, s], True where a token may look; by kind of layer where a model has several.
+    Masks are [b, 1, s, s] and True where a token may attend, as transformers takes them: one, or
+    one for each kind of layer.
     """
-    if segments_bs is None:
+    if pieces_bs is None:
         return None
-    length = segments_bs.size(1)
+    length = pieces_bs.size(1)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same = (segments_bs[:, None, :, None] == segments_bs[:, None, None, :]) & causal
+    same = (pieces_bs[:, None, :, None] == pieces_bs[:, None, None, :]) & causal
     window = getattr(config, "sliding_window", None)
     windowed = same if window is None else same & causal.triu(1 - window)
     if config.model_type in ("qwen2", "qwen3"):

@@ -1,4 +1,4 @@
-"""Closed-book questions: reading them, and prompts with worked examples."""
+"""Closed-book questions: their files, and prompts with worked examples."""
 
 import random
 import re
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.command_line import has_half_pairs
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.reading.json_lines import read_records
 from megatron_sorted.reading.shown import shown
+from megatron_sorted.reading.text_file import has_surrogates
 
 TEMPLATE = "Question: {question}\nAnswer:"
 _WRITTEN_OUT = re.compile(r"Question:\s*(.*?)\s*\nAnswer:\s*", re.DOTALL)
@@ -18,12 +18,12 @@ _WRITTEN_OUT = re.compile(r"Question:\s*(.*?)\s*\nAnswer:\s*", re.DOTALL)
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
+    """A question with its right answers.
 
     Attributes:
-        text: The question alone.
-        answer: As an example shows it.
-        right: Every answer that counts as right, ``answer`` among them.
+        text: The question itself.
+        answer: Answer to show in a worked example.
+        right: All right answers, ``answer`` among them.
     """
 
     text: str
@@ -34,12 +34,12 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """Return the questions of a file of JSON lines or records.
 
-    A line has ``question`` (or ``context`` = "Question: ...\\nAnswer:", or ``instruction`` and perhaps ``input``) and ``answer`` (or
-    ``output``): a text, a list of texts, or an object with ``value`` and ``aliases`` as in TriviaQA's own files; ``aliases`` may stand
-    beside it.
+    A record has ``question`` (or ``context`` = "Question: ...\\nAnswer:", or ``instruction`` and
+    perhaps ``input``) and ``answer`` (or ``output``): a text, a list of texts, or an object with
+    ``value`` and ``aliases`` as in TriviaQA's own files; the record may have ``aliases`` too.
 
     Raises:
-        DataError: No such file, nothing in it, or a line without question or answer.
+        DataError: The file is missing or empty, or a record has no question or no answer.
     """
     questions = []
     for place, record in read_records(path):
@@ -48,7 +48,7 @@ def read_questions(path: Path) -> list[Question]:
                 raise ValueError("not an object")
             questions.append(_question(record))
         except ValueError as error:
-            raise DataError(f"{place}: {error}. Mend or remove the line.") from error
+            raise DataError(f"{place}: {error}. Correct or remove the line.") from error
     if not questions:
         raise DataError(
             f"{shown(path)}: no question in it. Give JSON lines with 'question' and 'answer'."
@@ -57,14 +57,15 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def check_template(template: str) -> str:
-    """Return the template.
+    """Check that the template holds {question}, and return it.
 
     Raises:
-        SettingsError: It does not say where the question stands.
+        SettingsError: It does not.
     """
     if "{question}" not in template:
         raise SettingsError(
-            f"--question-template: {template!r} has no {{question}}. Write {{question}} where the question belongs."
+            f"--question-template: {template!r} has no {{question}}. Write {{question}} where the "
+            "question belongs."
         )
     return template
 
@@ -75,33 +76,28 @@ def choose_examples(
     examples: Sequence[Question] | None = None,
     seed: int = 0,
 ) -> list[list[Question]]:
-    """Return ``shots`` worked examples for each question.
+    """Draw ``shots`` worked examples for each question.
 
-    Examples are drawn anew for each question, from ``examples`` or from the other questions; never one with the same text. They do not
-    depend on which other questions are asked before.
+    They are drawn for each question separately, from ``examples`` or from the other questions, and
+    never have the question's own text. They do not depend on the questions before.
 
     Raises:
         DataError: There are fewer examples than shots.
     """
     pool = list(questions if examples is None else examples)
-    found = []
-    for place, question in enumerate(questions):
-        # a few more than needed are drawn, so that a question's own text can be passed over
-        drawn = (
-            random.Random(f"{seed}/{place}").sample(
-                pool, len(pool) if len(pool) <= 4 * shots + 8 else 4 * shots + 8
-            )
-            if shots
-            else []
-        )
-        chosen = [example for example in drawn if example.text != question.text][:shots]
-        if len(chosen) < shots:
+    # more than needed are drawn, so that a question's own text can be skipped
+    count = min(len(pool), 4 * shots + 8)
+    chosen = []
+    for number, question in enumerate(questions):
+        drawn = random.Random(f"{seed}/{number}").sample(pool, count) if shots else []
+        others = [example for example in drawn if example.text != question.text][:shots]
+        if len(others) < shots:
             raise DataError(
-                f"--shots: {shots} examples are wanted, {len(chosen)} other questions are there. Use fewer --shots or "
-                "give --shots-from FILE."
+                f"--shots: {shots} examples are needed, but there are {len(others)} other "
+                "questions. Use fewer --shots or give --shots-from FILE."
             )
-        found.append(chosen)
-    return found
+        chosen.append(others)
+    return chosen
 
 
 def write_prompts(
@@ -111,48 +107,39 @@ def write_prompts(
     template: str = TEMPLATE,
     seed: int = 0,
 ) -> list[str]:
-    """Return a prompt for each question: ``shots`` worked examples, then the question without its answer.
+    """Return a prompt for each question: worked examples, then the question without its answer.
 
     Raises:
         DataError: There are fewer examples than shots.
     """
-    chosen = choose_examples(questions, shots, examples, seed)
-    return [
-        "\n\n".join(
-            [
-                *(_join(_ask(example.text, template), example.answer) for example in some),
-                _ask(question.text, template),
-            ]
+    prompts = []
+    for question, some in zip(
+        questions, choose_examples(questions, shots, examples, seed), strict=True
+    ):
+        shown_examples = [_worked_example(example, template) for example in some]
+        prompts.append(
+            "\n\n".join([*shown_examples, template.replace("{question}", question.text)])
         )
-        for question, some in zip(questions, chosen, strict=True)
-    ]
+    return prompts
 
 
 def as_conversation(question: Question, examples: Sequence[Question]) -> list[dict[str, str]]:
-    """Return a question behind its examples, each a turn of its own."""
-    turns = [
-        turn
-        for example in examples
-        for turn in (
-            {"role": "user", "content": example.text},
-            {"role": "assistant", "content": example.answer},
-        )
-    ]
+    """Return a conversation with the examples as earlier turns and the question as the last one."""
+    turns = []
+    for example in examples:
+        turns.append({"role": "user", "content": example.text})
+        turns.append({"role": "assistant", "content": example.answer})
     return [*turns, {"role": "user", "content": question.text}]
 
 
-def _ask(text: str, template: str) -> str:
-    return template.replace("{question}", text)
-
-
-def _join(prompt: str, answer: str) -> str:
-    return prompt + answer if prompt[-1:].isspace() else f"{prompt} {answer}"
+def _worked_example(example: Question, template: str) -> str:
+    prompt = template.replace("{question}", example.text)
+    return prompt + example.answer if prompt[-1:].isspace() else f"{prompt} {example.answer}"
 
 
 def _question(record: dict[str, Any]) -> Question:
-    record = {
-        name: value for name, value in record.items() if value is not None
-    }  # as writers of a union of data sets leave them
+    # a null stands for a missing field in a union of data sets
+    record = {name: value for name, value in record.items() if value is not None}
     text = record.get("question", record.get("context"))
     if text is None and isinstance(record.get("instruction"), str):
         given = record.get("input") or ""
@@ -165,25 +152,22 @@ def _question(record: dict[str, Any]) -> Question:
     more = _texts(record.get("aliases"), "aliases")
     if isinstance(answer, dict):
         by_people = answer.get("human_answers") or answer.get("HumanAnswers")
-        more = [
-            *_texts(answer.get("aliases"), "aliases"),
-            *_texts(by_people, "human_answers"),
-            *more,
-        ]
+        aliases = _texts(answer.get("aliases"), "aliases")
+        more = [*aliases, *_texts(by_people, "human_answers"), *more]
         answer = answer.get("value")
-    if isinstance(answer, list) and (said := _texts(answer, "answer")):
-        more, answer = [*said, *more], said[0]
+    if isinstance(answer, list) and (answers := _texts(answer, "answer")):
+        more, answer = [*answers, *more], answers[0]
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError("no answer (field 'answer' or 'output')")
-    if has_half_pairs("".join([text, answer, *more])):
+    if has_surrogates("".join([text, answer, *more])):
         raise ValueError("invalid_unicode")
     return Question(text.strip(), answer.strip(), tuple(dict.fromkeys([answer, *more])))
 
 
 def _texts(value: Any, name: str) -> list[str]:
-    """Return a list of texts without those that are null; of null an empty one."""
+    """Return the texts of a list without nulls; [] for null."""
     value = [] if value is None else value
-    found = [one for one in value if one is not None] if isinstance(value, list) else None
-    if found is None or not all(isinstance(one, str) for one in found):
+    texts = [one for one in value if one is not None] if isinstance(value, list) else None
+    if texts is None or not all(isinstance(one, str) for one in texts):
         raise ValueError(f"'{name}' is not a list of texts")
-    return found
+    return texts

@@ -1,4 +1,4 @@
-"""Names of tasks, judged before lm-evaluation-harness is loaded, which takes many seconds."""
+"""A check of task names before lm-evaluation-harness is loaded, which takes many seconds."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -8,7 +8,9 @@ from megatron_sorted.errors import DataError, PlatformError
 
 
 def check_task_names(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
-    """Check that some YAML file of the harness, or of the folder, mentions each task; whether it is one the harness alone can tell.
+    """Check that a YAML file of the harness or of the folder mentions each task.
+
+    Whether it is a task is known to the harness alone.
 
     Raises:
         PlatformError: lm-eval is not installed.
@@ -16,27 +18,27 @@ def check_task_names(tasks: Sequence[str], tasks_path: Path | None = None) -> No
     """
     if (package := find_spec("lm_eval")) is None:
         raise PlatformError(
-            "--tasks needs lm-evaluation-harness (there is no lm_eval). pip install lm-eval, or leave --tasks out."
+            "--tasks needs lm-evaluation-harness (there is no lm_eval). pip install lm-eval, or "
+            "leave --tasks out."
         )
     if tasks_path is not None and not tasks_path.is_dir():
         raise DataError(
-            f"--tasks-path: {tasks_path} is no directory. Give the folder with the tasks' YAML files."
+            f"--tasks-path: {tasks_path} is no directory. "
+            "Give the folder with the tasks' YAML files."
         )
-    left = dict.fromkeys(tasks)
+    left = list(dict.fromkeys(tasks))
     for folder in filter(None, (tasks_path, Path(package.submodule_search_locations[0]) / "tasks")):
         for path in folder.rglob("*.y*ml"):
             if not left:
                 return
             text = path.read_bytes()
-            left = {
-                task: None for task in left if task.encode("utf-8", "surrogateescape") not in text
-            }
+            left = [task for task in left if task.encode("utf-8", "surrogateescape") not in text]
     if left:
-        raise unknown_task(next(iter(left)), tasks_path)
+        raise unknown_task(left[0], tasks_path)
 
 
 def unknown_task(task: str, tasks_path: Path | None) -> DataError:
-    """Return the error of a task that there is not."""
+    """Return the error for an unknown task."""
     places = f", neither in {tasks_path} nor of its own. " if tasks_path else ". "
     return DataError(
         f"--tasks: lm-evaluation-harness knows no {task!r}{places}"

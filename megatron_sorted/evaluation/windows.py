@@ -1,4 +1,4 @@
-"""How a document longer than the model's sequence is cut, and how windows are put into batches."""
+"""Windows of documents that are longer than a sequence, and batches of windows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from megatron_sorted.evaluation.documents import EncodedDocument
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens first .. last - 1 of a document are read; tokens first_target .. last are predicted and counted here."""
+    """A window of a document: tokens first..last - 1 are read, first_target..last are predicted."""
 
     document: int
     first: int
@@ -24,9 +24,13 @@ class Window:
 def cut_windows(num_targets: int, seq_length: int, stride: int, document: int = 0) -> list[Window]:
     """Return windows that predict each of the tokens 1..num_targets exactly once.
 
-    A window reads up to ``seq_length`` tokens; the next one starts ``stride`` tokens later. With ``stride == seq_length`` they do not
-    overlap, and a window's first token is predicted from one token only; with less every token but the first ones has at least
-    ``seq_length - stride`` tokens before it.
+    A window reads up to ``seq_length`` tokens; the next one starts ``stride`` tokens later. With
+    ``stride == seq_length`` windows do not overlap, and the first token of a window is predicted
+    from one token only. With a smaller stride every later token is predicted from at least
+    ``seq_length - stride`` tokens.
+
+    >>> [(window.first, window.last, window.first_target) for window in cut_windows(10, 6, 3)]
+    [(0, 6, 1), (3, 9, 7), (6, 10, 10)]
     """
     windows, first, done = [], 0, 0
     while done < num_targets:
@@ -39,17 +43,20 @@ def cut_windows(num_targets: int, seq_length: int, stride: int, document: int = 
 def cut_documents(
     documents: Sequence[EncodedDocument], seq_length: int, stride: int
 ) -> list[Window]:
-    """Return the windows of all documents in which something is counted, in order."""
+    """Return the windows of all documents with counted tokens, in order."""
     return [
         window
-        for place, document in enumerate(documents)
-        for window in cut_windows(len(document.ids) - 1, seq_length, stride, place)
+        for number, document in enumerate(documents)
+        for window in cut_windows(len(document.ids) - 1, seq_length, stride, number)
         if any(document.counted[window.first_target : window.last + 1])
     ]
 
 
 def batch_windows(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
-    """Return batches of windows of similar length, the longest first, of at most ``batch_tokens`` tokens with padding."""
+    """Return batches of windows of similar length, longest first.
+
+    Each has at most ``batch_tokens`` tokens with padding, or a single window.
+    """
     batches: list[list[Window]] = []
     for window in sorted(windows, key=lambda window: -window.num_read):
         if not batches or (len(batches[-1]) + 1) * batches[-1][0].num_read > batch_tokens:

@@ -1,4 +1,8 @@
-"""How much each exit's loss counts at a step: rules of depth, lists, and their warm-up."""
+"""How much each exit's loss counts at a step: rules of depth, lists, and their warm-up.
+
+The loss of a step is sum_i c_i L_i over the exits i that train, with L_i the mean loss of exit i in
+nats a token and c_i its coefficient.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,7 +13,7 @@ from typing import Any
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exits.depths import by_depth, normalise_depths
 
-RULES: dict[str, Callable[[int], float]] = {
+DEPTH_RULES: dict[str, Callable[[int], float]] = {
     "uniform": lambda depth: 1.0,
     "linear": lambda depth: float(depth),
     "sum": lambda depth: depth * (depth + 1) / 2,
@@ -23,28 +27,30 @@ LAYERSKIP = "layerskip"
 """Name of the one rule of depth that also depends on the number of layers and a scale."""
 
 WARMUPS: dict[str, Callable[[float], float]] = {
-    "linear": lambda part: part,
-    "cosine": lambda part: (1 - math.cos(math.pi * part)) / 2,
+    "linear": lambda fraction: fraction,
+    "cosine": lambda fraction: (1 - math.cos(math.pi * fraction)) / 2,
 }
-"""How far coefficients have moved (0..1) when this part (0..1) of the warm-up is over."""
+"""How far coefficients have moved (0..1) when this fraction (0..1) of the warm-up is over."""
 
 
 LOSSES = "losses"
 GRADIENTS = "gradients"
 EXIT_LAYERS = "exit layers"
-"""What a rule may need to know; measured and reduced over ranks only if it does."""
+"""What a rule may need to know of a step; measured and summed over ranks only if it does."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A step that the optimizer took, over the whole global batch: the same on every rank.
+    """Measurements of a step that the optimizer took, over the global batch; equal on every rank.
 
     Attributes:
         losses: Mean loss, in nats a token, of every exit that trained.
         coefficients: {depth: coefficient} that these exits trained with.
-        grad_norms: Norm of the gradient that each of these exits sent into the hidden state below it, coefficient included.
-        exit_shares: Share of the tokens, averaged over the rule's thresholds, whose shallowest exit that is sure enough is this one;
-            tokens for which none is count for the last exit. They sum to 1.
+        grad_norms: Norm of the gradient that each of these exits sent into the hidden state below
+            it, coefficient included.
+        exit_shares: Share of the tokens, averaged over the rule's thresholds, for which this is the
+            shallowest exit whose confidence exceeds the threshold; tokens for which none does count
+            for the last exit. They sum to 1.
         confidences: Smallest and largest probability of a most likely token, over tokens and exits.
     """
 
@@ -56,12 +62,18 @@ class Observation:
 
 
 class CoefficientRule(ABC):
-    """What gives every exit its coefficient. A rule that learns also overrides the methods after `coefficients`."""
+    """A rule that gives every exit its coefficient.
+
+    A rule that learns also overrides the methods after `coefficients`.
+    """
 
     @property
     @abstractmethod
     def normalised(self) -> bool:
-        """Return whether coefficients are shares of one whole, so that those of a drawn few are scaled to sum 1 again."""
+        """Return whether coefficients are shares that sum to 1.
+
+        Then the coefficients of a drawn subset are scaled to sum 1 again.
+        """
 
     @abstractmethod
     def coefficients(self, step: int) -> dict[int, float]:
@@ -69,31 +81,39 @@ class CoefficientRule(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what the rule must know of a finished step (see ``Observation``); a fixed rule needs nothing, and costs nothing."""
+        """Return which measurements of a finished step the rule needs (see ``Observation``).
+
+        A fixed rule needs none, and so costs nothing.
+        """
         return frozenset()
 
     def thresholds(self, step: int) -> tuple[float, ...]:
-        """Return the probabilities above which tokens are taken to leave at an exit at ``step``, increasing; for a rule that needs it."""
+        """Return the confidences above which a token would leave at an exit, increasing.
+
+        Only rules that need ``EXIT_LAYERS`` give any.
+        """
         return ()
 
     def observe(self, step: int, seen: Observation) -> None:
         """Record a finished step. Fixed rules ignore it."""
 
     def numbers(self) -> dict[str, float]:
-        """Return by name what else a report should show of the rule."""
+        """Return {name: number} that a report shows beside the coefficients."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must keep of the rule; a fixed rule has nothing to keep."""
+        """Return what a checkpoint must keep of the rule; fixed rules have no state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` gave. A fixed rule has nothing to load."""
+        """Load what `state_dict` returned; fixed rules ignore it."""
 
 
 @dataclass
 class RuleOnTop(CoefficientRule):
-    """A rule that changes the coefficients of another; what it does not override is that of the rule below.
+    """A rule that changes the coefficients of another, the rule below.
+
+    Methods that a sub-class does not override pass on to the rule below.
 
     Attributes:
         rule: The rule below.
@@ -103,16 +123,16 @@ class RuleOnTop(CoefficientRule):
 
     @property
     def normalised(self) -> bool:
-        """Return whether the rule below gives shares."""
+        """Return whether the coefficients of the rule below are shares."""
         return self.rule.normalised
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what the rule below needs."""
+        """Return which measurements the rule below needs."""
         return self.rule.needs
 
     def thresholds(self, step: int) -> tuple[float, ...]:
-        """Return those of the rule below."""
+        """Return the thresholds of the rule below."""
         return self.rule.thresholds(step)
 
     def observe(self, step: int, seen: Observation) -> None:
@@ -120,7 +140,7 @@ class RuleOnTop(CoefficientRule):
         self.rule.observe(step, seen)
 
     def numbers(self) -> dict[str, float]:
-        """Return what the rule below shows."""
+        """Return the numbers that the rule below reports."""
         return self.rule.numbers()
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,7 +154,15 @@ class RuleOnTop(CoefficientRule):
 
 @dataclass(frozen=True)
 class FixedCoefficients(CoefficientRule):
-    """Coefficients that are known beforehand for every step: from ``initial`` to ``final`` over the warm-up, then ``final``."""
+    """Coefficients that go from ``initial`` to ``final`` over the warm-up, then stay there.
+
+    Attributes:
+        final: {depth: coefficient} after the warm-up.
+        initial: {depth: coefficient} at step 0 of the warm-up.
+        warmup_iters: Steps of the warm-up; 0 for none.
+        warmup_style: One of `WARMUPS`.
+        shares: Whether the coefficients are shares that sum to 1.
+    """
 
     final: dict[int, float]
     initial: dict[int, float]
@@ -144,11 +172,11 @@ class FixedCoefficients(CoefficientRule):
 
     @property
     def normalised(self) -> bool:
-        """Return True for a rule of depth and False for a list, which is used as given."""
+        """Return True for a rule of depth and False for a list, which is used as it stands."""
         return self.shares
 
     def coefficients(self, step: int) -> dict[int, float]:
-        """Return {depth: coefficient} at ``step``: initial + (final - initial) * f(step / warm-up)."""
+        """Return {depth: initial + (final - initial) * f(step / warm-up)} at ``step``."""
         if step >= self.warmup_iters:
             return dict(self.final)
         moved = WARMUPS[self.warmup_style](step / self.warmup_iters)
@@ -159,10 +187,14 @@ class FixedCoefficients(CoefficientRule):
 
 
 def layerskip_weight(depth: int, num_layers: int, scale: float) -> float:
-    """Return LayerSkip's weight of a depth, quadratic in depth and ``scale`` times smaller below the last layer.
+    """Return LayerSkip's weight of a depth: quadratic in it, times ``scale`` below the last layer.
 
-    With layers counted from 0, l = depth - 1: e(l) = scale * sum_{i <= l} i below the last layer L - 1, and
-    e(L - 1) = L - 1 + scale * sum_{i <= L - 2} i. So an exit after the first layer counts 0.
+    With layers counted from 0, l = depth - 1:
+
+        e(l)     = scale * sum_{i <= l} i                 below the last layer L - 1
+        e(L - 1) = L - 1 + scale * sum_{i <= L - 2} i
+
+    So an exit after the first layer has weight 0, unless it is the only layer.
 
     Source: LayerSkip, arXiv 2404.16710, section 4.1.2.
     """
@@ -175,11 +207,21 @@ def layerskip_weight(depth: int, num_layers: int, scale: float) -> float:
 def coefficients_by_rule(
     rule: str, depths: Sequence[int], num_layers: int = 0, scale: float = 1.0
 ) -> dict[int, float]:
-    """Return {depth: coefficient} of a named rule of depth; they sum to 1. The last two arguments are those of ``layerskip_weight``."""
+    """Return {depth: coefficient} of a named rule of depth; they sum to 1.
+
+    >>> coefficients_by_rule("linear", [1, 3])
+    {1: 0.25, 3: 0.75}
+
+    Args:
+        rule: One of `DEPTH_RULES`, or "layerskip".
+        depths: Depths of all exits.
+        num_layers: Depth of the last layer; needed by "layerskip" alone.
+        scale: Scale of "layerskip".
+    """
     weights = {
         depth: layerskip_weight(depth, num_layers, scale)
         if rule == LAYERSKIP
-        else RULES[rule](depth)
+        else DEPTH_RULES[rule](depth)
         for depth in depths
     }
     total = sum(weights.values())
@@ -188,16 +230,17 @@ def coefficients_by_rule(
 
 @dataclass(frozen=True)
 class Weighting:
-    """How exits are weighed by a fixed rule.
+    """Settings of a fixed rule.
 
     Attributes:
         rule: Named rule of depth, used when ``weights`` is empty.
-        weights: One coefficient per exit in the order of the listed exits; the last layer counts 1 when it has none.
-        initial: Coefficients at step 0 of a warm-up, in the same order; 0 for all but the last layer when empty. The last layer
-            moves only if it has a value here.
+        weights: One coefficient per exit, in the order in which exits are listed; the last layer
+            counts 1 when it has none.
+        initial: Coefficients at step 0 of a warm-up, in the same order; 0 for all but the last
+            layer when empty. The last layer moves only if it has a value here.
         warmup_iters: Steps of the warm-up; 0 for none.
         warmup_style: One of `WARMUPS`.
-        scale: Of the rule "layerskip".
+        scale: Scale of the rule "layerskip".
     """
 
     rule: str = "uniform"
@@ -211,15 +254,16 @@ class Weighting:
 def make_coefficient_rule(
     exit_layer_nums: Sequence[int], num_layers: int, weighting: Weighting
 ) -> CoefficientRule:
-    """Return the fixed rule that settings describe.
+    """Build the fixed rule that settings describe.
 
     Args:
         exit_layer_nums: Depths of the exits, with or without the last layer.
         num_layers: Depth of the last exit.
-        weighting: How they are weighed.
+        weighting: Settings of the rule.
 
     Raises:
-        SettingsError: A list does not fit the exits, has a negative or only zero coefficients, or ``initial`` comes without a warm-up.
+        SettingsError: A list does not fit the exits, has a negative coefficient or only zeros, or
+            ``initial`` is given without a warm-up.
     """
     weights, initial, warmup_iters = weighting.weights, weighting.initial, weighting.warmup_iters
     depths = normalise_depths(exit_layer_nums, num_layers)
@@ -230,23 +274,20 @@ def make_coefficient_rule(
         final = coefficients_by_rule(weighting.rule, depths, num_layers, weighting.scale)
     if initial and not warmup_iters:
         raise SettingsError(
-            "--exit-layer-weight-init: it has no effect without a warm-up (--exit-layer-weight-warmup-iters 0). "
+            "--exit-layer-weight-init: it has no effect without a warm-up "
+            "(--exit-layer-weight-warmup-iters 0). "
             "Give the warm-up's number of steps or leave the list out."
         )
-    start = (
-        _checked("--exit-layer-weight-init", initial, exit_layer_nums, num_layers)
-        if initial
-        else {}
-    )
-    start = {
-        depth: start.get(depth, final[depth] if depth == num_layers else 0.0) for depth in depths
-    }
+    start = dict.fromkeys(depths, 0.0) | {num_layers: final[num_layers]}
+    if initial:
+        start |= _checked("--exit-layer-weight-init", initial, exit_layer_nums, num_layers)
     for name, coefficients in (("--exit-layer-weight", final), ("--exit-layer-weight-init", start)):
-        if not any(coefficients.values()) and (
-            warmup_iters or coefficients is final
-        ):  # without a warm-up nobody starts at ``start``
+        # without a warm-up no step uses ``start``
+        is_used = warmup_iters or coefficients is final
+        if is_used and not any(coefficients.values()):
             raise SettingsError(
-                f"{name}: every coefficient is 0, so nothing would be trained. Give one exit a positive one."
+                f"{name}: every coefficient is 0, so nothing would be trained. "
+                "Give one exit a positive one."
             )
     return FixedCoefficients(final, start, warmup_iters, weighting.warmup_style, shares=not weights)
 
@@ -257,6 +298,7 @@ def _checked(
     for value in values:
         if value < 0:
             raise SettingsError(
-                f"{name}: {value} is negative, so training would raise that exit's loss. Give 0 or more."
+                f"{name}: {value} is negative, so training would raise that exit's loss. "
+                "Give 0 or more."
             )
     return by_depth(name, values, exit_layer_nums, num_layers)

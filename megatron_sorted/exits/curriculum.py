@@ -7,9 +7,17 @@ from megatron_sorted.exits.coefficients import RuleOnTop
 
 
 def rotation(depths: Sequence[int], interval: int) -> Callable[[int], set[int]]:
-    """Return {exits that are on} as a function of the step: every ``interval``-th intermediate one, moved on by one a step; and the last.
+    """Return the rotational curriculum: a function of the step that gives the exits that are on.
 
-    Source: LayerSkip, arXiv 2404.16710, section 4.1.2 (C_rot,R); that the last is always on: pytorch/torchtune, early_exit_loss.py.
+    Every ``interval``-th intermediate exit is on, beginning one exit higher at each step; the last
+    exit always is on.
+
+    >>> on = rotation([2, 4, 6, 8], interval=2)
+    >>> sorted(on(0)), sorted(on(1))
+    ([2, 6, 8], [4, 8])
+
+    Source: LayerSkip, arXiv 2404.16710, section 4.1.2 (C_rot,R); that the last exit is always on:
+        pytorch/torchtune, early_exit_loss.py.
     """
     *others, last = sorted(depths)
     return lambda step: (
@@ -19,9 +27,13 @@ def rotation(depths: Sequence[int], interval: int) -> Callable[[int], set[int]]:
 
 
 def gradual(depths: Sequence[int], num_steps: float) -> Callable[[int], set[int]]:
-    """Return {exits that are on} as a function of the step: the last at first, one more below it each ``num_steps`` / exits steps.
+    """Return the gradual curriculum: a function of the step that gives the exits that are on.
 
-    Source: LayerSkip, arXiv 2404.16710, section 4.1.2 (C_grad), whose ``num_steps`` is half of the training.
+    At first only the last exit is on; after each ``num_steps`` / (number of exits) steps the next
+    one below joins.
+
+    Source: LayerSkip, arXiv 2404.16710, section 4.1.2 (C_grad), whose ``num_steps`` is half of the
+        training.
     """
     downwards = sorted(depths, reverse=True)
     return lambda step: {
@@ -31,19 +43,21 @@ def gradual(depths: Sequence[int], num_steps: float) -> Callable[[int], set[int]
 
 @dataclass
 class Curriculum(RuleOnTop):
-    """Coefficients of the rule below, 0 for exits that are off; where they are shares, divided to sum 1 again. It has no state.
+    """Coefficients of the rule below, with 0 for exits that are off.
+
+    Where coefficients are shares, the others are divided to sum 1 again. A curriculum has no state.
 
     Attributes:
-        switched_on: {exits that are on} as a function of the step.
+        switched_on: Function of the step that returns the exits that are on.
     """
 
     switched_on: Callable[[int], set[int]]
 
     def coefficients(self, step: int) -> dict[int, float]:
         """Return the coefficients of the exits that are on, and 0 for the others."""
-        below, here = self.rule.coefficients(step), self.switched_on(step)
-        whole = sum(below[depth] for depth in here) if self.normalised else 1.0
+        below, on = self.rule.coefficients(step), self.switched_on(step)
+        total = sum(below[depth] for depth in on) if self.normalised else 1.0
         return {
-            depth: coefficient / whole if depth in here else 0.0
+            depth: coefficient / total if depth in on else 0.0
             for depth, coefficient in below.items()
         }

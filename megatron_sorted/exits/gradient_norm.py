@@ -1,4 +1,4 @@
-"""A rule that makes every exit push the layers below it about equally hard: GradNorm, measured at the exits' taps."""
+"""GradNorm: a rule that balances the gradients that exits send to the layers below them."""
 
 import math
 from collections.abc import Sequence
@@ -8,18 +8,26 @@ from megatron_sorted.exits.learned import LearnedRule, as_shares, mean
 
 
 class GradNorm(LearnedRule):
-    """Coefficients softmax(s); s is moved so that exits that learn slowly send larger gradients down, all others equal ones.
+    """GradNorm: c = softmax(s), with s learned so that exits send gradients of balanced size down.
 
-    With n_i the norm of exit i's gradient at its tap for coefficient 1, w_i = K c_i over the K exits that trained, G_i = w_i n_i and
-    r_i = (L_i / L_i(0)) / mean of these, one step of gradient descent on
+    Exits that learn more slowly than others are to send larger ones. Let
+
+        n_i  norm of exit i's gradient to its hidden state, at coefficient 1
+        w_i = K c_i, over the K exits that trained
+        G_i = w_i n_i
+        r_i = (L_i / L_i(0)) / mean over the exits of the same
+
+    Each step s takes one step of gradient descent on
 
         sum_i | G_i / mean(G) - r_i^alpha |        (mean(G) and r constant)
 
-    The paper takes norms at the last shared layer's weights, which costs a backward pass an exit; at the tap they are known
-    already. It takes absolute norms, whose size depends on the batch; relative ones make ``rate`` mean the same everywhere. Coefficients
-    are a softmax, as in LibMTL, so that none gets negative.
+    The paper takes norms at the last shared layer's weights, which costs one backward pass per
+    exit; at the hidden state they are already known. It takes absolute norms, whose size depends on
+    the batch; relative ones make ``rate`` mean the same everywhere. Coefficients are a softmax, as
+    in LibMTL, so that none becomes negative.
 
-    Source: GradNorm, Chen et al., arXiv 1711.02257, algorithm 1 (alpha 1.5, rate 0.025); LibMTL weighting/GradNorm.py.
+    Source: GradNorm, Chen et al., arXiv 1711.02257, algorithm 1 (alpha 1.5, rate 0.025); LibMTL
+        weighting/GradNorm.py.
     """
 
     name = "gradnorm"
@@ -33,7 +41,7 @@ class GradNorm(LearnedRule):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what the rule is told: losses and norms."""
+        """Return losses and gradient norms."""
         return frozenset({LOSSES, GRADIENTS})
 
     def coefficients(self, step: int) -> dict[int, float]:
@@ -48,17 +56,18 @@ class GradNorm(LearnedRule):
         exits = [depth for depth in seen.losses if seen.grad_norms.get(depth, 0.0) > 0]
         if len(exits) < 2:
             return
-        mine = self.coefficients(step)
-        weight = as_shares({depth: mine[depth] for depth in exits})
+        current = self.coefficients(step)
+        weight = as_shares({depth: current[depth] for depth in exits})
         norm = {
             depth: len(exits) * weight[depth] * seen.grad_norms[depth] / seen.coefficients[depth]
             for depth in exits
         }
         ratio = {depth: seen.losses[depth] / self.first_losses[depth] for depth in exits}
-        usual_norm, usual_ratio = mean(norm.values()), mean(ratio.values())
-        relative = {depth: norm[depth] / usual_norm for depth in exits}
+        mean_norm, mean_ratio = mean(norm.values()), mean(ratio.values())
+        relative = {depth: norm[depth] / mean_norm for depth in exits}
+        # w_i times the derivative of the objective to w_i; the softmax then gives that to s_i
         pull = {
-            depth: _sign(relative[depth] - (ratio[depth] / usual_ratio) ** self.alpha)
+            depth: _sign(relative[depth] - (ratio[depth] / mean_ratio) ** self.alpha)
             * relative[depth]
             for depth in exits
         }

@@ -1,4 +1,4 @@
-"""Holds the full model's loss to a reference, on top of any rule."""
+"""A guard that holds the full model's loss to a reference, on top of any rule."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,22 +9,27 @@ from megatron_sorted.exits.coefficients import LOSSES, Observation, RuleOnTop
 
 @dataclass
 class Guard(RuleOnTop):
-    """Adds a multiplier to the last exit's coefficient while that exit's loss is above its reference; shares are divided to sum 1 again.
+    """A multiplier added to the last exit's coefficient while its loss exceeds a reference.
 
-    Minimise sum c_i L_i subject to L_last <= reference + margin: the Lagrangian is sum c_i L_i + m (L_last - reference - margin), and
-    dual ascent moves m <- clip(m + rate * (moving mean of L_last - reference - margin), 0, largest).
+    Minimise sum c_i L_i subject to L_last <= reference + margin. The Lagrangian is
+    sum c_i L_i + m (L_last - reference - margin), and dual ascent moves
 
-    Source: dual ascent, Boyd and Vandenberghe, Convex Optimization, section 5; with stochastic constraints e.g. Eisen et al.,
-    arXiv 1807.08088. The clip from above keeps a start from random weights, far above its reference, from winding m up without end.
+        m <- clip(m + rate * (moving mean of L_last - reference - margin), 0, largest)
+
+    The upper limit keeps m from growing without end when training starts from random weights, far
+    above the reference. Where coefficients are shares, they are divided to sum 1 again.
+
+    Source: dual ascent, Boyd and Vandenberghe, Convex Optimization, section 5; with stochastic
+        constraints e.g. Eisen et al., arXiv 1807.08088.
 
     Attributes:
         last: Depth of the last exit.
-        reference: Loss to hold, in nats a token, ``margin`` added.
-        rate: Of the ascent.
-        decay: Of the moving mean.
-        largest: Multiplier.
-        multiplier: Now.
-        average: Moving mean of the last exit's loss; None before it trained.
+        reference: Loss to hold, in nats a token, with ``margin`` already added.
+        rate: Rate of the ascent.
+        decay: Decay of the moving mean.
+        largest: Upper limit of the multiplier.
+        multiplier: Current multiplier m.
+        average: Moving mean of the last exit's loss; None until it has trained.
     """
 
     last: int
@@ -37,15 +42,18 @@ class Guard(RuleOnTop):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what the rule below needs, and losses."""
+        """Return the losses and what the rule below needs."""
         return super().needs | {LOSSES}
 
     def coefficients(self, step: int) -> dict[int, float]:
-        """Return those of the rule below with the multiplier added to the last; where they are shares, divided by 1 + multiplier."""
+        """Return the coefficients of the rule below, with the multiplier added to the last exit's.
+
+        Shares are divided by 1 + multiplier.
+        """
         below = self.rule.coefficients(step)
         below[self.last] += self.multiplier
-        whole = 1 + self.multiplier if self.normalised else 1.0
-        return {depth: coefficient / whole for depth, coefficient in below.items()}
+        total = 1 + self.multiplier if self.normalised else 1.0
+        return {depth: coefficient / total for depth, coefficient in below.items()}
 
     def observe(self, step: int, seen: Observation) -> None:
         """Take one step of the ascent if the last exit trained."""
@@ -61,7 +69,7 @@ class Guard(RuleOnTop):
         )
 
     def numbers(self) -> dict[str, float]:
-        """Return the multiplier, and what the rule below shows."""
+        """Return the multiplier and the numbers of the rule below."""
         return {**super().numbers(), "guard-multiplier": self.multiplier}
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,7 +80,7 @@ class Guard(RuleOnTop):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state made with or without a guard."""
+        """Load a state that was saved with or without a guard."""
         super().load_state_dict(state.get("below", state))
         if "guard" in state:
             self.multiplier, self.average = state["guard"]["multiplier"], state["guard"]["average"]

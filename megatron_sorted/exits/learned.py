@@ -1,4 +1,4 @@
-"""What rules that learn have in common: shares of one whole, a few numbers an exit, and their state in a checkpoint."""
+"""Common base of rules that learn: coefficients that sum to 1, and state kept in a checkpoint."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -7,18 +7,23 @@ from megatron_sorted.exits.coefficients import LOSSES, CoefficientRule
 
 
 def as_shares(weights: Mapping[int, float]) -> dict[int, float]:
-    """Return weights divided by their sum."""
+    """Return the weights divided by their sum.
+
+    >>> as_shares({4: 1.0, 8: 3.0})
+    {4: 0.25, 8: 0.75}
+    """
     total = sum(weights.values())
     return {depth: weight / total for depth, weight in weights.items()}
 
 
 class LearnedRule(CoefficientRule):
-    """A rule whose state is some tables {depth: number}, each an attribute, and some plain numbers.
+    """A rule whose state consists of tables {depth: number} and plain numbers, each an attribute.
 
-    An exit that did not train at a step, because it was not drawn or a curriculum had it off, leaves that step's state of it as it was.
+    The state of an exit changes only at steps at which it trained: it may not have been drawn, or a
+    curriculum may have switched it off.
 
     Attributes:
-        name: Of the rule in the settings; kept with the state.
+        name: Name of the rule in the settings; kept with the state.
         tables: Names of the attributes that are tables.
         plain: Names of the attributes that are numbers or None.
     """
@@ -32,12 +37,12 @@ class LearnedRule(CoefficientRule):
 
     @property
     def normalised(self) -> bool:
-        """Return True: coefficients are shares of one whole."""
+        """Return True: coefficients sum to 1."""
         return True
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what the rule is told: the losses."""
+        """Return the losses: most learned rules need nothing else."""
         return frozenset({LOSSES})
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,20 +55,23 @@ class LearnedRule(CoefficientRule):
         return state | {name: getattr(self, name) for name in self.plain}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state of the same rule; ignore another's. An exit that the state does not know starts anew."""
+        """Load a state of the same rule; ignore another rule's.
+
+        An exit that the state does not know keeps its initial values.
+        """
         state = state.get("below", state)  # saved under a guard
         if state.get("rule") != self.name:
             return
         for table in self.tables:
-            found = {int(depth): value for depth, value in state[table].items()}
+            stored = {int(depth): value for depth, value in state[table].items()}
             getattr(self, table).update(
-                {depth: value for depth, value in found.items() if depth in self.depths}
+                {depth: value for depth, value in stored.items() if depth in self.depths}
             )
         for name in self.plain:
             setattr(self, name, state[name])
 
 
 def mean(values: Iterable[float]) -> float:
-    """Return the mean of one number or more."""
+    """Return the mean of at least one number."""
     listed = list(values)
     return sum(listed) / len(listed)

@@ -1,4 +1,4 @@
-"""Which exits train at a step: the same answer on every rank, without talking and without state."""
+"""Which exits train at a step: equal on every rank, without communication and without state."""
 
 import math
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ class ExitSampling:
     """How exits are drawn at each step.
 
     Attributes:
-        seed: The run's; with the step the only source of chance, so a resumed run draws as the
-            unbroken one.
+        seed: The run's seed; draws depend on it and the step alone, so a resumed run draws as an
+            unbroken one does.
         kind: "all", "uniform", "probabilities", or "coefficients" (see ``_draw_in_proportion``).
-        num: How many exits are drawn, unless "all"; without replacement, unless "coefficients".
-        probabilities: Chance of each exit for "probabilities"; one at 0 is never drawn.
+        num: Number of exits drawn, unless "all"; without replacement, unless "coefficients".
+        probabilities: Probability of each exit for "probabilities"; one at 0 is never drawn.
     """
 
     seed: int = 0
@@ -37,7 +37,7 @@ def select_exits(
         step: The step, from 0.
         coefficients: Coefficient of every exit at this step.
         sampling: How exits are drawn.
-        normalised: Coefficients are shares of one whole: those of drawn exits are scaled to sum 1.
+        normalised: Whether coefficients sum to 1; then those of drawn exits are scaled to sum 1.
     """
     key, num, probabilities = f"{sampling.seed}/{step}", sampling.num, sampling.probabilities
     active = [depth for depth in sorted(coefficients) if coefficients[depth] != 0]
@@ -58,7 +58,7 @@ def select_exits(
 
 
 def _draw(weights: dict[int, float], num: int, key: str) -> list[int]:
-    """Return ``num`` keys drawn one after another, each by its share of the weight that is left."""
+    """Draw ``num`` depths one after another, each by its share of the remaining weight."""
     left, drawn = dict(weights), []
     while left and len(drawn) < num:
         point = _uniform(f"{key}/{len(drawn)}") * sum(left.values())
@@ -74,21 +74,23 @@ def _draw(weights: dict[int, float], num: int, key: str) -> list[int]:
 
 
 def _draw_in_proportion(weights: dict[int, float], num: int, key: str) -> dict[int, int]:
-    """Return how often each key is drawn in ``num`` draws, in increasing order; on average ``num`` x its share of the weight, exactly.
+    """Return {depth: how often it is drawn} of ``num`` draws in proportion to ``weights``.
 
-    So exits that count as often as they are drawn have, on average, the gradient of all exits with
-    their coefficients. Drawing without replacement has not, once more than one is drawn. A key is
-    drawn more than once only if its share is above 1 / ``num``.
+    The expected count of a depth is exactly ``num`` times its share of the weights. So exits
+    weighted by how often they are drawn have the expected gradient of all exits with their
+    coefficients; drawing more than one without replacement has not. A depth is drawn more than once
+    only if its share exceeds 1 / ``num``.
 
     Source: systematic sampling (Madow, Annals of Mathematical Statistics 20, 1949): equally spaced
-        points with one chance shift.
+        points with one random shift.
     """
     spacing = sum(weights.values()) / num
     shift, before, counts = _uniform(f"{key}/0"), 0, {}
     reached, last = 0.0, max(weights)
     for depth, weight in weights.items():
         reached += weight / spacing
-        # points shift, shift + 1, ..., below what is reached; rounding may leave the last sum a little below ``num``
+        # number of the points shift, shift + 1, ... below the weight reached so far; rounding may
+        # leave the last sum a little below ``num``
         points = num if depth == last else min(num, max(0, math.ceil(reached - shift)))
         if points > before:
             counts[depth] = points - before

@@ -1,4 +1,7 @@
-"""A rule that counts an exit by how many tokens would leave there: COSEE's simulated exit, by the token and one step late."""
+"""COSEE's simulated exit: a rule that weighs an exit by how many tokens would leave there.
+
+It counts tokens rather than samples, and uses those of the step before.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,18 +13,21 @@ from megatron_sorted.exits.learned import LearnedRule
 
 
 class SimulatedExit(LearnedRule):
-    """Tokens leave at the shallowest exit that is surer than a threshold; exits near to where they leave count more.
+    """Weighting by simulated exits: exits near to where tokens leave count more.
 
-    At each step some thresholds are drawn evenly between the smallest and the largest confidence (probability of the most likely
-    token) of the step before. With m_e the share of tokens that leave at exit e, mean over thresholds, exit l counts
+    A token leaves at the shallowest exit whose confidence (probability of the most likely token)
+    exceeds a threshold. At each step some thresholds are drawn uniformly between the smallest and
+    the largest confidence of the step before. With m_e the share of tokens that leave at exit e,
+    averaged over thresholds, and exits numbered one after another, exit l has the coefficient
 
-        sum_e m_e softmax_l(-b |e - l|),        b = sharpness * step / steps
+        sum_e m_e softmax_l(-b |e - l|),        b = sharpness * step / total_steps
 
-    exits numbered one after another. COSEE weighs the loss of each sample by itself in the same step. Here exits are computed from
-    deep to shallow on several stages, each before anybody knows where a token leaves, so the shares of the step before are the
-    coefficients of all tokens.
+    COSEE weighs the loss of each sample by itself in the same step. Here exits are computed from
+    deep to shallow on several stages, each before any rank knows where a token leaves; so the
+    shares of the step before give the coefficients for all tokens.
 
-    Source: COSEE, He et al., arXiv 2412.13236 (sharpness 10, 5 thresholds), and its code, sample_weights_scheduler.py.
+    Source: COSEE, He et al., arXiv 2412.13236 (sharpness 10, 5 thresholds), and its code,
+        sample_weights_scheduler.py.
     """
 
     name = "simulated_exit"
@@ -37,22 +43,18 @@ class SimulatedExit(LearnedRule):
         seed: int,
     ):
         super().__init__(depths)
-        self.total_steps, self.sharpness, self.num_thresholds, self.seed = (
-            total_steps,
-            sharpness,
-            num_thresholds,
-            seed,
-        )
+        self.total_steps, self.sharpness = total_steps, sharpness
+        self.num_thresholds, self.seed = num_thresholds, seed
         self.shares = dict.fromkeys(self.depths, 1 / len(self.depths))
         self.lowest, self.highest = 0.0, 1.0
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what the rule is told: where tokens would leave."""
+        """Return losses, and the shares of tokens that would leave at each exit."""
         return frozenset({LOSSES, EXIT_LAYERS})
 
     def thresholds(self, step: int) -> tuple[float, ...]:
-        """Return the thresholds of a step, increasing."""
+        """Return the thresholds drawn for a step, increasing."""
         width = self.highest - self.lowest
         return tuple(
             sorted(
@@ -72,12 +74,12 @@ class SimulatedExit(LearnedRule):
         return result
 
     def observe(self, step: int, seen: Observation) -> None:
-        """Keep the shares and the range of confidences."""
+        """Record the shares and the range of confidences."""
         self.shares = {depth: seen.exit_shares.get(depth, 0.0) for depth in self.depths}
         self.lowest, self.highest = seen.confidences
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state if it is of the same exits, whose shares sum to 1."""
+        """Load a state of the same exits; ignore another, whose shares would not sum to 1."""
         state = state.get("below", state)  # saved under a guard
         if {int(depth) for depth in state.get("shares", {})} == set(self.depths):
             super().load_state_dict(state)

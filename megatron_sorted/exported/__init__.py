@@ -1,1 +1,4 @@
-"""A finished model on disk, opened with transformers: its directory, its exits, its tokenizer."""
+"""A finished model on disk, exported here or elsewhere: its exits, tokenizer and prompt template.
+
+Models are built with transformers; checkpoints are converted to a temporary directory first.
+"""

@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a model of transformers with its exits, every tensor accounted for."""
+"""Loading of a Hugging Face directory with its exits into a transformers model."""
 
 from pathlib import Path
 
@@ -7,12 +7,13 @@ from torch import nn
 
 from megatron_sorted.conversion.hugging_face.exit_keys import exits_of_config
 from megatron_sorted.conversion.hugging_face.families import (
-    CONFIG,
-    EXITS,
+    CONFIG_FILE,
+    EXITS_FILE,
+    GENERATION_FILE,
     num_layers_of_config,
     read_config,
 )
-from megatron_sorted.conversion.hugging_face.nested_exits import Exit, read_exits
+from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit, read_exits
 from megatron_sorted.conversion.hugging_face.safetensors_files import read_header
 from megatron_sorted.conversion.hugging_face.transformers_network import (
     fill_network,
@@ -21,28 +22,31 @@ from megatron_sorted.conversion.hugging_face.transformers_network import (
 from megatron_sorted.conversion.hugging_face.weight_files import HuggingFaceFiles
 from megatron_sorted.conversion.tensors.table import check_num_layers
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.exported.form import GENERATION
-from megatron_sorted.reading.json_text import read_settings
+from megatron_sorted.reading.json_text import read_optional_object
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.prompt_form import end_tokens
 
 
-def load_with_exits(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[int, Exit]]:
-    """Return the model and {depth: exit}; of a model without exits its last layer alone.
+def load_with_exits(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[int, NestedExit]]:
+    """Load a model and its exits, {depth: exit}.
 
-    transformers never looks into the directory: it is given the keys of config.json that describe a network, and tensors.
-    So no key reaches code or the network, and the weights are those that every other command reads.
+    A model that names no exits has its last layer alone.
+
+    transformers never reads the directory: it is given the keys of config.json that describe a
+    network, and tensors. So no key makes it run code or download files, and every tensor of the
+    files is used, as in all other commands.
 
     Raises:
-        CheckpointError: Files are missing or damaged, config.json names exits that are no layers, or tensors are missing or have another
-            shape than config.json says.
+        CheckpointError: Files are missing or damaged, config.json names exits that are no layers,
+            or tensors are missing or have another shape than config.json says.
         DataError: An end token of generation_config.json is no token of the model.
     """
     if not directory.is_dir():
         raise CheckpointError(
-            f"{shown(directory)}: not a directory. Give one with config.json and model*.safetensors."
+            f"{shown(directory)}: not a directory. Give one with config.json and "
+            "model*.safetensors."
         )
-    config, where = read_config(directory), shown(directory / CONFIG)
+    config, where = read_config(directory), shown(directory / CONFIG_FILE)
     layers = num_layers_of_config(config, where)
     exits_of_config(config, where)
     source = HuggingFaceFiles(directory)
@@ -50,9 +54,9 @@ def load_with_exits(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, dic
     model = network_of_config(config, where, dtype, "sdpa")
     fill_network(model, source, shown(directory))
     model.config.name_or_path = str(directory)
-    _take_tokens(model, directory)
-    if (directory / EXITS).is_file():
-        read_header(directory / EXITS)  # checked before a library reads it
+    _set_special_tokens(model, directory)
+    if (directory / EXITS_FILE).is_file():
+        read_header(directory / EXITS_FILE)  # checks the file before a library reads it
     try:
         return model, read_exits(directory, model, config)
     except ValueError as error:
@@ -61,17 +65,17 @@ def load_with_exits(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, dic
         ) from error
 
 
-def _take_tokens(model: nn.Module, directory: Path) -> None:
-    """Take first, end and filling tokens from generation_config.json where there is one; nothing else of it reaches transformers."""
-    path = directory / GENERATION
+def _set_special_tokens(model: nn.Module, directory: Path) -> None:
+    """Set bos, eos and padding tokens from generation_config.json, if there is one."""
+    path = directory / GENERATION_FILE
     if not path.is_file():
         return
-    said, rows = read_settings(path), model.config.vocab_size
-    ends = end_tokens(said.get("eos_token_id"), shown(path), rows)
+    generation, rows = read_optional_object(path), model.config.vocab_size
+    ends = end_tokens(generation.get("eos_token_id"), shown(path), rows)
     model.generation_config.eos_token_id = (
         list(ends) if len(ends) > 1 else ends[0] if ends else None
     )
     for name in ("bos_token_id", "pad_token_id"):
-        value = said.get(name)
+        value = generation.get(name)
         is_row = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < rows
         setattr(model.generation_config, name, value if is_row else None)

@@ -1,4 +1,4 @@
-"""The tokenizer of a model directory, and its form for transformers and lm-evaluation-harness."""
+"""The tokenizer of a model directory, also for transformers and lm-evaluation-harness."""
 
 from pathlib import Path
 
@@ -12,19 +12,19 @@ from megatron_sorted.text.tokenizer.fast import HuggingFaceTokenizer
 
 
 def open_tokenizer(directory: Path, option: Path | None = None) -> Tokenizer:
-    """Return the tokenizer of ``option`` (a directory or a sentencepiece file) or of the model's directory.
+    """Open the tokenizer of ``option``, a directory or a sentencepiece file, or of the model.
 
     Raises:
-        DataError: There is none, or it cannot be read.
+        DataError: The tokenizer is missing or cannot be read.
     """
     return opening.open_tokenizer(option or directory, option and "--tokenizer")
 
 
 def prefix_id(tokenizer: Tokenizer) -> int:
-    """Return what a text's first token is predicted from: bos, or eos where there is no bos.
+    """Return the token before a text, from which its first token is predicted: bos, otherwise eos.
 
     Raises:
-        DataError: It has neither.
+        DataError: The tokenizer has neither.
     """
     token = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if token is None:
@@ -36,14 +36,14 @@ def prefix_id(tokenizer: Tokenizer) -> int:
 
 
 class SentencePieceForTransformers(SentencePieceBackend):
-    """A tokenizer of ours as transformers wants it: what it cuts and joins, ours cuts and joins."""
+    """A transformers tokenizer that encodes and decodes by one of ours."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012 - transformers reads it from the class
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
-    def __init__(self, own: Tokenizer, **words):
+    def __init__(self, own: Tokenizer, **arguments):
         self.own, self._ids = own, own.vocabulary()
-        super().__init__(**words)
+        super().__init__(**arguments)
 
     def __len__(self) -> int:
         return self.own.vocab_size
@@ -53,11 +53,11 @@ class SentencePieceForTransformers(SentencePieceBackend):
         return dict(self._ids)
 
     def tokenize(self, text: str, **_) -> list[str]:
-        """Return the tokens of a text, as the vocabulary writes them."""
+        """Return the tokens of a text, as spelled in the vocabulary."""
         return [self.own.token_text(token) for token in self.own.encode(text)]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Return the text of tokens."""
+        """Decode tokens into text."""
         return self.own.decode(self.convert_tokens_to_ids(list(tokens)))
 
     def _convert_token_to_id(self, token: str) -> int | None:
@@ -69,27 +69,27 @@ class SentencePieceForTransformers(SentencePieceBackend):
 
 
 def for_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
-    """Return a tokenizer of transformers that gives the ids of ``tokenizer``, bos included."""
-    words = {
+    """Return a transformers tokenizer that gives the ids of ``tokenizer``, bos included."""
+    arguments = {
         name: token
         for name, token in tokenizer.special_tokens.items()
         if name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
     }
-    words.setdefault("pad_token", tokenizer.token_text(tokenizer.pad_id))
+    arguments.setdefault("pad_token", tokenizer.token_text(tokenizer.pad_id))
     templates = tokenizer.chat_templates
-    words |= {
+    arguments |= {
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "chat_template": templates.get("default") if set(templates) <= {"default"} else templates,
     }
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer.fast, add_bos_token=tokenizer.adds_bos, **words
+            tokenizer_object=tokenizer.fast, add_bos_token=tokenizer.adds_bos, **arguments
         )
     pattern = "bos" if tokenizer.adds_bos else "none"
     return SentencePieceForTransformers(
         tokenizer,
         vocab_file=str(tokenizer.files["tokenizer.model"]),
         special_tokens_pattern=pattern,
-        **words,
+        **arguments,
     )

@@ -1,1 +1,1 @@
-"""Start runs on many hosts: what the launchers in slurm/ must know of a run and of a host."""
+"""Facts about a run and a host for the launchers in slurm/, which start runs on many hosts."""

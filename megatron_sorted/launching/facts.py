@@ -1,9 +1,10 @@
-"""Print what the launchers in slurm/ must know of a run and of this host, one ``name<TAB>value`` a line.
+"""Print facts about a run and this host for the launchers in slurm/, one ``name<TAB>value`` a line.
 
-    python -m megatron_sorted.launching.facts --world-size 128 --packages torch,megatron-core -- --config RUN.yaml [overrides]
+    python -m megatron_sorted.launching.facts --world-size 128 --packages torch,megatron-core \\
+        -- --config RUN.yaml [settings]
 
-A mistake in the settings is one line on stderr and status 1, as in training, but before anything was started. Neither torch nor megatron
-is imported.
+A mistake in the settings is one line on stderr and status 1, as in training, but before anything is
+started. Neither torch nor megatron is imported.
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -20,25 +21,24 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_sorted.checkpoint.lock import DirectoryLock
-from megatron_sorted.conversion.network import network_to_start_from
+from megatron_sorted.conversion.starting_settings import starting_settings
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.files import same_path
+from megatron_sorted.installation import PACKAGE
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.settings.rules import check_settings
 
-PACKAGE = Path(__file__).resolve().parents[1]
 
-
-def facts_of_run(words: list[str], world_size: int) -> dict[str, str]:
-    """Return what a launcher asks of a run, of which it knows nothing else.
+def facts_of_run(arguments: list[str], world_size: int) -> dict[str, str]:
+    """Return the facts about a run that a launcher needs.
 
     Raises:
-        SortedError: The settings are wrong, or cannot be those of ``world_size`` processes.
+        SortedError: The settings are wrong, or impossible for ``world_size`` processes.
     """
-    settings = load_settings(words, network_to_start_from)
+    settings = load_settings(arguments, starting_settings)
     check_settings(settings, world_size)
     save = os.path.abspath(settings.save) if settings.save else ""
-    # started again, a run goes on from what it saved, unless it is told to begin anew each time
+    # a restarted run resumes from its own checkpoints, unless its settings start anew each time
     resumes = bool(save) and not (settings.finetune and same_path(settings.load, save))
     return {
         "device": settings.device,
@@ -49,7 +49,7 @@ def facts_of_run(words: list[str], world_size: int) -> dict[str, str]:
 
 
 def facts_of_host(packages: list[str]) -> dict[str, str]:
-    """Return versions by name, in which all hosts of a run must agree; "none" for a package that is not there."""
+    """Return versions by name, which must agree on all hosts; "none" for a missing package."""
     facts = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -60,7 +60,7 @@ def facts_of_host(packages: list[str]) -> dict[str, str]:
 
 
 def source_hash(package: Path) -> str:
-    """Return a short hash of the program's files: copies on two hosts may differ where their commits do not."""
+    """Return a short hash of the program's files, which tells whether two hosts run the same."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(
@@ -69,11 +69,12 @@ def source_hash(package: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def check_that_nobody_saves_into(directory: str) -> None:
-    """Check that no other run holds a directory of checkpoints.
+def check_no_other_run(directory: str) -> None:
+    """Check that no other run holds the lock of a directory of checkpoints.
 
     Raises:
-        SortedError: One does, and has not ended within the moment that a stopped run may need; or the directory cannot be written.
+        SortedError: Another run holds it, also after the time that a stopped run may need to end;
+            or the directory cannot be written.
     """
     if directory and os.path.isdir(directory):
         lock = DirectoryLock(directory)
@@ -81,34 +82,33 @@ def check_that_nobody_saves_into(directory: str) -> None:
             lock.acquire()
         except OSError as error:
             raise CheckpointError(
-                f"--save: {directory} cannot be written ({error.strerror}). Give a directory that can."
+                f"--save: {directory} cannot be written ({error.strerror}). "
+                "Give a directory that can."
             ) from error
         lock.release()
 
 
 def main() -> None:
-    """Read the command line and print."""
+    """Print the facts that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--world-size", type=int, required=True, help="number of processes of the run"
     )
     parser.add_argument(
-        "--packages", default="", help="packages whose versions are told, with commas between"
+        "--packages", default="", help="packages whose versions to print, separated by commas"
     )
     parser.add_argument(
         "--check-lock",
         action="store_true",
-        help="fail where another run saves into the same directory",
+        help="fail if another run saves into the same directory",
     )
-    parser.add_argument("run", nargs="+", help="after --: the words for pretrain_sorted.py")
+    parser.add_argument("run", nargs="+", help="after --: arguments of pretrain_sorted.py")
     arguments = parser.parse_args()
     facts = facts_of_run(arguments.run, arguments.world_size)
     if arguments.check_lock:
-        check_that_nobody_saves_into(facts["save"])
-    for name, value in {
-        **facts,
-        **facts_of_host([package for package in arguments.packages.split(",") if package]),
-    }.items():
+        check_no_other_run(facts["save"])
+    facts |= facts_of_host([package for package in arguments.packages.split(",") if package])
+    for name, value in facts.items():
         print(f"{name}\t{value}")
 
 

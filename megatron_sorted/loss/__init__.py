@@ -1,1 +1,4 @@
-"""From hidden states to loss values and gradients."""
+"""From hidden states to loss values and gradients.
+
+Read ``deferred`` first (when an exit is computed), then ``linear_cross_entropy`` (how).
+"""

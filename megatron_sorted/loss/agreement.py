@@ -1,6 +1,7 @@
-"""How often an exit finds the same token most likely as the last exit does, and how far such agreement reaches.
+"""How often an exit's most likely token is the last exit's too, and for how many tokens in a row.
 
-With teacher forcing: at every position both have read the true text before it, so nothing has to be generated.
+It predicts how long drafts of the exit would be accepted. Measured with teacher forcing: at every
+position both exits have read the true text before it, so no text has to be generated.
 """
 
 from collections.abc import Sequence
@@ -9,12 +10,13 @@ import torch
 
 
 def following_n(
-    loss_mask_bs: torch.Tensor, positions_bs: torch.Tensor, segments_bs: torch.Tensor | None
+    loss_mask_bs: torch.Tensor, positions_bs: torch.Tensor, pieces_bs: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return for each counted token where the next token of its document stands among the counted ones; n if it is not counted.
+    """Return for each counted token the number of the next token of its document; n if none counts.
 
-    Counted tokens (mask not 0) are numbered 0..n-1 in (sequence, batch) order. A run ends with its document, its sample, and
-    where the next token does not count; so nothing follows across the seam of two slices of a sequence either (context parallel).
+    Counted tokens (mask not 0) are numbered 0..n-1 in (sequence, batch) order. A run of tokens ends
+    with its document, with its sample, and where the next token does not count; so none continues
+    from one slice of a sequence into the next (context parallel) either.
 
     Shapes: loss mask, positions and segments [b, s], on the host; result [n] int64.
     """
@@ -23,22 +25,24 @@ def following_n(
     num_tokens = int(flat.sum())
     place_sb = (flat.cumsum(0) - 1).view(counted_sb.shape)
     positions_sb = positions_bs.t()
-    goes_on = counted_sb[:-1] & counted_sb[1:] & (positions_sb[1:] == positions_sb[:-1] + 1)
-    if segments_bs is not None:
-        goes_on &= segments_bs.t()[1:] == segments_bs.t()[:-1]
+    continues = counted_sb[:-1] & counted_sb[1:] & (positions_sb[1:] == positions_sb[:-1] + 1)
+    if pieces_bs is not None:
+        continues &= pieces_bs.t()[1:] == pieces_bs.t()[:-1]
     following_sb = torch.full_like(place_sb, num_tokens)
-    following_sb[:-1] = torch.where(goes_on, place_sb[1:], num_tokens)
+    following_sb[:-1] = torch.where(continues, place_sb[1:], num_tokens)
     return following_sb.reshape(-1)[flat]
 
 
 def draft_counts(
     agree_n: torch.Tensor, follow_n: torch.Tensor, num_draft_tokens: int
 ) -> torch.Tensor:
-    """Return for k = 1..``num_draft_tokens`` how many starts see a k-th token after k - 1 agreements, and how many agree there too.
+    """Count, for k = 1..``num_draft_tokens``, drafts that reach a k-th token and agree there.
 
-    Every counted token is a start. A start whose document ends before its k-th token is not counted at k.
+    Every counted token starts a draft. It reaches its k-th token if the exits agree on the k - 1
+    before and the document does not end first.
 
-    Shapes: agree [n] bool; follow [n] int64, see ``following_n``; result [2, k] int64, row 0 seen, row 1 agreed.
+    Shapes: agree [n] bool; follow [n] int64, see ``following_n``; result [2, k] int64, row 0 the
+    drafts that reach the k-th token, row 1 those that agree there too.
     """
     num_tokens = agree_n.numel()
     agree = torch.cat((agree_n, agree_n.new_zeros(1)))
@@ -47,29 +51,35 @@ def draft_counts(
     alive = torch.ones_like(agree_n)
     seen, agreed = [], []
     for _ in range(num_draft_tokens):
-        here = alive & (place < num_tokens)
-        alive = here & agree[place]
-        seen.append(here.sum())
+        reached = alive & (place < num_tokens)
+        alive = reached & agree[place]
+        seen.append(reached.sum())
         agreed.append(alive.sum())
         place = follow[place]
     return torch.stack((torch.stack(seen), torch.stack(agreed)))
 
 
 def accept_length(seen: Sequence[float], agreed: Sequence[float]) -> float:
-    """Return the mean number of tokens that one verification by the last exit gains when the exit drafts ``len(seen)`` tokens.
+    """Return the expected number of tokens per verification when the exit drafts ``len(seen)``.
 
-    It is tau = 1 + sum_k prod_{i <= k} acc_i, where acc_i = agreed_i / seen_i is the chance that the i-th drafted token is
-    accepted when all before it were; the 1 is the token that the last exit adds itself. Where no document ends within a draft
-    this equals 1 + the mean number of consecutive agreements from a position on (at most as many as are drafted). Where
-    documents are short it is the length that longer ones would give: a draft that the end of its document cuts says nothing of
-    the tokens behind it. A k-th token that no document was long enough for adds nothing.
+        tau = 1 + sum_k prod_{i <= k} acc_i,        acc_i = agreed_i / seen_i
+
+    acc_i is the probability that the i-th drafted token is accepted when all before it were; the 1
+    is the token that the last exit adds itself. Where no document ends within a draft, tau equals
+    1 + the mean number of consecutive agreements from a position on (at most the number drafted).
+    Where documents are short it is the length that longer ones would give: a draft that the end of
+    its document cuts off does not count for the tokens after it. A k-th token that no document was
+    long enough for adds nothing.
+
+    >>> accept_length(seen=[100, 80], agreed=[80, 40])
+    2.2
 
     Source: NVIDIA-NeMo/Automodel, pull request 2959 (simulated acceptance length of a draft model).
     """
-    length, chance = 1.0, 1.0
-    for one_seen, one_agreed in zip(seen, agreed, strict=True):
-        if not one_seen:
+    length, probability = 1.0, 1.0
+    for num_seen, num_agreed in zip(seen, agreed, strict=True):
+        if not num_seen:
             break
-        chance *= one_agreed / one_seen
-        length += chance
+        probability *= num_agreed / num_seen
+        length += probability
     return length

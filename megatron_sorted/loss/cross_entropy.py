@@ -1,4 +1,4 @@
-"""Cross entropy of a chunk of tokens' logits, and its gradient, on a shard of the vocabulary."""
+"""Cross entropy of the logits of a chunk of tokens, and its gradient, on a vocabulary shard."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,14 +10,14 @@ from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """This rank's part of the vocabulary.
+    """This rank's shard of the vocabulary.
 
     Attributes:
         first: Id of the first token of the shard.
         size: Number of rows of the shard that are real tokens. Rows that only pad the vocabulary
             are left out of the softmax, so the model equals its export without padding.
-        group: The tensor parallel group.
-        sequence_parallel: Hidden states are sharded along the sequence over the same group.
+        group: The tensor parallel group; None for a vocabulary in one piece.
+        sequence_parallel: Whether hidden states are sharded along the sequence over this group.
     """
 
     first: int
@@ -33,12 +33,13 @@ class VocabularyShard:
 
 @dataclass(frozen=True)
 class Targets:
-    """The tokens that count.
+    """The counted tokens: those whose loss is computed.
 
     Attributes:
-        index_n: Their places among all tokens in (sequence, batch) order, or None for all tokens.
-        labels_n: Their labels.
-        loss_mask_n: Their weight in the loss.
+        index_n: Places of the counted tokens among all tokens in (sequence, batch) order; None
+            where all tokens count.
+        labels_n: Label of each counted token.
+        loss_mask_n: Weight of each counted token in the loss.
     """
 
     index_n: torch.Tensor | None
@@ -48,14 +49,14 @@ class Targets:
 
 @dataclass(frozen=True)
 class LossRequest:
-    """Which loss an exit is to compute, and what else of every counted token.
+    """What an exit is to compute for every counted token.
 
     Attributes:
-        targets: The tokens that count.
-        shard: This rank's part of the vocabulary.
-        chunk_tokens: Most tokens whose logits exist at one time.
-        with_choice: Also the most likely token.
-        with_confidence: Also its probability.
+        targets: The counted tokens.
+        shard: This rank's shard of the vocabulary.
+        chunk_tokens: Maximum number of tokens whose logits exist at one time.
+        with_choice: Whether to return the most likely token too.
+        with_confidence: Whether to return the most likely token's probability too.
     """
 
     targets: Targets
@@ -66,10 +67,13 @@ class LossRequest:
 
 
 class TokenLoss(Protocol):
-    """Computes losses of a chunk's logits; a ``TokenChunk`` or alike carries them to the gradient.
+    """A loss of each token, and its gradient, computed from the logits of one chunk of tokens.
+
+    ``exit_loss`` calls ``begin`` once, then for each chunk ``prepare``, ``losses`` and, if the exit
+    trains, ``gradient``. The chunk that ``losses`` returns holds what the gradient needs.
 
     Attributes:
-        request: What it is to compute.
+        request: What to compute.
         has_teacher: Whether it also computes a divergence from a teacher.
     """
 
@@ -77,28 +81,28 @@ class TokenLoss(Protocol):
     has_teacher: bool
 
     def begin(self) -> None:
-        """Make ready for the first chunk."""
+        """Prepare the pass over all chunks."""
 
     def prepare(self, span: slice, buffer_np: torch.Tensor) -> None:
-        """Do what comes before the logits of ``span`` exist; may use the buffer they go to."""
+        """Prepare the chunk ``span``; the buffer that its logits will be written to is free."""
 
     def losses(self, span: slice, logits_np: torch.Tensor, work_np: torch.Tensor) -> Any:
         """Return the chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten."""
 
     def gradient(self, chunk: Any, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of ``sum(scale * loss)``, written to ``out_np``, the logits' memory."""
+        """Return the gradient of ``sum(scale * loss)``, written to ``out_np``, once the logits."""
 
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """What a chunk's logits became: losses, correctness, and what the gradient to the logits is made of.
+    """Losses of one chunk of tokens, and what their gradient to the logits needs.
 
     Attributes:
         loss_n, correct_n: See ``ExitLoss``.
         exponential_np: exp(logit - the token's highest logit), fp32.
-        total_n: Its sum over the whole vocabulary; exponential / total is the probability.
-        column_n: Column of each label; 0 where the label is another rank's.
-        here_n: Whether the label is this rank's.
+        total_n: Sum of the exponentials over the whole vocabulary; exponential / total is the
+            probability.
+        column_n, here_n: See ``column_of``.
         choice_n: See ``ExitLoss``.
     """
 
@@ -112,20 +116,21 @@ class TokenChunk:
 
     @property
     def confidence_n(self) -> torch.Tensor:
-        """Return the most likely token's probability: exp(0) / sum of exp(logit - highest)."""
+        """Return the most likely token's probability: exp(0) / sum_j exp(logit_j - highest)."""
         return self.total_n.reciprocal()
 
 
 def most_likely(
     logits_np: torch.Tensor, highest_n: torch.Tensor, shard: VocabularyShard
 ) -> torch.Tensor:
-    """Return the id of the most likely token, int32; ``highest_n`` is its logit.
+    """Return the id of each most likely token [n], int32; ``highest_n`` is its logit.
 
     Collective: where the vocabulary is split one all-reduce over ``shard.group``, of n int32.
     """
-    nobody = torch.iinfo(torch.int32).max
+    # larger than every id, so that the minimum over ranks is the lowest id with the highest logit
+    no_choice = torch.iinfo(torch.int32).max
     if not logits_np.size(1):
-        choice = torch.full_like(highest_n, nobody, dtype=torch.int32)
+        choice = torch.full_like(highest_n, no_choice, dtype=torch.int32)
     else:
         column = logits_np.argmax(dim=1)
         here = (
@@ -133,28 +138,31 @@ def most_likely(
             if shard.is_split
             else torch.ones_like(column, dtype=torch.bool)
         )
-        choice = torch.where(here, column + shard.first, nobody).int()
+        choice = torch.where(here, column + shard.first, no_choice).int()
     if shard.is_split:
         dist.all_reduce(choice, op=dist.ReduceOp.MIN, group=shard.group)
     return choice
 
 
 def column_of(labels_n: torch.Tensor, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the column of each label in this rank's shard (0 where it is another rank's), and whether it is this rank's."""
+    """Return each label's column in this rank's shard, and whether this shard holds it.
+
+    The column is 0 where another rank's shard holds the label.
+    """
     column = labels_n - shard.first
     here = (column >= 0) & (column < shard.size)
     return torch.where(here, column, 0), here
 
 
 def pick(values_np: torch.Tensor, column_n: torch.Tensor) -> torch.Tensor:
-    """Return one value of each row; shapes [n, p], [n], result [n]."""
+    """Return the value of each row at the row's column; shapes [n, p], [n], result [n]."""
     return values_np.gather(1, column_n[:, None]).squeeze(1)
 
 
 def gather_counted(
     normed_tbh: torch.Tensor, targets: Targets, shard: VocabularyShard
 ) -> tuple[torch.Tensor, torch.Size]:
-    """Return the hidden states of the counted tokens [n, h], and the shape of those of all tokens [s, b, h].
+    """Return the counted tokens' hidden states [n, h], and the shape of all tokens' [s, b, h].
 
     Collective: with sequence parallelism one all-gather of [s, b, h] over ``shard.group``.
     """
@@ -168,11 +176,10 @@ def gather_counted(
 
 
 class CrossEntropy:
-    """The loss of the label alone; a ``TokenLoss``.
+    """The negative log likelihood of each label; a ``TokenLoss``.
 
     Source: vocabulary-parallel cross entropy of Megatron-LM (Shoeybi et al., arXiv 1909.08053,
-        section 3): only a maximum and two sums a
-    token cross the network, never logits.
+        section 3): only a maximum and two sums per token cross the network, never logits.
     """
 
     has_teacher = False
@@ -189,11 +196,11 @@ class CrossEntropy:
     def losses(self, span: slice, logits_np: torch.Tensor, work_np: torch.Tensor) -> TokenChunk:
         """Return the chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten.
 
-        Collective: two all-reduces over ``shard.group``, of n and 2n floats; with the choice a
-            third of n int32.
+        Collective: where the vocabulary is split two all-reduces over ``shard.group``, of n and 2n
+            floats; with the choice a third of n int32.
         """
         shard, labels_n = self.request.shard, self.request.targets.labels_n[span]
-        has_rows = logits_np.size(1) > 0  # a shard may be made of padding only
+        has_rows = logits_np.size(1) > 0  # a shard may hold padding only
         highest = (
             logits_np.amax(dim=1).float()
             if has_rows
@@ -201,9 +208,8 @@ class CrossEntropy:
         )
         if shard.is_split:
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
-        choice = (
-            most_likely(logits_np, highest, shard) if self.request.with_choice else None
-        )  # before the logits are overwritten
+        # before the logits are overwritten
+        choice = most_likely(logits_np, highest, shard) if self.request.with_choice else None
         torch.sub(logits_np, highest[:, None], out=work_np)
         column, here = column_of(labels_n, shard)
         target = (
@@ -214,16 +220,17 @@ class CrossEntropy:
             both = torch.stack((target, total))
             dist.all_reduce(both, group=shard.group)
             target, total = both[0], both[1]
+        # the label is a most likely token where its logit equals the highest one
         return TokenChunk(total.log() - target, target >= 0, work_np, total, column, here, choice)
 
     def gradient(
         self, chunk: TokenChunk, scale_n: torch.Tensor, out_np: torch.Tensor
     ) -> torch.Tensor:
-        """Return the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np`` (may be ``chunk.exponential_np`` itself).
+        """Return the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np``.
 
-        It is scale * (probability - 1 at the label). Normalising, scaling and rounding to the dtype
-        of ``out_np`` are one pass over the chunk; the label's element is computed apart, before
-        rounding.
+        ``out_np`` may be ``chunk.exponential_np`` itself. The gradient is
+        scale * (probability - [token is the label]). Normalising, scaling and rounding to the dtype
+        of ``out_np`` are one pass over the chunk; the label's element is computed before rounding.
         """
         factor_n = scale_n / chunk.total_n
         if not out_np.size(1):

@@ -1,21 +1,40 @@
-"""Exits whose loss is computed in backward: forward keeps the hidden state, which is alive anyway, and nothing else."""
+"""Exits whose loss is computed in backward.
+
+An exit needs only the hidden state h_d after its layers, which the layers above keep alive anyway.
+So forward stores nothing for an exit below deeper layers: ``tap`` puts an identity function into
+the graph at h_d. When backward arrives there with the gradient of all deeper exits,
+
+    dL/dh_d = join(c_d * dL_d/dh_d, gradient of the deeper exits)        (``join`` is + by default)
+
+the function computes loss, logits and gradients of this one exit, frees them, and passes the
+gradient on to the layers below. Exits run from deep to shallow, one at a time, and logits exist for
+one chunk of tokens only. The deepest exit (``end``) is the scalar on which Megatron's schedule
+calls backward.
+"""
 
 from collections.abc import Callable
 
 import torch
 from megatron.core.utils import make_viewless_tensor
 
-# Computes an exit's loss from its hidden state [t, b, h] and the factor of its gradient; returns the gradient [t, b, h].
 ExitBackward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Computes an exit from its hidden state [t, b, h] and the scale of its gradient, a scalar.
 
-# Makes of an exit's own gradient, which may be overwritten, and that of the deeper layers the one for the layers below; all [t, b, h].
+Adds the gradients of the exit's parameters and returns the gradient to the hidden state [t, b, h].
+"""
+
 Join = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Combines an exit's own gradient, which may be overwritten, with that of the deeper exits.
+
+Returns the gradient for the layers below; all [t, b, h].
+"""
 
 
 def ready_signals(parameters: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Tensor, ...]:
-    """Return placeholders that make Megatron's gradient hooks fire; the gradients themselves already lie in ``main_grad``.
+    """Return placeholder gradients that make Megatron's gradient hooks of ``parameters`` fire.
 
-    This is the protocol of Megatron's fused gradient accumulation (``grad_added_to_main_grad``). Memory of the placeholders is
+    The gradients themselves already stand in ``main_grad``. This is the protocol of Megatron's
+    fused gradient accumulation (``grad_added_to_main_grad``). Memory of the placeholders is
     reserved but never written.
     """
     for parameter in parameters:
@@ -24,7 +43,7 @@ def ready_signals(parameters: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Ten
 
 
 class _Tap(torch.autograd.Function):
-    """An exit below deeper layers: hands the hidden state on; backward joins the exit's gradient with the deeper layers'."""
+    """An exit below deeper layers: the identity in forward, the whole exit in backward."""
 
     @staticmethod
     def forward(ctx, hidden, backward, factor, join, *announced):
@@ -44,7 +63,7 @@ class _Tap(torch.autograd.Function):
 
 
 class _End(torch.autograd.Function):
-    """The deepest exit of a model: a scalar for Megatron's schedule, whose incoming gradient is the factor of the loss rule."""
+    """The deepest exit of a model: a scalar 0 in forward, the whole exit in backward."""
 
     @staticmethod
     def forward(ctx, hidden, backward, coefficient, *announced):
@@ -75,13 +94,16 @@ def tap(
 
     Args:
         hidden_tbh: Un-normed hidden state at the exit.
-        backward: Computes the exit; None for an exit that does not train (then only ``announced`` matter).
-        factor: Scale of the exit's gradient: coefficient times the factor of the loss rule in force.
-        announced: Parameters whose gradient is complete once this exit has run backward; Megatron is told so.
-        join: Puts the exit's gradient and the deeper layers' together.
+        backward: Computes the exit; None for an exit that does not train, which then only
+            announces its parameters.
+        factor: Scale of the exit's gradient: its coefficient times the scale that Megatron applies
+            to losses; None where ``backward`` is.
+        announced: Parameters whose gradient is complete once this exit has run backward; Megatron's
+            gradient hooks fire for them.
+        join: Combines the exit's gradient with that of the deeper exits.
     """
     out = _Tap.apply(hidden_tbh, backward, factor, join, *announced)
-    # the function returned a view, and Megatron frees stage outputs only if they are none
+    # an autograd function returns a view, and Megatron frees a stage's output only if it is none
     return make_viewless_tensor(inp=out, requires_grad=out.requires_grad, keep_graph=True)
 
 
@@ -91,12 +113,16 @@ def end(
     coefficient: float,
     announced: tuple[torch.nn.Parameter, ...] = (),
 ) -> torch.Tensor:
-    """Return a scalar 0 that stands for the loss: its gradient, as Megatron's schedule scales it, is the loss rule's factor.
+    """Return a scalar 0 that takes the place of the loss in Megatron's schedule.
+
+    Its incoming gradient is the scale that the schedule applies to losses (1 / number of
+    micro-batches, fp16's loss scale, ...); times ``coefficient`` it is the scale of the exit's
+    gradient. The loss itself is known only after backward.
 
     Args:
         hidden_tbh: Un-normed hidden state of the deepest exit.
         backward: Computes the exit; None if it does not train.
         coefficient: The exit's coefficient.
-        announced: As for ``tap``.
+        announced: Parameters whose gradient is complete then, see ``tap``.
     """
     return _End.apply(hidden_tbh, backward, coefficient, *announced)

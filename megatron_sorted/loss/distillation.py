@@ -1,7 +1,9 @@
-"""Self-distillation: the loss of an exit that learns from the last one, chunk by chunk together with its cross entropy.
+"""Distillation: the loss of an exit that learns from a teacher, together with its cross entropy.
 
-The teacher is known by its normed hidden state; its logits are computed again for each chunk and forgotten with it. So a step needs
-four products with an output matrix for a taught exit instead of three, and no tensor larger than a chunk of logits.
+The teacher is the last exit (self-distillation) or a frozen model. It is given by its normed hidden
+state; its logits are computed again for each chunk of tokens and freed with it. So a taught exit
+needs four products with an output matrix a step instead of three, and no tensor larger than the
+logits of a chunk.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ from megatron_sorted.loss.cross_entropy import (
 )
 
 ROW_BYTES = 1 << 19
-"""Rows of so many bytes of fp32 logits are passed over together on a CPU, whose cache then still holds them at the next pass."""
+"""Bytes of fp32 logits that a CPU processes together, so that its cache holds them between passes.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,10 @@ class Distillation:
     """How an exit learns from its teacher.
 
     Attributes:
-        weight: Share of distillation in its loss; the rest is cross entropy.
-        temperature: By which the logits of both are divided.
-        top_k: Keep the teacher's ``top_k`` most likely tokens, scaled to sum 1; ties with the k-th are
-            kept. None for the whole distribution.
+        weight: Share of distillation in the exit's loss; the rest is cross entropy.
+        temperature: Divisor of the logits of both.
+        top_k: Number of the teacher's most likely tokens to keep, their probabilities scaled to
+            sum 1; ties with the k-th are kept. None for the whole distribution.
     """
 
     weight: float
@@ -40,13 +43,18 @@ class Distillation:
 
 @dataclass(frozen=True)
 class _TaughtChunk:
-    """What a chunk's logits became; the exponentials are of logits less the token's highest one.
+    """Losses of one chunk of tokens, and what their gradient to the logits needs.
+
+    Exponentials are those of a logit less the token's highest one; totals are their sums over the
+    whole vocabulary.
 
     Attributes:
         loss_n, correct_n, choice_n, kl_n: See ``ExitLoss``.
-        own_np, own_total_n: Exponentials of the exit's logits, fp32, and their sum over the whole vocabulary.
-        warm_np, warm_total_n: The same at the temperature; with temperature 1 the very same tensors.
-        taught_np, taught_total_n: Those of the teacher's at the temperature, 0 where it is cut.
+        own_np, own_total_n: Exponentials of the exit's logits, fp32, and their total.
+        warm_np, warm_total_n: The same of the logits divided by the temperature; with temperature 1
+            the very same tensors.
+        taught_np, taught_total_n: The same of the teacher's logits divided by the temperature;
+            0 for tokens that ``top_k`` leaves out.
         column_n, here_n: See ``column_of``.
     """
 
@@ -65,23 +73,25 @@ class _TaughtChunk:
 
     @property
     def confidence_n(self) -> torch.Tensor:
-        """Return the probability of each most likely token."""
+        """Return the most likely token's probability: exp(0) / sum_j exp(logit_j - highest)."""
         return self.own_total_n.reciprocal()
 
 
 @dataclass(frozen=True)
 class _OpenChunk:
-    """A chunk of tokens while its logits become exponentials and sums.
+    """A chunk of tokens while its logits are turned into exponentials and sums.
 
     Attributes:
-        logits_np, own_np: The exit's logits, and where their exponentials go, fp32.
-        warm_np, taught_np: The teacher's logits at the temperature, and where their exponentials go;
-            afterwards ``warm_np`` holds the exit's exponentials at the temperature.
+        logits_np, own_np: The exit's logits, and the memory for their exponentials, fp32.
+        warm_np, taught_np: The teacher's logits divided by the temperature, and the memory for
+            their exponentials; afterwards ``warm_np`` holds the exit's exponentials at the
+            temperature.
         highest_2n: The highest logit of the exit and of the teacher.
         lowest_n: The lowest logit that the teacher keeps; None where it keeps all.
         column_n, here_n: See ``column_of``.
-        sums_5n: This shard's part of: logit of the label, and sums of the exit's exponentials, of
-            those at the temperature, of the teacher's, and of the teacher's times the difference.
+        sums_5n: This shard's share of five sums, with s the exit's logits, u the teacher's, both
+            less the highest, T the temperature: s at the label, sum e^s, sum e^(s / T), sum e^u
+            and sum e^u (u - s / T).
     """
 
     logits_np: torch.Tensor
@@ -95,20 +105,15 @@ class _OpenChunk:
     sums_5n: torch.Tensor
 
     def add_up(self, block: slice, temperature: float) -> None:
-        """Turn logits into exponentials and add up this shard's part of all sums, for some rows."""
-        sums, own, warm, taught = (
-            self.sums_5n[:, block],
-            self.own_np[block],
-            self.warm_np[block],
-            self.taught_np[block],
-        )
+        """Turn the logits of some rows into exponentials and sum them over this shard."""
+        sums, own = self.sums_5n[:, block], self.own_np[block]
+        warm, taught = self.warm_np[block], self.taught_np[block]
         is_cut = None if self.lowest_n is None else warm < self.lowest_n[block, None]
         warm.sub_(self.highest_2n[1, block, None])
         torch.exp(warm, out=taught)
         if is_cut is not None:
-            taught.masked_fill_(
-                is_cut, 0.0
-            )  # after exp, which takes many times as long for numbers of which it is 0
+            # after exp, which is many times slower for inputs that underflow
+            taught.masked_fill_(is_cut, 0.0)
         sums[3] = taught.sum(dim=1)
         torch.sub(self.logits_np[block], self.highest_2n[0, block, None], out=own)
         sums[0] = torch.where(self.here_n[block], pick(own, self.column_n[block]), 0.0)
@@ -119,13 +124,16 @@ class _OpenChunk:
 
 
 class TaughtCrossEntropy:
-    """The loss (1 - w) CE + w T^2 KL(teacher_T || exit_T) of every token; a ``TokenLoss``.
+    """The loss (1 - w) CE + w T^2 KL(teacher_T || exit_T) of each token; a ``TokenLoss``.
 
-    T^2 keeps the size of the gradient whatever the temperature (Hinton, Vinyals and Dean, arXiv 1503.02531, section 2).
+    Subscript T marks distributions whose logits are divided by the temperature T. The factor T^2
+    keeps the size of the gradient about the same at every temperature.
+
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531, section 2.
 
     Args:
         request: What to compute.
-        rule: How it learns.
+        rule: How the exit learns from its teacher.
         teacher_tbh: The teacher's hidden state, normed.
         teacher_ph: The teacher's output matrix.
     """
@@ -143,15 +151,16 @@ class TaughtCrossEntropy:
         self.weight_ph = teacher_ph.detach()[: request.shard.size]
 
     def begin(self) -> None:
-        """Gather the teacher's hidden state of the counted tokens, and make room for a chunk.
+        """Gather the teacher's hidden states of the counted tokens, and allocate one chunk.
 
         Collective: with sequence parallelism one all-gather of [s, b, h] over the shard's group.
         """
         request = self.request
         self.inputs_nh, _ = gather_counted(self.teacher_tbh, request.targets, request.shard)
         shape = (min(request.chunk_tokens, request.targets.labels_n.numel()), request.shard.size)
-        # first the teacher's logits, then the exit's exponentials at the temperature; and the teacher's exponentials
+        # the teacher's logits, later the exit's exponentials at the temperature
         self.warm = torch.empty(shape, dtype=torch.float32, device=self.teacher_tbh.device)
+        # the teacher's exponentials
         self.taught = torch.empty_like(self.warm)
 
     def prepare(self, span: slice, buffer_np: torch.Tensor) -> None:
@@ -165,20 +174,20 @@ class TaughtCrossEntropy:
     def losses(self, span: slice, logits_np: torch.Tensor, work_np: torch.Tensor) -> _TaughtChunk:
         """Return the chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten.
 
-        Collective: two all-reduces over ``shard.group``, of 2n and 5n floats (with the choice a third, of n int32); for a teacher that
-        is cut one all-gather of n x k floats.
+        Collective: where the vocabulary is split two all-reduces over ``shard.group``, of 2n and 5n
+            floats (with the choice a third, of n int32); with ``top_k`` one all-gather of n x k
+            floats.
         """
         shard, rule, rows = self.request.shard, self.rule, logits_np.size(0)
         warm, taught = self.warm[:rows], self.taught[:rows]
         if shard.size:
             highest = torch.stack((logits_np.amax(dim=1).float(), warm.amax(dim=1)))
-        else:  # a shard may be made of padding only
+        else:  # a shard may hold padding only
             highest = warm.new_full((2, rows), float("-inf"))
         if shard.is_split:
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
-        choice = (
-            most_likely(logits_np, highest[0], shard) if self.request.with_choice else None
-        )  # before the logits are overwritten
+        # before the logits are overwritten
+        choice = most_likely(logits_np, highest[0], shard) if self.request.with_choice else None
         lowest_n = None if rule.top_k is None else self._lowest_kept(warm)
         column, here = column_of(self.request.targets.labels_n[span], shard)
         sums = warm.new_zeros(5, rows)
@@ -190,28 +199,29 @@ class TaughtCrossEntropy:
                 open_chunk.add_up(block, rule.temperature)
         if shard.is_split:
             dist.all_reduce(sums, group=shard.group)
-        target, own_total, warm_total, taught_total, apart = sums
+        target, own_total, warm_total, taught_total, weighted_difference = sums
         if rule.temperature == 1.0:
             warm, warm_total = work_np, own_total
-        # sum q (log q - log p) with log q = u - log sum e^u and log p = s - log sum e^s; apart is sum e^u (u - s)
-        kl = apart / taught_total - taught_total.log() + warm_total.log()
+        # KL = sum q (log q - log p) with log q = u - log sum e^u and log p = s - log sum e^s;
+        # the weighted difference is sum e^u (u - s)
+        kl = weighted_difference / taught_total - taught_total.log() + warm_total.log()
         return _TaughtChunk(
-            own_total.log() - target,
-            target >= 0,
-            choice,
-            kl,
-            work_np,
-            own_total,
-            warm,
-            warm_total,
-            taught,
-            taught_total,
-            column,
-            here,
+            loss_n=own_total.log() - target,
+            correct_n=target >= 0,
+            choice_n=choice,
+            kl_n=kl,
+            own_np=work_np,
+            own_total_n=own_total,
+            warm_np=warm,
+            warm_total_n=warm_total,
+            taught_np=taught,
+            taught_total_n=taught_total,
+            column_n=column,
+            here_n=here,
         )
 
     def _blocks(self, rows: int) -> list[slice]:
-        """Return the rows that are passed over together."""
+        """Return the blocks of rows that are processed together: all at once except on a CPU."""
         step = (
             max(1, ROW_BYTES // (4 * self.request.shard.size))
             if self.warm.device.type == "cpu"
@@ -220,9 +230,10 @@ class TaughtCrossEntropy:
         return [slice(start, start + step) for start in range(0, rows, max(1, step))]
 
     def _lowest_kept(self, logits_np: torch.Tensor) -> torch.Tensor:
-        """Return the lowest of the teacher's ``top_k`` highest logits over the whole vocabulary, for each token.
+        """Return for each token the ``top_k``-th highest logit of the teacher, over all shards.
 
-        Collective: where the vocabulary is split one all-gather over ``shard.group``, of n x k floats.
+        Collective: where the vocabulary is split one all-gather over ``shard.group``, of n x k
+            floats.
         """
         shard, top_k = self.request.shard, self.rule.top_k
         highest_nk = logits_np.topk(min(top_k, shard.size), dim=1).values
@@ -243,7 +254,8 @@ class TaughtCrossEntropy:
     ) -> torch.Tensor:
         """Return the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np``.
 
-        It is scale * ((1 - w) (p - 1 at the label) + w T (p_T - q_T)), p the exit's and q the teacher's probabilities.
+        It is scale * ((1 - w) (p - [token is the label]) + w T (p_T - q_T)), with p the exit's and
+        q the teacher's probabilities.
         """
         weight, temperature = self.rule.weight, self.rule.temperature
         if not out_np.size(1):

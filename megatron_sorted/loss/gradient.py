@@ -1,20 +1,20 @@
-"""Where the one-pass loss puts the gradient of a parameter."""
+"""The accumulation of parameter gradients that the one-pass loss computes by itself."""
 
 import torch
 
 
 class GradientSink:
-    """Adds to a parameter's gradient in place, so that no temporary of the parameter's size is made.
+    """The gradient of a parameter, added to in place, without a temporary of the parameter's size.
 
-    Under Megatron's DistributedDataParallel the gradient is ``main_grad``, a slice of its buffer; otherwise ``grad``.
-    A frozen parameter has no sink: everything given is dropped.
+    Under Megatron's DistributedDataParallel the gradient is ``main_grad``, a slice of its buffer;
+    otherwise ``grad``. Gradients of a frozen parameter are dropped.
     """
 
     def __init__(self, parameter: torch.nn.Parameter):
         self.parameter = parameter
 
     def target(self) -> torch.Tensor | None:
-        """Return the tensor gradients are added to, or None for a frozen parameter."""
+        """Return the tensor that gradients are added to, or None for a frozen parameter."""
         if not self.parameter.requires_grad:
             return None
         if getattr(self.parameter, "main_grad", None) is not None:
@@ -30,15 +30,16 @@ class GradientSink:
             target.add_(gradient)
 
     def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add ``left.T @ right`` to the first rows; shapes [n, rows], [n, h]."""
+        """Add ``left.T @ right`` to the gradient's first rows; shapes [n, rows], [n, h]."""
         target = self.target()
         if target is None:
             return
         if target.dtype == left.dtype:
             target[: left.size(1)].addmm_(left.t(), right)
             return
-        # half precision activations, fp32 main gradient: no kernel multiplies halves into fp32 on every device, so rows are done
-        # in blocks whose product is no larger than ``left``
+        # Half precision activations, fp32 main gradient: not every device has a kernel that
+        # multiplies halves into fp32, so rows are added in blocks whose product is no larger than
+        # ``left``.
         block = max(1, left.size(0) * left.size(1) // right.size(1))
         for start in range(0, left.size(1), block):
             columns = left[:, start : start + block]

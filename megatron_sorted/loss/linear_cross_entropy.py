@@ -1,9 +1,16 @@
-"""Norm, output matrix and cross entropy with their gradients in one pass over chunks of tokens.
+"""Norm, output matrix and cross entropy with their gradients, in one pass over chunks of tokens.
 
-All logits of a batch never exist: a chunk's logits become its loss, then in place its gradient, and
-    are overwritten by the next
-chunk. The vocabulary may be sharded over a tensor parallel group and the tokens over the same group
-(sequence parallelism).
+For a chunk of n tokens with normed hidden states X [n, h], output matrix W [v, h], labels y and the
+scale s of each token's loss,
+
+    logits  Z = X W^T                              [n, v]
+    loss    l_i = log sum_j exp(Z_ij) - Z_{i, y_i}
+    dZ_ij = s_i (exp(Z_ij) / sum_k exp(Z_ik) - [j = y_i])
+    dX = dZ W,    dW += dZ^T X
+
+Z, its exponentials and dZ share the same memory, and the next chunk overwrites it; so the logits of
+a whole batch never exist. The vocabulary may be sharded over a tensor parallel group, and the
+tokens over the same group (sequence parallelism).
 """
 
 from collections.abc import Iterator
@@ -18,28 +25,31 @@ from megatron_sorted.loss.cross_entropy import LossRequest, TokenLoss, gather_co
 from megatron_sorted.loss.gradient import GradientSink
 
 
-class Readout(Protocol):
-    """Makes of an exit's un-normed hidden state what its head reads; a norm is one."""
+class NormLike(Protocol):
+    """The modules between an exit's un-normed hidden state and its output matrix.
+
+    That is a norm, or a norm after layers of the exit's own.
+    """
 
     def __call__(self, hidden_tbh: torch.Tensor) -> torch.Tensor:
-        """Return what the head reads; shape [t, b, h]."""
+        """Return the input of the output matrix; shape [t, b, h]."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Return its parameters."""
+        """Return the parameters of these modules."""
 
 
 @dataclass(frozen=True)
 class ExitLoss:
-    """What one exit computed for one micro-batch, per counted token.
+    """Results of one exit for one micro-batch, one value per counted token.
 
     Attributes:
         loss_n: The loss (nats), fp32.
         correct_n: Whether the label was the most likely token.
         choice_n: The most likely token, of equally likely ones the lowest id; int32. None unless
             requested.
-        confidence_n: Its probability, fp32. None unless requested.
-        kl_n: How far it is from its teacher (nats), fp32; see ``loss.distillation``. None without
-            one.
+        confidence_n: Probability of the most likely token, fp32. None unless requested.
+        kl_n: Divergence from the exit's teacher (nats), fp32; see ``loss.distillation``. None
+            without a teacher.
     """
 
     loss_n: torch.Tensor
@@ -50,15 +60,12 @@ class ExitLoss:
 
     @classmethod
     def empty(cls, token_loss: TokenLoss, device: torch.device) -> "ExitLoss":
-        """Return the tensors that ``token_loss`` fills, chunk by chunk."""
+        """Allocate the tensors that ``token_loss`` fills chunk by chunk."""
         request = token_loss.request
+        num_tokens = request.targets.labels_n.numel()
 
         def make(dtype: torch.dtype, is_wanted: bool = True) -> torch.Tensor | None:
-            return (
-                torch.empty(request.targets.labels_n.numel(), dtype=dtype, device=device)
-                if is_wanted
-                else None
-            )
+            return torch.empty(num_tokens, dtype=dtype, device=device) if is_wanted else None
 
         return cls(
             make(torch.float32),
@@ -69,7 +76,7 @@ class ExitLoss:
         )
 
     def put(self, span: slice, chunk: Any) -> None:
-        """Take in what a chunk of tokens says."""
+        """Write a chunk's results to its place among all tokens."""
         for name, whole in vars(self).items():
             if whole is not None:
                 whole[span] = getattr(chunk, name)
@@ -77,26 +84,29 @@ class ExitLoss:
 
 def exit_loss(
     hidden_tbh: torch.Tensor,
-    norm: Readout,
+    norm: NormLike,
     weight_ph: torch.nn.Parameter,
     token_loss: TokenLoss,
     factor: torch.Tensor | None = None,
 ) -> tuple[ExitLoss, torch.Tensor | None]:
     """Return the exit's losses and, when ``factor`` is given, the gradient to its input.
 
-    That is the gradient of ``factor * sum(loss_mask * loss)``.
-
-    Gradients of the norm and of the output matrix are added to the parameters directly
-    (``GradientSink``). In place of the norm
-    anything that makes of the hidden state what the head reads may stand: a norm with layers of the
-        exit's own before it.
+    The gradient is that of ``factor * sum(loss_mask * loss)``. Gradients of the norm and of the
+    output matrix are added to the parameters directly (``GradientSink``).
 
     Collective: over ``shard.group`` where the vocabulary is split: two small all-reduces a chunk
-        (three with the choice, see
-    ``CrossEntropy.losses``), then for gradients one all-reduce of [n, h]; with sequence parallelism
-    instead one all-gather and one reduce-scatter of [s, b, h]. Another ``token_loss`` adds its own.
+        (three with the choice, see ``CrossEntropy.losses``), then for gradients one all-reduce of
+        [n, h]; with sequence parallelism instead one all-gather and one reduce-scatter of
+        [s, b, h]. Another ``token_loss`` adds its own.
 
     Shapes: hidden [t, b, h] un-normed, weight [p, h], result [t, b, h]; losses [n].
+
+    Args:
+        hidden_tbh: Un-normed hidden state at the exit.
+        norm: The exit's norm, perhaps after layers of the exit's own.
+        weight_ph: The output matrix; rows beyond ``shard.size`` only pad it.
+        token_loss: The loss to compute.
+        factor: Scale of the gradient, a scalar on the device; None to compute losses alone.
     """
     request = token_loss.request
     targets, shard, num_tokens = request.targets, request.shard, request.targets.labels_n.numel()
@@ -109,12 +119,8 @@ def exit_loss(
     losses = ExitLoss.empty(token_loss, hidden_tbh.device)
     d_inputs_nh = torch.empty_like(inputs_nh) if factor is not None else None
     sink = GradientSink(weight_ph)
-    buffer = torch.empty(
-        min(request.chunk_tokens, num_tokens),
-        shard.size,
-        dtype=inputs_nh.dtype,
-        device=hidden_tbh.device,
-    )
+    # the only memory for logits: in the dtype of the inputs, and the same in fp32 for exponentials
+    buffer = inputs_nh.new_empty(min(request.chunk_tokens, num_tokens), shard.size)
     work = (
         buffer if buffer.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
     )
@@ -136,12 +142,17 @@ def exit_loss(
 
 
 def _through_norm(
-    leaf, normed_tbh, norm, d_inputs_nh, full_shape, request: LossRequest
+    leaf_tbh: torch.Tensor,
+    normed_tbh: torch.Tensor,
+    norm: NormLike,
+    d_inputs_nh: torch.Tensor,
+    full_shape: torch.Size,
+    request: LossRequest,
 ) -> torch.Tensor:
-    """Return the gradient to the hidden state and add the norm's own gradient.
+    """Return the gradient to the hidden state, and add the norm's own gradient.
 
-    Collective: one all-reduce of [n, h], or with sequence parallelism one reduce-scatter of [s, b,
-        h], over ``shard.group``.
+    Collective: over ``shard.group`` where the vocabulary is split: one all-reduce of [n, h], or
+        with sequence parallelism one reduce-scatter of [s, b, h].
     """
     targets, shard = request.targets, request.shard
     scattered = shard.sequence_parallel and shard.is_split
@@ -155,13 +166,11 @@ def _through_norm(
     d_normed = _reduce_scatter_along_first_dim(d_full, group=shard.group) if scattered else d_full
     parameters = [p for p in norm.parameters() if p.requires_grad]
     for parameter in parameters:
-        parameter.grad_added_to_main_grad = (
-            False  # it may still say so of the micro-batch before (``deferred.ready_signals``)
-        )
-    d_hidden, *d_parameters = torch.autograd.grad(normed_tbh, [leaf, *parameters], d_normed)
+        # ``deferred.ready_signals`` may have set it for the micro-batch before
+        parameter.grad_added_to_main_grad = False
+    d_hidden, *d_parameters = torch.autograd.grad(normed_tbh, [leaf_tbh, *parameters], d_normed)
     for parameter, gradient in zip(parameters, d_parameters, strict=True):
-        if (
-            not parameter.grad_added_to_main_grad
-        ):  # a fused kernel of Megatron's has added it by itself
+        # a fused kernel of Megatron's sets it when it has added the gradient by itself
+        if not parameter.grad_added_to_main_grad:
             GradientSink(parameter).add(gradient)
     return d_hidden

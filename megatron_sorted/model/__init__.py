@@ -1,1 +1,1 @@
-"""The network: settings to Megatron's config, segments, heads, one pipeline stage."""
+"""The network: Megatron's configuration from settings, and a model chunk with its exits."""

@@ -1,4 +1,7 @@
-"""Attention on torch's scaled_dot_product_attention: less memory and time than the unfused products on every device."""
+"""Attention by torch's scaled_dot_product_attention.
+
+It needs less memory and time than unfused products on every device.
+"""
 
 import math
 from functools import lru_cache
@@ -14,8 +17,9 @@ from megatron_sorted.platform.state import random_tracker
 class SdpaAttention(MegatronModule):
     """Core attention of Megatron's local layers.
 
-    Shapes: query [s, b, n, d], key and value [s, b, g, d] (g divides n), attention_mask [b or 1, 1, s, s] with True or 0 where a
-    query may look (any mask that scaled_dot_product_attention takes), or None for plain causal attention. Returns [s, b, n*d].
+    Shapes: query [s, b, n, d], key and value [s, b, g, d] (g divides n), attention_mask
+    [b or 1, 1, s, s] with True or 0 where a query may attend (any mask that
+    scaled_dot_product_attention takes), or None for plain causal attention; result [s, b, n*d].
     """
 
     def __init__(
@@ -71,33 +75,37 @@ class SdpaAttention(MegatronModule):
 
 
 def make_attention_mask(
-    tokens_bs: torch.Tensor,
-    segments_bs: torch.Tensor | None,
-    window: int | None,
-    dtype: torch.dtype,
+    tokens_bs: torch.Tensor, pieces_bs: torch.Tensor | None, window: int | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """Return the additive mask that keeps packed documents apart and glances short, or None where plain causal attention is meant.
+    """Return the additive mask of packed documents and a sliding window, or None for neither.
 
-    Shapes: result [b or 1, 1, s, s], 0 where a token may look and -inf elsewhere. A float mask is made once here; a boolean one would
-    be converted again in every layer.
+    Plain causal attention needs no mask. The mask is a float tensor, because a boolean one would be
+    converted again in every layer.
+
+    Shapes: result [b or 1, 1, s, s], 0 where a token may attend and -inf elsewhere.
 
     Args:
         tokens_bs: Tokens of the micro-batch, for length and device.
-        segments_bs: Number of the document each token belongs to; None where every sample is one document.
-        window: Tokens a token may look back at, itself included; None for all before it.
-        dtype: Of the mask.
+        pieces_bs: Number of the document that each token belongs to; None where every sample is
+            one document.
+        window: Number of tokens that a token may attend to, itself included; None for all before
+            it.
+        dtype: Dtype of the mask.
     """
     length = tokens_bs.size(1)
     window = length if window is None else min(window, length)
-    if segments_bs is None:
+    if pieces_bs is None:
         return None if window == length else _window_mask(length, window, dtype, tokens_bs.device)
-    same = segments_bs[:, None, :, None] == segments_bs[:, None, None, :]
-    mask = torch.zeros(same.shape, dtype=dtype, device=segments_bs.device)
-    return mask.masked_fill_(~(same & _visible(length, window, segments_bs.device)), float("-inf"))
+    same = pieces_bs[:, None, :, None] == pieces_bs[:, None, None, :]
+    mask = torch.zeros(same.shape, dtype=dtype, device=pieces_bs.device)
+    return mask.masked_fill_(~(same & _visible(length, window, pieces_bs.device)), float("-inf"))
 
 
 def _visible(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Return [s, s], whether token i may look at token j: i - window < j <= i, as in transformers' sliding-window attention."""
+    """Return whether token i may attend to token j: i - window < j <= i; shape [s, s].
+
+    This is transformers' sliding-window attention.
+    """
     return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
@@ -105,6 +113,6 @@ def _visible(length: int, window: int, device: torch.device) -> torch.Tensor:
 def _window_mask(
     length: int, window: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return the mask [1, 1, s, s] of a window without packing: the same for every micro-batch, so it is kept."""
+    """Return the mask [1, 1, s, s] of a window without packing, cached for all micro-batches."""
     mask = torch.zeros(1, 1, length, length, dtype=dtype, device=device)
     return mask.masked_fill_(~_visible(length, window, device), float("-inf"))

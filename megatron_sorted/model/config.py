@@ -1,4 +1,4 @@
-"""The only place that names fields of Megatron's TransformerConfig."""
+"""The only place that fills Megatron's TransformerConfig."""
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -23,17 +23,16 @@ def parameter_dtype(settings: Settings) -> torch.dtype:
 def uses_transformer_engine(settings: Settings, platform: Platform) -> bool:
     """Return whether layers are built from Transformer Engine."""
     if settings.transformer_impl == "auto":
-        return (
-            platform.has_transformer_engine() and not settings.lora_rank
-        )  # adapters are on local layers
+        # adapters need Megatron's local layers
+        return platform.has_transformer_engine() and not settings.lora_rank
     return settings.transformer_impl == "transformer_engine"
 
 
 def check_platform(settings: Settings, platform: Platform) -> None:
-    """Check that the chosen platform can do what the settings ask, before process groups start.
+    """Check that the platform supports the settings, before process groups start.
 
     Raises:
-        PlatformError: It cannot.
+        PlatformError: The device, torch or Megatron lacks something that the settings need.
     """
     check_megatron_can(
         ("--data-parallel fsdp", settings.data_parallel == "fsdp"),
@@ -45,23 +44,26 @@ def check_platform(settings: Settings, platform: Platform) -> None:
         check_torch_can_shard()
     if settings.transformer_impl == "transformer_engine" and not platform.has_transformer_engine():
         raise PlatformError(
-            f"--transformer-impl transformer_engine: Transformer Engine is not installed or cannot run on {platform.name}. "
+            "--transformer-impl transformer_engine: Transformer Engine is not installed or "
+            f"cannot run on {platform.name}. "
             "Install it on a GPU host, or use --transformer-impl local."
         )
     if settings.bf16 and not platform.has_bf16():
         raise PlatformError(
-            f"--bf16: the device ({platform.name}) does not know bf16. Use --fp16, which "
+            f"--bf16: the device ({platform.name}) does not support bf16. Use --fp16, which "
             "scales the loss, or leave both out."
         )
     if settings.context_parallel_size > 1 and not uses_transformer_engine(settings, platform):
         raise PlatformError(
-            f"--context-parallel-size: {settings.context_parallel_size} needs Transformer Engine's attention, which is not "
-            f"there on {platform.name}. Install Transformer Engine on GPU hosts, or use 1."
+            f"--context-parallel-size: {settings.context_parallel_size} needs Transformer Engine's "
+            f"attention, which is not available on {platform.name}. "
+            "Install Transformer Engine on GPU hosts, or use 1."
         )
     if settings.num_experts and not platform.has_transformer_engine():
         raise PlatformError(
-            f"--num-experts: {settings.num_experts} needs Transformer Engine: the router of megatron-core 0.16.1 uses its "
-            f"matrix product without asking whether it is there, and it is not there on {platform.name}. "
+            f"--num-experts: {settings.num_experts} needs Transformer Engine: the router of "
+            "megatron-core 0.16.1 uses its matrix product without checking that it is installed, "
+            f"and it is not available on {platform.name}. "
             "Install Transformer Engine on a GPU host, or leave --num-experts out."
         )
 
@@ -76,7 +78,7 @@ def uses_fused_swiglu(settings: Settings, platform: Platform) -> bool:
 
 
 def _layout(settings: Settings) -> list[list[str]] | None:
-    """Return the layers of every chunk in Megatron's words; None where it divides them itself."""
+    """Return the layers of every chunk in Megatron's notation; None if Megatron divides them."""
     if settings.pipeline_model_parallel_layout is None:
         return None
     chunks = [["decoder"] * layers for layers in layers_of_chunks(settings)]
@@ -86,7 +88,7 @@ def _layout(settings: Settings) -> list[list[str]] | None:
 
 
 def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
-    """Return Megatron's configuration of the run described by ``settings``."""
+    """Build Megatron's configuration of the run that ``settings`` describe."""
     dtype = parameter_dtype(settings)
     chunks = num_virtual_chunks(settings)
     interleaved = chunks > 1
@@ -156,7 +158,7 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
         persist_layer_norm=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
-        # the device's fused operations enter where Megatron would take Transformer Engine's (see layer_spec)
+        # the device's fused operations take the place of Transformer Engine's (see layer_spec)
         apply_rope_fusion=settings.position_embedding_type == "rope"
         and fused_kernels().rotary is not None,
         **known_arguments(

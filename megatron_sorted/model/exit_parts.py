@@ -1,6 +1,7 @@
-"""What an intermediate exit may own between its hidden state and its norm: a low-rank adapter, then a layer or an MLP.
+"""Parts of an intermediate exit between its hidden state and its norm.
 
-A layer per exit is Balcony's (arXiv 2503.05005), an MLP per exit EE-Tuning's (arXiv 2402.00518). Both are Megatron's own modules.
+They are a low-rank adapter, then a layer or an MLP. A layer per exit is Balcony's (arXiv
+2503.05005), an MLP per exit EE-Tuning's (arXiv 2402.00518). Both are Megatron's own modules.
 """
 
 import copy
@@ -19,14 +20,16 @@ from megatron_sorted.settings.layout import ChunkLayout
 from megatron_sorted.settings.run import Settings
 
 PARTS = ("exit_adapters", "exit_blocks", "exit_mlps")
-"""Names of the parts within a stage, in the order in which a hidden state meets them."""
+"""Names of the parts within a model chunk, in the order in which a hidden state passes them."""
 
 
 class ExitAdapter(torch.nn.Module):
-    """Adds ``up(down(hidden))`` of a low rank to a hidden state: LoRA (Hu et al., arXiv 2106.09685, eq. 3) around the whole network below.
+    """A low-rank update of a hidden state: h + up(down(h)).
 
-    Both matrices are whole on every tensor parallel rank. Under sequence parallelism each rank sees its tokens only; marked parameters
-    have their gradients added up over the tensor parallel group by Megatron. It begins as nothing: ``up`` is zero.
+    It is LoRA (Hu et al., arXiv 2106.09685, eq. 3) around the whole network below. Every tensor
+    parallel rank holds both matrices whole. Under sequence parallelism each rank sees its tokens
+    only; Megatron sums the gradients of marked parameters over the tensor parallel group. ``up``
+    starts as zero, so at first the adapter changes nothing.
     """
 
     def __init__(self, config: TransformerConfig, rank: int):
@@ -40,20 +43,23 @@ class ExitAdapter(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_tbh: torch.Tensor) -> torch.Tensor:
-        """Return the hidden state with the adapter's part added; shape [t, b, h]."""
+        """Return the updated hidden state; shape [t, b, h]."""
         return hidden_tbh + self.up(self.down(hidden_tbh))
 
 
 def mlp_spec(layer: ModuleSpec) -> ModuleSpec:
-    """Return the specification of a layer without attention: norm, MLP and residual, saved under the names of the MLP alone."""
-    parts = layer.submodules
+    """Return the specification of a layer without attention: norm, MLP and residual.
+
+    Its parameters are saved under the names of the MLP alone.
+    """
+    submodules = layer.submodules
     return ModuleSpec(
         module=layer.module,
         params=layer.params,
         submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=parts.pre_mlp_layernorm,
-            mlp=parts.mlp,
-            mlp_bda=parts.mlp_bda,
+            pre_mlp_layernorm=submodules.pre_mlp_layernorm,
+            mlp=submodules.mlp,
+            mlp_bda=submodules.mlp_bda,
             sharded_state_dict_keys_map={
                 "mlp.": "",
                 "pre_mlp_layernorm.": "linear_fc1.layer_norm_",
@@ -63,9 +69,10 @@ def mlp_spec(layer: ModuleSpec) -> ModuleSpec:
 
 
 def without_recomputation(config: TransformerConfig) -> TransformerConfig:
-    """Return the configuration for an exit's layer: it runs when its backward is due, so nothing is kept that could be computed again.
+    """Return the configuration of an exit's layer: that of other layers, without recomputation.
 
-    Megatron's recomputation refuses ``torch.autograd.grad``, by which exits are computed.
+    An exit's layer runs only when its backward is due, so its activations are short-lived anyway;
+    and Megatron's recomputation refuses ``torch.autograd.grad``, which computes exits.
     """
     plain = copy.copy(config)
     plain.recompute_granularity = plain.recompute_method = plain.recompute_num_layers = None
@@ -76,32 +83,37 @@ def make_parts(
     settings: Settings,
     config: TransformerConfig,
     spec: ModuleSpec,
-    plan: ChunkLayout,
+    layout: ChunkLayout,
     vp_stage: int | None,
 ) -> dict[str, torch.nn.ModuleDict]:
-    """Return the parts of a chunk's intermediate exits, by name (``PARTS``) and depth, with Megatron's initial weights.
+    """Build the parts of a chunk's intermediate exits, with Megatron's initial weights.
 
     Args:
-        settings: The run.
-        config: Megatron's configuration of it.
-        spec: What a layer is made of.
-        plan: What the chunk holds.
-        vp_stage: As for the chunk's block.
+        settings: The run's settings.
+        config: Megatron's configuration of the run.
+        spec: Specification of a transformer layer.
+        layout: What the chunk holds.
+        vp_stage: Megatron's number of the chunk on this rank; None if the rank holds one chunk.
+
+    Returns:
+        {name of the part, one of ``PARTS``: {depth: module}}.
     """
 
-    def layer(of: ModuleSpec, depth: int) -> torch.nn.Module:
+    def build_layer(layer: ModuleSpec, depth: int) -> torch.nn.Module:
         # Megatron adds the layers before the chunk to the number, which then is the exit's depth
         return build_module(
-            of,
+            layer,
             config=without_recomputation(config),
-            layer_number=depth - plan.first_layer,
+            layer_number=depth - layout.layers_before,
             **chunk_arguments(TransformerLayer.__init__, vp_stage),
         )
 
-    rank, depths = settings.exit_adapter_rank, plan.intermediate
+    rank, depths = settings.exit_adapter_rank, layout.intermediate
     adapters = {str(depth): ExitAdapter(config, rank) for depth in depths if rank}
-    blocks = {str(depth): layer(spec, depth) for depth in depths if settings.use_exit_block}
-    mlps = {str(depth): layer(mlp_spec(spec), depth) for depth in depths if settings.use_exit_mlp}
+    blocks = {str(depth): build_layer(spec, depth) for depth in depths if settings.use_exit_block}
+    mlps = {
+        str(depth): build_layer(mlp_spec(spec), depth) for depth in depths if settings.use_exit_mlp
+    }
     return {
         name: torch.nn.ModuleDict(parts)
         for name, parts in zip(PARTS, (adapters, blocks, mlps), strict=True)
@@ -109,15 +121,15 @@ def make_parts(
 
 
 @dataclass(frozen=True)
-class ExitReader:
-    """Makes of an exit's un-normed hidden state what its head reads: in place of the norm of an exit that has parts.
+class NormWithParts:
+    """The norm of an exit with the exit's own parts before it; called as the norm alone would be.
 
     Attributes:
-        adapter: Of low rank; None where there is none.
-        layer: Block or MLP, a layer of Megatron's; None where there is none.
+        adapter: The low-rank adapter; None for an exit without one.
+        layer: The block or MLP, a layer of Megatron's; None for an exit without one.
         norm: The norm that reads the exit.
-        attention_mask: Of the micro-batch.
-        rotary: Of the micro-batch.
+        attention_mask: Attention mask of the micro-batch.
+        rotary: Rotary angles of the micro-batch.
         sequence_parallel: Whether hidden states are sharded along the sequence.
     """
 
@@ -136,7 +148,7 @@ class ExitReader:
         if self.adapter is not None:
             hidden_tbh = self.adapter(hidden_tbh)
         if self.layer is not None:
-            # as Megatron's block does for its layers: dropout differs between ranks that hold different tokens
+            # as Megatron's block does: ranks with different tokens use different dropout
             with random_tracker().fork() if self.sequence_parallel else nullcontext():
                 hidden_tbh, _ = self.layer(
                     hidden_tbh, attention_mask=self.attention_mask, rotary_pos_emb=self.rotary
@@ -144,7 +156,7 @@ class ExitReader:
         return self.norm(hidden_tbh)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Yield the parameters of parts and norm."""
+        """Yield the parameters of the parts and the norm."""
         for module in (self.adapter, self.layer, self.norm):
             if module is not None:
                 yield from module.parameters()

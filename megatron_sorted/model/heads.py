@@ -1,4 +1,8 @@
-"""Which modules read the exits of one chunk: norms, output matrices, exits' own parts."""
+"""The modules that read the exits of one model chunk: norms, output matrices, exits' own parts.
+
+The *readout* of an exit turns its hidden state into logits: the exit's own parts, a norm and an
+output matrix.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,33 +11,33 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer import TransformerConfig
 
-from megatron_sorted.model.exit_parts import PARTS, ExitReader
+from megatron_sorted.model.exit_parts import PARTS, NormWithParts
 from megatron_sorted.model.norm import Norm
 from megatron_sorted.settings.layout import ChunkLayout
 
 
 @dataclass(frozen=True)
-class Head:
-    """How an exit is read.
+class ExitReadout:
+    """The readout of an exit for one micro-batch.
 
     Attributes:
         norm: The norm, with the exit's own parts before it.
         weight_ph: The output matrix, this rank's shard of the vocabulary.
     """
 
-    norm: torch.nn.Module | ExitReader
+    norm: torch.nn.Module | NormWithParts
     weight_ph: torch.nn.Parameter
 
 
 @dataclass(frozen=True)
-class ExitModules:
+class ReadoutModules:
     """The modules that read one exit.
 
     Attributes:
-        norm: Its own norm or the shared one.
-        output: The module whose weight is its output matrix: its own, the shared one, or the
+        norm: The exit's own norm or the shared one.
+        output: The module whose weight is the exit's output matrix: its own, the shared one, or the
             embedding.
-        adapter, block, mlp: Its own parts; None where it has none.
+        adapter, block, mlp: The exit's own parts; None for each that it has not.
     """
 
     norm: torch.nn.Module
@@ -44,7 +48,7 @@ class ExitModules:
 
     @property
     def parts(self) -> tuple[torch.nn.Module, ...]:
-        """Return the exit's own parts, in the order in which a hidden state meets them."""
+        """Return the exit's own parts, in the order in which a hidden state passes them."""
         return tuple(part for part in (self.adapter, self.block, self.mlp) if part is not None)
 
 
@@ -62,96 +66,96 @@ def _output_layer(
 
 
 class Heads:
-    """Which modules read each exit of a chunk.
+    """The modules that read the exits of a chunk.
 
-    What exits share lives in the rank's first chunk that reads it.
+    Modules that exits share belong to the rank's first chunk that reads them.
 
     Attributes:
-        made: {name in the stage: module} of what this chunk holds; the stage registers it.
+        made: {name in the chunk: module} of the modules that belong to this chunk, which registers
+            them.
         norm, output: The shared norm, and the module of the shared output matrix; None where no
             chunk so far reads it.
-        by_depth: {depth: the modules of that exit}.
+        by_depth: {depth: modules of that exit}.
     """
 
     def __init__(
         self,
-        plan: ChunkLayout,
+        layout: ChunkLayout,
         config: TransformerConfig,
         vocab_size: int,
         parts: Mapping[str, torch.nn.ModuleDict],
         embedding: torch.nn.Module | None,
         earlier: tuple["Heads", ...],
     ):
-        """Make the norms and output matrices of a chunk.
+        """Build the norms and output matrices of a chunk.
 
         Args:
-            plan: What the chunk holds.
+            layout: What the chunk holds.
             config: Megatron's configuration.
-            vocab_size: Padded vocabulary.
+            vocab_size: Size of the padded vocabulary.
             parts: The exits' own parts, by name and depth.
             embedding: The chunk's embedding where the shared output matrix is tied to it.
-            earlier: Those of this rank's earlier chunks.
+            earlier: Heads of this rank's earlier chunks.
         """
 
         def make_norm() -> torch.nn.Module:
             return Norm(config, config.hidden_size, config.layernorm_epsilon)
 
-        self.plan, self._tied = plan, embedding is not None
-        norms = torch.nn.ModuleDict({str(depth): make_norm() for depth in plan.exit_norms})
+        self.layout, self._tied = layout, embedding is not None
+        norms = torch.nn.ModuleDict({str(depth): make_norm() for depth in layout.exit_norms})
         outputs = torch.nn.ModuleDict(
-            {str(depth): _output_layer(config, vocab_size) for depth in plan.exit_heads}
+            {str(depth): _output_layer(config, vocab_size) for depth in layout.exit_heads}
         )
         self.made: dict[str, torch.nn.Module] = {"exit_norms": norms, "exit_output_layers": outputs}
         self.norm = next((heads.norm for heads in earlier if heads.norm is not None), None)
-        if plan.owns_norm:
+        if layout.owns_norm:
             self.norm = self.made["final_layernorm"] = make_norm()
         self.output = next(
             (heads.output for heads in earlier if heads.output is not None), embedding
         )
-        if plan.owns_head and not self._tied:
+        if layout.owns_head and not self._tied:
             self.output = self.made["output_layer"] = _output_layer(config, vocab_size)
         own_norms, own_outputs, *own_parts = (
             dict(modules) for modules in (norms, outputs, *(parts[name] for name in PARTS))
         )
         self.by_depth = {
-            depth: ExitModules(
+            depth: ReadoutModules(
                 own_norms.get(str(depth), self.norm),
                 own_outputs.get(str(depth), self.output),
                 *(part.get(str(depth)) for part in own_parts),
             )
-            for depth in plan.exits
+            for depth in layout.exits
         }
 
     @property
     def outputs(self) -> list[torch.nn.Module]:
-        """Return the modules of this chunk that hold an output matrix and nothing else."""
+        """Return the modules of this chunk that hold only an output matrix."""
         return [
             *self.made["exit_output_layers"].values(),
             *([self.made["output_layer"]] if "output_layer" in self.made else []),
         ]
 
     def shared_parameters(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Return the parameters of this chunk that other stages may hold copies of, by kind."""
+        """Return {"head" or "norm": this chunk's parameters that other stages may copy}."""
         return {
-            "head": [self.output.weight] if self.plan.owns_head else [],
-            "norm": list(self.norm.parameters()) if self.plan.owns_norm else [],
+            "head": [self.output.weight] if self.layout.owns_head else [],
+            "norm": list(self.norm.parameters()) if self.layout.owns_norm else [],
         }
 
     def complete_at(self, depth: int) -> tuple[torch.nn.Parameter, ...]:
         """Return the parameters whose gradient is complete once the exit has run backward.
 
-        Backward passes exits from deep to shallow, and a rank's first chunk last; so what several
-        exits of this rank share is complete at the shallowest exit of the chunk that owns it. A
-        tied
-        embedding is not listed: its lookup runs last.
+        Backward passes exits from deep to shallow, and a rank's first chunk last; so parameters
+        that several exits of this rank share are complete at the shallowest exit of the chunk that
+        owns them. A tied embedding is not listed: its lookup runs last.
         """
-        own, plan = self.by_depth[depth], self.plan
-        complete = list(own.norm.parameters()) if depth in plan.exit_norms else []
-        if depth in plan.exit_heads:
-            complete.append(own.output.weight)
-        for part in own.parts:
+        modules, layout = self.by_depth[depth], self.layout
+        complete = list(modules.norm.parameters()) if depth in layout.exit_norms else []
+        if depth in layout.exit_heads:
+            complete.append(modules.output.weight)
+        for part in modules.parts:
             complete += part.parameters()
-        if depth == plan.exits[0]:
+        if depth == layout.exits[0]:
             shared = self.shared_parameters()
             complete += shared["norm"] + ([] if self._tied else shared["head"])
         return tuple(parameter for parameter in complete if parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""LayerSkip's dropped layers: some samples pass some layers unchanged."""
+"""LayerSkip's layer dropout: some samples skip some layers."""
 
 import math
 from collections.abc import Sequence
@@ -11,55 +11,59 @@ from megatron_sorted.settings.run import Settings
 
 
 def drop_chance(settings: Settings, layer: int, step: int) -> float:
-    """Return the chance that layer ``layer`` (from 0) is dropped for a sample at ``step`` (from 0).
+    """Return the probability that ``layer`` (from 0) is dropped for a sample at ``step`` (from 0).
 
-    p = S(t) D(l) p_max, D(l) = exp(l ln 2 / (L - 1)) - 1, S(t) = 1 or exp(t ln 2 / (T - 1)) - 1.
+        p = S(t) D(l) p_max,    D(l) = exp(l ln 2 / (L - 1)) - 1
+        S(t) = 1 or exp(t ln 2 / (T - 1)) - 1,        for L layers and T steps
 
     Source: LayerSkip, arXiv 2404.16710, section 4.1.1.
     """
-    grown = 1.0
+    scale = 1.0
     if settings.layer_dropout_schedule == "exponential":
-        grown = math.expm1(min(step / max(settings.train_iters - 1, 1), 1.0) * math.log(2))
+        scale = math.expm1(min(step / max(settings.train_iters - 1, 1), 1.0) * math.log(2))
     return (
-        settings.layer_dropout * grown * math.expm1(layer * math.log(2) / (settings.num_layers - 1))
+        settings.layer_dropout * scale * math.expm1(layer * math.log(2) / (settings.num_layers - 1))
     )
 
 
 def is_dropped(settings: Settings, layer: int, step: int, sample: int) -> bool:
-    """Return whether sample number ``sample`` of the global batch passes a layer unchanged at a step: the same in every layout."""
-    return uniform_number(f"layer dropout {settings.seed}/{step}/{sample}/{layer}") < drop_chance(
-        settings, layer, step
-    )
+    """Return whether a sample of the global batch skips a layer; the same in every layout."""
+    number = uniform_number(f"layer dropout {settings.seed}/{step}/{sample}/{layer}")
+    return number < drop_chance(settings, layer, step)
 
 
 class LayerDropout:
-    """Hooks on the layers of one chunk: x + m f(x) with m 0 for dropped samples and 1 for others, without rescaling, as in the paper.
+    """Hooks on a chunk's layers that make them x + m f(x), m 0 for dropped samples and else 1.
 
-    Every layer is computed for every sample and its output dropped, so this saves no time; gradients of a dropped layer are exactly 0.
-    Layers in evaluation mode drop nothing.
+    As in the paper, nothing is rescaled. Every layer is computed for every sample and its output
+    then dropped, so this saves no time; gradients of a dropped layer are exactly 0. Layers in
+    evaluation mode drop nothing.
 
     Args:
         layers: Megatron's layers of the chunk.
-        first_layer: Layers before them.
-        settings: The run.
+        layers_before: Number of layers before the chunk.
+        settings: The run's settings.
     """
 
-    def __init__(self, layers: Sequence[torch.nn.Module], first_layer: int, settings: Settings):
-        self.settings, self.first_layer, self.num_layers = settings, first_layer, len(layers)
+    def __init__(self, layers: Sequence[torch.nn.Module], layers_before: int, settings: Settings):
+        self.settings, self.layers_before, self.num_layers = settings, layers_before, len(layers)
         self.kept: dict[int, torch.Tensor] = {}
         for place, layer in enumerate(layers):
             layer.register_forward_hook(
-                lambda module, args, words, output, place=place: self._drop(
-                    module, place, args, words, output
+                lambda module, args, kwargs, output, place=place: self._drop(
+                    module, place, args, kwargs, output
                 ),
                 with_kwargs=True,
             )
 
     def draw(self, step: int, samples: Sequence[int], platform: Platform) -> None:
-        """Draw for one micro-batch, whose forward pass is next; ``samples`` are the places of its samples in the global batch."""
+        """Draw the dropped layers of the micro-batch whose forward pass is next.
+
+        ``samples`` are the places of its samples in the global batch.
+        """
         dropped = [
             [
-                is_dropped(self.settings, self.first_layer + place, step, sample)
+                is_dropped(self.settings, self.layers_before + place, step, sample)
                 for sample in samples
             ]
             for place in range(self.num_layers)
@@ -69,10 +73,13 @@ class LayerDropout:
             place: kept_lb[place] for place in range(self.num_layers) if any(dropped[place])
         }
 
-    def _drop(self, module: torch.nn.Module, place: int, args: tuple, words: dict, output):
-        """Return the layer's output with dropped samples as they came in, or None to leave it; shapes [t, b, h], kept [b]."""
+    def _drop(self, module: torch.nn.Module, place: int, args: tuple, kwargs: dict, output):
+        """Return the layer's output with its input for dropped samples; None to leave it.
+
+        Shapes: hidden states [t, b, h], kept [b].
+        """
         if not module.training or place not in self.kept:
             return None
-        before = args[0] if args else words["hidden_states"]
+        before = args[0] if args else kwargs["hidden_states"]
         hidden, *rest = output
         return (torch.where(self.kept[place][None, :, None], hidden, before), *rest)

@@ -1,8 +1,11 @@
-"""Low-rank adapters on the linear layers of a transformer layer: y = W x + (alpha / r) B A x, with W frozen.
+"""Low-rank adapters on linear layers of a transformer: y = W x + (alpha / r) B A x, W frozen.
 
-Source: LoRA (Hu et al., arXiv 2106.09685, section 4.1); nested ranks: DyLoRA (Valipour et al., arXiv 2210.07558, section 4).
-Shapes: A [r, in], B [out, r]. Of a column-parallel layer B is cut by rows as W is and A is a copy on every rank; of a row-parallel layer
-A is cut by columns as W is and B is a copy. Only x A^T, r numbers a token, is communicated.
+Shapes: A [r, in], B [out, r]. In a column-parallel layer B is sharded by rows as W is, and every
+rank holds a copy of A; in a row-parallel layer A is sharded by columns as W is, and every rank
+holds a copy of B. Only x A^T, r numbers a token, is communicated.
+
+Source: LoRA (Hu et al., arXiv 2106.09685, section 4.1); nested ranks: DyLoRA (Valipour et al.,
+    arXiv 2210.07558, section 4).
 """
 
 import copy
@@ -35,21 +38,21 @@ from megatron_sorted.settings.run import Settings
 
 @dataclass
 class RanksInUse:
-    """How many ranks of every adapter the next training steps use; all adapters of a chunk look here."""
+    """Number of ranks of every adapter that training steps use; adapters of a chunk share it."""
 
     count: int
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What every adapter of a run is like.
+    """Properties common to all adapters of a run.
 
     Attributes:
-        rank: Of the product.
-        alpha: The product of the first b ranks counts alpha / b.
-        dropout: On what it reads.
-        only_last: Whether of the ranks in use only the last one gets a gradient.
-        in_use: How many there are, in training; evaluation uses all.
+        rank: Rank of the product B A.
+        alpha: Scale: the product of the first b ranks is multiplied by alpha / b.
+        dropout: Dropout on the adapter's input.
+        only_last: Whether only the last of the ranks in use receives a gradient.
+        in_use: Number of ranks in use in training; evaluation uses all.
     """
 
     rank: int
@@ -60,24 +63,25 @@ class Adapter:
 
 
 class _Adapted:
-    """The pair of matrices beside a linear layer of Megatron's."""
+    """The pair of matrices A and B beside a linear layer of Megatron's."""
 
     adapter: Adapter
 
     def _add_pair(self, adapter: Adapter, num_inputs: int, num_outputs: int) -> None:
-        """Make the two matrices, without values: ``start_adapters`` gives them."""
+        """Allocate the two matrices; ``start_adapters`` initialises them."""
         self.adapter = adapter
         options = {"dtype": self.config.params_dtype, "device": current_device()}
         self.lora_a = torch.nn.Parameter(torch.zeros(adapter.rank, num_inputs, **options))
         self.lora_b = torch.nn.Parameter(torch.zeros(num_outputs, adapter.rank, **options))
         for parameter in (self.lora_a, self.lora_b):
-            parameter.allreduce = True  # over data parallel ranks: no expert's
+            parameter.allreduce = True  # over all data parallel ranks, unlike an expert's parameter
 
     def _pair(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Return A and B of the ranks in use, and what their product counts.
+        """Return A and B of the ranks in use, and the scale of their product.
 
-        Source: ``DyLoRA/loralib/DyLoRA.py`` of huawei-noah/Efficient-NLP multiplies alpha / r by sqrt(r / b) for each of the two matrices
-        where b ranks are in use: alpha / b. Its "frozen" form detaches the ranks below the last.
+        Source: ``DyLoRA/loralib/DyLoRA.py`` of huawei-noah/Efficient-NLP multiplies alpha / r by
+            sqrt(r / b) for each of the two matrices where b ranks are in use: alpha / b. Its
+            "frozen" form detaches the ranks below the last.
         """
         a_rc, b_or, adapter = self.lora_a, self.lora_b, self.adapter
         count = adapter.in_use.count if self.training else adapter.rank
@@ -88,15 +92,19 @@ class _Adapted:
             b_or = torch.cat((b_or[:, :-1].detach(), b_or[:, -1:]), 1)
         return a_rc, b_or, adapter.alpha / count
 
-    def _drop(self, hidden: torch.Tensor, is_part: bool) -> torch.Tensor:
-        """Return what the adapter reads; tensor parallel ranks drop alike where they hold the same, not where each holds a part."""
+    def _drop(self, hidden: torch.Tensor, is_sharded: bool) -> torch.Tensor:
+        """Apply dropout to the adapter's input.
+
+        Tensor parallel ranks use the same random numbers where they hold the same tensor, different
+        ones where each holds a shard.
+        """
         if not self.training or self.adapter.dropout == 0.0:
             return hidden
-        with random_tracker().fork() if is_part else nullcontext():
+        with random_tracker().fork() if is_sharded else nullcontext():
             return F.dropout(hidden, self.adapter.dropout)
 
     def _groups(self, metadata: dict | None) -> dict:
-        """Return the groups that sharded tensors are told of, where Megatron does not take its own."""
+        """Return the process groups of sharded tensors, for versions of Megatron that take them."""
         return known_arguments(
             make_sharded_tensors_for_checkpoint,
             tp_group=self.tp_group,
@@ -113,16 +121,18 @@ class _Adapted:
         )
 
     def start_pair(self, key: str) -> None:
-        """Give A its first values, the same in every layout, and B zeros, so that the network says at first what it said without.
+        """Initialise A with random values, alike in every layout, and B with zeros.
 
-        Source: ``loralib`` of LoRA and ``peft`` take A from kaiming_uniform(a = sqrt(5)), that is from +-1 / sqrt(in).
+        So at first the network's output equals that without adapters.
+
+        Source: ``loralib`` of LoRA and ``peft`` draw A by kaiming_uniform(a = sqrt(5)), that is
+            uniformly from +-1 / sqrt(in).
 
         Args:
-            key: What the values are drawn from: seed, layer and target.
+            key: Text that the values depend on: seed, layer and target.
         """
-        generator = torch.Generator().manual_seed(
-            hashed_number(f"adapter {key}") >> 1
-        )  # seeds are below 2^63
+        # torch's seeds are below 2^63
+        generator = torch.Generator().manual_seed(hashed_number(f"adapter {key}") >> 1)
         whole_rc = torch.empty(self.adapter.rank, self.input_size)
         torch.nn.init.kaiming_uniform_(whole_rc, a=math.sqrt(5), generator=generator)
         columns = self.lora_a.shape[1]
@@ -135,15 +145,17 @@ class _Adapted:
 class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
     """Megatron's column-parallel layer with an adapter.
 
-    Under sequence parallelism a rank reads x A^T of its own tokens only, and the gradient of A is a sum over ranks: it is marked, and
-    Megatron's gradient finalisation sums it.
+    Under sequence parallelism a rank computes x A^T of its own tokens only, so the gradient of A is
+    a sum over ranks: A is marked, and Megatron's gradient finalisation sums its gradient.
     """
 
     def __init__(
         self, *arguments, adapter: Adapter, is_gated: bool = False, stride: int = 1, **options
     ):
         super().__init__(*arguments, stride=stride, **options)
-        self.is_gated = is_gated  # every rank holds a part of the gate, then of the up projection (megatron.core.transformer.mlp)
+        # then every rank holds a shard of the gate, followed by one of the up projection
+        # (megatron.core.transformer.mlp)
+        self.is_gated = is_gated
         self._add_pair(adapter, self.input_size, self.output_size_per_partition)
         set_tensor_model_parallel_attributes(self.lora_b, True, 0, stride)
         self.lora_a.sequence_parallel = self.sequence_parallel
@@ -153,8 +165,9 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return output and bias as Megatron's layer does.
 
-        Collective: Megatron's; and for x A^T an all-gather forward and a reduce-scatter backward under sequence parallelism, else one
-        all-reduce backward (tensor parallel group).
+        Collective: over the tensor parallel group: Megatron's; and for x A^T, under sequence
+            parallelism an all-gather in forward and a reduce-scatter in backward, otherwise one
+            all-reduce in backward.
         """
         output, bias = super().forward(input_, *arguments, **options)
         a_rc, b_or, scale = self._pair()
@@ -170,16 +183,16 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Return Megatron's sharded state dict, with B cut as the weight is."""
-        cut = {"weight": 0, "bias": 0, "lora_b": 0}
+        """Return Megatron's sharded state dict, with B sharded as the weight is."""
+        sharded_axes = {"weight": 0, "bias": 0, "lora_b": 0}
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
-            cut,
+            sharded_axes,
             sharded_offsets,
             **self._groups(metadata),
         )
-        if self.is_gated:  # Megatron's MLP does so for weight and bias, and for these names only
+        if self.is_gated:  # Megatron's MLP does this for the names weight and bias only
             name = f"{prefix}lora_b"
             state[name] = apply_swiglu_sharded_factory(
                 state[name], sharded_offsets, metadata.get("singleton_local_shards", False)
@@ -190,7 +203,8 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
 class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
     """Megatron's row-parallel layer with an adapter.
 
-    Under sequence parallelism a rank makes B (A x) of its own tokens only, and the gradient of B is a sum over ranks: it is marked.
+    Under sequence parallelism a rank computes B (A x) of its own tokens only, so the gradient of B
+    is a sum over ranks: B is marked.
     """
 
     def __init__(self, *arguments, adapter: Adapter, **options):
@@ -202,8 +216,9 @@ class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return output and bias as Megatron's layer does.
 
-        Collective: Megatron's; and for x A^T a reduce-scatter forward and an all-gather backward under sequence parallelism, else one
-        all-reduce forward (tensor parallel group).
+        Collective: over the tensor parallel group: Megatron's; and for x A^T, under sequence
+            parallelism a reduce-scatter in forward and an all-gather in backward, otherwise one
+            all-reduce in forward.
         """
         output, bias = super().forward(input_)
         a_rc, b_or, scale = self._pair()
@@ -217,7 +232,7 @@ class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Return Megatron's sharded state dict, with A cut as the weight is."""
+        """Return Megatron's sharded state dict, with A sharded as the weight is."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -228,7 +243,10 @@ class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
 
 
 def with_adapters(spec: ModuleSpec, settings: Settings, in_use: RanksInUse) -> ModuleSpec:
-    """Return a layer's specification with adapters on the targets of ``settings``; without a rank, as it is."""
+    """Return a layer's specification with adapters on the targets of ``settings``.
+
+    Where ``settings.lora_rank`` is 0, the specification is returned unchanged.
+    """
     if not settings.lora_rank:
         return spec
     adapter = Adapter(
@@ -252,27 +270,27 @@ def with_adapters(spec: ModuleSpec, settings: Settings, in_use: RanksInUse) -> M
     }
     for target in settings.lora_targets:
         kind = kinds[getattr(holders[target], target)]
-        # Megatron calls what it finds as linear_qkv, and builds the others
-        called = target == "linear_qkv" and not builds_linear_qkv()
-        told = (
-            {"adapter": adapter, "is_gated": settings.swiglu}
-            if target == "linear_fc1"
-            else {"adapter": adapter}
-        )
-        adapted = partial(kind, **told) if called else ModuleSpec(kind, params=told)
+        # some versions of Megatron call linear_qkv as a class; all others are built from a spec
+        is_called = target == "linear_qkv" and not builds_linear_qkv()
+        options = {"adapter": adapter}
+        if target == "linear_fc1":
+            options["is_gated"] = settings.swiglu
+        adapted = partial(kind, **options) if is_called else ModuleSpec(kind, params=options)
         setattr(holders[target], target, adapted)
     return spec
 
 
-def start_adapters(layers: Iterable[torch.nn.Module], first_layer: int, seed: int) -> None:
-    """Give all adapters of a chunk's layers their first values, from the seed and their place in the network alone.
+def start_adapters(layers: Iterable[torch.nn.Module], layers_before: int, seed: int) -> None:
+    """Initialise all adapters of a chunk's layers.
+
+    The values depend on the seed and the adapters' places in the network alone.
 
     Args:
-        layers: Of the chunk.
-        first_layer: Number of layers before it.
-        seed: Of the run.
+        layers: Layers of the chunk.
+        layers_before: Number of layers before the chunk.
+        seed: The run's seed.
     """
-    for index, layer in enumerate(layers, first_layer):
+    for index, layer in enumerate(layers, layers_before):
         for name, module in layer.named_modules():
             if isinstance(module, _Adapted):
                 module.start_pair(f"{seed}/{index}/{name}")

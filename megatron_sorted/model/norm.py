@@ -1,4 +1,4 @@
-"""Normalization on torch's own kernels, also under sequence parallelism."""
+"""Normalization with torch's own kernels, also under sequence parallelism."""
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -19,17 +19,18 @@ KINDS = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
 
 
 class Norm:
-    """Makes torch's RMSNorm or LayerNorm over the last dimension, as ``config.normalization`` says.
+    """Factory of torch's RMSNorm or LayerNorm over the last dimension.
 
-    Megatron builds modules by calling classes, so this is a class that returns a torch module, as Megatron's own wrapper is.
-    That wrapper refuses sequence parallelism, because each rank then sees only its tokens; marking the parameters is all that
-    is needed: Megatron sums marked gradients over the tensor parallel group.
+    ``config.normalization`` names one of the two. Megatron builds modules by calling classes, so
+    this is a class that returns a torch module, as Megatron's own wrapper is. That wrapper refuses
+    sequence parallelism, because each rank then sees only its tokens; marking the parameters is
+    enough, since Megatron sums marked gradients over the tensor parallel group.
     """
 
     def __new__(
         cls, config: TransformerConfig, hidden_size: int, eps: float, **_unused
     ) -> torch.nn.Module:
-        """Return the norm module."""
+        """Build the norm module."""
         kind = KINDS[config.normalization]
         if kind is torch.nn.RMSNorm and fused_kernels().rms_norm is not None:
             kind = FusedRMSNorm

@@ -1,4 +1,4 @@
-"""Rotary position embedding: Megatron's, with the ways in which models were stretched over longer texts."""
+"""Rotary position embedding: Megatron's, with a scaling that extends models to longer contexts."""
 
 import math
 
@@ -14,20 +14,22 @@ from megatron_sorted.settings.run import Settings
 def stretch_low_frequencies(
     frequencies: torch.Tensor, factor: float, low: float, high: float, context_tokens: int
 ) -> torch.Tensor:
-    """Return rotary frequencies of which those that hardly turn within ``context_tokens`` are divided by ``factor``.
+    """Return rotary frequencies with those that turn little within ``context_tokens`` reduced.
 
-    A frequency that turns less than ``low`` times within the context is divided in full, one that turns more than ``high`` times stays,
-    and between the two its share goes linearly with the turns.
+    A frequency that turns less than ``low`` times within the context is divided by ``factor``, one
+    that turns more than ``high`` times stays, and between the two it is interpolated linearly in
+    the number of turns.
 
-    Source: the rotary scaling of Llama 3.1 ("The Llama 3 Herd of Models", arXiv 2407.21783, and ``apply_scaling`` in Meta's
-    llama-models), which transformers calls rope_type "llama3". Megatron-core has it for one choice of the last three numbers only.
+    Source: the rotary scaling of Llama 3.1 ("The Llama 3 Herd of Models", arXiv 2407.21783, and
+        ``apply_scaling`` in Meta's llama-models), which transformers calls rope_type "llama3".
+        Megatron-core has it for one choice of the last three numbers only.
 
     Args:
         frequencies: Angles per token, in radians.
-        factor: What the lowest ones are divided by.
-        low: Turns within the context below which a frequency is divided in full.
-        high: Turns above which it stays.
-        context_tokens: Length of the context the model was first trained with.
+        factor: Divisor of the lowest frequencies.
+        low: Turns within the context below which a frequency is divided by ``factor``.
+        high: Turns within the context above which a frequency stays.
+        context_tokens: Length of the context that the model was first trained with.
     """
     turns = context_tokens * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
@@ -35,7 +37,10 @@ def stretch_low_frequencies(
 
 
 def make_rotary(settings: Settings) -> RotaryEmbedding | None:
-    """Return Megatron's rotary embedding with the frequencies of this model, or None where positions enter in another way."""
+    """Build Megatron's rotary embedding with this model's frequencies.
+
+    The result is None where positions are embedded by another method.
+    """
     if settings.position_embedding_type != "rope":
         return None
     rotary = RotaryEmbedding(

@@ -1,4 +1,7 @@
-"""Sandwich norm: what attention and MLP add to the hidden state is normed once more before it is added (CogView, arXiv 2105.13290, 3.3)."""
+"""Sandwich norm: the outputs of attention and MLP are normed before they join the residual.
+
+Source: CogView, arXiv 2105.13290, section 3.3.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +22,10 @@ BiasDropoutAdd = Callable[
 def _normed(
     add: Callable[[bool, bool], BiasDropoutAdd], norm: torch.nn.Module, training: bool, fused: bool
 ) -> BiasDropoutAdd:
-    """Return Megatron's residual addition ``add(training, fused)``, given the normed sum of output and bias instead of the two."""
+    """Return Megatron's residual addition ``add(training, fused)`` with a norm before it.
+
+    The addition receives the normed sum of output and bias instead of the two.
+    """
 
     def add_normed(
         output: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
@@ -33,15 +39,16 @@ def _normed(
 
 
 class SandwichLayer(TransformerLayer):
-    """Megatron's layer with a norm after attention and one after the MLP, each before the residual is added.
+    """Megatron's layer with a norm after attention and one after the MLP.
 
-    Megatron's forward is left as it is: it asks ``self_attn_bda`` and ``mlp_bda`` to add an output to the residual, and those norm first.
-    A layer without attention (an exit's MLP) has the second norm only.
+    Each stands before the residual is added. Megatron's forward is unchanged: it calls
+    ``self_attn_bda`` and ``mlp_bda`` to add an output to the residual, and those norm first. A
+    layer without attention (an exit's MLP) has the second norm only.
 
     Args:
         attention_scale: Initial weight of the norm after attention.
         mlp_scale: Initial weight of the norm after the MLP.
-        rest: As for Megatron's layer.
+        rest: Arguments of Megatron's layer.
     """
 
     def __init__(self, *rest, attention_scale: float, mlp_scale: float, **options):
@@ -59,7 +66,7 @@ class SandwichLayer(TransformerLayer):
 
 
 def with_sandwich_norm(spec: ModuleSpec, settings: Settings) -> ModuleSpec:
-    """Return the specification of a layer, as a sandwich where the settings ask for it."""
+    """Return the specification of a layer, with sandwich norms where the settings request them."""
     if not settings.use_sandwich_norm:
         return spec
     scales = {

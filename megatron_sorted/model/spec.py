@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of."""
+"""The modules that make up a transformer layer."""
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -16,7 +16,10 @@ from megatron_sorted.settings.run import Settings
 
 
 class FusedSwiglu(MegatronModule):
-    """The activation of an MLP whose first product gives gate and other half side by side [..., 2f], in one operation of the device."""
+    """The SwiGLU activation in one operation of the device.
+
+    Its input holds the gate and the other half of the MLP's first product side by side [..., 2f].
+    """
 
     def forward(self, both: torch.Tensor) -> torch.Tensor:
         """Return the activation [..., f]."""
@@ -24,10 +27,11 @@ class FusedSwiglu(MegatronModule):
 
 
 def layer_spec(settings: Settings, transformer_engine: bool) -> ModuleSpec:
-    """Return Megatron's layer specification: Transformer Engine's, or the local one with torch's attention and norm kernels.
+    """Return Megatron's layer specification: Transformer Engine's, or the local one.
 
-    Attention is torch's in both, since it takes the mask that keeps packed documents apart; Transformer Engine's causal attention
-    ignores a mask without a word. Only context parallelism needs Transformer Engine's own.
+    The local one uses torch's attention and norm kernels. Attention is torch's in both, because it
+    takes the mask that separates packed documents; Transformer Engine's causal attention ignores a
+    mask silently. Only context parallelism needs Transformer Engine's own attention.
     """
     if transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(

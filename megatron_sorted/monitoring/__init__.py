@@ -1,1 +1,1 @@
-"""Reports to console, JSON lines, TensorBoard and Weights & Biases."""
+"""Reports of a run, written to console, JSON lines, TensorBoard and Weights & Biases."""

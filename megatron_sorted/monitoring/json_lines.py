@@ -1,4 +1,4 @@
-"""Reports as JSON lines: one object a report, appended, readable while the run goes on and after it was killed."""
+"""Reports as JSON lines, one object per report, readable during the run and after a kill."""
 
 import dataclasses
 import errno
@@ -16,18 +16,22 @@ from megatron_sorted.monitoring.writer import Report, ReportWriter
 from megatron_sorted.reading.json_lines import read_blocks, records
 
 TAIL_BYTES = 1 << 16
-"""Read at a time, from the end, to find the last line."""
+"""Bytes to read at a time, from the end, to find the last line."""
 
 
 def finite_or_none(value: Any) -> Any:
-    """Return plain data in which every number that JSON does not know (a loss that overflowed) is None."""
+    """Return plain data with None for numbers that JSON does not have, such as an overflown loss.
+
+    >>> finite_or_none({"loss": float("inf"), "step": 3})
+    {'loss': None, 'step': 3}
+    """
     if isinstance(value, dict):
         return {key: finite_or_none(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_line(report: Report) -> dict[str, Any]:
-    """Return a report as plain data, perplexities included, with its kind and the time."""
+    """Return a report as plain data, with perplexities, its kind and the time."""
     values = {
         "kind": "train" if isinstance(report, StepReport) else "evaluation",
         "time": time.time(),
@@ -39,10 +43,11 @@ def json_line(report: Report) -> dict[str, Any]:
 
 
 class JsonLines(ReportWriter):
-    """Appends reports to a file; lines of a run that is continued follow those of the run before.
+    """A writer that appends reports to a file; a resumed run continues the file.
 
-    A line is one write of a file opened for appending, so that it is there as a whole or, when the machine stops or the disk is full
-    in the middle, is the torn end of the file, which the next start moves to ``PATH.torn``.
+    A line is one write to a file opened for appending. So it is complete, or, if the machine stops
+    or the disk is full in the middle, it is the torn end of the file, which the next start moves to
+    ``PATH.torn``.
     """
 
     name = "JSON lines"
@@ -53,23 +58,24 @@ class JsonLines(ReportWriter):
         self._file: int | None = None
 
     def start(self) -> None:
-        """Open the file, first moving away a last line that was torn.
+        """Open the file and move a torn last line to ``PATH.torn``.
 
         Raises:
-            SettingsError: it cannot be written.
+            SettingsError: The file cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(
                 self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666
             )
-            self._mend()
+            self._move_torn_line()
         except OSError as error:
             raise SettingsError(
-                f"--metrics-file: cannot write {self.path} ({error.strerror}). Give a file that can be written."
+                f"--metrics-file: cannot write {self.path} ({error.strerror}). "
+                "Give a file that can be written."
             ) from error
 
-    def _mend(self) -> None:
+    def _move_torn_line(self) -> None:
         size = os.fstat(self._file).st_size
         tail, start = b"", size
         while start and b"\n" not in tail:
@@ -81,15 +87,15 @@ class JsonLines(ReportWriter):
                 file.write(torn + b"\n")
             os.ftruncate(self._file, size - len(torn))
             self._notes.append(
-                f"{self.path}: its last line was torn ({len(torn)} bytes) when an earlier run ended; moved to "
-                f"{self.path}.torn"
+                f"{self.path}: its last line was torn ({len(torn)} bytes) when an earlier run "
+                f"ended; moved to {self.path}.torn"
             )
 
     def write(self, report: Report) -> None:
         """Append one report.
 
         Raises:
-            OSError: it could not be written; the file is as it was.
+            OSError: The report could not be written; the file is unchanged.
         """
         line = json.dumps(json_line(report), allow_nan=False).encode() + b"\n"
         written = os.write(self._file, line)
@@ -98,7 +104,7 @@ class JsonLines(ReportWriter):
             raise OSError(errno.ENOSPC, "no space left for a whole line", str(self.path))
 
     def notes(self) -> list[str]:
-        """Return what to tell the user since the last call."""
+        """Return new lines for the user."""
         notes, self._notes = self._notes, []
         return notes
 
@@ -110,29 +116,30 @@ class JsonLines(ReportWriter):
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Return the objects of a file, in its order; a torn last line (a run is writing, or was killed) is left out.
+    """Return the objects of a file, without a torn last line (of a run that writes or was killed).
 
     Raises:
-        DataError: the file is missing, or a line that is not the last is not an object.
+        DataError: The file is missing, or a line that is not the last is not an object.
     """
-    found: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
     for block in read_blocks([str(path)]):
         for number, value, reason in records(block):
             if reason is not None and number == block.last_line and not block.data.endswith(b"\n"):
                 break
             if reason is not None or not isinstance(value, dict):
                 raise DataError(
-                    f"{block.place(number)}: {reason or 'not an object'}. Give the metrics.jsonl that a run wrote."
+                    f"{block.place(number)}: {reason or 'not an object'}. "
+                    "Give the metrics.jsonl that a run wrote."
                 )
-            found.append(value)
-    return found
+            values.append(value)
+    return values
 
 
 def latest_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines that hold, in order, where a run was continued from a checkpoint before its last line.
+    """Return the lines that are still valid after resumes from earlier checkpoints, in order.
 
-    Training that goes back to a step has undone all that was reported from that step on, evaluations too. An evaluation repeated on
-    its own (``--skip-train``) replaces the earlier one of its set and step.
+    Training that restarts at a step invalidates all reports from that step on, evaluations too. An
+    evaluation repeated alone (``--skip-train``) replaces the earlier one of its set and step.
     """
     kept: list[dict[str, Any]] = []
     highest, evaluated = -1, set()

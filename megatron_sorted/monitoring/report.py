@@ -1,4 +1,4 @@
-"""What a run has to say, as plain data; writers turn it into lines."""
+"""The numbers that a run reports, as plain data for writers."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,23 +6,29 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ExitNumbers:
-    """One exit; None stands for what was not measured.
+    """The numbers of one exit; None where a number was not measured.
 
     Attributes:
-        loss: Mean, in nats a token: over all trained tokens, or with --no-calculate-per-token-loss over the means of
-            micro-batches that have trained tokens. None where no token was trained.
-        token_accuracy: Share of trained tokens predicted right; None likewise.
-        coefficient: Coefficient of its loss; None in evaluation.
-        exact_match: Share of documents with every trained token predicted right, which is what greedy decoding from the prompt
-            would reproduce; None where documents were not counted.
-        grad_norm: Norm, over all tokens of the global batch, of the gradient that the exit's own loss (with its coefficient)
-            sends into the hidden state below it; over several steps the root of the mean square, of the steps in which it trained.
-        agreement: Share of trained tokens for which it and the last exit find the same token most likely.
-        accept_length: Mean tokens gained by one verification when this exit drafts and the last verifies (1 for the last itself).
-        kd: Mean KL divergence from the last exit that it learns from, in nats a token.
-        gradient_cosine: Cosine between the gradient of its own loss and that of all deeper exits, in the layers below it, both as
-            one vector over all tokens of the global batch; None where one is 0.
-        gradient_ratio: Norm of the first over that of the second.
+        loss: Mean loss in nats per token: over all trained tokens, or with
+            --no-calculate-per-token-loss over the means of micro-batches that have trained tokens.
+            None where no token was trained.
+        token_accuracy: Share of trained tokens predicted correctly; None likewise.
+        coefficient: Coefficient of the exit's loss; None in evaluation.
+        exact_match: Share of documents with every trained token predicted correctly, which is what
+            greedy decoding from the prompt would reproduce; None where documents were not counted.
+        grad_norm: Norm, over all tokens of the global batch, of the gradient that the exit's own
+            loss (with its coefficient) sends into the hidden state below it; over several steps
+            the root mean square of the steps in which it trained.
+        agreement: Share of trained tokens for which the exit and the last exit have the same most
+            likely token.
+        accept_length: Mean number of tokens gained by one verification when this exit drafts and
+            the last one verifies (1 for the last exit itself).
+        kd: Mean KL divergence from its teacher (the last exit or a frozen model), in nats per
+            token.
+        gradient_cosine: Cosine between the gradient of its own loss and that of all deeper exits,
+            in the layers below it, both as one vector over all tokens of the global batch; None
+            where one is 0.
+        gradient_ratio: Norm of the first gradient over that of the second.
     """
 
     loss: float | None
@@ -46,30 +52,35 @@ class ExitNumbers:
 
 @dataclass(frozen=True)
 class StepReport:
-    """The steps since the last report.
+    """The numbers of the steps since the last report.
 
     Attributes:
-        step: Steps done.
+        step: Number of completed steps.
         total_steps: Steps of the whole run.
-        samples: Samples consumed so far.
+        samples: Samples used so far.
         learning_rate: Learning rate of the last step.
         grad_norm: Gradient norm of the last step, before clipping.
         loss_scale: Loss scale of fp16, else 1.
-        skipped: Steps that the optimizer skipped since the last report: fp16 overflow and ``nonfinite`` ones.
-        nonfinite: Steps skipped since the last report because a loss or gradient was NaN or infinite.
+        skipped: Steps the optimizer skipped since the last report: fp16 overflow and
+            ``nonfinite`` ones.
+        nonfinite: Steps skipped since the last report because a loss or gradient was not finite.
         step_seconds: Mean duration of a step.
-        tokens_per_second: All positions of all samples, over all processes.
+        tokens_per_second: Throughput of all processes; every position of a sample counts.
         seconds_left: Estimate of the time left.
         exits: Numbers of every exit, by depth.
         samples_a_step: Global batch size.
         epoch: Passes over the training data so far, with fraction.
-        data_checksum: Sum over the samples since the last report of a checksum of their tokens: equal for equal data in equal steps.
-        tokens_per_second_per_device: The same for one process.
-        tflops_per_device: 10^12 operations a second of one process, exits' heads counted, recomputation not.
-        mfu: Those over the device's peak; None where the peak is unknown.
-        memory_bytes: Largest use so far, over all processes.
-        phases: Mean seconds of each phase of a step, by name; empty unless asked for.
-        exit_rule: What else the rule of the coefficients shows, after the last step, by name: "guard-multiplier".
+        data_checksum: Sum over the samples since the last report of a checksum of their tokens:
+            equal for equal data in equal steps.
+        tokens_per_second_per_device: Throughput of one process.
+        tflops_per_device: 10^12 operations per second of one process; heads of exits are counted,
+            recomputation is not.
+        mfu: Model FLOPs utilization, ``tflops_per_device`` over the device's peak; None where the
+            peak is unknown.
+        memory_bytes: Largest memory use so far, over all processes.
+        phases: Mean seconds of each phase of a step, by name; empty unless requested.
+        exit_rule: Further numbers of the coefficient rule after the last step, by name:
+            "guard-multiplier".
     """
 
     step: int
@@ -97,7 +108,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Every exit on one set."""
+    """The numbers of every exit on one evaluation set."""
 
     step: int
     name: str

@@ -1,4 +1,4 @@
-"""Reports for TensorBoard, written with its own record format; neither torch nor tensorflow is needed."""
+"""Reports for TensorBoard in its record format; neither torch nor tensorflow is needed."""
 
 import os
 import socket
@@ -11,12 +11,13 @@ from megatron_sorted.monitoring.writer import Report, ReportWriter
 
 
 class TensorBoard(ReportWriter):
-    """Writes scalars over steps into a directory, one new event file a process.
+    """A writer of scalars over steps: every process writes a new event file into a directory.
 
     Args:
-        directory: Where TensorBoard looks.
+        directory: TensorBoard's log directory.
         last_depth: The depth whose loss is ``lm loss``.
-        resumed_step: Step that the run starts from: what an earlier process wrote after it is taken back.
+        resumed_step: The step that the run starts from; TensorBoard discards what an earlier
+            process wrote after it.
     """
 
     name = "TensorBoard"
@@ -31,10 +32,10 @@ class TensorBoard(ReportWriter):
         """Open the event file.
 
         Raises:
-            SettingsError: the package is missing, or the directory cannot be written.
+            SettingsError: The package is missing, or the directory cannot be written.
         """
         try:
-            # the writer of records and the messages alone: the package's own file writer would import tensorflow where it is installed
+            # the package's own file writer would import tensorflow where that is installed
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
@@ -45,10 +46,8 @@ class TensorBoard(ReportWriter):
         self._events, self._summaries = event_pb2, summary_pb2
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            path = (
-                self.directory
-                / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-            )
+            name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+            path = self.directory / f"events.out.tfevents.{name}"
             self._records = RecordWriter(open(path, "ab"))  # noqa: SIM115 - close() closes it
             self._add(file_version="brain.Event:2")
             self._add(
@@ -69,7 +68,7 @@ class TensorBoard(ReportWriter):
         """Write one report.
 
         Raises:
-            OSError: it could not be written.
+            OSError: The report could not be written.
         """
         if self._main_set is None:
             self._main_set = getattr(report, "name", None)

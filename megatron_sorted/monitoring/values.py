@@ -1,4 +1,7 @@
-"""A report as a flat table of names and numbers, for TensorBoard and Weights & Biases. Names are Megatron-LM's where it has them."""
+"""A report as names and numbers, for TensorBoard and Weights & Biases.
+
+Names are Megatron-LM's where it has them.
+"""
 
 import math
 
@@ -25,22 +28,22 @@ def metric_values(
 ) -> dict[str, float]:
     """Return {name: number} of a report.
 
-    What was not measured (None, or 0 where 0 cannot be), NaN and infinity are left out: a curve has a gap there, and
-    ``nonfinite-steps`` counts the steps.
+    Numbers that were not measured (None, or 0 where 0 is impossible), NaN and infinity are left
+    out: the curve has a gap there, and ``nonfinite-steps`` counts the steps.
 
     Args:
-        report: of steps or of one evaluation set.
-        last_depth: the depth whose loss is Megatron's ``lm loss``; a report may be without it.
-        main_set: the evaluation set that Megatron's ``lm loss validation`` without a suffix stands for.
+        report: Report of steps or of one evaluation set.
+        last_depth: The depth whose loss is Megatron's ``lm loss``; the report may lack it.
+        main_set: The evaluation set whose loss is Megatron's ``lm loss validation`` without suffix.
     """
-    found = (
+    values = (
         _of_steps(report, last_depth)
         if isinstance(report, StepReport)
         else _of_evaluation(report, last_depth, main_set)
     )
     return {
         name: float(value)
-        for name, value in found.items()
+        for name, value in values.items()
         if value is not None and math.isfinite(value)
     }
 
@@ -85,9 +88,9 @@ def _of_evaluation(
     return values | _of_exits(report.exits, f"{report.name}/")
 
 
-def _of_exits(exits: dict[int, ExitNumbers], before: str) -> dict[str, float | None]:
+def _of_exits(exits: dict[int, ExitNumbers], prefix: str) -> dict[str, float | None]:
     return {
-        f"{before}exit_{depth}/{name}": getattr(numbers, attribute)
+        f"{prefix}exit_{depth}/{name}": getattr(numbers, attribute)
         for depth, numbers in sorted(exits.items())
         for name, attribute in EXIT_NUMBERS.items()
     }

@@ -2,15 +2,17 @@
 
     python -m megatron_sorted.monitoring.wandb_process
 
-A process of its own, because wandb waits: for servers in ``init``, for uploads in ``finish`` and again when the interpreter ends. Here all
-that can be cut off by ending one process. It reads JSON lines on its standard input, first what to open, then reports:
+It is a separate process because wandb waits: for servers in ``init``, for uploads in ``finish`` and
+again when the interpreter ends. Ending one process cuts off all of that. It reads JSON lines on its
+standard input, first the run to open, then reports:
 
     {"mode": "online" | "offline", "init": {...}, ...}
     {"iteration": N, "values": {...}}
     {"close": true}
 
-and answers with JSON lines on its standard output: ``started``, ``failed`` or ``finished``. Its input also ends when the training process
-dies; then the run is finished as failed, so that no row is lost.
+and answers with JSON lines on its standard output: ``started``, ``failed`` or ``finished``. Its
+input also ends when the training process dies; then the run is finished as failed, so that no row
+is lost.
 """
 
 import contextlib
@@ -24,16 +26,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-SECONDS_BETWEEN_LOOKS = 5.0
-"""At the process that started this one, in case another process inherited the other end of the input."""
+SECONDS_BETWEEN_CHECKS = 5.0
+"""Time between checks that the training process lives.
+
+The input alone does not show it if another process inherited its other end.
+"""
 
 
 class StepNumbers:
-    """The number that wandb gets for an iteration: the iteration itself, as with Megatron, while that is free.
+    """wandb's step number of each iteration: the iteration itself, as in Megatron, while free.
 
-    wandb drops rows whose step is not above the last one. A run continued from a checkpoint repeats iterations that were
-    reported before the interruption; their rows get the next free numbers instead, and ``iteration``, the x axis of all charts, is right
-    in every row. Offline no server knows the last number, so it is kept in a file beside the run's.
+    wandb drops rows whose step is not above the last one. A run resumed from a checkpoint repeats
+    iterations that were reported before the interruption. Their rows get the next free numbers,
+    and ``iteration``, the x axis of all charts, is right in every row. Offline no server knows the
+    last number, so it is kept in a file beside the run's.
+
+    Args:
+        path: The file that keeps the next free number.
+        starting_step: The server's next free number.
     """
 
     def __init__(self, path: Path, starting_step: int):
@@ -43,7 +53,7 @@ class StepNumbers:
         self._step = starting_step - 1
 
     def of(self, iteration: int) -> int:
-        """Return the step of a row; rows of one iteration share it."""
+        """Return the step number of a row; rows of one iteration share it."""
         if iteration != self._iteration:
             self._iteration, self._step = iteration, max(iteration, self._step + 1)
             self._path.write_text(f"{self._step + 1}\n", encoding="ascii")
@@ -51,7 +61,7 @@ class StepNumbers:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error in one line, without keys."""
+    """Return an error in one line, without secrets."""
     text = " ".join(str(error).split()) or type(error).__name__
     key = os.environ.get("WANDB_API_KEY")
     if key:
@@ -62,7 +72,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def open_run(start: dict[str, Any]) -> Any:
-    """Return the opened run of wandb; every row's x axis is ``iteration``."""
+    """Open a run of wandb whose charts have ``iteration`` as x axis."""
     import wandb
 
     wanted = {
@@ -71,12 +81,11 @@ def open_run(start: dict[str, Any]) -> Any:
         "program": start["program"],
         "init_timeout": start["init_seconds"],
         "finish_timeout": start["finish_seconds"],
-        "x_stats_pid": os.getppid(),  # whose use of memory and devices is recorded
-        "x_transaction_log_flush_interval": 1.0,
-    }  # seconds; what a node that fails may lose
-    known = {
-        name: value for name, value in wanted.items() if name in wandb.Settings.model_fields
-    }  # other versions have fewer
+        "x_stats_pid": os.getppid(),  # record the trainer's use of memory and devices
+        "x_transaction_log_flush_interval": 1.0,  # a node that fails loses this many seconds
+    }
+    # some versions of wandb have fewer settings
+    known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
     run = wandb.init(mode=start["mode"], settings=wandb.Settings(**known), **start["init"])
     run.define_metric("iteration", hidden=True)
     run.define_metric("*", step_metric="iteration")
@@ -84,10 +93,10 @@ def open_run(start: dict[str, Any]) -> Any:
 
 
 def incoming(stream: IO[bytes], trainer: int) -> Iterator[dict[str, Any]]:
-    """Yield the messages until the input ends or the training process is gone."""
+    """Yield the messages until the input or the training process (its id: ``trainer``) ends."""
     rest = b""
     while True:
-        if not select.select([stream], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+        if not select.select([stream], [], [], SECONDS_BETWEEN_CHECKS)[0]:
             if os.getppid() != trainer:
                 return
             continue
@@ -99,7 +108,7 @@ def incoming(stream: IO[bytes], trainer: int) -> Iterator[dict[str, Any]]:
 
 
 def serve(stream: IO[bytes], answers: IO[str]) -> None:
-    """Open the run, log what comes in, and finish it; every error of wandb's passes through."""
+    """Open the run, log the incoming reports and finish the run; wandb's errors are not caught."""
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
@@ -136,11 +145,12 @@ def serve(stream: IO[bytes], answers: IO[str]) -> None:
 
 
 def main() -> None:
-    """Serve, then end without wandb's own waiting for the end of the interpreter."""
-    # A scheduler's signals go to every process of a job. Training answers them; this process goes on until its input ends.
+    """Serve the training process, then end without wandb's own waiting at the interpreter's end."""
+    # A scheduler signals every process of a job. Training responds; this process continues until
+    # its input ends.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # Copies for this process alone: what wandb starts inherits, and what it prints goes, nowhere.
+    # Keep the pipes as copies: processes that wandb starts inherit, and prints go to, /dev/null.
     stream, answers = (
         os.fdopen(os.dup(0), "rb", buffering=0),
         os.fdopen(os.dup(1), "w", encoding="utf-8"),
@@ -153,7 +163,7 @@ def main() -> None:
         serve(stream, answers)
     except BaseException as error:
         status = 1
-        with contextlib.suppress(OSError):  # nobody is left to be told
+        with contextlib.suppress(OSError):  # the training process may have ended
             print(json.dumps({"failed": reason_of(error)}), file=answers, flush=True)
     os._exit(status)
 

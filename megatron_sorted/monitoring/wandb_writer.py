@@ -1,7 +1,8 @@
-"""Reports for Weights & Biases, which may be slow, unreachable or not there at all, and training does not notice.
+"""Reports for Weights & Biases, which may be slow or unreachable without delaying training.
 
-``write`` puts a report into a short queue and hands over what a process (``wandb_process``) takes without making it wait. That process
-imports wandb, opens the run and logs; whatever it does, the queue is bounded and the process can be ended.
+``write`` puts a report into a short queue and sends as much of it to a process (``wandb_process``)
+as that accepts without waiting. The process imports wandb, opens the run and logs; whatever it
+does, the queue is bounded and the process can be ended.
 """
 
 import contextlib
@@ -18,32 +19,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.command_line import own_module
+from megatron_sorted.installation import own_module
 from megatron_sorted.monitoring.values import metric_values
 from megatron_sorted.monitoring.writer import Report, ReportWriter
 from megatron_sorted.settings.run import Settings
 
-QUEUED_REPORTS = (
-    1000  # kept while wandb is slow; of more, the oldest are dropped. A report is a few kilobytes
-)
-INIT_SECONDS = 20.0  # given to the server to answer; then the run goes on offline
-START_SECONDS = 60.0  # given to the whole start: importing wandb from a slow file system comes before the server
-FINISH_SECONDS = 12.0  # given to the upload of what is left
-CLOSE_SECONDS = 20.0  # the longest that ``close`` takes
-OFFLINE_SECONDS = (
-    8.0  # of those, kept for writing the run offline where the server did not answer in time
-)
+QUEUED_REPORTS = 1000
+"""Largest length of the queue; the oldest reports are dropped. A report is a few kilobytes."""
+INIT_SECONDS = 20.0
+"""Time for the server to answer; then the run continues offline."""
+START_SECONDS = 60.0
+"""Time for the whole start, which begins with the import of wandb from a perhaps slow disk."""
+FINISH_SECONDS = 12.0
+"""Time to upload the rest."""
+CLOSE_SECONDS = 20.0
+"""Longest time that ``close`` takes."""
+OFFLINE_SECONDS = 8.0
+"""Part of ``CLOSE_SECONDS`` kept to write the run offline if the server does not answer in time."""
 MODES = ("offline", "online", "disabled")
 
 
 @dataclass(frozen=True)
 class WandbPlan:
-    """What to open: the settings, over which wandb's own environment variables go.
+    """The run to open: the settings, overridden by wandb's own environment variables.
 
     Attributes:
         mode: online, offline or disabled.
         init: Arguments of ``wandb.init``, without the mode.
-        directory: Where wandb makes its directory ``wandb``.
+        directory: The folder in which wandb creates its directory ``wandb``.
     """
 
     mode: str
@@ -54,13 +57,13 @@ class WandbPlan:
 def wandb_plan(
     settings: Settings, run_id: str, description: dict[str, Any], environment: Mapping[str, str]
 ) -> WandbPlan:
-    """Return what to open for a run that has ``--wandb-project``."""
+    """Return the run to open for settings with ``--wandb-project``."""
 
     def chosen(variable: str, value: str | None) -> str | None:
         return environment.get(variable) or value
 
     mode = chosen("WANDB_MODE", settings.wandb_mode)
-    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # wandb's older words
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # wandb's older names
     directory = Path(chosen("WANDB_DIR", settings.wandb_save_dir) or settings.save or ".")
     name = Path(settings.save).resolve().name if settings.save else None
     return WandbPlan(
@@ -80,12 +83,12 @@ def wandb_plan(
 
 
 class _Process:
-    """A process that opens the run in one mode; nothing here waits for it.
+    """A process that opens the run in one mode; no method waits for it.
 
     Attributes:
         mode: online or offline.
-        started: What it answered when the run was open; None before.
-        deadline: Time by which it must have answered that.
+        started: The answer to the opening of the run; None before.
+        deadline: Time by which that answer must come.
     """
 
     def __init__(self, plan: WandbPlan, mode: str):
@@ -121,7 +124,10 @@ class _Process:
         return set((self._plan.directory / "wandb").glob(f"run-*-{self._plan.init['id']}"))
 
     def send(self, message: dict[str, Any] | None = None) -> bool:
-        """Hand over as much as it takes; return whether a next message may follow. A process that is gone takes everything."""
+        """Send as much as the process accepts; return whether another message may follow.
+
+        Messages to a process that has ended are dropped.
+        """
         self._unsent += b"" if message is None else json.dumps(message).encode() + b"\n"
         try:
             while self._unsent:
@@ -133,7 +139,7 @@ class _Process:
         return True
 
     def answer(self) -> dict[str, Any] | None:
-        """Return its next answer, {"failed": why} when it ended, None while there is none."""
+        """Return the next answer; {"failed": reason} when the process ended; None while waiting."""
         with contextlib.suppress(BlockingIOError):
             while b"\n" not in self._answers:
                 data = os.read(self.pipes[1], 1 << 16)
@@ -146,7 +152,7 @@ class _Process:
         return json.loads(line)
 
     def end(self) -> None:
-        """End the process if it still runs; of a run that was never opened nothing is left behind."""
+        """End the process if it runs; delete the directory of a run that was never opened."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -157,10 +163,10 @@ class _Process:
 
 
 class Wandb(ReportWriter):
-    """Sends reports to one run of Weights & Biases: one from one rank, continued after a resume.
+    """A writer to one run of Weights & Biases, which is continued after a resume.
 
     Args:
-        plan: What to open.
+        plan: The run to open.
         last_depth: The depth whose loss is ``lm loss``.
     """
 
@@ -176,7 +182,8 @@ class Wandb(ReportWriter):
             "offline"
             if plan.mode in MODES
             else (
-                f"not online (WANDB_MODE: {plan.mode!r} is none of {', '.join(MODES)}), going on offline"
+                f"not online (WANDB_MODE: {plan.mode!r} is none of {', '.join(MODES)}), "
+                "continuing offline"
             )
         )
         self._closing_at: float | None = None
@@ -187,7 +194,7 @@ class Wandb(ReportWriter):
         self._open("online" if self.plan.mode == "online" else "offline")
 
     def write(self, report: Report) -> None:
-        """Queue one report and hand over what wandb takes; return at once."""
+        """Queue one report and send what wandb accepts; return at once."""
         if self._process is None:
             return
         if self._main_set is None:
@@ -204,13 +211,13 @@ class Wandb(ReportWriter):
         self._advance()
 
     def notes(self) -> list[str]:
-        """Return what to tell the user since the last call."""
+        """Return new lines for the user."""
         self._advance()
         notes, self._notes = self._notes, []
         return notes
 
     def close(self) -> None:
-        """Send what is queued and finish the run; after ``CLOSE_SECONDS`` what is left stays behind."""
+        """Send the queue and finish the run; drop the rest after ``CLOSE_SECONDS``."""
         self._closing_at = time.monotonic()
         self._queue.append({"close": True})
         while self._process is not None and time.monotonic() < self._closing_at + CLOSE_SECONDS:
@@ -223,7 +230,8 @@ class Wandb(ReportWriter):
         self._dropped += sum("values" in row for row in self._queue)
         if self._dropped and self._remedy:
             self._notes.append(
-                f"wandb: it was too slow, {self._dropped} reports are missing there; the JSON lines hold them"
+                f"wandb: it was too slow, {self._dropped} reports are missing there; "
+                "the JSON lines hold them"
             )
 
     def _open(self, mode: str) -> None:
@@ -231,14 +239,14 @@ class Wandb(ReportWriter):
         try:
             self._process = _Process(self.plan, mode)
         except OSError as error:
-            self._notes.append(f"wandb: not used ({error}). Training goes on without it.")
+            self._notes.append(f"wandb: not used ({error}). Training continues without it.")
 
     def _leave(self) -> None:
         self._process.end()
         self._process = None
 
     def _advance(self) -> None:
-        """Take wandb's answers and hand over the queue, as far as neither waits."""
+        """Read answers and send the queue, as far as neither needs to wait."""
         while self._process is not None and (answer := self._process.answer()) is not None:
             if "started" in answer:
                 self._take_start(answer["started"])
@@ -268,23 +276,21 @@ class Wandb(ReportWriter):
         self._process.started = started
         self._remedy = f" Send the rest later: wandb sync {started['directory']}"
         if self._process.mode == "online":
-            continued = " continued" * started["resumed"]
-            self._notes.append(
-                f"wandb: run {started['name']} ({self.plan.init['id']}){continued}, {started['url']}"
-            )
+            name = f"{started['name']} ({self.plan.init['id']}){' continued' * started['resumed']}"
+            self._notes.append(f"wandb: run {name}, {started['url']}")
         else:
             self._notes.append(
                 f"wandb: {self._offline}. Send the run later: wandb sync {started['directory']}"
             )
 
     def _take_failure(self, reason: str) -> None:
-        """Go on offline where that was not tried, unless the run is closing; else without wandb."""
+        """Continue offline if that is untried and the run is not closing, else without wandb."""
         process, opened = self._process, self._process.started is not None
         process.end()
         if process.mode == "offline" or (opened and self._closing_at is not None):
             what = "stopped" if opened else "not used"
             self._notes.append(
-                f"wandb: {what} ({reason}). Training goes on without it.{self._remedy}"
+                f"wandb: {what} ({reason}). Training continues without it.{self._remedy}"
             )
             self._queue.clear()
             self._leave()
@@ -292,7 +298,7 @@ class Wandb(ReportWriter):
         if opened:
             self._notes.append(f"wandb: stopped ({reason}).{self._remedy}")
         self._offline, self._remedy = (
-            "going on offline" if opened else f"not online ({reason}), going on offline",
+            "continuing offline" if opened else f"not online ({reason}), continuing offline",
             "",
         )
         self._open("offline")

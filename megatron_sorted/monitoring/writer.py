@@ -1,4 +1,4 @@
-"""What every place that reports go to can do."""
+"""The interface of every writer of reports."""
 
 from abc import ABC, abstractmethod
 
@@ -8,32 +8,33 @@ Report = StepReport | EvaluationReport
 
 
 class ReportWriter(ABC):
-    """One place that reports go to. One process has one: the one that holds the reduced numbers.
+    """A destination of reports, used by the one process that holds the reduced numbers.
 
-    An error of ``start`` is a user's to mend and ends the run before training; one of ``write`` or ``close`` never does.
+    An error of ``start`` ends the run before training, since the user can correct it; one of
+    ``write`` or ``close`` never does.
 
     Attributes:
-        name: What messages call it.
+        name: The writer's name in messages.
     """
 
     name: str
 
     @abstractmethod
     def start(self) -> None:
-        """Open what is written to.
+        """Open the destination.
 
         Raises:
-            SettingsError: it cannot be written.
+            SettingsError: It cannot be written.
         """
 
     @abstractmethod
     def write(self, report: Report) -> None:
-        """Write one report; never waits for a network."""
+        """Write one report, without waiting for a network."""
 
     def notes(self) -> list[str]:
-        """Return the lines to tell the user since the last call: what went wrong and the remedy, each thing once."""
+        """Return new lines for the user: problems and remedies, each once."""
         return []
 
     @abstractmethod
     def close(self) -> None:
-        """Write what is left; returns within seconds."""
+        """Write the rest and return within seconds."""

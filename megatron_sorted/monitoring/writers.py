@@ -1,4 +1,4 @@
-"""All places that the reports of a run go to."""
+"""All writers of a run's reports."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -13,32 +13,32 @@ from megatron_sorted.settings.run import Settings
 
 
 class Writers:
-    """Several writers as one. An error of one is said once and stops neither the others nor training.
+    """Several writers as one. An error of one is logged once and stops neither others nor training.
 
     Args:
-        writers: Already started.
-        say: Prints lines for the user; called from the process and thread that calls the methods.
+        writers: The writers, already started.
+        log: Prints a line for the user; called from the process and thread that calls the methods.
     """
 
-    def __init__(self, writers: Sequence[ReportWriter], say: Callable[..., None]):
-        self._writers, self._say = writers, say
+    def __init__(self, writers: Sequence[ReportWriter], log: Callable[[str], None]):
+        self._writers, self._log = writers, log
         self._failures = dict.fromkeys(writers, 0)
-        self._tell()
+        self._log_notes()
 
     def write(self, report: Report) -> None:
-        """Give a report to every writer."""
+        """Pass a report to every writer."""
         for writer in self._writers:
             self._guarded(writer, writer.write, report)
-        self._tell()
+        self._log_notes()
 
     def close(self) -> None:
-        """Close every writer and says what could not be written."""
+        """Close every writer and log how many reports each could not write."""
         for writer in self._writers:
             self._guarded(writer, writer.close)
-        self._tell()
+        self._log_notes()
         for writer, count in self._failures.items():
             if count > 1:
-                self._say(f"{writer.name}: {count} reports could not be written")
+                self._log(f"{writer.name}: {count} reports could not be written")
         self._writers, self._failures = (), {}
 
     def _guarded(self, writer: ReportWriter, action: Callable[..., None], *arguments: Any) -> None:
@@ -47,14 +47,15 @@ class Writers:
         except Exception as error:  # a full disk must not end a run of a month
             self._failures[writer] += 1
             if self._failures[writer] == 1:
-                self._say(
-                    f"{writer.name}: a report could not be written ({error}). Training goes on, later ones are tried"
+                self._log(
+                    f"{writer.name}: a report could not be written ({error}). "
+                    "Training continues, and later reports are tried"
                 )
 
-    def _tell(self) -> None:
+    def _log_notes(self) -> None:
         for writer in self._writers:
             for line in writer.notes():
-                self._say(line)
+                self._log(line)
 
 
 def open_writers(
@@ -62,21 +63,23 @@ def open_writers(
     run_id: str,
     resumed_step: int,
     description: dict[str, Any],
-    say: Callable[..., None],
+    log: Callable[[str], None],
 ) -> Writers:
-    """Return the writers that the settings ask for, started. Only the process that reports may call it.
+    """Start the writers that the settings name. Only the process that reports may call this.
 
-    JSON lines go to ``--metrics-file``, else to ``metrics.jsonl`` in ``--save``; without both there are none.
+    JSON lines are written to ``--metrics-file``, else to ``metrics.jsonl`` in ``--save``; without
+    either there are none.
 
     Args:
-        settings: of the run.
-        run_id: kept with the checkpoint, so that a resume continues the same run of wandb.
-        resumed_step: steps done before this process; 0 in a new run.
-        description: settings, versions and the like, plain data; the run's config in wandb.
-        say: prints lines for the user.
+        settings: The run's settings.
+        run_id: An identifier that is kept with the checkpoint, so that a resumed run continues the
+            same run of wandb.
+        resumed_step: Number of steps before this process; 0 in a new run.
+        description: Settings, versions and the like as plain data; the run's config in wandb.
+        log: Prints a line for the user.
 
     Raises:
-        SettingsError: a file or directory cannot be written, or TensorBoard's package is missing.
+        SettingsError: A file or directory cannot be written, or TensorBoard's package is missing.
     """
     path = settings.metrics_file or (
         str(Path(settings.save) / "metrics.jsonl") if settings.save else None
@@ -90,4 +93,4 @@ def open_writers(
             writers.append(Wandb(plan, settings.num_layers))
     for writer in writers:
         writer.start()
-    return Writers(writers, say)
+    return Writers(writers, log)

@@ -1,1 +1,1 @@
-"""Who does what: process groups, parameter copies on several stages, numbers carried between stages."""
+"""Process groups, copies of a parameter on several stages, and fully sharded data parallelism."""

@@ -1,4 +1,4 @@
-"""Process groups: start, end, and the one layout this process has its place in."""
+"""Start and end of the process groups, and this process's place in the layout."""
 
 import os
 from dataclasses import dataclass
@@ -16,7 +16,14 @@ from megatron_sorted.settings.run import Settings
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands in the layout."""
+    """This process's place in the layout.
+
+    Attributes:
+        rank, world_size: Rank among all processes, and their number.
+        stage, num_stages: Pipeline stage, and the number of stages.
+        data_rank, data_size: Rank among data parallel processes, and their number.
+        tensor_rank: Rank among tensor parallel processes.
+    """
 
     rank: int
     world_size: int
@@ -30,14 +37,15 @@ class Place:
 def start_process_groups(
     settings: Settings, platform: Platform, init_method: str | None = None
 ) -> Place:
-    """Return this process's place after joining the others.
+    """Create the process groups; return this process's place.
 
     Collective: creates the world group and all of Megatron's groups; every process must call it.
 
     Args:
-        settings: The run.
-        platform: Where it runs.
-        init_method: How processes find each other; by default the launcher's environment.
+        settings: The run's settings.
+        platform: Platform of the run.
+        init_method: torch.distributed's address of the rendezvous; by default that of the
+            launcher's environment.
     """
     world = read_world_of_training(os.environ)
     rank, world_size = world.rank, world.size
@@ -67,13 +75,13 @@ def start_process_groups(
         context_parallel_size=settings.context_parallel_size,
         expert_model_parallel_size=settings.expert_model_parallel_size,
         distributed_timeout_minutes=settings.distributed_timeout_minutes,
-        create_gloo_process_groups=False,  # nothing here needs them beside the device's own
+        create_gloo_process_groups=False,  # the device's own groups are enough
     )
     return current_place()
 
 
 def current_place() -> Place:
-    """Return this process's place in the groups that were started."""
+    """Return this process's place in the groups that exist."""
     return Place(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

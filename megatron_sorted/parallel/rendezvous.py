@@ -1,8 +1,9 @@
-"""How the processes of a torchrun job find each other anew after a restart.
+"""The rendezvous of a torchrun job's processes after a restart.
 
-torchrun keeps one store for all its attempts (torch 2.13), and processes that torchrun restarts read addresses of dead ones in it:
-"Gloo connectFullMesh failed ... Connection refused" until every attempt is used up. The number of the attempt does not help: agents
-of several hosts count their own restarts only. So the ranks of an attempt agree on a name that no other attempt has, and use only keys
+torchrun keeps one store for all its attempts (torch 2.13), and restarted processes read addresses
+of dead ones in it: "Gloo connectFullMesh failed ... Connection refused" until no attempt is left.
+The number of the attempt does not help, because the agents of several hosts count only their own
+restarts. So the ranks of an attempt agree on a name that no other attempt has, and use only keys
 under that name.
 """
 
@@ -27,38 +28,39 @@ def has_shared_store() -> bool:
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
     """Return the name of this attempt, the same on all ranks that are alive together.
 
-    Each rank says hello with a word of its own. Rank 0 publishes a name with the words it has seen, again whenever one changes. A rank
-    whose word is among them answers with the name; when all have, rank 0 lets them go. Words and names are drawn anew in every process,
-    so nothing an earlier attempt has left can be mistaken for an answer.
+    Each rank publishes a random token under hello/RANK. Rank 0 offers a name together with the
+    tokens it has read, again whenever one changes. A rank whose token is in the offer confirms the
+    name; when all have, rank 0 starts them. Every process draws its tokens and names anew, so keys
+    of an earlier attempt cannot be mistaken for a confirmation.
 
-    Collective: every rank of the job must call it; a few keys of the store a rank.
+    Collective: every rank of the job must call it; it uses a few keys of the store per rank.
 
     Args:
-        store: Shared by all ranks, and perhaps by earlier attempts.
-        rank: Of this process.
+        store: Store shared by all ranks, and perhaps by earlier attempts.
+        rank: Rank of this process.
         world_size: Number of ranks.
-        timeout_seconds: How long to wait for the others.
+        timeout_seconds: Time to wait for the others.
 
     Raises:
-        PlatformError: Some ranks did not come.
+        PlatformError: Some ranks did not confirm in time.
     """
-    word, until = uuid.uuid4().hex, time.monotonic() + timeout_seconds
-    store.set(f"hello/{rank}", word)
-    seen: list[str | None] = []
+    token, until = uuid.uuid4().hex, time.monotonic() + timeout_seconds
+    store.set(f"hello/{rank}", token)
+    offered: list[str | None] = []
     name = ""
     while time.monotonic() < until:
         if rank == 0:
-            words = [_read(store, f"hello/{other}") for other in range(world_size)]
-            if words != seen:
-                seen, name = words, uuid.uuid4().hex
-                store.set("attempt", json.dumps({"name": name, "words": seen}))
+            tokens = [_read(store, f"hello/{other}") for other in range(world_size)]
+            if tokens != offered:
+                offered, name = tokens, uuid.uuid4().hex
+                store.set("attempt", json.dumps({"name": name, "tokens": offered}))
             store.set("answer/0", name)
             if all(_read(store, f"answer/{other}") == name for other in range(world_size)):
                 store.set(f"go/{name}", "1")
                 return name
         else:
-            offer = json.loads(_read(store, "attempt") or '{"words": []}')
-            if offer["words"][rank : rank + 1] == [word]:
+            offer = json.loads(_read(store, "attempt") or '{"tokens": []}')
+            if offer["tokens"][rank : rank + 1] == [token]:
                 if offer["name"] != name:
                     name = offer["name"]
                     store.set(f"answer/{rank}", name)
@@ -67,8 +69,9 @@ def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds:
         time.sleep(POLL_SECONDS)
     missing = [str(other) for other in range(world_size) if _read(store, f"answer/{other}") != name]
     raise PlatformError(
-        f"rank {rank}: not all {world_size} processes met within {timeout_seconds:.0f} s (missing: rank "
-        f"{', '.join(missing[:8])}). Look for their errors, or raise --distributed-timeout-minutes."
+        f"rank {rank}: not all {world_size} processes met within {timeout_seconds:.0f} s "
+        f"(missing: rank {', '.join(missing[:8])}). "
+        "Look for their errors, or raise --distributed-timeout-minutes."
     )
 
 
@@ -77,7 +80,7 @@ def _read(store: dist.Store, key: str) -> str | None:
 
 
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Return a store of this attempt alone, this process's rank and the number of ranks.
+    """Return a store for this attempt alone, this process's rank and the number of ranks.
 
     Collective: every rank of the job must call it.
     """

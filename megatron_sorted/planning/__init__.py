@@ -1,1 +1,4 @@
-"""What a run will take before it is started: parameters, memory, operations, messages, time. Arithmetic on settings alone."""
+"""The plan of a run before it starts: parameters, memory, operations, messages and time.
+
+Arithmetic on settings alone.
+"""

@@ -1,4 +1,4 @@
-"""What one rank of every stage sends in a step, by kind. Unit: bytes; all-reduces and their halves as rings send them."""
+"""Bytes that one rank of every stage sends in a step, by kind; collectives as on rings."""
 
 from dataclasses import dataclass
 
@@ -19,13 +19,15 @@ from megatron_sorted.settings.run import Settings
 
 @dataclass(frozen=True)
 class Messages:
-    """Sent by one rank in one step.
+    """Messages of one rank in one step. Unit: bytes.
 
     Attributes:
-        tensor: Parts of layers and exits, and of gradients of what every rank has whole, summed or gathered over tensor parallel ranks.
-        pipeline: Hidden states and their gradients.
-        gradients: Over data parallel ranks; of a fully sharded run, those of layers for every micro-batch.
-        parameters: Over data parallel ranks, with the distributed optimizer once, fully sharded for every pass.
+        tensor: Hidden states of layers and exits, and gradients of parameters that every rank holds
+            whole, gathered or summed over tensor parallel ranks.
+        pipeline: Hidden states and their gradients, between stages.
+        gradients: Gradients summed over data parallel ranks; fully sharded, for every micro-batch.
+        parameters: Parameters gathered over data parallel ranks: once with the distributed
+            optimizer, fully sharded for every pass.
         copies: Gradients of norms and heads that several stages hold.
     """
 
@@ -37,20 +39,28 @@ class Messages:
 
 
 def ring(size: int, ranks: int) -> float:
-    """Return what a rank sends when ``size`` bytes are gathered, or summed and scattered, over ``ranks``; an all-reduce is both."""
+    """Return the bytes that a rank sends to gather, or sum and scatter, ``size`` bytes on a ring.
+
+    An all-reduce is both.
+
+    >>> ring(800, ranks=4)
+    600.0
+    """
     return size * (ranks - 1) / ranks
 
 
 def state_bytes(settings: Settings) -> int:
-    """Return the size of a message between two stages."""
+    """Return the bytes of a message between two stages."""
     return tokens_of_shard(settings) * settings.hidden_size * element_bytes(settings)
 
 
 def collectives_of_chunk(settings: Settings, work: ChunkWork) -> tuple[int, int]:
-    """Return how often a hidden state of a whole micro-batch is gathered or reduced in a chunk's forward, and in its backward.
+    """Return how often a micro-batch's whole hidden state is gathered or reduced.
 
-    An all-reduce counts two: attention and MLP have one each in forward and in backward. With sequence parallelism backward gathers the
-    inputs of products once more, and exits gather and scatter. What is computed again is summed again. Parts of exits run in backward.
+    The first number is of a model chunk's forward, the second of its backward. An all-reduce counts
+    two: attention and MLP have one each in forward and in backward. With sequence parallelism
+    backward gathers the inputs of products once more, and exits gather and scatter. Recomputed
+    layers communicate again. Exits' own parts run in backward.
     """
     if settings.tensor_model_parallel_size == 1:
         return 0, 0
@@ -71,27 +81,20 @@ def collectives_of_chunk(settings: Settings, work: ChunkWork) -> tuple[int, int]
 def _tensor_bytes(
     settings: Settings, chunks: list[ChunkWork], vocab_size: int, micro_batches: int
 ) -> float:
-    """Return what a rank sends in a step to those that hold other parts of the same layers."""
-    tp, tokens = (
-        settings.tensor_model_parallel_size,
-        settings.micro_batch_size * settings.seq_length,
-    )
-    states = (
-        sum(sum(collectives_of_chunk(settings, chunk)) for chunk in chunks)
-        * tokens
-        * settings.hidden_size
-        * element_bytes(settings)
-    )
-    # of each token an exit sums the largest logit, the exponentials and the label's logit, in fp32
+    """Return the bytes that a rank sends to its tensor parallel group in a step."""
+    tokens = settings.micro_batch_size * settings.seq_length
+    collectives = sum(sum(collectives_of_chunk(settings, chunk)) for chunk in chunks)
+    states = collectives * tokens * settings.hidden_size * element_bytes(settings)
+    # For each token an exit reduces largest logit, exponentials and the label's logit, in fp32.
     losses = sum(len(chunk.trained) for chunk in chunks) * 3 * 2 * tokens * 4
-    gradients = (
-        sum(summed_parameters_on_rank(settings, chunk, vocab_size) for chunk in chunks) * 2 * 4
+    summed = sum(summed_parameters_on_rank(settings, chunk, vocab_size) for chunk in chunks)
+    return ring(
+        micro_batches * (states + losses) + summed * 2 * 4, settings.tensor_model_parallel_size
     )
-    return ring(micro_batches * (states + losses) + gradients, tp)
 
 
 def copies_bytes(settings: Settings, chunks: list[ChunkWork], stage: int, vocab_size: int) -> float:
-    """Return what a rank of ``stage`` sends to keep its copies of norm and head equal to those of other stages."""
+    """Return the bytes that a rank sends to keep norm and head equal on all their stages."""
     shapes, total = shapes_of(settings, vocab_size), 0.0
     for size, holds in (
         (shapes.norm, "owns_norm"),
@@ -106,7 +109,7 @@ def copies_bytes(settings: Settings, chunks: list[ChunkWork], stage: int, vocab_
 def messages_of_stage(
     settings: Settings, chunks: list[ChunkWork], stage: int, vocab_size: int, world_size: int
 ) -> Messages:
-    """Return what a rank of ``stage`` sends; ``chunks`` are those of all stages."""
+    """Return the messages of a rank of ``stage``; ``chunks`` are those of all stages."""
     mine = [chunk for chunk in chunks if chunk.stage == stage]
     dp = data_parallel_size(settings, world_size)
     micro_batches, e = num_micro_batches(settings, world_size), element_bytes(settings)
@@ -131,7 +134,7 @@ def messages_of_stage(
 
 @dataclass(frozen=True)
 class Links:
-    """Rate and delay of the links of each kind of group: tensor and data parallel groups, neighbours in the pipeline."""
+    """(Rate, delay) of the links of tensor and data parallel groups and between stages."""
 
     tensor: tuple[float, float]
     data: tuple[float, float]
@@ -139,7 +142,10 @@ class Links:
 
 
 def links_of(settings: Settings, world_size: int, device: Device) -> Links:
-    """Return the links each kind of group has: ranks are numbered through tensor, then data, then pipeline position, host by host."""
+    """Return the links of each kind of group.
+
+    Ranks are numbered through tensor, then data, then pipeline position, host by host.
+    """
     tp, dp = settings.tensor_model_parallel_size, data_parallel_size(settings, world_size)
 
     def link(span: int) -> tuple[float, float]:

@@ -1,22 +1,23 @@
-"""Operations of matrix products that a rank does, a multiply-add counting 2."""
+"""Operations of a rank's matrix products; a multiply-add counts 2."""
 
 from dataclasses import dataclass
 
 from megatron_sorted.planning.work import ChunkWork, Shapes, shapes_of
-from megatron_sorted.settings.derived import padded_vocab_size
+from megatron_sorted.settings.layout import vocabulary_rows
 from megatron_sorted.settings.run import Settings
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one micro-batch in one chunk on one rank.
+    """Operations of one micro-batch in one model chunk on one rank.
 
     Attributes:
-        forward: Layers' products with their matrices.
-        forward_attention: Queries with keys and probabilities with values, over all pairs of tokens.
-        backward, backward_attention: Of their backward.
-        recompute, recompute_attention: What backward computes again.
-        exits: Norm to loss to gradients of all exits that train, in backward.
+        forward: Products of layers with their matrices.
+        forward_attention: Products of queries with keys and of probabilities with values, over all
+            pairs of tokens.
+        backward, backward_attention: The backward passes of these products.
+        recompute, recompute_attention: Forward products that backward computes again.
+        exits: All of exits that train, from norm to loss to gradients; in backward.
     """
 
     forward: int
@@ -29,7 +30,7 @@ class Operations:
 
     @property
     def total(self) -> int:
-        """Return all of them."""
+        """Return the sum of all operations."""
         return (
             self.forward
             + self.forward_attention
@@ -42,7 +43,10 @@ class Operations:
 
 
 def recomputed_layers(settings: Settings, segments: tuple[int, ...]) -> int:
-    """Return how many of a chunk's layers full recomputation runs again; Megatron counts anew in every segment."""
+    """Return how many of a model chunk's layers full recomputation runs again.
+
+    Megatron counts ``recompute_num_layers`` in each segment.
+    """
     if settings.recompute_granularity != "full":
         return 0
     if settings.recompute_method == "uniform":
@@ -50,18 +54,16 @@ def recomputed_layers(settings: Settings, segments: tuple[int, ...]) -> int:
     return sum(min(settings.recompute_num_layers, layers) for layers in segments)
 
 
-def real_rows(settings: Settings, vocab_size: int, tensor_rank: int) -> int:
-    """Return the rows of the output matrix on a tensor parallel rank that are tokens and no padding."""
-    rows = padded_vocab_size(vocab_size, settings) // settings.tensor_model_parallel_size
-    return max(0, min(rows, vocab_size - rows * tensor_rank))
-
-
 def exit_operations(settings: Settings, vocab_size: int, depth: int, tensor_rank: int = 0) -> int:
-    """Return the operations of one exit that trains, of one micro-batch: logits, gradients to their input and to the matrix; parts
-    forward and backward."""
+    """Return the operations of one micro-batch in one exit that trains.
+
+    These are logits, the gradients of their input and of the matrix, and the exit's own parts in
+    forward and backward.
+    """
     tokens = settings.micro_batch_size * settings.seq_length
     shapes = shapes_of(settings, vocab_size)
-    total = 3 * 2 * tokens * shapes.hidden * real_rows(settings, vocab_size, tensor_rank)
+    rows = len(vocabulary_rows(settings, vocab_size, tensor_rank))
+    total = 3 * 2 * tokens * shapes.hidden * rows
     if depth != settings.num_layers:
         if settings.use_exit_block:
             total += 3 * (2 * tokens * shapes.products() + _attention(settings, shapes))
@@ -77,21 +79,19 @@ def _attention(settings: Settings, shapes: Shapes) -> int:
 def operations_of_chunk(
     settings: Settings, work: ChunkWork, vocab_size: int, tensor_rank: int = 0
 ) -> Operations:
-    """Return the operations of one micro-batch; exits that do not train cost nothing."""
+    """Return the operations of one micro-batch in a model chunk; only exits that train cost any."""
     shapes = shapes_of(settings, vocab_size)
     tokens = settings.micro_batch_size * settings.seq_length
     forward, attention = 2 * tokens * shapes.products(), _attention(settings, shapes)
     again = recomputed_layers(settings, work.segments)
     selective = settings.recompute_modules if settings.recompute_granularity == "selective" else ()
-    recompute = again * forward + work.num_layers * (
-        "mlp" in selective
-    ) * 2 * tokens * shapes.products(with_attention=False)
+    mlp = 2 * tokens * shapes.products(with_attention=False)
     return Operations(
         forward=work.num_layers * forward,
         forward_attention=work.num_layers * attention,
         backward=2 * work.num_layers * forward,
         backward_attention=2 * work.num_layers * attention,
-        recompute=recompute,
+        recompute=again * forward + work.num_layers * ("mlp" in selective) * mlp,
         recompute_attention=(again + work.num_layers * ("core_attn" in selective)) * attention,
         exits=sum(
             exit_operations(settings, vocab_size, depth, tensor_rank) for depth in work.trained

@@ -1,11 +1,11 @@
-"""Megatron's schedules as lists of passes, and how long they take when every pass has its time."""
+"""Megatron's schedules as lists of passes, and the time of a step from the time of each pass."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Pass(NamedTuple):
-    """One micro-batch through one chunk, forward or backward."""
+    """One micro-batch through one model chunk, forward or backward."""
 
     forward: bool
     chunk: int
@@ -15,9 +15,14 @@ class Pass(NamedTuple):
 def passes_of_stage(
     stage: int, num_stages: int, num_chunks: int, num_micro_batches: int
 ) -> list[Pass]:
-    """Return what a stage does in a step, in order: 1F1B, or with chunks the interleaved schedule.
+    """Return the passes of a stage in a step: 1F1B, or interleaved with several chunks.
 
-    Source: Narayanan et al., arXiv 2104.04473, section 2.2; the number of passes before the first backward as in megatron-core 0.16.
+    Source: Narayanan et al., arXiv 2104.04473, section 2.2; the number of passes before the first
+    backward is that of megatron-core 0.16.
+
+    >>> [("F" if step.forward else "B") + str(step.micro_batch)
+    ...  for step in passes_of_stage(0, num_stages=2, num_chunks=1, num_micro_batches=3)]
+    ['F0', 'F1', 'B0', 'F2', 'B1', 'B2']
     """
     group = num_stages if num_chunks > 1 else num_micro_batches
     table = [
@@ -39,14 +44,14 @@ def passes_of_stage(
 
 
 class Timing(NamedTuple):
-    """How long a step's passes take: until the last stage ends, and what each stage computes within that."""
+    """The time of a step's passes until the last stage ends, and how long each stage computes."""
 
     seconds: float
     busy_seconds: tuple[float, ...]
 
 
 SIMULATED = 6
-"""Micro-batches per stage that are simulated; after them a step only gets longer at a steady rate."""
+"""Simulated micro-batches per stage; each further one adds the same time."""
 
 
 def time_of_passes(
@@ -55,12 +60,12 @@ def time_of_passes(
     message_seconds: float,
     num_micro_batches: int,
 ) -> Timing:
-    """Return how long the passes of a step take.
+    """Return the time of the passes of a step.
 
     Args:
-        forward, backward: [stage][chunk] seconds of one micro-batch.
-        message_seconds: Until what a stage sent is there.
-        num_micro_batches: Of one data parallel rank.
+        forward, backward: Seconds of one micro-batch: [stage][chunk].
+        message_seconds: Time until a message between stages has arrived.
+        num_micro_batches: Number of micro-batches of one data parallel rank.
     """
     stages = len(forward)
     few, more = SIMULATED * stages, (SIMULATED + 2) * stages
@@ -73,7 +78,13 @@ def time_of_passes(
     return Timing(two + (two - one) / (more - few) * (num_micro_batches - more), busy)
 
 
-def _simulate(forward, backward, message_seconds: float, num_micro_batches: int) -> float:
+def _simulate(
+    forward: Sequence[Sequence[float]],
+    backward: Sequence[Sequence[float]],
+    message_seconds: float,
+    num_micro_batches: int,
+) -> float:
+    """Return the seconds of a step, pass by pass; arguments as of ``time_of_passes``."""
     stages, chunks = len(forward), len(forward[0])
     orders = [passes_of_stage(stage, stages, chunks, num_micro_batches) for stage in range(stages)]
     done: dict[tuple[bool, int, int, int], float] = {}
@@ -81,7 +92,7 @@ def _simulate(forward, backward, message_seconds: float, num_micro_batches: int)
     last = (stages - 1, chunks - 1)
 
     def ready(stage: int, step: Pass) -> float | None:
-        """Return when what a pass needs is there; None if that has not been computed yet."""
+        """Return when the input of a pass has arrived; None if it is not computed yet."""
         if step.forward:
             if (stage, step.chunk) == (0, 0):
                 return 0.0
@@ -105,12 +116,12 @@ def _simulate(forward, backward, message_seconds: float, num_micro_batches: int)
                 at[stage] += 1
                 left -= 1
                 moved = True
-        assert moved, "a schedule in which every stage waits"
+        assert moved, "every stage of the schedule waits for another"
     return max(clock)
 
 
 def most_alive(order: Sequence[Pass], weight_of_chunk: Sequence[float]) -> float:
-    """Return the largest sum over the order of the weights of what has been passed forward and not yet backward."""
+    """Return the largest total weight of passes whose forward is done and whose backward is not."""
     alive = most = 0.0
     for step in order:
         alive += weight_of_chunk[step.chunk] if step.forward else -weight_of_chunk[step.chunk]

@@ -1,4 +1,4 @@
-"""Layouts that might be better, tried one by one on paper."""
+"""Search for faster layouts of a run, by planning each one."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ from megatron_sorted.planning.devices import Device
 from megatron_sorted.planning.estimate import Plan, make_plan
 from megatron_sorted.planning.split import balanced_split, weights_of_layers, with_split
 from megatron_sorted.settings.derived import global_batch_size
+from megatron_sorted.settings.layout import layers_of_chunks, num_virtual_chunks
 from megatron_sorted.settings.layout_rules import (
     check_batch,
     check_interleaving,
@@ -17,6 +18,7 @@ from megatron_sorted.settings.layout_rules import (
 )
 from megatron_sorted.settings.model import check_model
 from megatron_sorted.settings.parallel import check_data_parallel
+from megatron_sorted.settings.rules import check_settings
 from megatron_sorted.settings.run import Settings
 
 RECOMPUTE = (
@@ -25,14 +27,14 @@ RECOMPUTE = (
     {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 )
 LARGEST_MICRO_BATCH = 16
-MOST_CHUNKS = 8
-MOST_PARTS = 64
-"""Chunks of all stages together."""
+MAX_CHUNKS = 8
+MAX_PARTS = 64
+"""The most model chunks of all stages together."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout and what it would take."""
+    """A layout and its plan."""
 
     settings: Settings
     plan: Plan
@@ -45,12 +47,12 @@ def _divisors(number: int) -> list[int]:
 def candidates(
     settings: Settings, vocab_size: int, world_size: int, device: Device
 ) -> Iterator[Settings]:
-    """Yield layouts of the same training on the same processes: those whose rules hold."""
+    """Yield the allowed layouts of the same training on the same processes."""
     batch = global_batch_size(settings, world_size)
 
     @cache
     def split(stages: int, chunks: int, recompute: str) -> tuple[int, ...]:
-        """Return a split: layers weigh the same against exits whatever the tensor size and the micro-batch."""
+        """Return a balanced split, whose weights do not depend on tensor size and micro-batch."""
         return tuple(
             balanced_split(
                 weights_of_layers(replace(settings, recompute_granularity=recompute), vocab_size),
@@ -83,7 +85,7 @@ def candidates(
                         pipeline_model_parallel_layout=None,
                         **recompute,
                     )
-                    most = min(MOST_CHUNKS, settings.num_layers // pp, MOST_PARTS // pp)
+                    most = min(MAX_CHUNKS, settings.num_layers // pp, MAX_PARTS // pp)
                     for chunks in [1] if pp == 1 else range(1, most + 1):
                         if chunks > 1 and batch // (micro * dp) % pp:
                             continue
@@ -127,16 +129,54 @@ def search(
     memory_bytes: int,
     progress: Callable[[int], None] = lambda tried: None,
 ) -> tuple[list[Proposal], int, int]:
-    """Return the layouts that fit into ``memory_bytes`` a rank, the fastest first; how many were tried; the least memory any needs.
+    """Return the layouts that fit, the fastest first; the number tried; the least memory needed.
 
-    A layout fits if it does although its plan may be as much too low as plans were measured to be (``Plan.needed_bytes``).
+    A layout fits if ``Plan.needed_bytes`` does, which allows for the largest error of plans.
+
+    Args:
+        settings: The run.
+        vocab_size: Number of real tokens.
+        world_size: Number of processes.
+        device: The device of each process.
+        chunk_tokens: Tokens whose logits exist at one time unless the settings give their number.
+        memory_bytes: The most memory of a rank.
+        progress: Called with the number of layouts tried so far.
     """
-    found, tried, least = [], 0, 0
+    proposals, tried, least = [], 0, 0
     for tried, candidate in enumerate(candidates(settings, vocab_size, world_size, device), 1):
         progress(tried)
         plan = make_plan(candidate, vocab_size, world_size, device, chunk_tokens)
         least = min(least or plan.needed_bytes, plan.needed_bytes)
         if plan.needed_bytes <= memory_bytes:
-            found.append(Proposal(candidate, plan))
-    found.sort(key=lambda proposal: (proposal.plan.seconds, proposal.plan.peak_bytes))
-    return found, tried, least
+            proposals.append(Proposal(candidate, plan))
+    proposals.sort(key=lambda proposal: (proposal.plan.seconds, proposal.plan.peak_bytes))
+    return proposals, tried, least
+
+
+def better_split(
+    settings: Settings, plan: Plan, device: Device, chunk_tokens: int
+) -> list[int] | None:
+    """Return the layers of each chunk in a split with a faster step; None if there is none.
+
+    It needs no more memory than the device has, or than the run needs now.
+
+    Args:
+        settings: The run.
+        plan: The run's plan.
+        device: The device of each process.
+        chunk_tokens: Tokens whose logits exist at one time unless the settings give their number.
+    """
+    if plan.pipeline_size == 1:
+        return None
+    weights = weights_of_layers(settings, settings.vocab_size)
+    lengths = balanced_split(weights, plan.pipeline_size, num_virtual_chunks(settings))
+    if lengths == layers_of_chunks(settings):
+        return None
+    moved = with_split(settings, lengths)
+    try:
+        check_settings(moved, plan.world_size)
+    except SettingsError:
+        return None
+    other = make_plan(moved, settings.vocab_size, plan.world_size, device, chunk_tokens)
+    fits = other.needed_bytes <= max(device.memory_bytes, plan.needed_bytes)
+    return lengths if fits and other.seconds < plan.seconds else None

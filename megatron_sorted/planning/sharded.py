@@ -1,7 +1,7 @@
-"""What ranks of a fully sharded run (``--data-parallel fsdp``) gather: how much of it stands at one time, and how much is sent.
+"""Gathered parameters of a fully sharded run (``--data-parallel fsdp``): memory and messages.
 
-As ``parallel.fsdp`` and torch's ``fully_shard`` do it: each layer, the embedding and each output matrix is gathered where it is used, the
-next layer ahead of its turn.
+``parallel.fsdp`` and torch's ``fully_shard`` gather each layer, the embedding and each output
+matrix where it is used, and the next layer in advance.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,15 @@ from megatron_sorted.settings.run import Settings
 
 @dataclass(frozen=True)
 class Gathered:
-    """What one rank of a fully sharded run has in whole, beside the rows that it keeps. Unit: bytes.
+    """Whole tensors on one rank of a fully sharded run, beside the rows that it keeps. Unit: bytes.
 
     Attributes:
-        always: Through backward: the shared output matrix, and the fp32 sum of what exits add to its gradient.
-        exit_loss: While one exit is computed: a matrix of its own with its gradient; the next layer, gathered ahead.
-        layer_backward: A layer with its gradient, and the next layer, gathered ahead.
-        layer_reduction: When the layer itself is gone: its gradient while it is summed over ranks, and the next layer.
+        always: The shared output matrix and the fp32 sum of exits' gradients, through backward.
+        exit_loss: An exit's own matrix with its gradient while the exit is computed, and the next
+            layer, gathered in advance.
+        layer_backward: A layer with its gradient, and the next layer, gathered in advance.
+        layer_reduction: A layer's gradient while it is summed over ranks (the layer itself is
+            freed), and the next layer.
         embedding_backward: The embedding's gradient while it is summed over ranks.
     """
 
@@ -32,7 +34,7 @@ class Gathered:
 def gathered_bytes(
     settings: Settings, chunk: ChunkWork, vocab_size: int, ranks: int, fused: bool
 ) -> Gathered:
-    """Return what a rank of a run that is fully sharded over ``ranks`` gathers; nothing of any other run."""
+    """Return what a rank of a run that is fully sharded over ``ranks`` holds whole; else zeros."""
     if settings.data_parallel != "fsdp":
         return Gathered()
     shapes, e = shapes_of(settings, vocab_size), element_bytes(settings)
@@ -40,7 +42,8 @@ def gathered_bytes(
     own = settings.untie_exit_output_weights and any(
         depth != settings.num_layers for depth in chunk.trained
     )
-    # a gradient beside its fp32 copy, then the copy beside the rows that are received; gloo reduces a second copy
+    # A gradient beside its fp32 copy, then the copy beside the received rows; gloo reduces a second
+    # copy.
     summed = max(e + 4, 4 * (1 if fused else 2) + -(-4 // ranks))
     return Gathered(
         always=matrix * (e + 4) * bool(chunk.trained),
@@ -54,11 +57,11 @@ def gathered_bytes(
 def sharded_bytes(
     settings: Settings, chunk: ChunkWork, vocab_size: int, micro_batches: int
 ) -> tuple[int, int]:
-    """Return the sizes of all parameters that a rank of a fully sharded run gathers in a step, and of all gradients that are summed and
-    cut, in whole.
+    """Return the bytes of whole parameters gathered, and of whole gradients reduced, in a step.
 
-    Layers and embedding are gathered in forward and in backward, an output matrix for backward; gradients are fp32. What exits add to norms
-    and a shared output matrix is summed once a step, all else in every micro-batch.
+    Layers and embedding are gathered in forward and in backward, an output matrix for backward;
+    gradients are fp32. Exits' gradients to norms and to a shared output matrix are summed once a
+    step, all others in every micro-batch.
     """
     shapes, held = shapes_of(settings, vocab_size), parameters_on_rank(settings, chunk, vocab_size)
     own = (

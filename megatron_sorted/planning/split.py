@@ -1,4 +1,4 @@
-"""Layers on stages and chunks such that exits, which not every stage has, weigh against layers."""
+"""Splits of the layers over stages and model chunks that balance layers against exits."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,27 +10,26 @@ from megatron_sorted.settings.run import Settings
 
 
 def weights_of_layers(settings: Settings, vocab_size: int) -> list[float]:
-    """Return what each layer costs, with the exit after it if one trains there, in layers; attention as causal kernels do it."""
-    shapes, tokens = (
-        shapes_of(settings, vocab_size),
-        settings.micro_batch_size * settings.seq_length,
-    )
+    """Return the cost of each layer, with the exit after it if one trains there. Unit: layers.
+
+    Attention counts as causal kernels compute it.
+    """
+    shapes = shapes_of(settings, vocab_size)
+    tokens = settings.micro_batch_size * settings.seq_length
     layer = 2 * tokens * (shapes.products() + settings.seq_length * shapes.query)
     again = 4 if settings.recompute_granularity == "full" else 3
-    trained = trained_depths(settings)
-    return [
-        1
-        + (
-            exit_operations(settings, vocab_size, depth) / (again * layer)
-            if depth in trained
-            else 0.0
-        )
-        for depth in range(1, settings.num_layers + 1)
-    ]
+    weights = [1.0] * settings.num_layers
+    for depth in trained_depths(settings):
+        weights[depth - 1] += exit_operations(settings, vocab_size, depth) / (again * layer)
+    return weights
 
 
 def balanced_parts(weights: Sequence[float], num_parts: int) -> list[int]:
-    """Return lengths of consecutive parts, none empty, whose largest sum is as small as can be."""
+    """Return lengths of consecutive parts, none empty, with the smallest possible largest sum.
+
+    >>> balanced_parts([1, 1, 1, 3], 2)
+    [3, 1]
+    """
     sums = [0.0, *accumulate(weights)]
     count = len(weights)
     best = [(sums[end], 0) for end in range(count + 1)]
@@ -51,11 +50,18 @@ def balanced_parts(weights: Sequence[float], num_parts: int) -> list[int]:
     return lengths[::-1]
 
 
-def _badness(
+def _cost(
     sums: Sequence[float], lengths: Sequence[int], num_stages: int
 ) -> tuple[float, float, float]:
-    """Return the weight of the heaviest stage; then how uneven stages are, which shows a way where the heaviest stays; then the heaviest
-    chunk. ``sums`` are running sums of the layers' weights."""
+    """Return the cost of a split: the heaviest stage, then unevenness, then the heaviest chunk.
+
+    Unevenness finds improving moves while the heaviest stage stays the same.
+
+    Args:
+        sums: Running sums of the layers' weights.
+        lengths: Number of layers of each chunk.
+        num_stages: Number of stages.
+    """
     ends = [0, *accumulate(lengths)]
     chunks = [sums[end] - sums[start] for start, end in pairwise(ends)]
     stages = [sum(chunks[stage::num_stages]) for stage in range(num_stages)]
@@ -63,10 +69,11 @@ def _badness(
 
 
 def balanced_split(weights: Sequence[float], num_stages: int, num_chunks: int) -> list[int]:
-    """Return the number of layers of every chunk, in the order in which a token passes them, with the heaviest stage made light.
+    """Return the layers of every chunk that make the heaviest stage as light as possible.
 
-    With one chunk on each stage no split is better. With several, layers are moved between chunks at most one round of stages apart until
-    no move helps, from balanced chunks and from equal ones.
+    Chunks are in the order in which a token passes them. With one chunk on each stage no split is
+    better. With several, layers are moved between chunks at most one round of stages apart until no
+    move helps, from balanced chunks and from equal ones.
     """
     parts = balanced_parts(weights, num_stages * num_chunks)
     if num_chunks == 1:
@@ -76,12 +83,12 @@ def balanced_split(weights: Sequence[float], num_stages: int, num_chunks: int) -
     equal = [share + (place < rest) for place in range(len(parts))]
     return min(
         (_descend(sums, start, num_stages) for start in (parts, equal)),
-        key=lambda lengths: _badness(sums, lengths, num_stages),
+        key=lambda lengths: _cost(sums, lengths, num_stages),
     )
 
 
 def _descend(sums: Sequence[float], lengths: list[int], num_stages: int) -> list[int]:
-    """Return where moving one layer at a time, the best move first, leads."""
+    """Return the split after moving one layer at a time, the best move first, until none helps."""
     while True:
         moved = []
         for source in (place for place, count in enumerate(lengths) if count > 1):
@@ -92,9 +99,9 @@ def _descend(sums: Sequence[float], lengths: list[int], num_stages: int) -> list
                     other = list(lengths)
                     other[source] -= 1
                     other[target] += 1
-                    moved.append((_badness(sums, other, num_stages), other))
+                    moved.append((_cost(sums, other, num_stages), other))
         best = min(moved, default=None)
-        if best is None or best[0] >= _badness(sums, lengths, num_stages):
+        if best is None or best[0] >= _cost(sums, lengths, num_stages):
             return lengths
         lengths = best[1]
 

@@ -1,8 +1,9 @@
-"""What every chunk holds, and how many parameters that is on one rank."""
+"""Layers, exits and parameters of every model chunk on one rank."""
 
 from dataclasses import dataclass, replace
 
 from megatron_sorted.errors import SettingsError
+from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.derived import (
     exit_depths,
     max_position_embeddings,
@@ -12,12 +13,11 @@ from megatron_sorted.settings.derived import (
 from megatron_sorted.settings.layout import ChunkLayout, layout_of
 from megatron_sorted.settings.matrices import LayerShapes, layer_shapes
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import coefficient_rule
 
 
 @dataclass(frozen=True)
 class ChunkWork(ChunkLayout):
-    """What one chunk holds, and which of its exits train.
+    """Layers and exits of one model chunk.
 
     Attributes:
         trained: Depths of the exits that train.
@@ -27,10 +27,11 @@ class ChunkWork(ChunkLayout):
 
 
 LEFT_OUT = {
-    "exit_kd_weight": "the plan is that of the same run without teachers, which sends and keeps less",
+    "exit_kd_weight": "the plan is that of the same run without teachers, "
+    "which sends and keeps less",
     "tune_exit": "the plan is that of training the whole network, which takes more",
 }
-"""{setting: what the plan is then of}."""
+"""Settings that a plan leaves out -> what it plans instead."""
 
 
 def element_bytes(settings: Settings) -> int:
@@ -39,7 +40,7 @@ def element_bytes(settings: Settings) -> int:
 
 
 def without_uncounted(settings: Settings) -> tuple[Settings, list[str]]:
-    """Return the settings without what a plan leaves out, and a note for each setting that was left out."""
+    """Return the settings without those that a plan leaves out, and a note for each of these."""
     plain, notes = Settings(), []
     for name, meaning in LEFT_OUT.items():
         if (value := getattr(settings, name)) != getattr(plain, name):
@@ -49,10 +50,10 @@ def without_uncounted(settings: Settings) -> tuple[Settings, list[str]]:
 
 
 def check_plannable(settings: Settings) -> None:
-    """Check that everything the settings ask for is counted here.
+    """Check that a plan counts everything that the settings request.
 
     Raises:
-        SettingsError: Something is not.
+        SettingsError: It does not.
     """
     plain = Settings()
     for name in (
@@ -65,19 +66,20 @@ def check_plannable(settings: Settings) -> None:
         value = getattr(settings, name)
         if value != getattr(plain, name):
             raise SettingsError(
-                f"--{name.replace('_', '-')}: {value} is not counted by a plan. Leave it out to plan the rest of the run."
+                f"--{name.replace('_', '-')}: {value} is not counted by a plan. "
+                "Leave it out to plan the rest of the run."
             )
 
 
 def trained_depths(settings: Settings) -> tuple[int, ...]:
-    """Return the exits that a step trains which trains all that ever do: those with a coefficient at the end of the run."""
+    """Return the depths of the exits that train: those with a coefficient at the end of the run."""
     rule = coefficient_rule(settings)
     coefficients = step_coefficients(settings, rule, max(settings.train_iters - 1, 0))
     return tuple(depth for depth in exit_depths(settings) if coefficients[depth] > 0)
 
 
 def work_of_chunks(settings: Settings) -> list[ChunkWork]:
-    """Return what every chunk holds, in the order in which a token passes them."""
+    """Return the work of every model chunk, in the order in which a token passes them."""
     trained = set(trained_depths(settings))
     return [
         ChunkWork(**vars(chunk), trained=tuple(depth for depth in chunk.exits if depth in trained))
@@ -90,14 +92,14 @@ class Shapes(LayerShapes):
     """Widths on one tensor parallel rank.
 
     Attributes:
-        vocabulary: Rows of embedding and head.
+        vocabulary: Number of rows of embedding and head.
     """
 
     vocabulary: int
 
 
 def shapes_of(settings: Settings, vocab_size: int) -> Shapes:
-    """Return the widths on one tensor parallel rank of a vocabulary of ``vocab_size`` real tokens."""
+    """Return the widths on one tensor parallel rank, for ``vocab_size`` real tokens."""
     tp = settings.tensor_model_parallel_size
     return Shapes(
         **vars(layer_shapes(settings, tp)), vocabulary=padded_vocab_size(vocab_size, settings) // tp
@@ -105,7 +107,7 @@ def shapes_of(settings: Settings, vocab_size: int) -> Shapes:
 
 
 def parameters_on_rank(settings: Settings, work: ChunkWork, vocab_size: int) -> dict[str, int]:
-    """Return {what: parameters} that one rank holds of a chunk: layers, embedding, norms, heads, parts of exits."""
+    """Return {kind: number of parameters} of a model chunk on one rank."""
     shapes, own = shapes_of(settings, vocab_size), len(work.intermediate)
     matrix = shapes.vocabulary * shapes.hidden
     embedding = matrix * work.has_embedding
@@ -124,9 +126,10 @@ def parameters_on_rank(settings: Settings, work: ChunkWork, vocab_size: int) -> 
 
 
 def summed_parameters_on_rank(settings: Settings, work: ChunkWork, vocab_size: int) -> int:
-    """Return how many parameters of a chunk are the same on all tensor parallel ranks, each of which has a part of their gradient.
+    """Return the parameters of a model chunk whose gradients are summed over tensor parallel ranks.
 
-    With sequence parallelism those are norms, biases of what is summed and learned positions; without it norms of queries and keys alone.
+    All these ranks hold them whole. With sequence parallelism these are norms, biases of summed
+    products and learned positions; without it norms of queries and keys alone.
     """
     shapes = shapes_of(settings, vocab_size)
     h, blocks = shapes.hidden, len(work.intermediate)

@@ -1,1 +1,4 @@
-"""Where it runs: one small contract for cpu, cuda and npu; the only folder that names devices."""
+"""The devices a run can use: one small interface for cpu, cuda and npu.
+
+This folder alone acts on device names; the settings only offer them as values.
+"""

@@ -1,4 +1,4 @@
-"""What every kind of accelerator does alike, under torch's names for it."""
+"""The common base of accelerators, by torch's module of each kind of device."""
 
 from types import ModuleType
 
@@ -10,10 +10,10 @@ from megatron_sorted.platform.peaks import peak_tflops_of
 
 
 class Accelerator(Platform):
-    """One device a process; torch has a module of the platform's name.
+    """A platform with one device for each process; torch has a module of its name.
 
     Attributes:
-        kind: What messages call such a device, in plural, with what may hide some.
+        kind: Plural name of such devices in messages, with the variable that may hide some.
     """
 
     kind: str
@@ -24,7 +24,7 @@ class Accelerator(Platform):
         return getattr(torch, self.name)
 
     def device(self) -> torch.device:
-        """Return the device this process is bound to."""
+        """Return the device that this process is bound to."""
         return torch.device(self.name, self.module.current_device())
 
     def select_device(self, local_rank: int) -> None:
@@ -32,7 +32,8 @@ class Accelerator(Platform):
         if local_rank >= self.module.device_count():
             raise PlatformError(
                 f"local rank {local_rank}: this host has {self.module.device_count()} {self.kind}. "
-                f"Start at most as many processes per host (--nproc-per-node) as it has {self.kind.split()[0]}."
+                "Start at most as many processes per host (--nproc-per-node) as it has "
+                f"{self.kind.split()[0]}."
             )
         self.module.set_device(local_rank)
 
@@ -41,13 +42,14 @@ class Accelerator(Platform):
         self.module.synchronize()
 
     def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
-        """Return page-locked memory."""
+        """Allocate page-locked memory."""
         return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy on the device, made from page-locked memory: from pageable memory the driver may wait for the stream.
+        """Copy a tensor to the device from page-locked memory.
 
-        Not every device's library pins a tensor that repeats its elements, so it is made contiguous first.
+        From pageable memory the driver may wait for the stream. The tensor is made contiguous
+        first, because not every device's library pins a tensor that repeats its elements.
         """
         return tensor.contiguous().pin_memory().to(self.device(), non_blocking=True)
 
@@ -64,5 +66,5 @@ class Accelerator(Platform):
         return self.module.max_memory_allocated()
 
     def can_deallocate_pipeline_outputs(self) -> bool:
-        """Messages are ordered in streams, so early freeing is safe."""
+        """Return True: messages are ordered in streams, so early freeing is safe."""
         return True

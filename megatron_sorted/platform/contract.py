@@ -1,4 +1,4 @@
-"""What every platform offers; the rest of the project talks to devices only through it."""
+"""The interface of every platform, through which alone the rest of the project uses devices."""
 
 from abc import ABC, abstractmethod
 
@@ -6,41 +6,56 @@ import torch
 
 
 class Platform(ABC):
-    """One kind of device with its communication library; what it says here holds for processors, which need no waiting."""
+    """One kind of device with its communication library.
+
+    The defaults here are right for CPUs, which work synchronously.
+
+    Attributes:
+        name: Name of the device in settings, such as "cuda".
+        backend: Communication backend of torch.distributed for the device's memory.
+        host_backend: Communication backend for host memory.
+        is_processor: Whether the CPU itself computes.
+    """
 
     name: str
     backend: str
-    host_backend: str = "gloo"  # communication between hosts' memories, whatever the device
-    is_processor: bool = False  # whether the processor itself computes
+    host_backend: str = "gloo"
+    is_processor: bool = False
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make Megatron-core usable on this device. Called once, before a process group or model is built."""
+        """Make Megatron-core usable on this device.
+
+        Called once, before a process group or a model is created.
+        """
 
     @abstractmethod
     def device(self) -> torch.device:
-        """Return the device this process computes on."""
+        """Return the device that this process computes on."""
 
     def select_device(self, local_rank: int) -> None:
         """Bind this process to the ``local_rank``-th device of its host.
 
         Raises:
-            PlatformError: If the host has fewer devices.
+            PlatformError: The host has fewer devices.
         """
 
     def synchronize(self) -> None:
-        """Wait until the device has finished all work given to it."""
+        """Wait until the device has finished all work queued on it."""
 
     def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
-        """Return uninitialised host memory of a tensor's shape and dtype, into which the device can copy without waiting."""
+        """Allocate host memory of a tensor's shape and dtype, for asynchronous copies."""
         return torch.empty(like.shape, dtype=like.dtype, device=self.device())
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of the host on the device, without making the host wait for the device."""
+        """Copy a tensor from the host to the device, without making the host wait."""
         return tensor.to(self.device())
 
     def peak_tflops(self, dtype: torch.dtype) -> float | None:
-        """Return the device's published peak for dense matrix products of ``dtype``, in 10^12 operations a second; None if unknown."""
+        """Return the device's published peak for dense matrix products of ``dtype``.
+
+        The unit is 10^12 operations a second; None if the peak is unknown.
+        """
         return None
 
     def has_bf16(self) -> bool:
@@ -53,16 +68,20 @@ class Platform(ABC):
 
     @abstractmethod
     def peak_memory_bytes(self) -> int:
-        """Return the largest memory in use since the last reset: of the device, or resident memory on cpu. Unit: bytes."""
+        """Return the peak of used memory since the last reset, in bytes.
+
+        It is the device's memory, or on a CPU resident memory.
+        """
 
     def has_transformer_engine(self) -> bool:
-        """Return whether Transformer Engine's layers, which have kernels for GPUs alone, can run on this device."""
+        """Return whether Transformer Engine's layers, which need NVIDIA GPUs, can run here."""
         return False
 
     def can_deallocate_pipeline_outputs(self) -> bool:
-        """Return whether a stage's output may be freed as soon as it was handed to the communication library.
+        """Return whether a stage's output may be freed as soon as its sending has begun.
 
-        Gloo may still be sending: freeing an output early gave wrong numbers in the interleaved schedule. And Megatron frees an output
-        by putting another tensor's data into it, which has no meaning for shapes alone.
+        Gloo may still be reading it: freeing an output early gave wrong numbers in the interleaved
+        schedule. And Megatron frees an output by replacing its data, which is meaningless on the
+        meta device.
         """
         return False

@@ -1,8 +1,9 @@
-"""CPU with gloo: the same Megatron code, with its mentions of CUDA answered by the CPU.
+"""CPUs with gloo: the same Megatron code, with its calls of CUDA redirected to the CPU.
 
-Megatron-core writes ``device="cuda"`` and calls ``torch.cuda`` in its schedules, buffers and optimizers. Here those names are
-redirected, in this process only, before Megatron runs. No Megatron file or function is changed but the two that read and
-write a CUDA generator's state, for which the CPU generator's are put in place.
+Megatron-core writes ``device="cuda"`` and calls ``torch.cuda`` in its schedules, buffers and
+optimizers. Here those names are redirected, in this process only, before Megatron runs. No file or
+function of Megatron is changed except the two that read and write the state of a CUDA generator,
+which are replaced by those of the CPU generator.
 """
 
 import functools
@@ -17,21 +18,11 @@ import torch
 from megatron_sorted.platform.contract import Platform
 
 CPU = torch.device("cpu")
-# The tensor factories that Megatron calls with device="cuda" or a device index.
 FACTORIES = (
-    "arange",
-    "as_tensor",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "full",
-    "ones",
-    "rand",
-    "randint",
-    "randn",
-    "tensor",
-    "zeros",
-)
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "full",
+    "ones", "rand", "randint", "randn", "tensor", "zeros",
+)  # fmt: skip
+"""The tensor factories that Megatron calls with device="cuda" or a device index."""
 
 
 def _names_cuda(device: object) -> bool:
@@ -68,7 +59,10 @@ def _get_rng_state(*_args, **_kwargs) -> torch.Tensor:
 
 
 def _type_as_cuda(method):
-    """Megatron's optimizers tell dtypes apart by names such as "torch.cuda.FloatTensor"."""
+    """Make ``Tensor.type`` return the CUDA names by which Megatron's optimizers recognise dtypes.
+
+    An example is "torch.cuda.FloatTensor".
+    """
 
     @functools.wraps(method)
     def type_name(self, dtype=None, *args, **kwargs):
@@ -80,7 +74,10 @@ def _type_as_cuda(method):
 
 
 def redirect_cuda(device: torch.device = CPU) -> None:
-    """Answer the CUDA calls that Megatron-core makes with another device: for the life of the process. Calling it again does nothing."""
+    """Redirect Megatron-core's CUDA calls to another device for the life of the process.
+
+    Calling it again does nothing.
+    """
     if getattr(torch.cuda, "redirected_to", None) is not None:
         assert torch.cuda.redirected_to == device, "one process, one device"
         return
@@ -99,25 +96,26 @@ def redirect_cuda(device: torch.device = CPU) -> None:
     torch.cuda.set_rng_state = _set_rng_state
     from megatron.core.tensor_parallel import random as megatron_random
 
-    # the tracker warns when the CPU generator moves inside its context; here that is the generator it switches
+    # the tracker warns when the CPU generator advances inside its context, as it is meant to here
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
 
 
-def _as_it_is(function: Callable | None = None, **_options) -> Callable:
-    """Return what torch.compile is given, or what takes it."""
+def _no_compile(function: Callable | None = None, **_options) -> Callable:
+    """Replace torch.compile, as a function or as a decorator, without compiling."""
     return _identity if function is None else function
 
 
 def keep_unused_out() -> None:
-    """Keep Megatron's import from loading what a run on a CPU never calls, which is half of the seconds that a start takes.
+    """Keep Megatron's import from loading packages that a run on a CPU never calls.
 
-    Megatron decorates fused operations with torch.compile, which loads inductor; they are off (``model/config.py``). And it imports wandb
-    where it finds it; reports go to wandb from a process of its own.
+    That halves the start-up time. Megatron decorates fused operations with torch.compile, which
+    loads inductor; they are off (``model/config.py``). And it imports wandb where that is
+    installed; a separate process sends reports to wandb.
     """
     if "megatron.core" not in sys.modules:
-        torch.compile = _as_it_is
+        torch.compile = _no_compile
         sys.modules.setdefault("wandb", None)
 
 
@@ -129,7 +127,7 @@ class CpuPlatform(Platform):
     is_processor = True
 
     def prepare(self) -> None:
-        """Redirect Megatron's CUDA calls (see the module's docstring)."""
+        """Redirect Megatron's CUDA calls, see the module's docstring."""
         redirect_cuda()
 
     def device(self) -> torch.device:
@@ -137,12 +135,15 @@ class CpuPlatform(Platform):
         return CPU
 
     def reset_peak_memory(self) -> None:
-        """Reset the kernel's record of peak resident memory (Linux; elsewhere the peak is that of the whole process)."""
+        """Reset the kernel's record of peak resident memory.
+
+        On systems other than Linux the peak is always that of the whole life of the process.
+        """
         if sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak_memory_bytes(self) -> int:
-        """Return the peak of resident memory."""
+        """Return the peak of resident memory, in bytes."""
         if sys.platform == "linux":
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs with nccl: Megatron-core's home; nothing has to be redirected."""
+"""NVIDIA GPUs with nccl, for which Megatron-core is written: nothing is redirected."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ from megatron_sorted.platform.accelerator import Accelerator
 
 
 class CudaPlatform(Accelerator):
-    """One GPU a process."""
+    """NVIDIA GPUs, one for each process."""
 
     name = "cuda"
     backend = "nccl"
@@ -19,13 +19,15 @@ class CudaPlatform(Accelerator):
     def prepare(self) -> None:
         """Check that torch sees a GPU.
 
-        One connection keeps kernels in the order they were launched, on which Megatron's overlap of communication with matrix
-        products in tensor and sequence parallel layers relies; it must be set before the device is first used.
+        A single hardware queue keeps kernels in the order of their launches. Megatron relies on it
+        to overlap communication with matrix products in tensor and sequence parallel layers. It
+        must be set before the device is first used.
         """
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if not torch.cuda.is_available():
             raise PlatformError(
-                "--device cuda: torch sees no GPU on this host. Install a CUDA build of torch, or use --device cpu."
+                "--device cuda: torch sees no GPU on this host. "
+                "Install a CUDA build of torch, or use --device cpu."
             )
 
     def has_transformer_engine(self) -> bool:

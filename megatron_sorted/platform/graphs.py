@@ -1,4 +1,7 @@
-"""Work for a device that is recorded once and replayed as a whole, so that the host need not launch its kernels one by one."""
+"""Work for a device that is recorded once and replayed as a whole.
+
+So the host need not launch its kernels one by one.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +15,8 @@ class Recording:
     """Recorded work.
 
     Attributes:
-        replay: Does it again, on the same memory.
-        result: What it returned; each replay writes it anew.
+        replay: Function that repeats the work, on the same memory.
+        result: Result of the work; each replay overwrites it.
     """
 
     replay: Callable[[], None]
@@ -21,34 +24,38 @@ class Recording:
 
 
 Record = Callable[[Callable[[], Any]], Recording]
-"""Does some work and records it. It must read and write memory that stays where it is, ask the device for nothing, and do no harm when
-it is done twice."""
+"""Function that does some work and records it.
+
+The work must use memory that stays allocated, must not synchronise with the device, and must be
+harmless to repeat.
+"""
 
 
 class CudaGraphs:
-    """Records work as CUDA graphs, on a stream of their own, with common memory for what is needed in between.
+    """A recorder of CUDA graphs, on a separate stream, with a common pool for temporary memory.
 
-    torch.accelerator.Graph has no CUDA below it in torch 2.13.
+    torch.accelerator.Graph does not support CUDA in torch 2.13.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.stream, self.pool = (
-            device,
-            torch.cuda.Stream(device),
-            torch.cuda.graph_pool_handle(),
-        )
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], Any]) -> Recording:
-        """Return the work as a graph; it is done before, since libraries set themselves up at the first use of a stream."""
+        """Record the work as a graph.
+
+        The work runs once before, because libraries initialise themselves at the first use of a
+        stream.
+        """
         with torch.cuda.device(self.device):
-            here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-            self.stream.wait_stream(here)
+            current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
                 work()
-            here.wait_stream(self.stream)
-            # a recording that fails would leave its own stream in place
+            current.wait_stream(self.stream)
+            # restores the current stream, which a recording that fails would not
             with (
-                torch.cuda.stream(here),
+                torch.cuda.stream(current),
                 torch.cuda.graph(graph, self.pool, self.stream, "thread_local"),
             ):
                 result = work()
@@ -56,5 +63,5 @@ class CudaGraphs:
 
 
 def graphs_of(device: torch.device) -> Callable[[], Record] | None:
-    """Return what makes a recorder of graphs for ``device``; None where it has none."""
+    """Return a factory of recorders for ``device``; None for a device without graphs."""
     return (lambda: CudaGraphs(device)) if device.type == "cuda" else None

@@ -1,7 +1,8 @@
-"""No device at all: tensors have shapes and no values, and groups of any size exist in one process, in which nothing is sent.
+"""The platform of dry runs: tensors have shapes but no values, and nothing is sent.
 
-For dry runs: the real model, Megatron's real groups and its real schedule on any rank of any layout. Such a process can do nothing else
-afterwards, since mentions of CUDA stay redirected.
+One process takes the place of any rank of a layout of any size, with the real model, Megatron's
+real groups and its real schedule. It cannot do anything else afterwards, because CUDA calls stay
+redirected.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,10 @@ META = torch.device("meta")
 
 @cache
 def _complete_collectives() -> torch.library.Library:
-    """Return what must be kept so that torch knows, for tensors without values, the collectives it has no kernel for."""
+    """Register collectives that torch lacks for tensors without values.
+
+    The registration lasts as long as the returned library.
+    """
     from torch._C._distributed_c10d import FakeWork
 
     library = torch.library.Library("c10d", "IMPL")
@@ -33,23 +37,23 @@ def _complete_collectives() -> torch.library.Library:
 
 
 class MetaPlatform(Platform):
-    """Shapes alone."""
+    """The platform of tensors that have shapes but no values."""
 
     name = "meta"
     backend = "fake"
     host_backend = "fake"
 
     def prepare(self) -> None:
-        """Redirect Megatron's CUDA calls to shapes."""
+        """Redirect Megatron's CUDA calls to torch's meta device."""
         redirect_cuda(META)
         _complete_collectives()
 
     def device(self) -> torch.device:
-        """Return the device of shapes."""
+        """Return torch's meta device."""
         return META
 
     def reset_peak_memory(self) -> None:
-        """Nothing is stored."""
+        """Do nothing: no memory is used."""
 
     def peak_memory_bytes(self) -> int:
         """Return 0."""
@@ -58,9 +62,9 @@ class MetaPlatform(Platform):
 
 @contextmanager
 def pretended_world(rank: int, world_size: int) -> Iterator[None]:
-    """Return a context in which this process is rank ``rank`` of ``world_size``, alone: what it sends is dropped.
+    """Make this process rank ``rank`` of ``world_size`` within a context; its messages are dropped.
 
-    Collective: none in truth; the groups are torch's fake ones.
+    Collective: none takes place; the groups are torch's fake ones.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -1,11 +1,12 @@
-"""Which process of a job this is, as torchrun or srun says it, and what it settles before torch is imported.
+"""This process's rank in its job, from the variables that torchrun or srun set.
 
-The trainer and the doctor read it here; the standard library will do.
+It also holds what must be set before torch is imported. The trainer and the doctor use it; it needs
+the standard library alone.
 """
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sorted.errors import PlatformError
@@ -15,17 +16,17 @@ OTHER_LAUNCHERS = {
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "mpiexec": ("PMI_RANK", "PMI_SIZE"),
 }
-"""{launcher: the variables in which a task finds its number and how many there are}."""
+"""{launcher: the variables that hold a task's number and the number of tasks}."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands.
+    """This process's place among all processes of its job.
 
     Attributes:
         rank: Rank of this process.
         size: Number of processes.
-        local_rank: Its rank on its node.
+        local_rank: Rank of this process on its node.
         local_size: Number of processes on this node.
         node: Number of this node.
     """
@@ -38,12 +39,15 @@ class World:
 
     @property
     def num_nodes(self) -> int:
-        """Return how many nodes there are, if all have as many processes as this one."""
+        """Return the number of nodes, assuming that all have as many processes as this one."""
         return -(-self.size // self.local_size)
 
 
 def read_world(environment: Mapping[str, str]) -> World:
-    """Return the job of this process; one process if no launcher set anything.
+    """Return the place of this process; the only process if no launcher set anything.
+
+    >>> read_world({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"})
+    World(rank=5, size=8, local_rank=1, local_size=4, node=1)
 
     Raises:
         PlatformError: A variable is not a number, or they contradict each other.
@@ -69,46 +73,33 @@ def read_world(environment: Mapping[str, str]) -> World:
         for field, name in names.items()
         if name in environment
     }
-    size = given.get("size", 1)
-    nodes = next(
-        (
-            _number(environment, name, least=1)
-            for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES")
-            if name in environment
-        ),
-        1,
-    )
-    given.setdefault("local_size", -(-size // nodes))
-    node = next(
-        (
-            _number(environment, name, least=0)
-            for name in ("GROUP_RANK", "SLURM_NODEID")
-            if name in environment
-        ),
-        None,
-    )
-    world = World(
-        **given, node=node if node is not None else given.get("rank", 0) // given["local_size"]
-    )
+    nodes = _first_number(environment, ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"), least=1) or 1
+    given.setdefault("local_size", -(-given.get("size", 1) // nodes))
+    node = _first_number(environment, ("GROUP_RANK", "SLURM_NODEID"), least=0)
+    if node is None:
+        node = given.get("rank", 0) // given["local_size"]
+    world = World(**given, node=node)
     if not 0 <= world.rank < world.size:
         raise PlatformError(f"RANK: {world.rank} is not below WORLD_SIZE {world.size}.")
     return world
 
 
 def read_world_of_training(environment: Mapping[str, str]) -> World:
-    """Return the processes that train together, of which this is one: those of torchrun, or this one alone.
+    """Return this process's place among those that train together: torchrun's, or this one alone.
 
     Raises:
-        PlatformError: Another launcher started several, each of which would be a run of its own.
+        PlatformError: Another launcher started several processes, each of which would be a separate
+            run.
     """
     if "RANK" in environment:
         return read_world(environment)
     if read_world(environment).size > 1 and "WORLD_SIZE" in environment:
         raise PlatformError(
-            f"WORLD_SIZE is {environment['WORLD_SIZE']} and RANK is unset. Start the run with torchrun, which sets both."
+            f"WORLD_SIZE is {environment['WORLD_SIZE']} and RANK is unset. "
+            "Start the run with torchrun, which sets both."
         )
     for launcher, (rank, size) in OTHER_LAUNCHERS.items():
-        # the shell of a batch job has SLURM_NTASKS as well, and is one process outside any step
+        # the shell of a batch job has SLURM_NTASKS too, and is a single process outside any step
         in_step = (
             launcher != "srun"
             or "SLURM_STEP_ID" in environment
@@ -116,8 +107,9 @@ def read_world_of_training(environment: Mapping[str, str]) -> World:
         )
         if rank in environment and in_step and environment.get(size, "1") != "1":
             raise PlatformError(
-                f"{launcher} started {environment[size]} tasks of this program, and each would be a run of its own with one process. "
-                "Start it with torchrun, on several hosts with slurm/gpu.sbatch, slurm/npu.sbatch or slurm/launch_hosts.sh."
+                f"{launcher} started {environment[size]} tasks of this program, and each would be "
+                "a separate run with one process. Start it with torchrun, on several hosts with "
+                "megatron-sorted launch."
             )
     return World()
 
@@ -126,24 +118,33 @@ def _number(environment: Mapping[str, str], name: str, least: int) -> int:
     value = environment[name]
     if not value.isdecimal() or int(value) < least:
         raise PlatformError(
-            f"{name} is {value!r}, which is not a whole number of {least} or more. It is the launcher's to set: unset it."
+            f"{name} is {value!r}, which is not a whole number of {least} or more. "
+            "The launcher sets it: unset it."
         )
     return int(value)
 
 
-def keep_device_packages_out() -> None:
-    """Stop torch from loading device packages by itself. Call it before torch is imported.
+def _first_number(environment: Mapping[str, str], names: Sequence[str], least: int) -> int | None:
+    """Return the number in the first of these variables that is set; None if none is."""
+    name = next((name for name in names if name in environment), None)
+    return None if name is None else _number(environment, name, least)
 
-    torch_npu is loaded for --device npu alone, and where CANN is missing it would make ``import torch`` fail.
+
+def keep_device_packages_out() -> None:
+    """Stop torch from loading device packages by itself; call it before torch is imported.
+
+    torch_npu is loaded for --device npu alone, and without CANN it would make ``import torch``
+    fail.
     """
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
 
 def silence_library_warnings() -> None:
-    """Hide what Megatron says on every rank. Call it before Megatron is imported.
+    """Hide warnings that Megatron causes on every rank; call it before Megatron is imported.
 
-    It says that Apex and Transformer Engine are missing, which are optional here, and calls torch's checkpoint functions and
-    collectives by deprecated names, as we do where the new ones are younger than the oldest torch supported.
+    It warns that Apex and Transformer Engine are missing, which are optional here. And it calls
+    torch's checkpoint functions and collectives by deprecated names, as we do where the new ones
+    are younger than the oldest torch supported.
     """
     warnings.filterwarnings(
         "ignore", module=r"megatron\.|torch\.distributed\.(checkpoint\.|c10d_logger)"

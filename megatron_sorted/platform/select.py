@@ -1,4 +1,4 @@
-"""Chooses the platform of this process. A new device adds a module and a line here."""
+"""The choice of this process's platform. A new device needs a module and a line here."""
 
 from typing import Protocol
 
@@ -19,7 +19,7 @@ PLATFORMS: dict[str, type[Platform]] = {
 
 
 class DeviceChoice(Protocol):
-    """What a run says about its device; ``Settings`` does."""
+    """The settings of a run's device; ``Settings`` has them."""
 
     device: str
     npu_adaptor: str
@@ -32,25 +32,28 @@ def device_for(device: str) -> str:
     """Return ``device``, or for "auto" the kind of accelerator present, else cpu.
 
     Raises:
-        PlatformError: There are two kinds.
+        PlatformError: Two kinds are present.
     """
     if device != "auto":
         return device
     if is_started():
-        return "npu"  # which answers for CUDA too
+        return "npu"  # under its patches torch.cuda is available too
     gpus, npus = torch.cuda.is_available(), has_npus()
     if gpus and npus:
         raise PlatformError(
-            "--device auto: this host has NVIDIA GPUs and Ascend NPUs. Say which with --device cuda or --device npu."
+            "--device auto: this host has NVIDIA GPUs and Ascend NPUs. "
+            "Choose with --device cuda or --device npu."
         )
     return "cuda" if gpus else "npu" if npus else "cpu"
 
 
 def load_device(choice: DeviceChoice) -> None:
-    """Load what the device of a run needs, before Megatron is imported; on cpu leaves out what is never used there, on cuda does nothing.
+    """Load the packages of a run's device, before Megatron is imported.
+
+    On cpu it only keeps unused packages out; on cuda it does nothing.
 
     Raises:
-        PlatformError: It is not there.
+        PlatformError: A package or the device is missing.
     """
     device = device_for(choice.device)
     if device == "cpu":
@@ -65,10 +68,10 @@ def load_device(choice: DeviceChoice) -> None:
 
 
 def load_library_of(device: str) -> None:
-    """Import what torch needs beside itself for ``device``, or for the device that "auto" means here; nothing for cpu and cuda.
+    """Import the package that torch needs for ``device`` or "auto"; none for cpu and cuda.
 
     Raises:
-        PlatformError: It is not there, or the host has two kinds of devices.
+        PlatformError: The package is missing, or "auto" finds two kinds of devices.
     """
     if device_for(device) == "npu":
         load_torch_npu()
@@ -78,7 +81,7 @@ def choose_platform(device: str) -> Platform:
     """Return the platform named ``device``, or for "auto" the accelerator present, else cpu.
 
     Raises:
-        PlatformError: If there is no such platform.
+        PlatformError: There is no such platform.
     """
     device = device_for(device)
     if device not in PLATFORMS:

@@ -1,6 +1,6 @@
-"""The current device and its random state, under names that hold on every platform.
+"""The current device and its random state, by the same functions on every platform.
 
-Megatron calls them after CUDA; on other platforms those calls are redirected (see ``cpu.py``).
+Megatron's functions have names of CUDA; other platforms redirect them (see ``cpu.py``).
 """
 
 import torch
@@ -8,12 +8,15 @@ from megatron.core import tensor_parallel
 
 
 def current_device() -> torch.device | int:
-    """Return the device of this process, as torch's factories take it."""
+    """Return the device of this process, for torch's factories."""
     return torch.cuda.current_device()
 
 
 def seed_everything(seed: int) -> None:
-    """Seed weights and dropout: the same on data parallel ranks, different on tensor parallel ranks where they hold shards."""
+    """Seed the initial weights and dropout.
+
+    Data parallel ranks use the same numbers; tensor parallel ranks use different ones for shards.
+    """
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
@@ -32,7 +35,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Take up what ``random_state`` returned."""
+    """Restore a state that ``random_state`` returned."""
     torch.set_rng_state(state["host"])
     torch.cuda.set_rng_state(state["device"])
     random_tracker().set_states(state["tracker"])

@@ -1,1 +1,4 @@
-"""Readers of bytes from outside: files that users, other programs or strangers wrote. Nothing in them is believed before it is checked."""
+"""Readers of input from outside: files that users, other programs or strangers wrote.
+
+Nothing in them is trusted before it is checked.
+"""

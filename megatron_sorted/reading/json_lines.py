@@ -1,7 +1,7 @@
-"""Records of JSON files, plain or gzipped, in blocks of whole lines that can be handed to worker processes.
+"""Records of JSON files, plain or gzipped, in blocks of whole lines for worker processes.
 
-A file holds one value a line (JSON lines), or a list of objects, or objects over several lines, one after another: which, is told
-by its content. Memory does not grow with the file.
+A file holds one value per line (JSON lines), a list of objects, or objects over several lines, one
+after another; the reader recognises which by the content. Memory does not grow with the file.
 """
 
 import os
@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_sorted.errors import DataError, SortedError
-from megatron_sorted.reading.json_text import MOST_BYTES, BrokenJsonError, decode_json
+from megatron_sorted.reading.json_text import MAX_BYTES, BrokenJsonError, decode_json
 from megatron_sorted.reading.json_values import begins_list, begins_over_lines, json_values
 from megatron_sorted.reading.shown import shown
-from megatron_sorted.reading.text_file import opened
+from megatron_sorted.reading.text_file import open_text
 
 BLOCK_BYTES = 1 << 20
-MOST_LINE_BYTES = MOST_BYTES
+MAX_LINE_BYTES = MAX_BYTES
 BEGINNING_BYTES = 1 << 16
-"""Looked at to tell what a file holds."""
+"""Number of bytes by which the format of a file is recognised."""
 NAMES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson", ".ndjson.gz")
-"""Ends of names that promise JSON."""
+"""File extensions of JSON."""
 REMEDY = "Give files that exist."
 
 
@@ -31,10 +31,12 @@ class Block:
     """Whole lines of one file.
 
     Attributes:
-        path: Of the file.
-        first_line: Number of the first line, from 1; where ``in_records``, of the first record.
+        path: The path of the file.
+        first_line: The number of the first line, from 1; with ``in_records`` that of the first
+            record.
         data: The lines.
-        in_records: Whether lines are counted as records, since those of the file hold parts of one, or several.
+        in_records: Whether records are counted instead of lines, since a line of the file holds a
+            part of one, or several.
     """
 
     path: str
@@ -48,32 +50,32 @@ class Block:
         return self.first_line + self.data.count(b"\n") - self.data.endswith(b"\n")
 
     def place(self, number: int, path: object = None) -> str:
-        """Return where a line or record is, for messages."""
+        """Return the position of a line or record, for messages."""
         return f"{shown(path or self.path)}{', record ' if self.in_records else ':'}{number}"
 
 
 def total_bytes(paths: Sequence[str]) -> int:
-    """Return the size of the files as they lie on disk.
+    """Return the total size of the files on disk.
 
     Raises:
-        DataError: One is missing, or no file that can be read twice.
+        DataError: A file is missing, or cannot be read twice.
     """
     total = 0
     for path in paths:
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except OSError as error:
             raise DataError(
                 f"--input: cannot read {shown(path)} ({error.strerror}). {REMEDY}"
             ) from error
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             what = (
                 "a folder"
-                if stat.S_ISDIR(found.st_mode)
+                if stat.S_ISDIR(status.st_mode)
                 else "a pipe or device, which cannot be read twice"
             )
             raise DataError(f"--input: {shown(path)} is {what}. Give files.")
-        total += found.st_size
+        total += status.st_size
     return total
 
 
@@ -83,15 +85,18 @@ def read_blocks(
     on_bytes: Callable[[int], object] = lambda count: None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[Block]:
-    """Yield the lines of the files in order, at most ``limit`` of them; ``on_bytes`` is told how many more bytes were read from disk.
+    """Yield the lines of the files in order, at most ``limit`` of them.
+
+    ``on_bytes`` is called with the number of bytes that were read from disk since its last call.
 
     Raises:
-        DataError: A file is missing or damaged, or a line or record has more than ``MOST_LINE_BYTES``.
+        DataError: A file is missing or damaged, or a line or record has more than
+            ``MAX_LINE_BYTES``.
     """
     left = limit
     for path in paths:
         reported = 0
-        with opened(path, REMEDY) as (stream, raw):
+        with open_text(path, REMEDY) as (stream, raw):
             for block in _blocks_of(str(path), stream, block_bytes):
                 if left is not None:
                     if left <= 0:
@@ -103,9 +108,9 @@ def read_blocks(
                         )
                     left -= min(len(lines) - block.data.endswith(b"\n"), left)
                 yield block
-                place = raw.tell() if raw.seekable() else reported
-                on_bytes(place - reported)
-                reported = place
+                position = raw.tell() if raw.seekable() else reported
+                on_bytes(position - reported)
+                reported = position
 
 
 def _blocks_of(path: str, stream: BinaryIO, block_bytes: int) -> Iterator[Block]:
@@ -119,11 +124,12 @@ def _blocks_of(path: str, stream: BinaryIO, block_bytes: int) -> Iterator[Block]
     line, data = 1, beginning
     while data:
         if not data.endswith(b"\n"):
-            data += stream.readline(MOST_LINE_BYTES)
-            if len(data) > MOST_LINE_BYTES and not data.endswith(b"\n") and stream.read(1):
+            data += stream.readline(MAX_LINE_BYTES)
+            if len(data) > MAX_LINE_BYTES and not data.endswith(b"\n") and stream.read(1):
                 number = line + data.count(b"\n")
                 raise DataError(
-                    f"{shown(path)}:{number}: more than {MOST_LINE_BYTES:,} bytes in one line. Cut the record into several."
+                    f"{shown(path)}:{number}: more than {MAX_LINE_BYTES:,} bytes in one line. "
+                    "Cut the record into several."
                 )
         yield Block(path, line, data)
         line += data.count(b"\n")
@@ -143,9 +149,9 @@ def _record_blocks(path: str, values: Iterator[bytes], block_bytes: int) -> Iter
 
 
 def records(block: Block) -> Iterator[tuple[int, Any, str | None]]:
-    """Yield (line number, value, None), or (line number, None, reason) for a line that is no JSON; blank lines are passed over.
+    """Yield (line number, value, None), or (line number, None, reason) for a line that is not JSON.
 
-    Reasons are those of ``BrokenJsonError``.
+    Blank lines are skipped. Reasons are those of ``BrokenJsonError``.
     """
     for number, line in enumerate(block.data.split(b"\n"), start=block.first_line):
         if not line.strip():
@@ -158,14 +164,14 @@ def records(block: Block) -> Iterator[tuple[int, Any, str | None]]:
 
 def read_records(
     path: str | Path,
-    remedy: str = "Mend or remove the line.",
+    remedy: str = "Correct or remove the line.",
     limit: int | None = None,
     error: type[SortedError] = DataError,
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) of every line or record of a file.
+    """Yield (position, value) of every line or record of a file.
 
     Raises:
-        SortedError: Of class ``error``: a line is no JSON.
+        SortedError: A line is not JSON; its class is ``error``.
         DataError: The file cannot be read.
     """
     for block in read_blocks([str(path)], limit):
@@ -176,7 +182,10 @@ def read_records(
 
 
 def first_record(path: str | Path) -> Any:
-    """Return the first value of a file of JSON lines or records; None where there is none, or no file that can be read twice."""
+    """Return the first value of a file of JSON lines or records.
+
+    It is None where there is none, or where the file cannot be read twice.
+    """
     if not os.path.isfile(path):
         return None
     try:
@@ -184,9 +193,13 @@ def first_record(path: str | Path) -> Any:
             (value for block in read_blocks([str(path)]) for _, value, _ in records(block)), None
         )
     except DataError:
-        return None  # what is wrong is said by whoever reads the file
+        return None  # the code that reads the whole file reports the error
 
 
 def promises_json(path: str | Path) -> bool:
-    """Return whether a file's name says that it holds JSON."""
+    """Return whether a file's name has an extension of JSON.
+
+    >>> promises_json("chats.jsonl.gz")
+    True
+    """
     return os.fspath(path).lower().endswith(NAMES)

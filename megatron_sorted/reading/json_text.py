@@ -1,4 +1,7 @@
-"""JSON of files and messages from outside, at a bounded cost: size, elements, nesting and length of numbers are checked."""
+"""JSON of files and messages from outside, at a bounded cost.
+
+Size, number of elements, nesting and length of numbers are checked.
+"""
 
 import json
 from collections import Counter
@@ -9,15 +12,21 @@ from typing import Any, NoReturn
 from megatron_sorted.errors import DataError, SortedError
 from megatron_sorted.reading.shown import shown
 
-MOST_BYTES = 64 << 20
-"""Of a JSON file: tokenizers of 262,144 tokens take 35 MB, other files far less."""
-MOST_SETTINGS_BYTES = 32 << 20
-"""Of settings beside a model; those of tokenizers list tens of thousands of added tokens."""
-MOST_CONTAINERS, MOST_ELEMENTS = 1 << 20, 1 << 22
-"""Lists and objects, and commas, of one text. Parsed they take up to 130 and 60 bytes each."""
-MOST_DEPTH = 100
-MOST_DIGITS = 40
-"""Of an integer: enough for any count, identifier or hash that is written as a number."""
+MAX_BYTES = 64 << 20
+"""Largest size of a JSON file; tokenizers of 262,144 tokens take 35 MB, other files far less."""
+MAX_SETTINGS_BYTES = 32 << 20
+"""Largest size of a settings file beside a model.
+
+    Those of tokenizers list tens of thousands of added tokens.
+"""
+MAX_CONTAINERS, MAX_ELEMENTS = 1 << 20, 1 << 22
+"""Largest numbers of lists and objects, and of commas, in one text.
+
+    Parsed they take up to 130 and 60 bytes each.
+"""
+MAX_DEPTH = 100
+MAX_DIGITS = 40
+"""Longest integer: enough for any count, identifier or hash that is written as a number."""
 REMEDY = "Give an intact file."
 
 
@@ -29,19 +38,20 @@ def parse_json(
     unique_names: bool = False,
     constants: bool = True,
 ) -> Any:
-    """Return the value of a JSON text in UTF-8 (a byte order mark is passed over).
+    """Return the value of a JSON text in UTF-8 (a byte order mark is skipped).
 
     Args:
         data: The text.
-        where: What it is, for messages: a path, or a path and a line.
+        where: The name of the text for messages: a path, or a path and a line.
         remedy: The sentence that ends messages.
-        error: What to raise.
-        unique_names: Whether two equal names in an object are an error. Python keeps the last.
-        constants: Whether NaN, Infinity and -Infinity are read, which Python writes and JSON does not know.
+        error: The class of errors to raise.
+        unique_names: Whether two equal names in an object are an error; Python keeps the last.
+        constants: Whether NaN, Infinity and -Infinity are accepted, which Python writes although
+            JSON has none.
 
     Raises:
-        SortedError: Of class ``error``: it is not JSON, nested more than ``MOST_DEPTH`` deep, or has a number of more
-            than ``MOST_DIGITS`` digits or more elements than is reasonable.
+        SortedError: The text is not JSON, is nested more than ``MAX_DEPTH`` deep, or has a number
+            of more than ``MAX_DIGITS`` digits or too many elements; its class is ``error``.
     """
 
     def refuse(reason: object) -> NoReturn:
@@ -50,9 +60,10 @@ def parse_json(
     opening, comma = (b"[", b"{"), b","
     if isinstance(data, str):
         opening, comma = ("[", "{"), ","
-    if sum(map(data.count, opening)) > MOST_CONTAINERS or data.count(comma) > MOST_ELEMENTS:
+    if sum(map(data.count, opening)) > MAX_CONTAINERS or data.count(comma) > MAX_ELEMENTS:
         refuse(
-            f"it has more than {MOST_CONTAINERS:,} lists and objects, or more than {MOST_ELEMENTS:,} elements"
+            f"it has more than {MAX_CONTAINERS:,} lists and objects, or more than "
+            f"{MAX_ELEMENTS:,} elements"
         )
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
@@ -65,13 +76,13 @@ def parse_json(
     except UnicodeDecodeError as failure:
         refuse(f"byte {failure.start} is not UTF-8")
     except RecursionError:
-        refuse(f"its lists and objects are nested more than {MOST_DEPTH} deep")
+        refuse(f"its lists and objects are nested more than {MAX_DEPTH} deep")
     except json.JSONDecodeError as failure:
         refuse(f"not JSON ({failure.msg} at line {failure.lineno}, column {failure.colno})")
     except ValueError as failure:
         refuse(failure)
     if _is_deep(value):
-        refuse(f"its lists and objects are nested more than {MOST_DEPTH} deep")
+        refuse(f"its lists and objects are nested more than {MAX_DEPTH} deep")
     return value
 
 
@@ -79,16 +90,17 @@ def read_json(
     path: Path,
     remedy: str = REMEDY,
     error: type[SortedError] = DataError,
-    most_bytes: int = MOST_BYTES,
+    max_bytes: int = MAX_BYTES,
     unique_names: bool = False,
 ) -> Any:
     """Return the value in a JSON file.
 
     Raises:
-        SortedError: Of class ``error``: the file cannot be read, has more than ``most_bytes``, or ``parse_json`` refuses it.
+        SortedError: The file cannot be read, has more than ``max_bytes``, or ``parse_json``
+            refuses it; its class is ``error``.
     """
     return parse_json(
-        read_bounded(path, remedy, error, most_bytes), str(path), remedy, error, unique_names
+        read_bounded(path, remedy, error, max_bytes), str(path), remedy, error, unique_names
     )
 
 
@@ -96,62 +108,68 @@ def read_json_object(
     path: Path,
     remedy: str = REMEDY,
     error: type[SortedError] = DataError,
-    most_bytes: int = MOST_BYTES,
+    max_bytes: int = MAX_BYTES,
     unique_names: bool = False,
 ) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        SortedError: As for ``read_json``, and where the value is not an object.
+        SortedError: As for ``read_json``, and if the value is not an object.
     """
-    value = read_json(path, remedy, error, most_bytes, unique_names)
+    value = read_json(path, remedy, error, max_bytes, unique_names)
     if not isinstance(value, dict):
         raise error(f"{shown(path)}: not a JSON object. {remedy}")
     return value
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return the object in a file of settings beside a model; empty where there is no such file.
+def read_optional_object(path: Path) -> dict[str, Any]:
+    """Return the object in a settings file beside a model; empty if there is no such file.
 
     Raises:
-        DataError: It is no JSON object of reasonable size and nesting.
+        DataError: It is not a JSON object of reasonable size and nesting.
     """
     if not path.is_file():
         return {}
-    return read_json_object(path, "Give an intact directory.", most_bytes=MOST_SETTINGS_BYTES)
+    return read_json_object(path, "Give an intact directory.", max_bytes=MAX_SETTINGS_BYTES)
 
 
 def read_bounded(
     path: Path,
     remedy: str = REMEDY,
     error: type[SortedError] = DataError,
-    most_bytes: int = MOST_BYTES,
+    max_bytes: int = MAX_BYTES,
 ) -> bytes:
     """Return the content of a file.
 
     Raises:
-        SortedError: Of class ``error``: it cannot be read, or has more than ``most_bytes``.
+        SortedError: It cannot be read, or has more than ``max_bytes``; its class is ``error``.
     """
     try:
         with open(path, "rb") as stream:
-            data = stream.read(most_bytes + 1)
+            data = stream.read(max_bytes + 1)
     except OSError as failure:
         raise error(
             f"{shown(path)}: cannot be read ({failure.strerror or failure}). {remedy}"
         ) from failure
-    if len(data) > most_bytes:
+    if len(data) > max_bytes:
         raise error(
-            f"{shown(path)}: more than {most_bytes:,} bytes, the most that is read of such a file. {remedy}"
+            f"{shown(path)}: more than {max_bytes:,} bytes, the limit for such a file. {remedy}"
         )
     return data
 
 
 class BrokenJsonError(ValueError):
-    """A line that is no JSON, or more of it than is reasonable; its only argument is the reason, a short name for counting."""
+    """The error of a line that is not JSON, or exceeds a bound.
+
+    Its only argument is the reason, a short name for counting.
+    """
 
     @property
     def reason(self) -> str:
-        """Return "not_json", "not_utf8", "nested_too_deep", "number_too_long" or "too_many_elements"."""
+        """Return the reason.
+
+        It is "not_json", "not_utf8", "nested_too_deep", "number_too_long" or "too_many_elements".
+        """
         return self.args[0]
 
 
@@ -159,11 +177,11 @@ def decode_json(line: bytes) -> Any:
     """Return the value of a line of JSON: as ``parse_json``, at less cost, for many lines.
 
     Raises:
-        BrokenJsonError: It is none, or more than is reasonable.
+        BrokenJsonError: It is not JSON, or exceeds a bound.
     """
     containers = line.count(b"{") + line.count(b"[")
-    if len(line) > MOST_CONTAINERS and (
-        containers > MOST_CONTAINERS or line.count(b",") > MOST_ELEMENTS
+    if len(line) > MAX_CONTAINERS and (
+        containers > MAX_CONTAINERS or line.count(b",") > MAX_ELEMENTS
     ):
         raise BrokenJsonError("too_many_elements")
     try:
@@ -176,45 +194,48 @@ def decode_json(line: bytes) -> Any:
         raise BrokenJsonError("nested_too_deep") from None
     except ValueError:
         raise BrokenJsonError("number_too_long") from None
-    if containers > MOST_DEPTH and _is_deep(value):
+    if containers > MAX_DEPTH and _is_deep(value):
         raise BrokenJsonError("nested_too_deep")
     return value
 
 
-def bounded_integer(word: str, base: int = 10) -> int:
-    """Return the whole number that a word means.
+def bounded_integer(text: str, base: int = 10) -> int:
+    """Return the whole number that a text stands for.
 
     Raises:
-        ValueError: It has more than ``MOST_DIGITS`` digits.
+        ValueError: It has more than ``MAX_DIGITS`` digits.
     """
-    if len(word) > MOST_DIGITS:
-        raise ValueError(f"a number of {len(word):,} digits, more than {MOST_DIGITS}")
-    return int(word, base)
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits, more than {MAX_DIGITS}")
+    return int(text, base)
 
 
 DECODER = json.JSONDecoder(parse_int=bounded_integer)
-"""Reads one value; whoever calls it bounds bytes and nesting."""
+"""Decoder of one value; its callers bound bytes and nesting."""
 
 
-def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(
-            name for name, times in Counter(name for name, _ in pairs).items() if times > 1
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        duplicate = next(
+            name for name, count in Counter(name for name, _ in pairs).items() if count > 1
         )
-        raise ValueError(f"{shown(twice)} stands twice")
-    return found
+        raise ValueError(f"{shown(duplicate)} occurs twice")
+    return values
 
 
 def _is_deep(value: Any) -> bool:
     level = [value]
-    for _ in range(MOST_DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [
-            child for one in level for child in _children(one) if isinstance(child, dict | list)
+            child
+            for container in level
+            for child in _children(container)
+            if isinstance(child, dict | list)
         ]
         if not level:
             return False

@@ -1,18 +1,21 @@
-"""Names from outside as they may be printed."""
+"""Names and texts from outside in a form that is safe to print."""
 
 import os
 import re
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-MOST_SHOWN = 300
+MAX_SHOWN = 300
 
 
-def shown(name: object, most: int = MOST_SHOWN) -> str:
-    """Return a name (a path, a tensor's or token's name, a value of a file) in one line, without what a terminal obeys.
+def shown(name: object, most: int = MAX_SHOWN) -> str:
+    r"""Return a name in one line that is safe to print.
 
-    Control characters, line breaks of every kind, marks that turn the direction of writing and bytes that are no text
-    are written as escapes such as ``\\x1b``, so that no file can clear the screen or write a line of its own. What is
-    longer than ``most`` characters is cut.
+    Control characters, line breaks of every kind, marks that change the direction of writing and
+    bytes that are not text are written as escapes such as ``\x1b``, so that no file can clear the
+    screen or write a line of its own. A text longer than ``most`` characters is cut.
+
+    >>> shown("a\nb")
+    'a\\nb'
     """
     text = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
     text = text if isinstance(text, str) else os.fsdecode(text)
@@ -20,22 +23,26 @@ def shown(name: object, most: int = MOST_SHOWN) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a message in one line, without what a terminal obeys; as ``shown``, but whole."""
+    """Return a message in one line that is safe to print: as ``shown``, but not cut."""
     if text.isprintable():
         return text
     return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
     )
 
 
 def printable(text: str) -> str:
-    """Return lines without what a terminal obeys: as ``one_line``, but line feeds and tabs stay."""
-    return "".join(one if one in "\n\t" else one_line(one) for one in re.split("([\n\t])", text))
+    """Return lines that are safe to print: as ``one_line``, but line feeds and tabs stay."""
+    return "".join(
+        part if part in "\n\t" else one_line(part) for part in re.split("([\n\t])", text)
+    )
 
 
 def for_terminal(text: str) -> str:
-    """Return a text as a terminal may show it: control characters as escapes, but line feeds and tabs.
+    """Return a text that is safe on a terminal: control characters are written as escapes.
 
-    Marks for the direction of writing and for joined letters stay; in a text they have their meaning.
+    Line feeds and tabs stay, and marks for the direction of writing and for joined letters, which
+    have their meaning in a text.
     """
-    return CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+    return CONTROLS.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)

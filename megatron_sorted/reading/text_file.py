@@ -1,4 +1,7 @@
-"""Text of files from outside: plain or gzipped, told by content; UTF-8; a line ends at a line feed and nothing else."""
+"""Text of files from outside: UTF-8, plain or gzipped (recognised by content).
+
+A line ends at a line feed and nothing else.
+"""
 
 import gzip
 import zlib
@@ -10,14 +13,14 @@ from typing import BinaryIO
 from megatron_sorted.errors import DataError, SortedError
 from megatron_sorted.reading.shown import shown
 
-MOST_TEXT_BYTES = 1 << 30
-"""Of a text that is held in memory as a whole."""
+MAX_TEXT_BYTES = 1 << 30
+"""Largest size of a text that is held in memory as a whole."""
 READ_BYTES = 1 << 20
-"""At a time: asked for more, Python takes memory for all of it."""
+"""Number of bytes read at a time; Python allocates memory for all that is requested."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 REMEDY = "Give a text in UTF-8, plain or gzipped."
-OTHERS = {
+OTHER_FORMATS = {
     b"\x28\xb5\x2f\xfd": "compressed with zstd. Unpack it first: zstd -d",
     b"BZh": "compressed with bzip2. Unpack it first: bunzip2",
     b"\xfd7zXZ": "compressed with xz. Unpack it first: unxz",
@@ -26,25 +29,25 @@ OTHERS = {
     b"\xff\xfe": "UTF-16, or no text. Save it in UTF-8: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16, or no text. Save it in UTF-8: iconv -f UTF-16 -t UTF-8",
 }
-"""What files begin with that people give for texts -> what they are, and what to do."""
-MOST_MAGIC = max(map(len, OTHERS))
+"""{first bytes of a file that is no text: its format, and the remedy}."""
+MAX_MAGIC = max(map(len, OTHER_FORMATS))
 
 
 @contextmanager
-def opened(
+def open_text(
     path: str | Path, remedy: str = REMEDY, error: type[SortedError] = DataError
 ) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Yield (the bytes of a text without compression and byte order mark, the file as it lies on disk), both open for reading.
+    """Yield (the bytes of a text without compression and byte order mark, the file on disk).
 
-    Errors of reading inside the ``with`` block are named too.
+    Both are open for reading. Errors of reading inside the ``with`` block are reported too.
 
     Raises:
-        SortedError: Of class ``error``: the file cannot be read, is damaged, or is something else than a text.
+        SortedError: The file cannot be read, is damaged, or is not a text; its class is ``error``.
     """
     try:
         with open(path, "rb") as raw:
-            begin = raw.peek(MOST_MAGIC)
-            for magic, what in OTHERS.items():
+            begin = raw.peek(MAX_MAGIC)
+            for magic, what in OTHER_FORMATS.items():
                 if begin.startswith(magic):
                     raise error(f"{shown(path)}: it is {what} {shown(path)}")
             stream: BinaryIO = raw
@@ -68,22 +71,24 @@ def read_text(
     path: str | Path,
     remedy: str = REMEDY,
     error: type[SortedError] = DataError,
-    most_bytes: int = MOST_TEXT_BYTES,
+    max_bytes: int = MAX_TEXT_BYTES,
 ) -> str:
-    """Return the text of a file; a carriage return before a line feed is part of the line's end, and left out.
+    r"""Return the text of a file, with ``\n`` at the end of lines.
 
     Raises:
-        SortedError: Of class ``error``: it cannot be read, is no UTF-8, or has more than ``most_bytes``.
+        SortedError: It cannot be read, is not UTF-8, or has more than ``max_bytes``; its class is
+            ``error``.
     """
-    with opened(path, remedy, error) as (stream, _):
+    with open_text(path, remedy, error) as (stream, _):
         parts, size = [], 0
-        while size <= most_bytes and (part := stream.read(READ_BYTES)):
+        while size <= max_bytes and (part := stream.read(READ_BYTES)):
             parts.append(part)
             size += len(part)
     data = b"".join(parts)
-    if size > most_bytes:
+    if size > max_bytes:
         raise error(
-            f"{shown(path)}: more than {most_bytes:,} bytes, the most that is held of a text. Give a part of it."
+            f"{shown(path)}: more than {max_bytes:,} bytes, the limit for a text. Give a part of "
+            "it."
         )
     return decoded(data, shown(path), remedy, error)
 
@@ -91,10 +96,10 @@ def read_text(
 def decoded(
     data: bytes, where: str, remedy: str = REMEDY, error: type[SortedError] = DataError
 ) -> str:
-    """Return bytes as text, with ``\\n`` at the end of lines.
+    r"""Return bytes as text, with ``\n`` at the end of lines.
 
     Raises:
-        SortedError: Of class ``error``: they are not UTF-8; names line and byte.
+        SortedError: They are not UTF-8; the message names line and byte. Its class is ``error``.
     """
     try:
         return data.decode("utf-8").replace("\r\n", "\n")
@@ -106,6 +111,17 @@ def decoded(
 
 
 def split_lines(text: str) -> list[str]:
-    """Return the lines of a text. A line feed ends one, and nothing else: U+2028, form feeds and lone carriage returns are content."""
+    """Return the lines of a text.
+
+    Only a line feed ends one: U+2028, form feeds and lone carriage returns are content.
+    """
     lines = text.replace("\r\n", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
+
+
+def has_surrogates(text: str) -> bool:
+    """Return whether a text holds surrogates, which no encoding has.
+
+    They come from bytes that are not UTF-8, or from half of a UTF-16 pair.
+    """
+    return any("\ud800" <= letter <= "\udfff" for letter in text)

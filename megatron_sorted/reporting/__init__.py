@@ -1,1 +1,1 @@
-"""Pictures, tables and pages that users look at."""
+"""Pictures, tables and pages of runs, and the drawing that all pictures share."""

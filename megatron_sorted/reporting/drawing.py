@@ -1,4 +1,4 @@
-"""A picture from its empty axes to its file, and the colours of all pictures."""
+"""Drawing pictures: figures written to files, names beside lines, colours of all pictures."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,14 +10,14 @@ from typing import Any
 from megatron_sorted.files import replaced_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's: told apart by colour-blind readers."""
+"""Colours of Okabe and Ito, which colour-blind readers can distinguish."""
 MARKERS = "osD^vP"
 GAP = 7.0
 """Points between a marker and the name beside it."""
 STRIDE = 4.0
-"""Points between two places of a line that names should not cover."""
-MOST_PLACES = 12
-"""Points of a line beside which its name may stand."""
+"""Distance in points of the places on a line that names should not cover."""
+MAX_PLACES = 12
+"""Largest number of places on a line that its name may stand beside."""
 Rectangle = tuple[float, float, float, float]
 """Left, bottom, right, top, in points."""
 NamedLine = tuple[str, str, Sequence[float], Sequence[float]]
@@ -30,17 +30,17 @@ TITLED = {
     "axes.titlesize": 14,
     "axes.edgecolor": "#555555",
 }
-"""Panels with bold titles of their own."""
+"""Style of panels with bold titles."""
 
 
 @contextmanager
 def figure_of(
     path: Path, width: float, height: float, style: Mapping[str, Any], dpi: int = 100
 ) -> Iterator[Any]:
-    """Yield an empty figure to draw on; then write the PNG, whole or not at all.
+    """Yield an empty figure to draw on; then write the PNG, completely or not at all.
 
     Args:
-        path: The picture; its folder is made.
+        path: The picture; its folder is created.
         width, height: Size in inches.
         style: Parameters of matplotlib.
         dpi: Points per inch.
@@ -54,8 +54,8 @@ def figure_of(
         figure = pyplot.figure(figsize=(width, height), dpi=dpi, layout="constrained")
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced_file(path) as aside:
-            figure.savefig(aside, format="png")
+        with replaced_file(path) as temporary:
+            figure.savefig(temporary, format="png")
         pyplot.close(figure)
 
 
@@ -63,14 +63,14 @@ def figure_of(
 def drawing(
     path: Path, title: str, width: float, height: float, columns: int = 1, **more: Any
 ) -> Iterator[tuple]:
-    """Yield a figure with a title and its axes (an array of them for several columns); then write the PNG.
+    """Yield a figure with a title, and its axes (an array for several columns); then write the PNG.
 
     Args:
-        path: The picture; its folder is made.
-        title: Stands above all axes.
+        path: The picture; its folder is created.
+        title: The title above all axes.
         width, height: Size in inches.
-        columns: Axes side by side.
-        **more: For matplotlib's ``subplots``.
+        columns: Number of axes side by side.
+        **more: Further arguments of matplotlib's ``subplots``.
     """
     with figure_of(path, width, height, {}) as figure:
         axes = figure.subplots(1, columns, **more)
@@ -79,7 +79,10 @@ def drawing(
 
 
 def name_lines(axes: Any, lines: Sequence[NamedLine]) -> None:
-    """Write each line's name beside it in its colour, over no other name and over as little as can be; after the figure was drawn."""
+    """Write each line's name beside it in its colour; the figure must have been drawn before.
+
+    A name covers no other name and as little of the lines as possible.
+    """
     to_points = 72 / axes.figure.dpi
     (left, bottom), (right, top) = (
         axes.transAxes.transform(corner) * to_points for corner in ((0, 0), (1, 1))
@@ -114,17 +117,17 @@ def name_lines(axes: Any, lines: Sequence[NamedLine]) -> None:
             annotation_clip=False,
         )
         extent = text.get_window_extent()
-        beside = line[:: -(-len(line) // MOST_PLACES) or 1]
-        box = place_name(
-            beside,
+        places = line[:: -(-len(line) // MAX_PLACES) or 1]
+        rectangle = place_name(
+            places,
             (extent.width * to_points, extent.height * to_points),
             obstacles,
             taken,
             (left, bottom, right, top + 4),
         )
-        text.xy = box[:2]
-        text.set_position(box[:2])
-        taken.append(box)
+        text.xy = rectangle[:2]
+        text.set_position(rectangle[:2])
+        taken.append(rectangle)
 
 
 def place_name(
@@ -134,12 +137,14 @@ def place_name(
     taken: Sequence[Rectangle],
     panel: Rectangle,
 ) -> Rectangle:
-    """Return where a name of this width and height stands: beside one of its line's points, in the panel, over as little as can be.
+    """Choose a name's rectangle: beside its line, in the panel, covering as little as possible.
 
     Args:
-        line: The points of its line.
+        line: The points of the name's line.
+        size: Width and height of the name.
         obstacles: Points of all lines, close together.
-        taken: Boxes of the names that stand already.
+        taken: Rectangles of the names placed before.
+        panel: The rectangle of the axes.
     """
     width, height = size
     rectangles = []
@@ -156,27 +161,22 @@ def place_name(
     if not rectangles:  # no point of the line is in the panel
         return panel[0], panel[3], panel[0] + width, panel[3] + height
 
-    def count(box: Rectangle, margin: float) -> int:
+    def num_covered(rectangle: Rectangle, margin: float) -> int:
+        left, bottom, right, top = rectangle
         return sum(
-            box[0] - margin <= x <= box[2] + margin and box[1] - margin <= y <= box[3] + margin
+            left - margin <= x <= right + margin and bottom - margin <= y <= top + margin
             for x, y in obstacles
         )
 
-    def faults(box: Rectangle) -> tuple[float, float]:
-        covered = 10 * count(box, 2) + count(box, 12)
-        outside = sum(
-            max(0.0, inner - outer)
-            for inner, outer in (
-                (panel[0], box[0]),
-                (panel[1], box[1]),
-                (box[2], panel[2]),
-                (box[3], panel[3]),
-            )
-        )
+    def cost(rectangle: Rectangle) -> tuple[float, float]:
+        left, bottom, right, top = rectangle
+        covered = 10 * num_covered(rectangle, 2) + num_covered(rectangle, 12)
+        beyond = (panel[0] - left, panel[1] - bottom, right - panel[2], top - panel[3])
+        outside = sum(max(0.0, distance) for distance in beyond)
         overlap = sum(
-            box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+            left < other[2] and other[0] < right and bottom < other[3] and other[1] < top
             for other in taken
         )
-        return 1000 * overlap + 100 * outside + covered, box[0]
+        return 1000 * overlap + 100 * outside + covered, left
 
-    return min(rectangles, key=faults)
+    return min(rectangles, key=cost)

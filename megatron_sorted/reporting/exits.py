@@ -1,4 +1,4 @@
-"""Held-out loss and exact match over depth for several runs, from the trainer's evaluation files: a table and a picture."""
+"""Loss and exact match over depth for several runs: a table and a picture of evaluation files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,13 @@ from megatron_sorted.reporting.drawing import COLOURS, MARKERS, figure_of, name_
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the trainer's evaluation found: per depth the sub-model's cost, per set and depth its scores."""
+    """The results of a training run's evaluation.
+
+    Attributes:
+        name: Name of the run.
+        cost: {depth: cost of the sub-model}.
+        sets: {set: {depth: scores of the sub-model}}.
+    """
 
     name: str
     cost: dict[int, dict[str, float]]
@@ -25,25 +31,31 @@ class Evaluation:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Return the run in an evaluation file.
+    """Read an evaluation file.
 
     Raises:
-        DataError: The file is missing or is no evaluation.
+        DataError: The file is missing or holds no evaluation.
     """
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file. Give the evaluation.json that a run writes into its --save directory."
+            f"{path}: no such file. "
+            "Give the evaluation.json that a run writes into its --save directory."
         )
     try:
-        found = read_json_object(path, "Give one that the trainer wrote.")
-        cost = {int(depth): values for depth, values in found["exits"].items()}
+        content = read_json_object(path, "Give one that the trainer wrote.")
+        if "exits" not in content and "models" in content:
+            raise DataError(
+                f"{shown(path)}: written by megatron-sorted evaluate, which draws its own picture "
+                "beside it. Give the file that training wrote into --save."
+            )
+        cost = {int(depth): values for depth, values in content["exits"].items()}
         sets = {
             name.removesuffix("_text_document"): {
                 int(depth): values for depth, values in scores.items()
             }
-            for name, scores in found["sets"].items()
+            for name, scores in content["sets"].items()
         }
-        run = Evaluation(found["run"], cost, sets)
+        run = Evaluation(content["run"], cost, sets)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(
             f"{shown(path)}: not an evaluation file ({type(error).__name__}: {shown(error)}). "
@@ -61,7 +73,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def table(runs: Sequence[Evaluation]) -> str:
-    """Return one row per run and depth: cost, then loss and exact match on every set."""
+    """Return a table of a row per run and depth: cost, then loss and exact match on every set."""
     sets = list(runs[0].sets)
     width = max(len("run"), *(len(run.name) for run in runs))
     columns = [f"{'run':<{width}}", "depth", f"{'parameters':>13}", f"{'FLOPs/token':>11}"]
@@ -89,12 +101,12 @@ def table(runs: Sequence[Evaluation]) -> str:
 
 
 def _cell(value: float | None, form: str, width: int) -> str:
-    """Return a number at the right of its column; "none" for what was not measured."""
+    """Return a number aligned to the right of its column; "none" if it was not measured."""
     return f"{'none' if value is None else format(value, form):>{width}}"
 
 
 def draw(runs: Sequence[Evaluation], output: Path) -> None:
-    """Write a PNG of 1400 x 600 points: loss on the first set at the left, exact match on all sets at the right."""
+    """Write a PNG of 1400 x 600 points: loss on the first set, and exact match on all sets."""
     from matplotlib.ticker import PercentFormatter
 
     first, *others = runs[0].sets
@@ -117,7 +129,9 @@ def draw(runs: Sequence[Evaluation], output: Path) -> None:
                     **line | {"linestyle": ":", "linewidth": 2, "markersize": 4},
                 )
         left.set_title(
-            f"Loss of every sub-model (lower is better)\nset: {first}", pad=16, linespacing=1.5
+            f"Loss of every sub-model, nats per token (lower is better)\nset: {first}",
+            pad=16,
+            linespacing=1.5,
         )
         lines = f"solid: {first}" + (f", dotted: {', '.join(others)}" if others else "")
         right.set_title(
@@ -145,7 +159,7 @@ def draw(runs: Sequence[Evaluation], output: Path) -> None:
             axes.grid(axis="y", color="#dddddd")
             axes.set_axisbelow(True)
             axes.margins(x=0.08)
-        figure.canvas.draw()  # names need to know where points lie
+        figure.canvas.draw()  # name_lines needs the positions of points
         for axes, score in ((left, "loss"), (right, "exact_match")):
             name_lines(
                 axes,
@@ -157,12 +171,16 @@ def draw(runs: Sequence[Evaluation], output: Path) -> None:
 
 
 def _millions(parameters: float) -> str:
-    """Return a number of parameters in millions; of less than ten of them with two decimals, so that small models differ."""
+    """Return a number of parameters in millions; below ten with two decimals for small models.
+
+    >>> _millions(1.25e9), _millions(2.5e6)
+    ('1,250M', '2.50M')
+    """
     return f"{parameters / 1e6:,.{2 if parameters < 1e7 else 0}f}M"
 
 
 def _scores(run: Evaluation, name: str, score: str) -> list[float]:
-    """Return one score of one set, by increasing depth; NaN, at which a line has a gap, for what was not measured."""
+    """Return a score on a set by increasing depth; NaN, a gap in a line, if it was not measured."""
     scores = (run.sets[name][depth][score] for depth in run.depths)
     return [float("nan") if score is None else score for score in scores]
 
@@ -171,18 +189,20 @@ def compare_exits(paths: Sequence[Path], output: Path) -> str:
     """Draw the exits of several runs and return the same numbers as a table.
 
     Raises:
-        DataError: A file is no evaluation, or they cannot be compared.
+        DataError: A file holds no evaluation, or the runs cannot be compared.
     """
     runs = [read_evaluation(path) for path in paths]
     if len(runs) > len(COLOURS):
         raise DataError(
-            f"{len(runs)} runs are more than one picture can tell apart. Give at most {len(COLOURS)}."
+            f"{len(runs)} runs are more than one picture can distinguish. "
+            f"Give at most {len(COLOURS)}."
         )
     for run in runs[1:]:
         if list(run.sets) != list(runs[0].sets) or run.depths != runs[0].depths:
             raise DataError(
-                f"{run.name} was evaluated on {', '.join(run.sets)} at depths {run.depths}, {runs[0].name} on "
-                f"{', '.join(runs[0].sets)} at depths {runs[0].depths}. Compare runs with the same sets and exits."
+                f"{run.name} was evaluated on {', '.join(run.sets)} at depths {run.depths}, "
+                f"{runs[0].name} on {', '.join(runs[0].sets)} at depths {runs[0].depths}. "
+                "Compare runs with the same sets and exits."
             )
     draw(runs, output)
     return table(runs)

@@ -1,4 +1,4 @@
-"""Parts of Markdown pages: tables, and when, where and with what the numbers were made."""
+"""Parts of Markdown pages: tables, and the date, commit, machine and versions of the numbers."""
 
 import datetime
 import platform
@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from megatron_sorted.command_line import ROOT
+from megatron_sorted.installation import ROOT
 
 PACKAGES = ("torch", "megatron-core", "transformers")
 
 
 def facts(setting: str = "1 thread, fp32", packages: Sequence[str] = PACKAGES) -> list[str]:
-    """Return date, commit, machine and versions as lines of a list; ``setting`` says how the machine was used."""
+    """Return date, commit, machine and versions as lines of a list.
+
+    Args:
+        setting: How the machine was used.
+        packages: The packages whose versions are listed.
+    """
     return [
         f"- date: {datetime.date.today().isoformat()}",
         f"- commit: {commit()}",
@@ -23,23 +28,21 @@ def facts(setting: str = "1 thread, fp32", packages: Sequence[str] = PACKAGES) -
 
 
 def commit() -> str:
-    """Return the commit, marked where files other than documents differ from it."""
+    """Return the commit, with "-dirty" if files outside docs/ differ from it."""
 
-    def ask(*words: str) -> str:
+    def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
         ).stdout.strip()
 
-    changed = ask("status", "--porcelain", "--", ".", ":!docs")
-    return (ask("rev-parse", "--short", "HEAD") or "unknown (no git)") + (
-        "-dirty" if changed else ""
-    )
+    changed = git("status", "--porcelain", "--", ".", ":!docs")
+    return (git("rev-parse", "--short", "HEAD") or "unknown (no git)") + "-dirty" * bool(changed)
 
 
 def processor() -> str:
-    """Return processor and number of cores."""
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text(encoding="utf-8").splitlines() if found.exists() else []
+    """Return the processor's name and number of cores."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [
         platform.processor() or "unknown"
     ]
@@ -47,7 +50,11 @@ def processor() -> str:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a Markdown table and an empty one; the first column is text, the others are numbers."""
+    """Return the lines of a Markdown table, whose columns after the first are numbers, and a blank.
+
+    >>> table(["exit", "loss"], [["4", "2.31"]])
+    ['| exit | loss |', '|---|---:|', '| 4 | 2.31 |', '']
+    """
     return [
         f"| {' | '.join(heads)} |",
         "|---" + "|---:" * (len(heads) - 1) + "|",

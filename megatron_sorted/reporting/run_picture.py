@@ -1,4 +1,4 @@
-"""The picture: panels of curves over steps, over depth and over operations, for one run or several."""
+"""The picture of runs: panels of curves over steps, over depth and over operations."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ RUN_LINES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
 MAX_RUNS = len(COLOURS)
 SET_LINES = ("-", ":", "--", "-.")
 MANY_DEPTHS = 8
-"""Of more, a colour bar stands for the legend."""
+"""Largest number of depths in a legend; for more there is a colour bar."""
 WIDE, HIGH = 15.0, 4.6
-"""Inches: of the picture, of a row of panels."""
+"""Width of the picture and height of a row of panels, in inches."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel.
+    """One panel of the picture.
 
     Attributes:
-        title: What it shows.
-        draw: Draws it into the axes it is given.
-        wide: Whether it takes the whole width.
+        title: The panel's title.
+        draw: A function that draws the panel into axes.
+        wide: Whether the panel takes the whole width.
     """
 
     title: str
@@ -34,7 +34,13 @@ class Panel:
 
 
 def smooth(curve: Curve, reach: int) -> Curve:
-    """Return the curve as the mean over ``reach`` points on either side, fewer near the ends: what falls is not shifted."""
+    """Return the mean over ``reach`` points on either side, fewer near the ends.
+
+    The window is symmetric everywhere, so that a falling curve is not shifted.
+
+    >>> smooth(Curve([1, 2, 3], [3.0, 0.0, 3.0]), 1).values
+    [3.0, 2.0, 3.0]
+    """
     sums = list(accumulate(curve.values, initial=0.0))
     values = []
     for i in range(len(curve.values)):
@@ -44,17 +50,20 @@ def smooth(curve: Curve, reach: int) -> Curve:
 
 
 def reach_of(points: int) -> int:
-    """Return how many points to either side a smoothed curve looks: one in fifty; few points are drawn as they are."""
+    """Return the number of points on either side for `smooth`; 0, no smoothing, for few points."""
     return points // 50
 
 
 def depth_colours(depths: Sequence[int]) -> dict[int, tuple]:
-    """Return a colour for every depth: light for shallow, dark for deep, told apart by colour-blind readers and in grey."""
+    """Return a colour for every depth: light for shallow, dark for deep.
+
+    Colour-blind readers can distinguish them, also in grey.
+    """
     from matplotlib import colormaps
 
     scale = colormaps["viridis_r"]
     first, last = min(depths), max(depths)
-    # the lightest yellow cannot be seen on white
+    # without the lightest yellow, which is invisible on white
     return {
         depth: scale(0.15 + 0.85 * ((depth - first) / (last - first) if last > first else 1.0))
         for depth in depths
@@ -80,7 +89,7 @@ def panels_of(runs: Sequence[RecordedRun]) -> list[Panel]:
         )
     for number, title in (
         ("agreement", "Agreement with the last exit (share of tokens)"),
-        ("accept_length", "Accept length when the exit drafts (tokens a verification)"),
+        ("accept_length", "Accept length when the exit drafts (tokens per verification)"),
         ("grad_norm", "Gradient norm of the exit's own loss"),
     ):
         if any(run.exit_curve(depth, number).values for run in runs for depth in run.depths):
@@ -97,7 +106,7 @@ def panels_of(runs: Sequence[RecordedRun]) -> list[Panel]:
 
 
 def draw(runs: Sequence[RecordedRun], output: Path) -> None:
-    """Write the picture as PNG."""
+    """Write the picture of these runs as PNG."""
     panels = panels_of(runs)
     narrow = [panel for panel in panels if not panel.wide]
     wide = [panel for panel in panels if panel.wide]
@@ -126,7 +135,7 @@ def _where(runs: Sequence[RecordedRun]) -> str:
 def _legend(
     axes, runs: Sequence[RecordedRun], colours: dict[int, tuple], dots: bool = False
 ) -> None:
-    """Say which colour is which exit, and which line which run."""
+    """Add the legend: colours of exits, line styles of runs, dots of evaluations."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.lines import Line2D
@@ -151,7 +160,7 @@ def _legend(
             spacing="proportional",
         )
         every = -(-len(depths) // 10)
-        shown = depths[::-1][::every][::-1]  # the last always
+        shown = depths[::-1][::every][::-1]  # with the last one
         bar.set_ticks(shown, labels=[str(depth) for depth in shown])
         bar.minorticks_off()
     else:
@@ -203,14 +212,14 @@ def _loss(axes, runs: Sequence[RecordedRun], colours: dict[int, tuple]) -> None:
                     linestyle=line,
                     marker="o" if len(mean.values) == 1 else None,
                 )
-                # the fall of the first steps would press all that follows into a line
+                # the fall of the first steps would flatten the rest of the curve
                 tops.append(mean.values[min(len(mean.values) - 1, max(1, len(mean.values) // 25))])
                 bottoms.append(min(mean.values))
             name = next(iter(run.evaluations), None)
-            if name is not None and (found := run.exit_curve(depth, "loss", name)).values:
+            if name is not None and (curve := run.exit_curve(depth, "loss", name)).values:
                 axes.scatter(
-                    found.steps,
-                    found.values,
+                    curve.steps,
+                    curve.values,
                     color=[colours[depth]],
                     s=26 if few else 10,
                     zorder=3,
@@ -219,18 +228,18 @@ def _loss(axes, runs: Sequence[RecordedRun], colours: dict[int, tuple]) -> None:
                     marker=marker,
                 )
                 dots = True
-                bottoms.append(min(found.values))
+                bottoms.append(min(curve.values))
                 if not raw.values:
-                    tops.append(max(found.values))
+                    tops.append(max(curve.values))
     if tops:
         low, high = min(bottoms), max(tops)
-        if low > 0 and high > 20 * low:  # what was learned by heart
+        if low > 0 and high > 20 * low:  # the model has memorized its data
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         else:
             axes.set_ylim(low - 0.04 * (high - low or 1.0), high + 0.04 * (high - low or 1.0))
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.margins(x=0.01)
     _legend(axes, runs, colours, dots)
 
@@ -245,25 +254,25 @@ def _over(axes, runs: Sequence[RecordedRun], cost: str | None) -> None:
         for name in own:
             if name is None and not run.train:
                 continue
-            found = {
+            losses = {
                 depth: numbers["loss"]
                 for depth, numbers in run.final(name)[1].items()
                 if numbers["loss"] is not None
             }
             if cost is not None:
-                found = {
+                losses = {
                     run.costs[depth][cost]: loss
-                    for depth, loss in found.items()
+                    for depth, loss in losses.items()
                     if depth in run.costs
                 }
             label = " / ".join(
                 [run.name] * (len(runs) > 1) + [(name or "training").removesuffix("_text_document")]
             )
             line = SET_LINES[sets.index(name) % len(SET_LINES)] if name in sets else "-"
-            if found:
+            if losses:
                 axes.plot(
-                    list(found),
-                    list(found.values()),
+                    list(losses),
+                    list(losses.values()),
                     color=colour,
                     marker=marker,
                     linewidth=2,
@@ -275,16 +284,16 @@ def _over(axes, runs: Sequence[RecordedRun], cost: str | None) -> None:
         axes.set_xlabel("layers run")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
-        axes.set_xlabel("forward FLOPs a token")
+        axes.set_xlabel("forward FLOPs per token")
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=11)
 
 
 def _per_exit(axes, runs: Sequence[RecordedRun], colours: dict[int, tuple], number: str) -> None:
     for run, line in zip(runs, RUN_LINES, strict=False):
-        # the last exit agrees with itself
+        # the last exit always agrees with itself
         for depth in run.depths if number == "grad_norm" else run.depths[:-1]:
             raw = run.exit_curve(depth, number)
             mean = smooth(raw, reach_of(len(raw.values)))
@@ -299,9 +308,8 @@ def _training(axes, runs: Sequence[RecordedRun], number: str) -> None:
         if number == "grad_norm" and reach_of(len(raw.values)):
             axes.plot(raw.steps, raw.values, color=colour, linewidth=0.7, alpha=0.3)
             raw_top = sorted(raw.values)[int(0.99 * len(raw.values))]
-            reach = reach_of(
-                len(raw.values)
-            )  # a median: a single spike is drawn, and does not lift its surroundings
+            reach = reach_of(len(raw.values))
+            # unlike a mean, the median does not rise around a single spike
             raw = Curve(
                 raw.steps,
                 [

@@ -1,4 +1,4 @@
-"""The reports of one run, from its JSON lines and, where they are, its checkpoint and results."""
+"""The reports of one run, read from its JSON lines and, if present, its checkpoint and results."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ GIVE = "Give the --save directory of a run, or the metrics.jsonl in it."
 
 @dataclass(frozen=True)
 class Curve:
-    """One number over steps; where it is not known there is no point."""
+    """One number over steps, without points where it is unknown."""
 
     steps: list[int]
     values: list[float]
@@ -23,15 +23,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run, steps that were repeated after a resume counted once.
+    """The reports of a run; steps that were repeated after a resume count once.
 
     Attributes:
-        name: Name of its directory.
+        name: Name of the run's directory.
         path: The file of JSON lines.
-        train: Lines of kind train, by step.
-        evaluations: Evaluations of every set, by step, in the order in which the sets were first met.
-        costs: {depth: {"parameters", "flops_per_token"}}; empty where nobody wrote them.
-        settings: Settings in the newest checkpoint; empty where there is none.
+        train: Lines of kind "train", by step.
+        evaluations: Evaluations of every set, by step; sets in order of first appearance.
+        costs: {depth: {"parameters", "flops_per_token"}}; empty where no file has them.
+        settings: Settings in the newest checkpoint; empty without a checkpoint.
     """
 
     name: str
@@ -43,20 +43,20 @@ class RecordedRun:
 
     @property
     def depths(self) -> list[int]:
-        """Return the depths of all exits that were reported, increasing."""
+        """Return the depths of all reported exits, increasing."""
         lines = [*self.train, *(line for lines in self.evaluations.values() for line in lines)]
         return sorted({int(depth) for line in lines for depth in line["exits"]})
 
     @property
     def last_step(self) -> int:
-        """Return the last step that was reported."""
+        """Return the last reported step."""
         return max(
             line["step"]
             for line in [*self.train, *(lines[-1] for lines in self.evaluations.values())]
         )
 
     def exit_curve(self, depth: int, number: str, name: str | None = None) -> Curve:
-        """Return a number of one exit: in training, or on the set ``name``."""
+        """Return a number of one exit in training, or on the set ``name``."""
         lines = self.train if name is None else self.evaluations[name]
         points = [(line["step"], line["exits"].get(str(depth), {}).get(number)) for line in lines]
         return _curve(points)
@@ -66,12 +66,12 @@ class RecordedRun:
         return _curve([(line["step"], line.get(number)) for line in self.train])
 
     def final(self, name: str | None) -> tuple[int, dict[int, dict[str, Any]]]:
-        """Return (step, {depth: numbers}) of the last report of each exit in training or on a set."""
-        found: dict[int, dict[str, Any]] = {}
+        """Return (step, {depth: numbers}) of each exit's last report in training or on a set."""
+        exits: dict[int, dict[str, Any]] = {}
         lines = self.train if name is None else self.evaluations[name]
         for line in lines:
-            found |= {int(depth): numbers for depth, numbers in line["exits"].items()}
-        return lines[-1]["step"], dict(sorted(found.items()))
+            exits |= {int(depth): numbers for depth, numbers in line["exits"].items()}
+        return lines[-1]["step"], dict(sorted(exits.items()))
 
 
 def _curve(points: list[tuple[int, Any]]) -> Curve:
@@ -80,16 +80,15 @@ def _curve(points: list[tuple[int, Any]]) -> Curve:
 
 
 def read_run(path: Path) -> RecordedRun:
-    """Return the run of a --save directory, or of a file of JSON lines.
+    """Read the run of a --save directory or of a file of JSON lines.
 
     Raises:
-        DataError: there is none, it is empty, or it holds something else.
+        DataError: The file is missing, empty, or holds something else.
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise DataError(
-            f"{path}: {'holds no metrics.jsonl' if path.is_dir() else 'no such file or directory'}. {GIVE}"
-        )
+        problem = "holds no metrics.jsonl" if path.is_dir() else "no such file or directory"
+        raise DataError(f"{path}: {problem}. {GIVE}")
     lines = read_json_lines(file)
     if not lines:
         raise DataError(f"{file}: no report yet. Wait for the first step, or give another run.")
@@ -135,7 +134,7 @@ def _is_report(numbers: Any) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Return the object in a file that adds to the report if it is there and sound."""
+    """Return the object in a file; an empty one if the file is missing or damaged."""
     try:
         return read_json_object(path)
     except DataError:

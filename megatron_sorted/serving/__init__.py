@@ -1,1 +1,1 @@
-"""OpenAI's API over a nested model."""
+"""OpenAI's API over a nested model: checked requests, one worker that owns the model, streams."""

@@ -1,4 +1,7 @@
-"""Adapting while serving: which lossless way is fastest is learned from every request, for each task apart, and kept beside the model."""
+"""Adaptation while serving: each request teaches which lossless strategy is fastest for its task.
+
+What is learned is kept in a file beside the model.
+"""
 
 import itertools
 import json
@@ -7,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_sorted.decoding.choice import StrategyChoice
 from megatron_sorted.decoding.network import draft_key
+from megatron_sorted.decoding.requested_strategy import RequestedStrategy
 from megatron_sorted.decoding.strategies import SPECULATIVE, STRATEGIES, Full, Strategy
 from megatron_sorted.decoding.text_generator import TextGenerator
-from megatron_sorted.decoding.tuning.choices import LEARNED
 from megatron_sorted.decoding.tuning.search import Bandit
+from megatron_sorted.decoding.tuning.tuned_options import LEARNED_FILE
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.old_names import rename_keys
@@ -22,27 +25,31 @@ from megatron_sorted.reading.shown import shown
 FORMAT = 1
 LOSSLESS = tuple(strategy.name for strategy in (Full, *SPECULATIVE))
 DEFAULT_TASK = "default"
-MOST_TASKS = 1000
-"""Tasks that are remembered, so that a client cannot fill the memory; requests of further ones count as the default task."""
-JOBS_A_SAVE = 16
+MAX_TASKS = 1000
+"""Number of tasks that are remembered; further ones count as the default task.
+
+The limit keeps a client from filling the memory.
+"""
+JOBS_PER_SAVE = 16
 
 
 class Adaptation:
-    """Chooses the way of each job, learns how fast it was, and keeps that in a file.
+    """A chooser of each job's strategy that learns from measured speeds and keeps them in a file.
 
-    One thread alone chooses, learns and saves; any may read ``learned``, which is replaced and never changed.
+    One thread alone chooses, learns and saves; any thread may read ``learned``, which is replaced
+    and never modified.
 
     Args:
-        ways: To choose among.
-        path: File to go on from and to write.
-        origin: Where the numbers come from: machine, draft model.
+        strategies: The strategies to choose among.
+        path: File to continue from and to write.
+        origin: The source of the numbers: machine, draft model.
 
     Attributes:
-        learned: {task: [{"way", "times", "tokens_per_second"} of each way]}.
+        learned: {task: [{"strategy", "way", "times", "tokens_per_second"} of each strategy]}.
 
     Raises:
         DataError: The file is damaged.
-        SettingsError: It cannot be written.
+        SettingsError: The file cannot be written.
     """
 
     def __init__(self, strategies: Sequence[Strategy], path: Path, origin: dict):
@@ -52,14 +59,15 @@ class Adaptation:
             **origin,
             "strategies": [{"name": strategy.name, **asdict(strategy)} for strategy in strategies],
         }
-        self.origin = parse_json(json.dumps(origin), "origin")  # lists, as in the file
+        self.origin = parse_json(json.dumps(origin), "origin")  # with lists, to compare with a file
         try:
             self.bandit = Bandit(strategies, self._read())
             self.bandit.begin(DEFAULT_TASK)
             self._write()
         except OSError as error:
             raise SettingsError(
-                f"--adapt: {path} cannot be written ({error.strerror}). Name another with --adapt-file."
+                f"--adapt: {path} cannot be written ({error.strerror}). "
+                "Name another with --adapt-file."
             ) from error
         self.learned = {
             task: self._row(task)
@@ -68,30 +76,30 @@ class Adaptation:
         }
 
     def choose(self, task: str) -> tuple[str, int]:
-        """Return under which task a job counts, and the place of the way that it takes."""
-        if task not in self.bandit.tasks and len(self.bandit.tasks) >= MOST_TASKS:
+        """Return the task that a job counts for, and the index of the strategy to use."""
+        if task not in self.bandit.tasks and len(self.bandit.tasks) >= MAX_TASKS:
             task = DEFAULT_TASK
         return task, self.bandit.choose(task)
 
-    def learn(self, task: str, place: int, num_tokens: int, seconds: float) -> None:
-        """Note a job that wrote something."""
-        self.bandit.learn(task, place, num_tokens, seconds)
+    def learn(self, task: str, index: int, num_tokens: int, seconds: float) -> None:
+        """Record the speed of a job."""
+        self.bandit.learn(task, index, num_tokens, seconds)
         self.learned = {**self.learned, task: self._row(task)}
         self.unsaved += 1
 
-    def fail(self, task: str, place: int) -> None:
-        """Note a job that failed: nothing is learned of its speed, but the way is not tried for ever."""
-        self.bandit.fail(task, place)
+    def fail(self, task: str, index: int) -> None:
+        """Record a failed job, so that its strategy is not tried forever; its speed is unknown."""
+        self.bandit.fail(task, index)
 
     def save(self, least: int = 1) -> None:
-        """Write the file if that many jobs were learned from since the last time; where that fails, a line says so."""
+        """Write the file if at least this many jobs are unsaved; print a line if that fails."""
         if self.unsaved >= least:
             self.unsaved = 0
             try:
                 self._write()
             except OSError as error:
                 print(
-                    f"{self.path}: not written ({error.strerror}); the server goes on without.",
+                    f"{self.path}: not written ({error.strerror}); the server continues without.",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -102,7 +110,7 @@ class Adaptation:
         )
 
     def _read(self) -> dict:
-        """Return the file's tasks; a file of other ways, or of another machine or draft, gets another name."""
+        """Return the file's tasks; rename a file of other strategies, another machine or draft."""
         if not self.path.exists():
             return {}
         remedy = "Remove it, or name another with --adapt-file."
@@ -112,20 +120,20 @@ class Adaptation:
             tasks = _checked(kept)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
-                f"{shown(self.path)}: not written by megatron-sorted serve --adapt ({shown(error)}). {remedy}"
+                f"{shown(self.path)}: not written by megatron-sorted serve --adapt "
+                f"({shown(error)}). {remedy}"
             ) from error
         if {key: value for key, value in kept.items() if key != "tasks"} == self.origin:
             return tasks
-        aside = next(
-            path
+        numbered = (
+            self.path.with_name(f"{self.path.stem}_{number}{self.path.suffix}")
             for number in itertools.count(1)
-            if not (
-                path := self.path.with_name(f"{self.path.stem}_{number}{self.path.suffix}")
-            ).exists()
         )
-        self.path.rename(aside)
+        backup = next(path for path in numbered if not path.exists())
+        self.path.rename(backup)
         print(
-            f"[{self.path} was learned with other ways, or elsewhere: it is {aside.name} now, and learning begins anew]",
+            f"[{self.path} was learned with other strategies or on another machine: it is now "
+            f"{backup.name}, and learning starts anew]",
             flush=True,
         )
         return {}
@@ -134,7 +142,7 @@ class Adaptation:
         return [
             {
                 "strategy": strategy.name,
-                "way": strategy.name,
+                "way": strategy.name,  # the key of 0.6.0, for its clients
                 "times": int(times),
                 "tokens_per_second": round(tokens / seconds, 2) if seconds else None,
             }
@@ -148,7 +156,7 @@ def _checked(kept: dict) -> dict[str, list[list[float]]]:
     """Return the tasks of a file.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: It is damaged.
+        ValueError, TypeError, KeyError, AttributeError: The file is damaged.
     """
     if kept["format"] != FORMAT:
         raise ValueError(f"its format is not {FORMAT}")
@@ -161,41 +169,43 @@ def _checked(kept: dict) -> dict[str, list[list[float]]]:
             ):
                 raise ValueError(f"task {task!r} has impossible numbers")
         if len(rows) != size:
-            raise ValueError(f"task {task!r} has {len(rows)} ways, not {size}")
-    if len(tasks) > MOST_TASKS:
-        raise ValueError(f"it has more than {MOST_TASKS} tasks")
+            raise ValueError(f"task {task!r} has {len(rows)} strategies, not {size}")
+    if len(tasks) > MAX_TASKS:
+        raise ValueError(f"it has more than {MAX_TASKS} tasks")
     return tasks
 
 
-def candidate_strategies(choice: StrategyChoice, writer: TextGenerator) -> list[Strategy]:
-    """Return the lossless ways that were tuned for the model, and with its draft; where none were, usual ones.
+def candidate_strategies(choice: RequestedStrategy, generator: TextGenerator) -> list[Strategy]:
+    """Return the lossless strategies tuned for the model and its draft, or the default ones.
 
     Raises:
-        SettingsError: There is nothing to choose, or a tuned way does not fit the model.
-        DataError: What was tuned is damaged.
+        SettingsError: There is nothing to choose, or a tuned strategy does not fit the model.
+        DataError: The file of tuned strategies is damaged.
     """
-    if writer.draft is None and len(writer.network.depths) == 1:
+    if generator.draft is None and len(generator.network.depths) == 1:
         raise SettingsError(
-            "--adapt: the model has no exits before its last layer, so there is nothing to choose. Leave it out, or give "
-            "--depths or --draft."
+            "--adapt: the model has no exits before its last layer, so there is nothing to "
+            "choose. Leave it out, or give --depths or --draft."
         )
-    tuned = choice.tuned(writer.draft).get("strategies") or LOSSLESS
+    tuned = choice.tuned(generator.draft).get("strategies") or LOSSLESS
     names = [name for name in LOSSLESS if name == Full.name or name in tuned]
     return [
-        choice.named(name).strategy(writer.network, writer.draft_for(STRATEGIES[name]))
+        choice.named(name).strategy(generator.network, generator.draft_for(STRATEGIES[name]))
         for name in names
     ]
 
 
 def open_adaptation(
-    choice: StrategyChoice, writer: TextGenerator, machine: dict, path: Path | None = None
+    choice: RequestedStrategy, generator: TextGenerator, machine: dict, path: Path | None = None
 ) -> Adaptation:
-    """Return what chooses the ways of a server, and keeps in ``path`` what it learns on this machine.
+    """Build the `Adaptation` of a server; ``path`` is by default a file beside the model.
 
-    Errors as for `candidate_strategies` and `Adaptation`.
+    Raises the errors of `candidate_strategies` and `Adaptation`.
     """
     origin = {
         "machine": machine,
-        "draft": None if writer.draft is None else draft_key(choice.draft, writer.draft),
+        "draft": None if generator.draft is None else draft_key(choice.draft, generator.draft),
     }
-    return Adaptation(candidate_strategies(choice, writer), path or choice.model / LEARNED, origin)
+    return Adaptation(
+        candidate_strategies(choice, generator), path or choice.model / LEARNED_FILE, origin
+    )

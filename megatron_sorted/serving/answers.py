@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: whole ones, streams, errors."""
+"""Responses in OpenAI's format: complete ones, streams, errors."""
 
 import json
 import time
@@ -12,12 +12,12 @@ from megatron_sorted.errors import MemoryExhaustedError, SortedError
 from megatron_sorted.serving.token_logprobs import TokenScore, as_chat_logprobs, as_text_logprobs
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", None: "length"}
-"""Why a text is over, in OpenAI's words; one of no new tokens has reached its length."""
+"""Our reason for a text's end -> OpenAI's; a text of no new tokens has reached its length."""
 RETRY_SECONDS = 5
 
 
 class RefusedError(SortedError):
-    """A request that cannot be answered, with the field that is to blame and the status of the answer."""
+    """A request cannot be answered: the message, the field at fault and the HTTP status."""
 
     def __init__(self, message: str, field: str | None = None, status: int = 400):
         super().__init__(message)
@@ -25,7 +25,7 @@ class RefusedError(SortedError):
 
 
 class BusyError(SortedError):
-    """The server takes no more requests for now, or none at all since it is about to end; later another try may go well."""
+    """The server accepts no requests: its queue is full, or it is stopping. Retry later."""
 
     def __init__(self, message: str, retry_seconds: int = RETRY_SECONDS):
         super().__init__(message)
@@ -33,17 +33,17 @@ class BusyError(SortedError):
 
 
 class AsciiResponse(JSONResponse):
-    """JSON in ASCII, which any text can be written in, halves of UTF-16 pairs too."""
+    """A JSON response in ASCII, which can hold any text, also halves of UTF-16 pairs."""
 
     def render(self, content: object) -> bytes:
-        """Return the body."""
+        """Return the response's body."""
         return json.dumps(content).encode("ascii")
 
 
-def refuse(
+def error_response(
     message: str, field: str | None = None, status: int = 400, retry_seconds: int = RETRY_SECONDS
 ) -> JSONResponse:
-    """Return an error as OpenAI writes it."""
+    """Build an error in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     headers = {"retry-after": str(retry_seconds)} if status == 503 else None
     return AsciiResponse(
@@ -51,34 +51,34 @@ def refuse(
     )
 
 
-def failed(error: Exception, field: str | None) -> JSONResponse:
-    """Return what a client is told of a request that cannot be answered, or of a text that failed."""
+def response_to_error(error: Exception, field: str | None) -> JSONResponse:
+    """Build the response for an error; ``field`` is what our errors without a field are about."""
     if isinstance(error, RefusedError):
-        return refuse(str(error), error.field, error.status)
+        return error_response(str(error), error.field, error.status)
     if isinstance(error, BusyError):
-        return refuse(str(error), None, 503, error.retry_seconds)
+        return error_response(str(error), None, 503, error.retry_seconds)
     if isinstance(error, MemoryExhaustedError):
-        return refuse(str(error), None, 503)
+        return error_response(str(error), None, 503)
     if isinstance(error, SortedError):
-        return refuse(str(error), field)
-    return refuse(
-        f"the server failed ({type(error).__name__}); it goes on with other requests.", None, 500
+        return error_response(str(error), field)
+    return error_response(
+        f"the server failed ({type(error).__name__}); other requests are still served.", None, 500
     )
 
 
 class CompletionResponse:
-    """An answer as OpenAI writes it.
+    """A response in OpenAI's format, built from the outputs of a job.
 
     Args:
-        prefix: Of the answer's id.
+        prefix: Beginning of the response's id.
         kind: "text_completion" or "chat.completion".
-        model: Its name.
-        echoes: What stands before the text of each prompt.
+        model: Name of the model.
+        echoes: The text to put before the completion of each prompt.
     """
 
     def __init__(self, prefix: str, kind: str, model: str, echoes: list[str]):
         self.kind, self.echoes, self.is_chat = kind, echoes, kind == "chat.completion"
-        self.head = {
+        self.common_fields = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
@@ -86,14 +86,14 @@ class CompletionResponse:
         self.scores: list[list[TokenScore]] | None = None
 
     def begin(self, n: int, prompt_tokens: int) -> None:
-        """Record how many texts come."""
+        """Prepare for ``n`` texts of each prompt."""
         self.texts = [echo for echo in self.echoes for _ in range(n)]
         self.finishes: list[str | None] = [None] * len(self.texts)
         self.offsets = [0] * len(self.texts)
         self.prompt_tokens, self.tokens = prompt_tokens, 0
 
-    def take(self, piece: StreamedText) -> str:
-        """Return the new text, after recording it; what an assistant says begins without the space before its first word."""
+    def add(self, piece: StreamedText) -> str:
+        """Record new tokens and return their text; a chat message begins without a space."""
         text = piece.text if self.texts[piece.row] or not self.is_chat else piece.text.lstrip(" ")
         self.texts[piece.row] += text
         self.finishes[piece.row] = piece.finish
@@ -101,18 +101,18 @@ class CompletionResponse:
         return text
 
     def usage(self) -> dict[str, int]:
-        """Return the numbers of tokens."""
+        """Return the token counts."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.tokens,
             "total_tokens": self.prompt_tokens + self.tokens,
         }
 
-    def whole(self) -> dict:
-        """Return the answer."""
+    def complete(self) -> dict:
+        """Return the complete response."""
         choices = []
         for index, (text, finish) in enumerate(zip(self.texts, self.finishes, strict=True)):
-            said = (
+            content = (
                 {"message": {"role": "assistant", "content": text}}
                 if self.is_chat
                 else {"text": text}
@@ -120,19 +120,24 @@ class CompletionResponse:
             choices.append(
                 {
                     "index": index,
-                    **said,
+                    **content,
                     "logprobs": self._logprobs(index),
                     "finish_reason": FINISH[finish],
                 }
             )
-        return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
+        return {
+            **self.common_fields,
+            "object": self.kind,
+            "choices": choices,
+            "usage": self.usage(),
+        }
 
     async def stream(
         self, pieces: AsyncIterator[StreamedText | list], field: str, with_usage: bool
     ) -> AsyncIterator[str]:
-        """Yield server-sent events; ``with_usage`` one of the tokens, without choices, before the last."""
+        """Yield server-sent events; ``with_usage`` the last but one holds the token counts."""
         kind = "chat.completion.chunk" if self.is_chat else self.kind
-        # with scores, which are there only when the texts are over, those of what stands before them come first
+        # scores arrive before the first piece, and the first events need those of the prompt
         begun = False
         try:
             async for piece in pieces:
@@ -144,9 +149,9 @@ class CompletionResponse:
                     begun = True
                 if isinstance(piece, list):
                     continue
-                text = self.take(piece)
+                text = self.add(piece)
                 if text or piece.finish or self.scores:
-                    said = (
+                    content = (
                         {"delta": {"content": text} if text else {}}
                         if self.is_chat
                         else {"text": text}
@@ -155,22 +160,22 @@ class CompletionResponse:
                     yield self._event(
                         kind,
                         piece.row,
-                        said,
+                        content,
                         FINISH[piece.finish] if piece.finish else None,
                         logprobs,
                     )
             for event in () if begun else self._beginnings(kind):
                 yield event
             for row, finish in enumerate(self.finishes):
-                if finish is None:  # no new token was asked for
+                if finish is None:  # no new token was requested
                     yield self._event(
                         kind, row, {"delta": {}} if self.is_chat else {"text": ""}, FINISH[None]
                     )
         except Exception as error:
-            yield f"data: {failed(error, field).body.decode()}\n\n"
+            yield f"data: {response_to_error(error, field).body.decode()}\n\n"
             return
         if with_usage:
-            yield f"data: {json.dumps({**self.head, 'object': kind, 'choices': [], 'usage': self.usage()})}\n\n"
+            yield self._as_event({"object": kind, "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
 
     def _beginnings(self, kind: str) -> Iterator[str]:
@@ -184,7 +189,10 @@ class CompletionResponse:
                 yield self._event(kind, row, {"text": echo}, None, self._logprobs(row, num_echoed))
 
     def _logprobs(self, row: int, count: int | None = None) -> dict | None:
-        """Return the log-probabilities of the next tokens of a text, of all that are left by default; None where none were asked for."""
+        """Return the log-probabilities of a text's next tokens (default: all that are left).
+
+        None where the request wants none.
+        """
         if self.scores is None:
             return None
         scores = self.scores[row][:count]
@@ -196,10 +204,13 @@ class CompletionResponse:
         return as_text_logprobs(scores, first)
 
     def _event(
-        self, kind: str, row: int, said: dict, finish: str | None, logprobs: dict | None = None
+        self, kind: str, row: int, content: dict, finish: str | None, logprobs: dict | None = None
     ) -> str:
-        choice = {"index": row, **said, "finish_reason": finish}
+        choice = {"index": row, **content, "finish_reason": finish}
         if logprobs is not None or not self.is_chat:
             choice["logprobs"] = logprobs
-        # in ASCII: many readers of lines end them at U+2028 and U+0085 too
-        return f"data: {json.dumps({**self.head, 'object': kind, 'choices': [choice]})}\n\n"
+        return self._as_event({"object": kind, "choices": [choice]})
+
+    def _as_event(self, fields: dict) -> str:
+        # in ASCII: many line readers end lines at U+2028 and U+0085 too
+        return f"data: {json.dumps({**self.common_fields, **fields})}\n\n"

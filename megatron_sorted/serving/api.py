@@ -1,4 +1,4 @@
-"""OpenAI's completions and chat endpoints over a worker, for clients that exist."""
+"""OpenAI's completions and chat endpoints over a worker, for existing clients."""
 
 import asyncio
 import uuid
@@ -18,46 +18,50 @@ from megatron_sorted.serving.answers import (
     AsciiResponse,
     CompletionResponse,
     RefusedError,
-    failed,
-    refuse,
+    error_response,
+    response_to_error,
 )
-from megatron_sorted.serving.body import MOST_PROMPTS, most_body_bytes, parse_body, read_body
-from megatron_sorted.serving.connections import pieces_of, until_gone
+from megatron_sorted.serving.body import MAX_PROMPTS, max_body_bytes, parse_body, read_body
+from megatron_sorted.serving.connections import cancel_on_disconnect, outputs_of
 from megatron_sorted.serving.requests import (
     ChatRequest,
     CompletionRequest,
     Kind,
+    excerpt,
     read_prompts,
     read_request,
-    read_stops,
-    shown,
+    read_stop_sequences,
 )
 from megatron_sorted.serving.turns import read_messages
 from megatron_sorted.serving.worker import GenerationWorker, Job, Scoring, check_scoring
 
 DEFAULT_TOKENS = 256
-USUAL = SamplingParameters(temperature=1.0)
+DEFAULT_SAMPLING = SamplingParameters(temperature=1.0)
 PROBED_CHARACTERS = 8
-"""A token: of a text longer than as many a token as the context has, so much is encoded first, which mostly shows that it is too long."""
-MANY_LETTERS = 20_000
-"""From so many on texts are encoded in a thread, while others are served."""
-MOST_TURNS, LETTERS_OF_A_TURN = 4096, 100
-"""Of a conversation; what a chat template writes around a turn, about."""
+"""Characters per token of the context; of a longer text the beginning is encoded first.
+
+That mostly shows, at a bounded cost, that the text is too long.
+"""
+MANY_CHARACTERS = 20_000
+"""The length from which texts are encoded in a thread, while others are served."""
+MAX_TURNS, CHARACTERS_PER_TURN = 4096, 100
+"""The most turns of a conversation; about what a chat template writes around a turn."""
 
 
 def make_app(
     worker: GenerationWorker,
     name: str,
     strategy_of: Callable[[str | None], Strategy | None],
-    usual: SamplingParameters = USUAL,
+    defaults: SamplingParameters = DEFAULT_SAMPLING,
 ) -> FastAPI:
-    """Return the application.
+    """Build the application.
 
     Args:
-        worker: Owns the model.
-        name: Of the model, as clients call it.
-        strategy_of: The way for what a request asks, the server's own for None; None where the worker is to choose.
-        usual: How tokens are chosen where a request does not say.
+        worker: The owner of the model.
+        name: The model's name for clients.
+        strategy_of: Maps a request's strategy to an object: None to the server's own; returns None
+            where the worker is to choose.
+        defaults: The sampling parameters for what a request does not set.
     """
     app = FastAPI(
         title="megatron_sorted",
@@ -66,24 +70,24 @@ def make_app(
         openapi_url=None,
         default_response_class=AsciiResponse,
     )
-    writer = worker.writer
-    network = writer.network
-    most_bytes, most_tokens = most_body_bytes(network), network.max_positions
+    generator = worker.generator
+    network = generator.network
+    max_bytes, most_tokens = max_body_bytes(network), network.max_positions
     encoding = asyncio.Lock()
 
     @app.exception_handler(SortedError)
     async def refused(_: Request, error: SortedError) -> Response:
-        return failed(error, None)
+        return response_to_error(error, None)
 
     @app.exception_handler(HTTPException)
-    async def unheard(request: Request, error: HTTPException) -> Response:
-        return refuse(
+    async def not_served(request: Request, error: HTTPException) -> Response:
+        return error_response(
             f"{request.method} {request.url.path[:200]}: {error.detail}.", None, error.status_code
         )
 
     @app.exception_handler(ClientDisconnect)
-    async def left(_: Request, __: ClientDisconnect) -> Response:
-        return Response(status_code=400)  # nobody gets it
+    async def disconnected(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # the framework wants one, though no client receives it
 
     @app.get("/health")
     async def health() -> dict:
@@ -101,16 +105,16 @@ def make_app(
     async def models() -> dict:
         return {"object": "list", "data": [model]}
 
-    @app.get("/v1/models/{asked:path}")
-    async def one_model(asked: str) -> dict:
-        check_name(asked)
+    @app.get("/v1/models/{requested:path}")
+    async def one_model(requested: str) -> dict:
+        check_name(requested)
         return model
 
     @app.get("/v1/adaptation")
     async def adaptation():
         if worker.adaptation is None:
-            return refuse(
-                "adaptation: this server chooses no ways by itself. Start it with --adapt.",
+            return error_response(
+                "adaptation: this server does not choose strategies. Start it with --adapt.",
                 None,
                 404,
             )
@@ -118,23 +122,23 @@ def make_app(
         return {
             "object": "adaptation",
             "strategies": names,
-            "ways": names,
+            "ways": names,  # the key of 0.6.0, for its clients
             "tasks": worker.adaptation.learned,
         }
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await requested_of(CompletionRequest, request)
-        prompts = read_prompts(body.prompt, MOST_PROMPTS, most_tokens, network.vocab_size)
+        prompts = read_prompts(body.prompt, MAX_PROMPTS, most_tokens, network.vocab_size)
         ids = await encoded(
             sum(len(prompt) for prompt in prompts if isinstance(prompt, str)),
             lambda: [
-                tokens_of(prompt, "prompt", writer.encode) if isinstance(prompt, str) else prompt
+                tokens_of(prompt, "prompt", generator.encode) if isinstance(prompt, str) else prompt
                 for prompt in prompts
             ],
         )
         echoes = [
-            (prompt if isinstance(prompt, str) else writer.tokenizer.decode(prompt))
+            (prompt if isinstance(prompt, str) else generator.tokenizer.decode(prompt))
             if body.echo
             else ""
             for prompt in prompts
@@ -150,19 +154,16 @@ def make_app(
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         body = await requested_of(ChatRequest, request)
-        messages = read_messages(body.messages, min(most_tokens, MOST_TURNS))
-        said = "\n".join(message["content"] for message in messages)
+        messages = read_messages(body.messages, min(most_tokens, MAX_TURNS))
+        contents = "\n".join(message["content"] for message in messages)
+
+        def encode(text: str) -> list[int]:
+            # the check of a long text encodes its beginning alone, without the template
+            return generator.encode_chat(messages) if text is contents else generator.encode(text)
+
         ids = await encoded(
-            len(said) + LETTERS_OF_A_TURN * len(messages),
-            lambda: [
-                tokens_of(
-                    said,
-                    "messages",
-                    lambda text: (
-                        writer.encode_chat(messages) if text is said else writer.encode(text)
-                    ),
-                )
-            ],
+            len(contents) + CHARACTERS_PER_TURN * len(messages),
+            lambda: [tokens_of(contents, "messages", encode)],
         )
         return await answer(
             body,
@@ -173,39 +174,40 @@ def make_app(
         )
 
     async def requested_of(kind: type[Kind], request: Request) -> Kind:
-        """Return what a request asks."""
+        """Return a request's checked body."""
         values = parse_body(
-            await read_body(request, most_bytes), request.headers.get("content-type", "")
+            await read_body(request, max_bytes), request.headers.get("content-type", "")
         )
         body = read_request(kind, values)
         if body.model is not None:
             check_name(body.model)
         return body
 
-    def check_name(asked: str) -> None:
-        if asked != name:
+    def check_name(requested: str) -> None:
+        if requested != name:
             raise RefusedError(
-                f"model: {shown(asked)} is not served here, only {name!r}.", "model", 404
+                f"model: {excerpt(requested)} is not served here, only {name!r}.", "model", 404
             )
 
-    async def encoded(num_letters: int, work: Callable[[], list[list[int]]]) -> list[list[int]]:
-        """Return the tokens of prompts; many letters take a while, in which others are served."""
-        if num_letters < MANY_LETTERS:
+    async def encoded(num_characters: int, work: Callable[[], list[list[int]]]) -> list[list[int]]:
+        """Return the tokens of prompts; long ones are encoded in a thread, one at a time."""
+        if num_characters < MANY_CHARACTERS:
             return work()
         async with encoding:
             return await asyncio.to_thread(work)
 
     def tokens_of(text: str, field: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """Return the tokens of a text that may fit; of one that is much too long only the beginning is encoded."""
-        most_letters = PROBED_CHARACTERS * (most_tokens + 1)
+        """Return the tokens of a text; refuse a far too long one after encoding its beginning."""
+        most_characters = PROBED_CHARACTERS * (most_tokens + 1)
         try:
             if (
-                len(text) > most_letters
-                and (count := len(encode(text[:most_letters]))) > most_tokens + 1
+                len(text) > most_characters
+                and (count := len(encode(text[:most_characters]))) > most_tokens + 1
             ):
                 raise RefusedError(
-                    f"{field}: {len(text)} characters, of which the first {most_letters} alone are {count} tokens, are more "
-                    f"than the model's context of {most_tokens} tokens. Shorten it.",
+                    f"{field}: {len(text)} characters, of which the first {most_characters} alone "
+                    f"are {count} tokens, are more than the model's context of {most_tokens} "
+                    "tokens. Shorten it.",
                     field,
                 )
             ids = encode(text)
@@ -213,13 +215,14 @@ def make_app(
             raise RefusedError(str(error), field) from error
         if len(ids) > most_tokens:
             raise RefusedError(
-                f"{field}: {len(ids)} tokens are more than the model's context of {most_tokens}. Shorten it.",
+                f"{field}: {len(ids)} tokens are more than the model's context of {most_tokens}. "
+                "Shorten it.",
                 field,
             )
         return ids
 
     def job_of(body: Any, ids: list[list[int]], field: str) -> Job:
-        """Return the job of a request whose prompts are encoded."""
+        """Build the job of a request whose prompts are encoded."""
         longest = max(map(len, ids))
         room = most_tokens - longest
         if room < 1 and body.max_tokens != 0:
@@ -239,46 +242,46 @@ def make_app(
         return Job(
             [prompt for prompt in ids for _ in range(body.n)],
             strategy,
-            body.sampling(usual, seed),
+            body.sampling(defaults, seed),
             min(DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens, room),
-            read_stops(body.stop),
+            read_stop_sequences(body.stop),
             body.task,
             None if num_top is None else Scoring(num_top, getattr(body, "echo", False)),
         )
 
     async def answer(
-        body: Any, request: Request, ids: list[list[int]], form: CompletionResponse, field: str
+        body: Any, request: Request, ids: list[list[int]], response: CompletionResponse, field: str
     ) -> Response:
         job = job_of(body, ids, field)
-        pieces = pieces_of(job)
+        outputs = outputs_of(job)
         worker.submit(job)
-        form.begin(body.n, sum(map(len, ids)))
+        response.begin(body.n, sum(map(len, ids)))
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(
-                form.stream(pieces, field, with_usage), media_type="text/event-stream"
+                response.stream(outputs, field, with_usage), media_type="text/event-stream"
             )
-        watch = asyncio.create_task(until_gone(request, job))
+        watch = asyncio.create_task(cancel_on_disconnect(request, job))
         try:
-            async for piece in pieces:
-                if isinstance(piece, list):
-                    form.scores = piece
+            async for output in outputs:
+                if isinstance(output, list):
+                    response.scores = output
                 else:
-                    form.take(piece)
+                    response.add(output)
         except Exception as error:
-            return failed(error, field)
+            return response_to_error(error, field)
         finally:
             watch.cancel()
-        return AsciiResponse(form.whole())
+        return AsciiResponse(response.complete())
 
     return app
 
 
-def served_name(writer: TextGenerator, given: str | None) -> str:
-    """Return what clients call the model: as given, else the name of its directory."""
+def served_name(generator: TextGenerator, given: str | None) -> str:
+    """Return the model's name for clients: the given one, else the name of its directory."""
     return (
         given
-        or str(getattr(writer.network.model.config, "_name_or_path", "") or "model")
+        or str(getattr(generator.network.model.config, "_name_or_path", "") or "model")
         .rstrip("/")
         .rsplit("/", 1)[-1]
     )

@@ -1,4 +1,4 @@
-"""Between clients and the worker: pieces that are waited for without a thread, and clients that leave."""
+"""The link between clients and the worker: outputs awaited without a thread, clients that leave."""
 
 import asyncio
 import queue
@@ -13,43 +13,46 @@ from megatron_sorted.serving.token_logprobs import TokenScore
 from megatron_sorted.serving.worker import Job
 
 
-def pieces_of(job: Job) -> AsyncIterator[StreamedText | list[list[TokenScore]]]:
-    """Return the pieces of a job that is not submitted yet; the job ends when nobody listens any more, or nobody ever did."""
+def outputs_of(job: Job) -> AsyncIterator[StreamedText | list[list[TokenScore]]]:
+    """Return the outputs of a job that is not submitted yet.
+
+    The job is cancelled when the iterator is closed, or dropped before its first use.
+    """
     ready, loop = asyncio.Event(), asyncio.get_running_loop()
 
-    def told() -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody listens
+    def notify() -> None:
+        with suppress(RuntimeError):  # the loop is closed: no client listens
             loop.call_soon_threadsafe(ready.set)
 
-    job.told = told
-    pieces = _listen(job, ready)
-    weakref.finalize(pieces, job.leave).atexit = False
-    return pieces
+    job.notify = notify
+    outputs = _listen(job, ready)
+    weakref.finalize(outputs, job.cancel).atexit = False
+    return outputs
 
 
 async def _listen(
     job: Job, ready: asyncio.Event
 ) -> AsyncIterator[StreamedText | list[list[TokenScore]]]:
-    """Yield a job's pieces as they come; however many wait, none takes a thread."""
+    """Yield a job's outputs as they come; waiting for them takes no thread."""
     try:
         while True:
             ready.clear()
             try:
-                found = job.pieces.get_nowait()
+                output = job.outputs.get_nowait()
             except queue.Empty:
                 await ready.wait()
                 continue
-            if found is None:
+            if output is None:
                 return
-            if isinstance(found, BaseException):
-                raise found
-            yield found
+            if isinstance(output, BaseException):
+                raise output
+            yield output
     finally:
-        job.leave()
+        job.cancel()
 
 
-async def until_gone(request: Request, job: Job) -> None:
-    """End a job when its client leaves, also while it waits in line."""
+async def cancel_on_disconnect(request: Request, job: Job) -> None:
+    """Cancel a job when its client disconnects, also while the job waits in the queue."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    job.leave()
+    job.cancel()

@@ -1,4 +1,4 @@
-"""A server that outlives its clients: time limits of connections, a bound on their number, a stop within a time that is known."""
+"""The HTTP server: time limits of connections, a bound on their number, a stop in known time."""
 
 import asyncio
 import math
@@ -21,40 +21,43 @@ from megatron_sorted.errors import SettingsError
 from megatron_sorted.serving.worker import GenerationWorker
 
 KEEP_ALIVE_SECONDS = 10
-"""How long a connection may be idle after an answer."""
+"""Longest time that a connection may be idle after a response."""
 HEAD_SECONDS = 15
-"""From connecting, or from the last answer, to the end of a request's headers."""
+"""Longest time from connecting, or from the last response, to the end of a request's headers."""
 BODY_SECONDS = 60
-"""From there to the end of its body."""
+"""Longest time from the end of the headers to the end of the body."""
 STALL_SECONDS = 60
-"""How long a client may leave an answer unread when no more of it fits into the socket."""
-MOST_CONNECTIONS = 512
+"""Longest time that a client may leave a response unread when no more fits into the socket."""
+MAX_CONNECTIONS = 512
 BACKLOG = 128
 DROPPED_AFTER = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
-"""Of TCP: a client that vanished without a word is noticed after two minutes."""
+"""TCP's options: a client that vanished silently is noticed after two minutes."""
 
 
 def most_connections() -> int:
-    """Return how many connections there may be: half of the files that the process may open, raised to what it is allowed."""
+    """Return the largest number of connections: half of the files that the process may open.
+
+    The soft limit on open files is raised first, as far as the hard one allows.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = (
-        4 * MOST_CONNECTIONS if hard == resource.RLIM_INFINITY else min(4 * MOST_CONNECTIONS, hard)
+        4 * MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(4 * MAX_CONNECTIONS, hard)
     )
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
     return (
-        MOST_CONNECTIONS
+        MAX_CONNECTIONS
         if soft == resource.RLIM_INFINITY
-        else min(MOST_CONNECTIONS, max(soft // 2, 1))
+        else min(MAX_CONNECTIONS, max(soft // 2, 1))
     )
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket of this address and port (0: any that is free) that does not listen yet.
+    """Return a socket of this address and port (0: any free one) that does not listen yet.
 
     Raises:
-        SettingsError: It cannot be had; says what to change.
+        SettingsError: The address is wrong or taken; says what to change.
     """
     if not 0 <= port <= 65535:
         raise SettingsError(f"--port: {port} is not in 0..65535. Change it.")
@@ -64,14 +67,14 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
     except (OSError, UnicodeError) as error:
         raise SettingsError(
-            f"--host: {host!r} is not an address ({getattr(error, 'strerror', None) or error}). Change it."
+            f"--host: {host!r} is not an address ({getattr(error, 'strerror', None) or error}). "
+            "Change it."
         ) from error
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.setsockopt(
-            socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
-        )  # connections that are accepted inherit it
+        # accepted connections inherit these
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, seconds in DROPPED_AFTER:
             if hasattr(socket, name):
                 bound.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
@@ -84,23 +87,27 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _address_error(host: str, port: int, error: OSError) -> SettingsError:
     return SettingsError(
-        f"--host {host} --port {port}: {error.strerror}. Give an address of this machine and a --port (above 1023) "
-        "that no other program has."
+        f"--host {host} --port {port}: {error.strerror}. Give an address of this machine and a "
+        "--port (above 1023) that no other program has."
     )
 
 
 class Connection(H11Protocol):
-    """A client's connection, which is ended when the client keeps it waiting; uvicorn itself does so only between two requests.
+    """A client's connection, closed when the client keeps the server waiting.
+
+    uvicorn itself does so only between two requests.
 
     Attributes:
-        most: Connections there may be; where there are more, the one that has kept the server waiting longest is ended.
-        waits_since: Of ``time.monotonic``, since when the client is waited for; None while it waits for the server.
+        most: The largest number of connections; where there are more, the one that has kept the
+            server waiting longest is closed.
+        waits_since: Time (of ``time.monotonic``) since when the server waits for the client; None
+            while the client waits for the server.
     """
 
-    most = MOST_CONNECTIONS
+    most = MAX_CONNECTIONS
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Begin to wait for a request, and make room."""
+        """Start to wait for a request; close another connection if there are too many."""
         self.limit: asyncio.TimerHandle | None = None
         self.waits_since: float | None = None
         super().connection_made(transport)
@@ -114,12 +121,12 @@ class Connection(H11Protocol):
             min(waiting, key=lambda one: one.waits_since, default=self).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
+        """Stop waiting."""
         self._wait(None)
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
-        """Handle what came, and wait for what has not."""
+        """Handle what arrived, and wait for the rest of the request."""
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
@@ -140,12 +147,12 @@ class Connection(H11Protocol):
         self._wait(STALL_SECONDS)
 
     def resume_writing(self) -> None:
-        """Go on."""
+        """Stop waiting for the client to read."""
         super().resume_writing()
         self._wait(None)
 
     def _wait(self, seconds: float | None) -> None:
-        """Give the client so many seconds; None ends the waiting."""
+        """Give the client this many seconds to act; None stops the wait."""
         if self.limit is not None:
             self.limit.cancel()
         self.limit = (
@@ -155,12 +162,12 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which says when it can be reached, and stops within a time that is known.
+    """uvicorn's server, with a call when clients can connect and a stop within known time.
 
     Args:
-        config: uvicorn's.
-        worker: Owns the model; told to end its texts.
-        seconds: Within which to stop.
+        config: uvicorn's configuration.
+        worker: The owner of the model, stopped with the server.
+        seconds: Time within which to stop.
         announce: Called when clients can connect.
     """
 
@@ -176,22 +183,21 @@ class Server(uvicorn.Server):
         self.end_at = float("inf")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; at the second signal at once, in good order too."""
+        """Stop in time; at the second signal stop at once, also with a clean-up."""
         if self.should_exit:
             self.seconds, self.end_at = 0, time.monotonic()
         super().handle_exit(sig, frame)
-        self.force_exit = False  # which would leave texts without a word, and tasks to be cancelled
+        self.force_exit = False  # it would end responses without an error, and leave tasks behind
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then say so."""
+        """Listen, then announce it."""
         await super().startup(sockets)
         self.announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let texts end by themselves for most of the time, then end them with a word, then end connections."""
-        self.end_at = (
-            time.monotonic() + self.seconds - min(0.5, self.seconds / 4)
-        )  # the rest is for what ends the process
+        """Wait for running jobs most of the time, then end them with an error, then connections."""
+        # the rest of the time is for the end of the process
+        self.end_at = time.monotonic() + self.seconds - min(0.5, self.seconds / 4)
         ending = asyncio.create_task(self._end_texts())
         await super().shutdown(sockets)
         ending.cancel()
@@ -200,11 +206,11 @@ class Server(uvicorn.Server):
         while time.monotonic() < self.end_at - min(1, self.seconds / 2):
             await asyncio.sleep(0.05)
         self.worker.stop()
-        await asyncio.sleep(0.1)  # a moment to send the word
+        await asyncio.sleep(0.1)  # time to send the error
         while time.monotonic() < self.end_at - min(0.3, self.seconds / 4):
             await asyncio.sleep(0.05)
         for connection in list(self.server_state.connections):
-            connection.transport.abort()  # a client that does not read
+            connection.transport.abort()  # the client does not read
 
 
 def serve(
@@ -214,7 +220,7 @@ def serve(
     shutdown_seconds: float,
     announce: Callable[[], None],
 ) -> NoReturn:
-    """Serve until the process is told to stop, and end it: with status 0, after Ctrl-C with 130.
+    """Serve until a signal, then end the process: with status 0, after Ctrl-C with 130.
 
     Raises:
         SettingsError: Another program has taken the port meanwhile.
@@ -232,9 +238,8 @@ def serve(
         timeout_graceful_shutdown=math.ceil(shutdown_seconds) + 2,
     )
     server = Server(config, worker, shutdown_seconds, announce)
-    signal.signal(
-        signal.SIGTERM, lambda *_: None
-    )  # uvicorn raises it again when it has stopped in good order
+    # uvicorn raises the signal again after its clean stop
+    signal.signal(signal.SIGTERM, lambda *_: None)
     address, status = bound.getsockname(), 0
     try:
         server.run([bound])
@@ -248,5 +253,6 @@ def serve(
     if status:
         print("\nstopped.", file=sys.stderr)
     sys.stdout.flush()
-    # Python's own end frees a model piece by piece, for seconds, and must not come while a step of it goes on, which nothing interrupts
+    # Python's own exit would free the model for seconds, and must not run during one of its steps,
+    # which cannot be interrupted
     os._exit(status)

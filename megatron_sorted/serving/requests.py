@@ -1,6 +1,7 @@
-"""What clients of OpenAI's API send: every field checked at a cost that its size bounds, unknown ones refused by name.
+"""Requests of clients of OpenAI's API: fields are checked, unknown fields are refused by name.
 
-A list that is wrong costs one error, not one for each of its elements: lists are looked through here, up to the first mistake.
+The cost of a check is bounded by the field's size: lists are checked here rather than by pydantic,
+up to the first mistake, so that a wrong list makes one error instead of one for each element.
 """
 
 import json
@@ -15,20 +16,20 @@ from megatron_sorted.old_names import rename_keys
 from megatron_sorted.serving.adaptation import DEFAULT_TASK
 from megatron_sorted.serving.answers import RefusedError
 
-MOST_STOPS, MOST_STOP_LETTERS = 8, 256
-MOST_TOP_LOGPROBS = 20
-SHOWN_LETTERS = 60
+MAX_STOPS, MOST_STOP_CHARACTERS = 8, 256
+MAX_TOP_LOGPROBS = 20
+EXCERPT_CHARACTERS = 60
 
 
 class StreamOptions(BaseModel):
-    """What else a stream says; the obfuscation of OpenAI's own streams is left out whatever is asked."""
+    """Options of a stream; the obfuscation of OpenAI's own streams is accepted, but never added."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class _Request(BaseModel):
-    """What both kinds of requests may say; names are OpenAI's, and ours for the way and the task."""
+    """The fields of both kinds of requests, by OpenAI's names; ``strategy``, ``task`` are ours."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,24 +53,25 @@ class _Request(BaseModel):
     task: str = Field(DEFAULT_TASK, min_length=1, max_length=64)
 
     def check(self) -> None:
-        """Check fields against each other.
+        """Check the fields against each other.
 
         Raises:
-            RefusedError: Two contradict each other.
+            RefusedError: Two fields contradict each other.
         """
         if self.stream_options is not None and not self.stream:
             raise RefusedError(
-                "stream_options: given without stream. Leave them out, or set stream to true.",
+                "stream_options: given without stream. Leave it out, or set stream to true.",
                 "stream_options",
             )
         if self.best_of not in (None, self.n):
             raise RefusedError(
-                f"best_of: {self.best_of} is not n ({self.n}); texts are not ranked here. Leave it out.",
+                f"best_of: {self.best_of} is not n ({self.n}); texts are not ranked here. "
+                "Leave it out.",
                 "best_of",
             )
 
-    def sampling(self, usual: SamplingParameters, seed: int) -> SamplingParameters:
-        """Return how tokens are chosen: as asked, else as usual. OpenAI's ``top_p`` 0 takes the most likely token alone."""
+    def sampling(self, defaults: SamplingParameters, seed: int) -> SamplingParameters:
+        """Return the sampling parameters; OpenAI's ``top_p`` 0 means the most likely token."""
         given = {
             name: value
             for name in ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -79,38 +81,38 @@ class _Request(BaseModel):
             given["top_k"] = None
         if given.get("top_p") == 0:
             given |= {"top_p": None, "top_k": 1}
-        return replace(usual, **given, seed=seed)
+        return replace(defaults, **given, seed=seed)
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """Return how many of the most likely tokens are to be told of every token; None for no log-probabilities at all."""
+        """Return how many likely tokens to list at each position; None: no log-probabilities."""
         raise NotImplementedError
 
 
 class CompletionRequest(_Request):
-    """POST /v1/completions."""
+    """The body of POST /v1/completions."""
 
     prompt: Any
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """See the base class."""
+        """Return the number that the base class describes."""
         return self.logprobs
 
 
 class ChatRequest(_Request):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     messages: Any
     max_tokens: int | None = Field(None, ge=1, le=1 << 62)
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 62)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     def check(self) -> None:
-        """See the base class; take the newer name of the limit."""
+        """Check the fields as the base class does; resolve the two names of the token limit."""
         super().check()
         if self.max_completion_tokens is not None:
             if self.max_tokens not in (None, self.max_completion_tokens):
@@ -127,11 +129,12 @@ class ChatRequest(_Request):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """See the base class."""
+        """Return the number that the base class describes."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def _is(*values: object) -> Callable[[object], bool]:
+    """Build a check that a given value is one of these, where True is not 1."""
     return lambda given: any(
         given == value and isinstance(given, bool) == isinstance(value, bool) for value in values
     )
@@ -169,17 +172,20 @@ NEUTRAL: dict[str, Callable[[object], bool]] = {
     "use_beam_search": _is(False),
     "include_stop_str_in_output": _is(False),
 }
-"""Fields of OpenAI's API, and of servers like it, that are not supported here -> whether a value changes nothing, and so is taken."""
+"""Unsupported fields of OpenAI's API and similar servers -> check that a value has no effect.
+
+Such a value is accepted and ignored; any other is refused.
+"""
 FALSE_MEANS_NONE = ("logprobs", "echo")
 
 Kind = TypeVar("Kind", bound=_Request)
 
 
 def read_request(kind: type[Kind], values: dict[str, Any]) -> Kind:
-    """Return a request; null is absent, and what changes nothing is left out.
+    """Return a request; null counts as absent, values without an effect are left out.
 
     Raises:
-        RefusedError: A field is unknown, not supported, or has a value that cannot be.
+        RefusedError: A field is unknown, not supported, or has a wrong value.
     """
     given = {}
     try:
@@ -189,7 +195,7 @@ def read_request(kind: type[Kind], values: dict[str, Any]) -> Kind:
     for name, value in values.items():
         if name not in kind.model_fields and name not in NEUTRAL and name not in FALSE_MEANS_NONE:
             raise RefusedError(
-                f"{shown(name)}: there is no such field. Leave it out.", name[:SHOWN_LETTERS]
+                f"{excerpt(name)}: there is no such field. Leave it out.", name[:EXCERPT_CHARACTERS]
             )
         if value is None or (value is False and name in FALSE_MEANS_NONE):
             continue
@@ -200,14 +206,16 @@ def read_request(kind: type[Kind], values: dict[str, Any]) -> Kind:
                 else value
             )
         elif not NEUTRAL.get(name, _is())(value):
-            raise RefusedError(f"{name}: {shown(value)} is not supported here. Leave it out.", name)
+            raise RefusedError(
+                f"{name}: {excerpt(value)} is not supported here. Leave it out.", name
+            )
     try:
         request = kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
+        field = ".".join(map(str, first["loc"]))
         raise RefusedError(
-            f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}. Change it.", place
+            f"{field}: {first['msg'][0].lower()}{first['msg'][1:]}. Change it.", field
         ) from None
     request.check()
     return request
@@ -217,8 +225,8 @@ def _known_options(value: dict) -> dict:
     for name in value:
         if name not in StreamOptions.model_fields:
             raise RefusedError(
-                f"stream_options.{shown(name)}: there is no such option. Leave it out.",
-                f"stream_options.{name[:SHOWN_LETTERS]}",
+                f"stream_options.{excerpt(name)}: there is no such option. Leave it out.",
+                f"stream_options.{name[:EXCERPT_CHARACTERS]}",
             )
     return {name: one for name, one in value.items() if one is not None}
 
@@ -226,90 +234,99 @@ def _known_options(value: dict) -> dict:
 def read_prompts(
     value: object, most_prompts: int, max_positions: int, vocab_size: int
 ) -> list[str | list[int]]:
-    """Return the prompts, each a text or its tokens, of OpenAI's four forms: text, texts, tokens, lists of tokens.
+    """Return the prompts, each a text or its tokens.
+
+    OpenAI allows four forms: a text, a list of texts, a list of tokens, a list of such lists.
 
     Raises:
-        RefusedError: It is none of these, or cannot fit the model.
+        RefusedError: The value has none of these forms, or cannot fit the model.
     """
     if isinstance(value, str):
         return [value]
     rule = "Give a text, a list of texts, a list of tokens or a list of such lists."
     if not isinstance(value, list):
-        raise RefusedError(f"prompt: {shown(value)} is a {type(value).__name__}. {rule}", "prompt")
+        raise RefusedError(
+            f"prompt: {excerpt(value)} is a {type(value).__name__}. {rule}", "prompt"
+        )
     if not value:
         raise RefusedError(f"prompt: the list is empty. {rule}", "prompt")
     if type(value[0]) is int:
-        return [_tokens(value, "prompt", max_positions, vocab_size)]
+        return [_check_tokens(value, "prompt", max_positions, vocab_size)]
     if len(value) > most_prompts:
         raise RefusedError(
-            f"prompt: {len(value)} prompts are more than {most_prompts} in one request. Send fewer.",
+            f"prompt: {len(value)} prompts are more than {most_prompts} in one request. "
+            "Send fewer.",
             "prompt",
         )
     if all(isinstance(one, str) for one in value):
         return value
-    for place, one in enumerate(value):
+    for index, one in enumerate(value):
         if not isinstance(one, list):
             raise RefusedError(
-                f"prompt.{place}: {shown(one)} is a {type(one).__name__}. {rule}", f"prompt.{place}"
+                f"prompt.{index}: {excerpt(one)} is a {type(one).__name__}. {rule}",
+                f"prompt.{index}",
             )
     return [
-        _tokens(one, f"prompt.{place}", max_positions, vocab_size)
-        for place, one in enumerate(value)
+        _check_tokens(one, f"prompt.{index}", max_positions, vocab_size)
+        for index, one in enumerate(value)
     ]
 
 
-def _tokens(value: list, field: str, max_positions: int, vocab_size: int) -> list[int]:
-    """Return tokens after looking at their number first: however long a list is, no more than a context of it is looked through."""
+def _check_tokens(value: list, field: str, max_positions: int, vocab_size: int) -> list[int]:
+    """Return the tokens of one prompt, their number checked first to bound the cost."""
     if not value:
         raise RefusedError(
             f"{field}: it has no tokens. Give at least one, such as the tokenizer's bos.", field
         )
     if len(value) > max_positions:
         raise RefusedError(
-            f"{field}: {len(value)} tokens are more than the model's context of {max_positions}. Shorten it.",
+            f"{field}: {len(value)} tokens are more than the model's context of {max_positions}. "
+            "Shorten it.",
             field,
         )
     for token in value:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise RefusedError(
-                f"{field}: {shown(token)} is not a token in 0..{vocab_size - 1}. Use the model's own tokenizer.",
+                f"{field}: {excerpt(token)} is not a token in 0..{vocab_size - 1}. "
+                "Use the model's own tokenizer.",
                 field,
             )
     return value
 
 
-def read_stops(value: object) -> list[str]:
-    """Return the stop words.
+def read_stop_sequences(value: object) -> list[str]:
+    """Return the stop sequences.
 
     Raises:
-        RefusedError: They are no words, or too many or too long.
+        RefusedError: One is not a text or too long, or there are too many.
     """
-    words = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(words, list):
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list):
         raise RefusedError(
-            f"stop: {shown(value)} is a {type(value).__name__}. Give a text or a list of texts.",
+            f"stop: {excerpt(value)} is a {type(value).__name__}. Give a text or a list of texts.",
             "stop",
         )
-    if len(words) > MOST_STOPS:
+    if len(stops) > MAX_STOPS:
         raise RefusedError(
-            f"stop: {len(words)} stop words are more than {MOST_STOPS}. Give fewer.", "stop"
+            f"stop: {len(stops)} stop sequences are more than {MAX_STOPS}. Give fewer.", "stop"
         )
-    for word in words:
-        if not isinstance(word, str):
+    for stop in stops:
+        if not isinstance(stop, str):
             raise RefusedError(
-                f"stop: {shown(word)} is a {type(word).__name__}. Give texts.", "stop"
+                f"stop: {excerpt(stop)} is a {type(stop).__name__}. Give texts.", "stop"
             )
-        if not 1 <= len(word) <= MOST_STOP_LETTERS:
+        if not 1 <= len(stop) <= MOST_STOP_CHARACTERS:
             raise RefusedError(
-                f"stop: a stop word of {len(word)} characters is not of 1 to {MOST_STOP_LETTERS}. Change it.",
+                f"stop: a stop sequence of {len(stop)} characters is not of 1 to "
+                f"{MOST_STOP_CHARACTERS}. Change it.",
                 "stop",
             )
-    return words
+    return stops
 
 
-def shown(value: object) -> str:
+def excerpt(value: object) -> str:
     """Return the beginning of a value as JSON, for a message."""
     if isinstance(value, list | dict):
         return f"a {type(value).__name__} of {len(value)}" if value else str(value)
-    text = json.dumps(value[: SHOWN_LETTERS + 1]) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
+    text = json.dumps(value[: EXCERPT_CHARACTERS + 1] if isinstance(value, str) else value)
+    return text if len(text) <= EXCERPT_CHARACTERS else f"{text[:EXCERPT_CHARACTERS]}..."

@@ -1,4 +1,4 @@
-"""One thread that owns the model: requests wait in a line, pieces come back as they are written."""
+"""The one thread that owns the model: jobs wait in a queue, text is returned as it is written."""
 
 import queue
 import threading
@@ -13,22 +13,22 @@ import torch
 from megatron_sorted.decoding.strategies import EarlyExit, Fixed, SamplingParameters, Strategy
 from megatron_sorted.decoding.text_generator import StreamedText, TextGenerator
 from megatron_sorted.errors import MemoryExhaustedError, SettingsError, SortedError
-from megatron_sorted.serving.adaptation import DEFAULT_TASK, JOBS_A_SAVE, Adaptation
+from megatron_sorted.serving.adaptation import DEFAULT_TASK, JOBS_PER_SAVE, Adaptation
 from megatron_sorted.serving.answers import BusyError
 from megatron_sorted.serving.token_logprobs import TokenScore, TokenTexts, score_text
 
-MOST_WAITING = 64
-MOST_RETRY_SECONDS = 60
+MAX_WAITING = 64
+MAX_RETRY_SECONDS = 60
 STOPPING = "the server is stopping. Ask again when it is back."
 
 
 @dataclass
 class Scoring:
-    """What is to be told of every token of a request's texts.
+    """The log-probabilities that a request wants for every token of its texts.
 
     Attributes:
-        num_top: Most likely tokens beside it.
-        with_prompt: Whether tokens of prompts are told too.
+        num_top: Number of most likely tokens listed beside each token.
+        with_prompt: Whether tokens of prompts are scored too.
     """
 
     num_top: int
@@ -37,16 +37,19 @@ class Scoring:
 
 @dataclass(eq=False)
 class Job:
-    """One request.
+    """One request to the worker.
 
     Attributes:
-        prompts: Tokens of its texts.
-        way, sampling, max_new_tokens, stop: See ``TextGenerator.write``; no way: the one that was learned for the task.
-        scoring: Asks for log-probabilities; the scores of each text then come before the pieces, when all texts are over.
-        pieces: What was written; an exception, or None at the end.
-        gone: Set when nobody waits for it any more.
-        told: Called by the worker after something came to the pieces.
-        left: Called when nobody waits any more.
+        prompts: Token ids of each prompt.
+        strategy: A decoding strategy; None: the one that was learned for the task.
+        sampling, max_new_tokens, stop: See ``TextGenerator.write``.
+        task: Name under which `Adaptation` learns.
+        scoring: The wanted log-probabilities; the scores of all texts then come first, when every
+            text is complete.
+        outputs: What was written; an exception, or None at the end.
+        cancelled: Set when the client no longer waits.
+        notify: Called by the worker after it added an output.
+        on_cancel: Called when the job is cancelled.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -56,139 +59,141 @@ class Job:
     stop: Sequence[str]
     task: str = DEFAULT_TASK
     scoring: Scoring | None = None
-    pieces: queue.Queue = field(default_factory=queue.Queue)
-    gone: threading.Event = field(default_factory=threading.Event)
-    told: Callable[[], None] = lambda: None
-    left: Callable[["Job"], None] = lambda _: None
+    outputs: queue.Queue = field(default_factory=queue.Queue)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    notify: Callable[[], None] = lambda: None
+    on_cancel: Callable[["Job"], None] = lambda _: None
 
-    def give(self, found: StreamedText | list[list[TokenScore]] | BaseException | None) -> None:
-        """Add to the pieces."""
-        self.pieces.put(found)
-        self.told()
+    def put(self, output: StreamedText | list[list[TokenScore]] | BaseException | None) -> None:
+        """Add an output and notify the client's side."""
+        self.outputs.put(output)
+        self.notify()
 
-    def leave(self) -> None:
-        """Record that nobody waits any more: the job leaves the line, or ends at its next piece."""
-        self.gone.set()
-        self.left(self)
+    def cancel(self) -> None:
+        """Remove the job from the queue, or end it at its next output."""
+        self.cancelled.set()
+        self.on_cancel(self)
 
     def results(self) -> Iterator[StreamedText | list[list[TokenScore]]]:
-        """Yield the pieces.
+        """Yield the outputs.
 
         Raises:
             SortedError: The request cannot be answered.
         """
-        while (found := self.pieces.get()) is not None:
-            if isinstance(found, BaseException):
-                raise found
-            yield found
+        while (output := self.outputs.get()) is not None:
+            if isinstance(output, BaseException):
+                raise output
+            yield output
 
 
 class GenerationWorker:
-    """Answers one job after another; a job that fails leaves the model as it is.
+    """Runs one job after another; a job that fails leaves the model as it is.
 
     Args:
-        writer: The model.
-        adaptation: Chooses the way of jobs that name none, and learns from them; its thread is the worker's.
-        clock: Tells the seconds that jobs take.
+        generator: The model and its tokenizer.
+        adaptation: Chooses the strategy of jobs that name none, and learns from them; used by the
+            worker's thread alone.
+        clock: Returns the time in seconds, to measure jobs.
     """
 
     def __init__(
         self,
-        writer: TextGenerator,
+        generator: TextGenerator,
         adaptation: Adaptation | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.writer, self.adaptation, self.clock = writer, adaptation, clock
-        self.line: deque[Job] = deque()
+        self.generator, self.adaptation, self.clock = generator, adaptation, clock
+        self.waiting: deque[Job] = deque()
         self.changed = threading.Condition()
         self.running: Job | None = None
-        self.takes_more, self.seconds_a_job = True, 1.0
-        self.texts = TokenTexts(writer.tokenizer)
+        self.accepts_jobs, self.seconds_per_job = True, 1.0
+        self.texts = TokenTexts(generator.tokenizer)
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.thread.start()
 
     def submit(self, job: Job) -> Job:
-        """Return the job, which now waits in line.
+        """Put a job into the queue and return it.
 
         Raises:
-            BusyError: The line is full, or the server is stopping.
+            BusyError: The queue is full, or the server is stopping.
         """
         with self.changed:
-            if not self.takes_more:
+            if not self.accepts_jobs:
                 raise BusyError(STOPPING)
-            if len(self.line) >= MOST_WAITING:
-                seconds = round(self.seconds_a_job * len(self.line))
+            if len(self.waiting) >= MAX_WAITING:
+                seconds = round(self.seconds_per_job * len(self.waiting))
                 raise BusyError(
-                    f"{MOST_WAITING} requests wait already. Try again later.",
-                    min(max(seconds, 1), MOST_RETRY_SECONDS),
+                    f"{MAX_WAITING} requests wait already. Try again later.",
+                    min(max(seconds, 1), MAX_RETRY_SECONDS),
                 )
-            job.left = self._drop
-            if not job.gone.is_set():
-                self.line.append(job)
+            job.on_cancel = self._drop
+            if not job.cancelled.is_set():
+                self.waiting.append(job)
                 self.changed.notify()
-        if job.gone.is_set():  # while it was put there, perhaps
+        if job.cancelled.is_set():  # perhaps between the check and the append
             self._drop(job)
-            job.give(None)
+            job.put(None)
         return job
 
     def stop(self) -> None:
-        """End all texts with a word to their clients, whether they wait or are written, and take no more."""
+        """End running and waiting jobs with a `BusyError`, and accept no more."""
         with self.changed:
-            self.takes_more = False
-            jobs = [*([self.running] if self.running else []), *self.line]
+            self.accepts_jobs = False
+            jobs = [*([self.running] if self.running else []), *self.waiting]
         for job in jobs:
-            job.give(BusyError(STOPPING))
-            job.leave()
+            job.put(BusyError(STOPPING))
+            job.cancel()
 
     def close(self, seconds: float | None = None) -> bool:
-        """End the thread after the jobs in line, and write what was learned; return whether that was done within ``seconds``."""
+        """End the thread after the waiting jobs and save what was learned.
+
+        Return whether that was done within ``seconds``.
+        """
         with self.changed:
-            self.takes_more = False
+            self.accepts_jobs = False
             self.changed.notify()
         self.thread.join(seconds)
         return not self.thread.is_alive()
 
     def _drop(self, job: Job) -> None:
-        """Take a job out of the line, if it still waits there, and tell it so."""
+        """Remove a job from the queue and end its outputs, if it still waits."""
         with self.changed:
-            waited = job in self.line
+            waited = job in self.waiting
             if waited:
-                self.line.remove(job)
+                self.waiting.remove(job)
         if waited:
-            job.give(None)
+            job.put(None)
 
     def _next(self) -> Job | None:
         """Return the next job; None when there will be none."""
         with self.changed:
             self.running = None
-            self.changed.wait_for(lambda: self.line or not self.takes_more)
-            self.running = self.line.popleft() if self.line else None
+            self.changed.wait_for(lambda: self.waiting or not self.accepts_jobs)
+            self.running = self.waiting.popleft() if self.waiting else None
             return self.running
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
-            found, began = None, time.perf_counter()
+            end, began = None, time.perf_counter()
             try:
                 self._answer(job)
-            except (
-                Exception
-            ) as error:  # of a request that cannot be, or a failure: the next one may go well
+            except Exception as error:  # the next job may succeed
                 if not isinstance(error, SortedError):
                     traceback.print_exception(error)
-                found = without_frames(error)
-            if isinstance(found, MemoryExhaustedError) and torch.accelerator.is_available():
+                end = without_frames(error)
+            if isinstance(end, MemoryExhaustedError) and torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
-            self.seconds_a_job += 0.2 * (time.perf_counter() - began - self.seconds_a_job)
-            job.give(found)
+            self.seconds_per_job += 0.2 * (time.perf_counter() - began - self.seconds_per_job)
+            job.put(end)
             if self.adaptation is not None:
-                self.adaptation.save(JOBS_A_SAVE)
+                self.adaptation.save(JOBS_PER_SAVE)
         if self.adaptation is not None:
             self.adaptation.save()
 
     def _answer(self, job: Job) -> None:
-        if job.gone.is_set():
+        if job.cancelled.is_set():
             return
-        # what a way is worth is not learned where nothing is written, or scored afterwards
+        # jobs that write nothing, or whose time includes scoring, say little about a strategy
         if (
             job.strategy is not None
             or self.adaptation is None
@@ -197,48 +202,51 @@ class GenerationWorker:
         ):
             self._write(job, job.strategy)
             return
-        task, place = self.adaptation.choose(job.task)
+        task, index = self.adaptation.choose(job.task)
         began = self.clock()
         try:
-            num_tokens = self._write(job, self.adaptation.strategies[place])
+            num_tokens = self._write(job, self.adaptation.strategies[index])
         except Exception as error:
-            # other errors of ours are of the prompt: no fault of the way
+            # our other errors are about the prompt, not the strategy
             if not isinstance(error, SortedError) or isinstance(error, MemoryExhaustedError):
-                self.adaptation.fail(task, place)
+                self.adaptation.fail(task, index)
             raise
-        self.adaptation.learn(task, place, num_tokens, self.clock() - began)
+        self.adaptation.learn(task, index, num_tokens, self.clock() - began)
 
     def _write(self, job: Job, strategy: Strategy | None) -> int:
-        """Return how many tokens were written until the texts were over or nobody waited any more."""
-        num_tokens, held = 0, []
-        for piece in self.writer.write(
+        """Write the texts of a job, until they are complete or it is cancelled.
+
+        Return the number of tokens written.
+        """
+        num_tokens, unsent = 0, []
+        for piece in self.generator.write(
             job.prompts, strategy, job.sampling, job.max_new_tokens, job.stop
         ):
             num_tokens += len(piece.added.tokens)
-            if job.gone.is_set():
+            if job.cancelled.is_set():
                 break
             if job.scoring is None:
-                job.give(piece)
+                job.put(piece)
             else:
-                held.append(piece)
-        if job.scoring is not None and not job.gone.is_set():
-            job.give(self._scores(job, held))
-            for piece in held:
-                job.give(piece)
+                unsent.append(piece)
+        if job.scoring is not None and not job.cancelled.is_set():
+            job.put(self._scores(job, unsent))
+            for piece in unsent:
+                job.put(piece)
         return num_tokens
 
     def _scores(self, job: Job, pieces: Sequence[StreamedText]) -> list[list[TokenScore]]:
-        """Return the scores of each text; fewer of them where nobody waits any more."""
+        """Return the scores of each text, of fewer texts if the job is cancelled meanwhile."""
         added: list[list[int]] = [[] for _ in job.prompts]
         for piece in pieces:
             added[piece.row] += piece.added.tokens
         scores = []
         for prompt, tokens in zip(job.prompts, added, strict=True):
-            if job.gone.is_set():
+            if job.cancelled.is_set():
                 break
             scores.append(
                 score_text(
-                    self.writer.network,
+                    self.generator.network,
                     self.texts,
                     prompt,
                     tokens,
@@ -250,18 +258,19 @@ class GenerationWorker:
 
 
 def check_scoring(strategy: Strategy | None) -> None:
-    """Check that a way writes what the full model writes, whose log-probabilities are told.
+    """Check that a strategy is lossless: log-probabilities are those of the full model.
 
     Raises:
-        SettingsError: It does not.
+        SettingsError: It is not.
     """
     if isinstance(strategy, Fixed | EarlyExit):
         raise SettingsError(
-            f"logprobs: they are the full model's, and way {strategy.name} writes other texts. Use another way."
+            f"logprobs: they are the full model's, and strategy {strategy.name} writes other "
+            "texts. Use another strategy."
         )
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """Return the error without what it remembers of where it happened: that would keep a text's memory until the client is told."""
+    """Return the error without its frames, which would keep a text's memory until it is sent."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

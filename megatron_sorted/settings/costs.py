@@ -9,9 +9,9 @@ from megatron_sorted.settings.matrices import layer_shapes
 
 
 def layer_parameters(settings: AllSettings) -> tuple[int, int]:
-    """Return the weights of one layer's matrices that one token uses, and all parameters of the layer.
+    """Return (weights that one token uses, all parameters) of one layer.
 
-    With experts a token uses ``moe_router_topk`` of them.
+    The first number counts matrices alone; with experts a token uses ``moe_router_topk`` of them.
     """
     if not settings.num_experts:
         shapes = layer_shapes(settings)
@@ -25,7 +25,10 @@ def layer_parameters(settings: AllSettings) -> tuple[int, int]:
 
 
 def part_parameters(settings: AllSettings) -> tuple[int, int]:
-    """Return the weights of the matrices, and all parameters, of the parts that an intermediate exit has before its norm."""
+    """Return (weights of matrices, all parameters) of the parts an intermediate exit owns.
+
+    These are the parts before its norm.
+    """
     adapter, shapes = 2 * settings.hidden_size * settings.exit_adapter_rank, layer_shapes(settings)
     if settings.use_exit_block:
         weights, total = layer_parameters(settings)
@@ -38,8 +41,11 @@ def part_parameters(settings: AllSettings) -> tuple[int, int]:
 
 
 def sub_model_parameters(settings: AllSettings, vocab_size: int) -> dict[int, int]:
-    """Returns {depth: parameters of the sub-model}: embedding, first layers, the exit's own parts, one norm and one head (none of its own
-    when tied)."""
+    """Return {depth: number of parameters of the sub-model}.
+
+    It consists of the embedding, the first layers, the exit's own parts, one norm and one head
+    (which is the embedding where both are tied).
+    """
     h = settings.hidden_size
     outside = vocab_size * h * (2 if settings.untie_embeddings_and_output_weights else 1)
     outside += layer_shapes(settings).norm
@@ -56,10 +62,11 @@ def sub_model_parameters(settings: AllSettings, vocab_size: int) -> dict[int, in
 def forward_flops_per_token(
     settings: AllSettings, vocab_size: int, seq_length: int | None = None
 ) -> dict[int, int]:
-    """Returns {depth: operations of the sub-model's forward pass for one token}, a multiply-add counting 2.
+    """Return {depth: operations of the sub-model's forward pass for one token}.
 
-    Attention is counted at its mean over a causal sequence: half of ``seq_length`` (by default the run's); with a sliding window ``w``,
-    where a token sees at most ``w`` others, that is w - w**2 / (2 * seq_length).
+    A multiply-add counts 2. Attention is counted at its mean over a causal sequence: half of
+    ``seq_length`` (by default the run's); with a sliding window ``w``, where a token sees at most
+    ``w`` others, that is w - w**2 / (2 * seq_length).
     """
     layer, head, part = _token_flops(settings, vocab_size, seq_length or settings.seq_length)
     return {
@@ -69,12 +76,11 @@ def forward_flops_per_token(
 
 
 def _token_flops(settings: AllSettings, vocab_size: int, length: int) -> tuple[int, int, int]:
-    """Returns the operations of a layer's, a head's and an exit's own parts' forward pass for one token."""
+    """Return forward operations for one token: of a layer, of a head, of an exit's own parts."""
     window = min(settings.sliding_window or length, length)
     seen_twice = 2 * window - window * window // length
-    attention = (
-        2 * seen_twice * settings.num_attention_heads * kv_channels(settings)
-    )  # scores and values, each 2 * seen * width
+    # scores and values, each 2 * seen * width
+    attention = 2 * seen_twice * settings.num_attention_heads * kv_channels(settings)
     part = 2 * part_parameters(settings)[0] + (attention if settings.use_exit_block else 0)
     return (
         2 * layer_parameters(settings)[0] + attention,
@@ -89,15 +95,16 @@ def train_flops_per_token(
     depths: Collection[int] | None = None,
     deepest: int | None = None,
 ) -> int:
-    """Returns operations of forward and backward for one token.
+    """Return the operations of forward and backward for one token.
 
-    With --tune-exit layers have no backward; a frozen matrix, also under adapters, has none for its weights.
+    With --tune-exit layers have no backward; a frozen matrix, also under adapters, has none for its
+    weights.
 
     Args:
         settings: The run.
-        vocab_size: Real tokens.
+        vocab_size: Real tokens, without padding.
         depths: The exits that train; by default all that can.
-        deepest: Layers that are run; by default all.
+        deepest: The number of layers that are run; by default all.
     """
     layer, head, part = _token_flops(settings, vocab_size, settings.seq_length)
     depths = (

@@ -1,4 +1,8 @@
-"""Values that follow from the settings. All suppose settings that `check_settings` has passed."""
+"""Values that follow from the settings.
+
+`data_blend` and `split_ranges` check what they read; all others suppose settings that
+`check_settings` has passed.
+"""
 
 import re
 from collections.abc import Iterable
@@ -11,11 +15,18 @@ from megatron_sorted.settings.require import require
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 SMALLEST_SHARE = 1e-6
-"""Of a source in a blend: where to continue in a blend is found by looking back over one sample of its rarest source."""
+"""Smallest share of a source in a blend.
+
+The position at which a blend continues is found by looking back over one sample of its rarest
+source.
+"""
 
 
 def ffn_hidden_size(settings: AllSettings) -> int:
-    """Returns the width of the MLP: as given, else 4 x hidden size, with SwiGLU 8/3 x hidden size rounded up to a multiple of 64."""
+    """Return the width of the MLP.
+
+    By default it is 4 x hidden size; with SwiGLU 8/3 x hidden size, rounded up to a multiple of 64.
+    """
     if settings.ffn_hidden_size is not None:
         return settings.ffn_hidden_size
     return (
@@ -26,7 +37,7 @@ def ffn_hidden_size(settings: AllSettings) -> int:
 
 
 def kv_channels(settings: AllSettings) -> int:
-    """Returns the width of one attention head."""
+    """Return the width of one attention head."""
     return (
         settings.hidden_size // settings.num_attention_heads
         if settings.kv_channels is None
@@ -35,14 +46,14 @@ def kv_channels(settings: AllSettings) -> int:
 
 
 def num_query_groups(settings: AllSettings) -> int:
-    """Returns the number of key/value heads."""
+    """Return the number of key/value heads."""
     if settings.group_query_attention and settings.num_query_groups is not None:
         return settings.num_query_groups
     return settings.num_attention_heads
 
 
 def max_position_embeddings(settings: AllSettings) -> int:
-    """Returns the longest sequence the model can be used with."""
+    """Return the longest sequence the model can be used with."""
     return (
         settings.seq_length
         if settings.max_position_embeddings is None
@@ -51,13 +62,16 @@ def max_position_embeddings(settings: AllSettings) -> int:
 
 
 def padded_vocab_size(vocab_size: int, settings: AllSettings) -> int:
-    """Returns the number of rows of embedding and head: ``vocab_size`` rounded up so that every tensor parallel rank has equal shares."""
+    """Return the number of rows of embedding and head.
+
+    That is ``vocab_size`` rounded up so that every tensor parallel rank has an equal share.
+    """
     multiple = settings.make_vocab_size_divisible_by * settings.tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
 
 def data_parallel_size(settings: AllSettings, world_size: int) -> int:
-    """Returns how many copies of the model read different samples."""
+    """Return the number of copies of the model, which read different samples."""
     return world_size // (
         settings.tensor_model_parallel_size
         * settings.pipeline_model_parallel_size
@@ -66,7 +80,7 @@ def data_parallel_size(settings: AllSettings, world_size: int) -> int:
 
 
 def samples_per_step(settings: AllSettings, data_size: int) -> int:
-    """Returns the samples of one step over ``data_size`` copies of the model."""
+    """Return the number of samples of one step over ``data_size`` copies of the model."""
     return (
         settings.micro_batch_size * data_size
         if settings.global_batch_size is None
@@ -75,24 +89,28 @@ def samples_per_step(settings: AllSettings, data_size: int) -> int:
 
 
 def global_batch_size(settings: AllSettings, world_size: int) -> int:
-    """Returns the samples of one step over all processes."""
+    """Return the number of samples of one step over all processes."""
     return samples_per_step(settings, data_parallel_size(settings, world_size))
 
 
 def num_micro_batches(settings: AllSettings, world_size: int) -> int:
-    """Returns how many micro-batches each process computes in one step."""
+    """Return the number of micro-batches that each process computes in one step."""
     return global_batch_size(settings, world_size) // (
         settings.micro_batch_size * data_parallel_size(settings, world_size)
     )
 
 
 def exit_depths(settings: AllSettings) -> tuple[int, ...]:
-    """Returns the depths of all exits in increasing order; the last layer is always one."""
+    """Return the depths of all exits in increasing order; the last layer is always one.
+
+    Raises:
+        SettingsError: A depth of --exit-layer-nums is not a layer, or is listed twice.
+    """
     return normalise_depths(settings.exit_layer_nums, settings.num_layers)
 
 
 def exit_probabilities(settings: AllSettings) -> dict[int, float]:
-    """Returns {depth: probability of being drawn}; equal ones unless the settings give them."""
+    """Return {depth: probability of being drawn}; equal ones unless the settings give them."""
     if settings.exit_sampling == "probabilities":
         return by_depth(
             "--exit-probabilities",
@@ -105,9 +123,10 @@ def exit_probabilities(settings: AllSettings) -> dict[int, float]:
 
 
 def step_coefficients(settings: AllSettings, rule: CoefficientRule, step: int) -> dict[int, float]:
-    """Returns {depth: coefficient} of every exit at ``step``; with --tune-exit the last exit, which is frozen, counts 0.
+    """Return {depth: coefficient} of every exit at ``step``.
 
-    Coefficients that are shares of one whole are then shares of the exits that are left.
+    With --tune-exit the last exit, which is frozen, counts 0; coefficients that are shares of one
+    whole are then shares of the exits that are left.
     """
     coefficients = rule.coefficients(step)
     if not settings.tune_exit:
@@ -121,7 +140,10 @@ def step_coefficients(settings: AllSettings, rule: CoefficientRule, step: int) -
 
 
 def trained_exits(settings: AllSettings, rule: CoefficientRule, step: int) -> dict[int, float]:
-    """Returns {depth: coefficient} of the exits that train at ``step``; the same on every rank without talking."""
+    """Return {depth: coefficient} of the exits that train at ``step``.
+
+    Every rank computes the same result without communication.
+    """
     sampling = ExitSampling(
         settings.seed,
         settings.exit_sampling,
@@ -132,12 +154,15 @@ def trained_exits(settings: AllSettings, rule: CoefficientRule, step: int) -> di
 
 
 def last_exit_teaches(settings: AllSettings) -> bool:
-    """Returns whether the other exits learn from the last one, rather than all from a model of its own."""
+    """Return whether the other exits learn from the last one, not from a separate model."""
     return settings.exit_kd_weight > 0 and settings.exit_kd_teacher is None
 
 
 def taught_exits(settings: AllSettings, depths: Iterable[int]) -> list[int]:
-    """Returns those of ``depths`` whose exit has a teacher: the last has one only if that is a model of its own."""
+    """Return those of ``depths`` whose exit has a teacher.
+
+    The last exit has one only if the teacher is a separate model.
+    """
     if settings.exit_kd_weight == 0:
         return []
     return [
@@ -146,11 +171,12 @@ def taught_exits(settings: AllSettings, depths: Iterable[int]) -> list[int]:
 
 
 def deepest_layer_run(settings: AllSettings, depths: Iterable[int]) -> int:
-    """Returns the depth above which layers are not run at a step that trains the exits at ``depths``.
+    """Return how many layers are run at a step that trains the exits at ``depths``.
 
-    With one stage that is the deepest of them. With several, stages above could only idle. Megatron's overlapped gradient
-    reduction waits for the gradient of every layer, so there all layers are run; with --tune-exit for that of every exit's own parts.
-    Where the last exit teaches, all layers are run.
+    With one stage that is the deepest of them. With several, stages above could only idle.
+    Megatron's overlapped gradient reduction waits for the gradient of every layer, so there all
+    layers are run; with --tune-exit for that of every exit's own parts. Where the last exit
+    teaches, all layers are run.
     """
     if settings.pipeline_model_parallel_size > 1 or (
         last_exit_teaches(settings) and taught_exits(settings, depths)
@@ -162,23 +188,25 @@ def deepest_layer_run(settings: AllSettings, depths: Iterable[int]) -> int:
 
 
 def data_blend(settings: AllSettings) -> tuple[tuple[float, str], ...] | None:
-    """Returns (weight, prefix) of each source where ``--data-path`` is a blend, or None where it lists prefixes alone.
+    """Return (weight, prefix) of each source of ``--data-path``, or None if it is not a blend.
 
     Raises:
-        SettingsError: weights and prefixes do not alternate, or a weight or prefix cannot be.
+        SettingsError: Weights and prefixes do not alternate, a weight is not above 0 or too small,
+            or a prefix is listed twice.
     """
-    words = settings.data_path
-    weighs = [NUMBER.fullmatch(word) is not None for word in words]
-    if not any(weighs):
+    items = settings.data_path
+    is_weight = [NUMBER.fullmatch(item) is not None for item in items]
+    if not any(is_weight):
         return None
-    shown = " ".join(words)
+    shown = " ".join(items)
     require(
-        weighs == [place % 2 == 0 for place in range(len(words))] and len(words) % 2 == 0,
-        f"--data-path: {shown!r} mixes prefixes with and without a weight, or has a weight without a prefix. Write WEIGHT PREFIX WEIGHT "
-        "PREFIX ..., or prefixes alone (a file whose name is a number: ./NAME).",
+        is_weight == [position % 2 == 0 for position in range(len(items))] and len(items) % 2 == 0,
+        f"--data-path: {shown!r} mixes prefixes with and without a weight, or has a weight "
+        "without a prefix. Write WEIGHT PREFIX WEIGHT PREFIX ..., or prefixes alone (a file whose "
+        "name is a number: ./NAME).",
     )
     blend = tuple(
-        (float(weight), prefix) for weight, prefix in zip(words[::2], words[1::2], strict=True)
+        (float(weight), prefix) for weight, prefix in zip(items[::2], items[1::2], strict=True)
     )
     for weight, prefix in blend:
         require(
@@ -188,55 +216,58 @@ def data_blend(settings: AllSettings) -> tuple[tuple[float, str], ...] | None:
         share = weight / sum(other for other, _ in blend)
         require(
             share >= SMALLEST_SHARE,
-            f"--data-path: weight {weight:g} of {prefix} is a share of {share:.2g}, less than one sample in a million. "
-            "Give it more, or leave it out.",
+            f"--data-path: weight {weight:g} of {prefix} is a share of {share:.2g}, less than one "
+            "sample in a million. Give it more, or leave it out.",
         )
     names = [prefix for _, prefix in blend]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    duplicate = next((name for name in names if names.count(name) > 1), None)
     require(
-        twice is None,
-        f"--data-path: {twice} stands twice in the blend. Give it once, with the sum of its weights.",
+        duplicate is None,
+        f"--data-path: {duplicate} is listed twice in the blend. Give it once, with the sum of "
+        "its weights.",
     )
     return blend
 
 
 def data_prefixes(settings: AllSettings) -> tuple[str, ...]:
-    """Returns the prefixes of ``--data-path`` without weights."""
+    """Return the prefixes of ``--data-path`` without weights."""
     blend = data_blend(settings)
     return settings.data_path if blend is None else tuple(prefix for _, prefix in blend)
 
 
 MASKS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
-"""Settings that say how documents of text share a sample."""
+"""Settings that define how documents of text share a sample."""
 
 
 def document_masks(settings: AllSettings) -> dict[str, bool]:
-    """Return how documents of text share a sample, by the names of Megatron-LM's flags, defaults resolved.
+    """Return how documents of text share a sample, with defaults resolved.
 
-    The default was chosen by a measurement (docs/data.md). Attention across context parallel processes knows no documents.
+    The keys are the names of Megatron-LM's flags. The default was chosen by a measurement
+    (docs/data.md). Attention across context parallel processes cannot separate documents.
     """
-    apart = (
+    separate = (
         settings.context_parallel_size == 1
         if settings.reset_attention_mask is None
         else settings.reset_attention_mask
     )
     others = {name: getattr(settings, name) for name in MASKS[1:]}
     return {
-        "reset_attention_mask": apart,
-        **{name: apart if value is None else value for name, value in others.items()},
+        "reset_attention_mask": separate,
+        **{name: separate if value is None else value for name, value in others.items()},
     }
 
 
 def split_ranges(
     settings: AllSettings,
 ) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
-    """Returns which part of each file of ``--data-path`` is for training, validation and test: (begin, end) as fractions of its documents.
+    """Return (begin, end) of training, validation and test data in files of ``--data-path``.
 
-    With ``--valid-data-path`` all of it is trained on.
+    Both are fractions of the file's documents. With ``--valid-data-path`` all of a file is trained
+    on.
 
     Raises:
-        SettingsError: ``--split`` is not one to three shares, the first positive and none negative, or it gives a share to what has data
-            of its own.
+        SettingsError: ``--split`` is not one to three shares, the first positive and none negative,
+            or it gives a share to a set that has data of its own.
     """
     try:
         shares = [float(word) for word in settings.split.split(",")]
@@ -246,8 +277,9 @@ def split_ranges(
         1 <= len(shares) <= 3
         and all(0 <= share < float("inf") for share in shares)
         and shares[0] > 0,
-        f"--split: {settings.split!r} is not one to three shares, the first above 0 and the others not below. "
-        "Write training,validation or training,validation,test such as 98,2 or 969,30,1.",
+        f"--split: {settings.split!r} is not one to three shares, the first above 0 and the "
+        "others not below. Write training,validation or training,validation,test such as 98,2 or "
+        "969,30,1.",
     )
     training, validation, test = (*shares, 0.0, 0.0)[:3]
     for flag, given in (
@@ -256,8 +288,10 @@ def split_ranges(
     ):
         require(
             not (given and test),
-            f"--split: {settings.split!r} holds a test share back from --data-path, which is not done beside {flag}. "
-            "Leave out the third share"
+            (
+                f"--split: {settings.split!r} takes a test share from --data-path, which cannot "
+                f"be combined with {flag}. Leave out the third share"
+            )
             + (
                 ", or give --test-data-path for it."
                 if flag == "--valid-data-path"

@@ -1,60 +1,64 @@
-"""What exits learn from a teacher, and what is done where gradients of exits meet."""
+"""Settings of distillation, and of how gradients of exits are joined, with their rules."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sorted.settings.coefficient_rule import trainable_exits
 from megatron_sorted.settings.field import AllSettings, setting
 from megatron_sorted.settings.require import require
-from megatron_sorted.settings.weighting import trainable_exits
 
 
 @dataclass(frozen=True)
 class ExitDistillationSettings:
-    """Rules for gradients at intermediate exits, and self-distillation from the last exit."""
+    """Rules for gradients at intermediate exits, and distillation from a teacher."""
 
     exit_gradient_rule: Literal["sum", "equilibrium", "balance", "project"] = setting(
         "sum",
-        "How an intermediate exit's gradient joins that of all deeper exits in the layers below: added as it is (sum); both scaled "
-        "so that the layers see the mean over the exits above them (equilibrium, IMTA); its norm set to --exit-gradient-balance times "
-        "the deeper one's (balance); without the part that opposes the deeper one (project). The exit's own norm and head are not touched.",
+        "How the gradient of an intermediate exit is joined with that of all deeper exits for the "
+        "layers below: sum adds both; equilibrium scales both so that the layers see the mean "
+        "over the exits above them (IMTA); balance sets its norm to --exit-gradient-balance times "
+        "the deeper one's; project removes the component that opposes the deeper one. The exit's "
+        "own norm and head keep their gradient.",
     )
     exit_gradient_scope: Literal["token", "micro-batch"] = setting(
         "token",
-        "Over what norms and products of balance and project are taken: each token by itself, or the whole micro-batch.",
+        "Over what balance and project compute norms and products: each token by itself, or the "
+        "whole micro-batch.",
     )
     exit_gradient_balance: float = setting(
         1.0,
-        "Norm of an exit's gradient over that of the deeper exits' gradient, for --exit-gradient-rule balance.",
+        "For --exit-gradient-rule balance: norm of an exit's gradient divided by that of the "
+        "deeper exits' gradient.",
     )
     log_exit_gradients: bool = setting(
         False,
-        "Measure cosine and ratio of norms of each exit's gradient and the deeper exits' at every step, not at reports only.",
+        "Measure cosine and norm ratio of each exit's gradient and the deeper exits' at every "
+        "step, not only at reports.",
     )
     exit_kd_weight: float = setting(
         0.0,
-        "Share L in [0, 1] of distillation in the loss of every intermediate exit: (1 - L) cross entropy + L T^2 KL(last exit || "
-        "exit), the last exit being the teacher. 0: none.",
+        "Share L in [0, 1] of distillation in the loss of every exit that has a teacher: (1 - L) "
+        "cross entropy + L T^2 KL(teacher || exit). The last exit teaches the others, unless "
+        "--exit-kd-teacher names a model. 0: no distillation.",
     )
     exit_kd_temperature: float = setting(
         1.0, "Temperature T of the distillation: both distributions are softmax(logits / T)."
     )
     exit_kd_teacher: str | None = setting(
         None,
-        "Directory of a model that teaches every exit, the last included, instead of the last exit: Hugging Face's or checkpoints, "
-        "of the same width and vocabulary, often the one that --load starts from. It is frozen, in the layout of the run.",
+        "Directory of a frozen model that teaches every exit, the last included, instead of the "
+        "last exit: a Hugging Face directory or checkpoints, with the same width and vocabulary; "
+        "often the model that --load starts from. It is split over devices as the run is.",
     )
     exit_kd_top_k: int | None = setting(
         None,
-        "The teacher's distribution is cut to its so many most likely tokens and scaled to sum 1; by default whole.",
+        "Number of the teacher's most likely tokens that its distribution is cut to, scaled to "
+        "sum 1; by default all tokens.",
     )
 
 
 def check_exit_distillation(settings: AllSettings) -> None:
-    """Returns nothing if what is asked of exits and their gradients can be done and has an effect.
-
-    Raises:
-        SettingsError: it does not.
-    """
+    """Check that gradient rule and distillation can act; raise `SettingsError` if not."""
     training = trainable_exits(settings)
     shallower = [depth for depth in training if depth != settings.num_layers]
     _check_gradient_rule(settings, training)
@@ -62,17 +66,20 @@ def check_exit_distillation(settings: AllSettings) -> None:
     if settings.exit_kd_weight == 0:
         return
     if settings.exit_kd_teacher is not None:
-        return  # a model of its own teaches whoever trains
+        return  # a separate model teaches every exit that trains
     require(
         bool(shallower),
-        f"--exit-kd-weight: {settings.exit_kd_weight:g}, but no intermediate exit trains, so nobody learns from the last one. "
-        "Name exits with --exit-layer-nums and give them a coefficient above 0, or leave it out.",
+        f"--exit-kd-weight: {settings.exit_kd_weight:g}, but no intermediate exit trains, so none "
+        "learns from the last one. Name exits with --exit-layer-nums and give them a coefficient "
+        "above 0, or leave it out.",
     )
-    # a base that is frozen as a whole is a teacher as it is; one that trains for others' sake only would be spoilt by them
+    # a base that is frozen as a whole is a fixed teacher; layers that train for other exits would
+    # change a last exit that does not train itself
     require(
         settings.num_layers in training or settings.tune_exit,
-        f"--exit-kd-weight: {settings.exit_kd_weight:g}, but the teacher, the last exit (depth {settings.num_layers}), does not train "
-        "(coefficient or probability 0) while the layers below it do. Let it train, or freeze all but the exits (--tune-exit).",
+        f"--exit-kd-weight: {settings.exit_kd_weight:g}, but the teacher, the last exit (depth "
+        f"{settings.num_layers}), does not train (coefficient or probability 0) while the layers "
+        "below it do. Let it train, or freeze all but the exits (--tune-exit).",
     )
 
 
@@ -80,18 +87,20 @@ def _check_gradient_rule(settings: AllSettings, training: list[int]) -> None:
     rule = settings.exit_gradient_rule
     require(
         rule == "sum" or len(training) > 1,
-        f"--exit-gradient-rule: {rule}, but fewer than two exits train, so no two gradients meet. Name exits with --exit-layer-nums and "
-        "give them a coefficient above 0, or leave it out.",
+        f"--exit-gradient-rule: {rule}, but fewer than two exits train, so there are no two "
+        "gradients to join. Name exits with --exit-layer-nums and give them a coefficient above "
+        "0, or leave it out.",
     )
     require(
         settings.exit_gradient_scope == "token" or rule in ("balance", "project"),
-        f"--exit-gradient-scope: {settings.exit_gradient_scope} has no effect on --exit-gradient-rule {rule}, which takes no norms. "
-        "Leave it out, or use balance or project.",
+        f"--exit-gradient-scope: {settings.exit_gradient_scope} has no effect on "
+        f"--exit-gradient-rule {rule}, which computes no norms. Leave it out, or use balance or "
+        "project.",
     )
     require(
         settings.exit_gradient_balance == 1.0 or rule == "balance",
-        f"--exit-gradient-balance: {settings.exit_gradient_balance:g} has no effect on --exit-gradient-rule {rule}. Leave it out, or use "
-        "balance.",
+        f"--exit-gradient-balance: {settings.exit_gradient_balance:g} has no effect on "
+        f"--exit-gradient-rule {rule}. Leave it out, or use balance.",
     )
 
 
@@ -99,7 +108,8 @@ def _check_distillation_numbers(settings: AllSettings) -> None:
     weight, top_k = settings.exit_kd_weight, settings.exit_kd_top_k
     require(
         0 <= weight <= 1,
-        f"--exit-kd-weight: {weight:g} is not in [0, 1]. Give the share of distillation in an exit's loss.",
+        f"--exit-kd-weight: {weight:g} is not in [0, 1]. Give the share of distillation in an "
+        "exit's loss.",
     )
     require(
         weight > 0
@@ -108,20 +118,20 @@ def _check_distillation_numbers(settings: AllSettings) -> None:
             and top_k is None
             and settings.exit_kd_teacher is None
         ),
-        "--exit-kd-temperature, --exit-kd-top-k, --exit-kd-teacher: they have no effect without distillation. Leave them out, or give "
-        "--exit-kd-weight.",
+        "--exit-kd-temperature, --exit-kd-top-k, --exit-kd-teacher: these have no effect without "
+        "distillation. Leave them out, or give --exit-kd-weight.",
     )
     check_top_k(settings)
 
 
 def check_top_k(settings: AllSettings) -> None:
-    """Returns nothing if the teacher has as many tokens as it is cut to; nothing is known where the vocabulary is not yet.
+    """Check that the teacher has as many tokens as it is cut to; raise `SettingsError` if not.
 
-    Raises:
-        SettingsError: it has not.
+    The vocabulary may be known only later; the check is then repeated.
     """
     top_k, vocabulary = settings.exit_kd_top_k, settings.vocab_size
     require(
         top_k is None or vocabulary is None or top_k <= vocabulary,
-        f"--exit-kd-top-k: {top_k} is more than the vocabulary's {vocabulary} tokens. Give at most that, or leave it out for all.",
+        f"--exit-kd-top-k: {top_k} is more than the vocabulary's {vocabulary} tokens. Give at "
+        "most that, or leave it out for all.",
     )

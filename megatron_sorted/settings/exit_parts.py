@@ -1,40 +1,48 @@
-"""What an intermediate exit may own besides a norm and a head, and whether anything else trains."""
+"""Settings of the parts an intermediate exit may own beside norm and head, with their rules."""
 
 from dataclasses import dataclass
 
 from megatron_sorted.exits.depths import by_depth
+from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.derived import exit_depths, step_coefficients
 from megatron_sorted.settings.field import AllSettings, setting
 from megatron_sorted.settings.require import require
-from megatron_sorted.settings.weighting import coefficient_rule
 
 
 @dataclass(frozen=True)
 class ExitPartSettings:
-    """Parts between an exit's hidden state and its norm, in EE-LLM's words where it has them; the last exit never has any."""
+    """Parts between the hidden state and the norm of an intermediate exit, named as in EE-LLM.
+
+    The last exit never has any.
+    """
 
     use_exit_block: bool = setting(
         False,
-        "Every intermediate exit has a layer of its own before its norm (Balcony); it begins as a copy of the last one.",
+        "Give every intermediate exit a transformer layer of its own before its norm (Balcony); "
+        "it starts as a copy of the last layer.",
     )
     use_exit_mlp: bool = setting(
         False,
-        "Every intermediate exit has a normed MLP of its own before its norm (EE-Tuning); it begins as a copy of the last layer's.",
+        "Give every intermediate exit an MLP with a norm of its own before its norm (EE-Tuning); "
+        "it starts as a copy of the last layer's.",
     )
     exit_adapter_rank: int = setting(
         0,
-        "Rank of a low-rank adapter that every intermediate exit adds to its hidden state before its norm; 0: none. It begins at zero.",
+        "Rank of a low-rank adapter that every intermediate exit adds to its hidden state before "
+        "its norm; it starts at zero. 0: no adapter.",
     )
     tune_exit: bool = setting(
-        False, "Train only what the intermediate exits own; all else is frozen and keeps its bits."
+        False,
+        "Train only what the intermediate exits own; everything else is frozen and stays bit for "
+        "bit the same.",
     )
 
 
 def check_exit_parts(settings: AllSettings) -> None:
-    """Returns nothing if exits can have the parts asked for, and something is left to train.
+    """Check that exits can have these parts, and that something trains.
 
     Raises:
-        SettingsError: they cannot, or there is not.
+        SettingsError: They cannot, or nothing trains.
     """
     has_intermediate = len(exit_depths(settings)) > 1
     for flag, given in (
@@ -44,7 +52,8 @@ def check_exit_parts(settings: AllSettings) -> None:
     ):
         require(
             not given or has_intermediate,
-            f"{flag}: there is no intermediate exit to have it, and the last one never has. Name some with --exit-layer-nums.",
+            f"{flag}: there is no intermediate exit to have it, and the last exit never has one. "
+            "Name some with --exit-layer-nums.",
         )
     require(
         not (settings.use_exit_block and settings.use_exit_mlp),
@@ -52,12 +61,14 @@ def check_exit_parts(settings: AllSettings) -> None:
     )
     require(
         settings.exit_adapter_rank <= settings.hidden_size,
-        f"--exit-adapter-rank: {settings.exit_adapter_rank} is above --hidden-size {settings.hidden_size}, so it is not low. Lower it.",
+        f"--exit-adapter-rank: {settings.exit_adapter_rank} is above --hidden-size "
+        f"{settings.hidden_size}, so the adapter would not be low-rank. Lower it.",
     )
     require(
         settings.num_experts is None or not (settings.use_exit_block or settings.use_exit_mlp),
-        f"--use-exit-block, --use-exit-mlp: not done with experts (--num-experts {settings.num_experts}): the router's losses belong to "
-        "layers of the network. Use --exit-adapter-rank, or own norms and heads.",
+        "--use-exit-block, --use-exit-mlp: not supported with experts (--num-experts "
+        f"{settings.num_experts}): the router's losses belong to layers of the network. Use "
+        "--exit-adapter-rank, or own norms and heads.",
     )
     if settings.tune_exit:
         _check_tuning(settings, has_intermediate)
@@ -74,8 +85,9 @@ def _check_tuning(settings: AllSettings, has_intermediate: bool) -> None:
     )
     require(
         has_intermediate and any(own),
-        "--tune-exit: there is nothing to tune. Name intermediate exits with --exit-layer-nums, and give them parts of their own with "
-        "--use-exit-block, --use-exit-mlp, --exit-adapter-rank, --use-exit-norm or --untie-exit-output-weights.",
+        "--tune-exit: there is nothing to tune. Name intermediate exits with --exit-layer-nums, "
+        "and give them parts of their own with --use-exit-block, --use-exit-mlp, "
+        "--exit-adapter-rank, --use-exit-norm or --untie-exit-output-weights.",
     )
     for flag, values in (
         ("--exit-layer-weight", settings.exit_layer_weight),
@@ -87,7 +99,10 @@ def _check_tuning(settings: AllSettings, has_intermediate: bool) -> None:
         )
         require(
             value == 0,
-            f"{flag}: {value:g} for the last exit, which --tune-exit freezes, so it counts 0. "
+            (
+                f"{flag}: {value:g} for the last exit, which --tune-exit freezes, so its loss must "
+                "count 0. "
+            )
             + ("Give it 0." if flag == "--exit-probabilities" else "Leave it out or give 0."),
         )
     rule = coefficient_rule(settings)
@@ -97,5 +112,6 @@ def _check_tuning(settings: AllSettings, has_intermediate: bool) -> None:
     ):
         require(
             any(step_coefficients(settings, rule, step).values()),
-            f"{flag}: every intermediate exit counts 0 at step {step}, and --tune-exit trains no other. Give one a positive coefficient.",
+            f"{flag}: every intermediate exit counts 0 at step {step}, and --tune-exit trains no "
+            "other. Give one a positive coefficient.",
         )

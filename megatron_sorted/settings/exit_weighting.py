@@ -1,92 +1,91 @@
-"""How loss coefficients of exits are learned, guarded and scheduled."""
+"""Settings that learn, guard and schedule the loss coefficients of exits, with their rules."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from megatron_sorted.exits.depths import listed_order
+from megatron_sorted.settings.coefficient_rule import LEARNED, base_rule
 from megatron_sorted.settings.field import AllSettings, flag_of, setting
 from megatron_sorted.settings.require import require
-from megatron_sorted.settings.weighting import LEARNED, base_rule
 
 
 @dataclass(frozen=True)
 class ExitWeightingSettings:
-    """How loss coefficients of exits are learned, guarded and switched on; LayerSkip's dropped layers."""
+    """Learning, guard and curriculum of the loss coefficients of exits."""
 
     exit_layer_weight_scale: float = setting(
         1.0,
-        "Weight of the exits below the last one in the rule 'layerskip' (e_scale; LayerSkip: 0.1 to 1).",
+        "For the rule 'layerskip': weight of the exits below the last one (e_scale in LayerSkip, "
+        "0.1 to 1).",
     )
-    exit_uncertainty_rate: float = setting(0.025, "Rate of the rule 'uncertainty'.")
+    exit_uncertainty_rate: float = setting(0.025, "Learning rate of the rule 'uncertainty'.")
     exit_uncertainty_variance: float = setting(
-        0.60653066, "First e^s of the rule 'uncertainty'; by default e^-0.5."
+        0.60653066, "Initial variance e^s of the rule 'uncertainty'; the default is e^-0.5."
     )
     exit_inverse_loss_decay: float = setting(
-        0.9, "Decay of the moving mean of the rule 'inverse_loss'."
+        0.9, "Decay of the moving mean of losses in the rule 'inverse_loss'."
     )
     exit_dwa_window: int = setting(
-        100, "Steps of a window of the rule 'dwa' (in the paper an epoch)."
+        100, "Steps over which the rule 'dwa' averages losses (an epoch in the paper)."
     )
     exit_dwa_temperature: float = setting(2.0, "Temperature of the rule 'dwa'.")
-    exit_gradnorm_rate: float = setting(0.025, "Rate of the rule 'gradnorm'.")
+    exit_gradnorm_rate: float = setting(0.025, "Learning rate of the rule 'gradnorm'.")
     exit_gradnorm_alpha: float = setting(
-        1.5, "Exponent of the rule 'gradnorm': how much larger gradients of slow exits are to be."
+        1.5,
+        "Exponent of the rule 'gradnorm': how much larger the gradients of slowly learning exits "
+        "shall be.",
     )
     exit_simulated_sharpness: float = setting(
         10.0,
-        "Of the rule 'simulated_exit' at the last step (it grows from 0): how much less an exit counts for each exit that lies "
-        "between it and where a token leaves.",
+        "For the rule 'simulated_exit': how much less an exit counts for each exit between it and "
+        "the one where a token leaves. It grows from 0 to this value at the last step.",
     )
     exit_simulated_thresholds: int = setting(
-        5, "Thresholds that the rule 'simulated_exit' draws at each step."
+        5, "Number of confidence thresholds that the rule 'simulated_exit' draws at each step."
     )
-    exit_excess_rate: float = setting(0.01, "Rate of the rule 'excess_loss'.")
-    exit_excess_smoothing: float = setting(1e-3, "Part of equal shares in the rule 'excess_loss'.")
+    exit_excess_rate: float = setting(0.01, "Learning rate of the rule 'excess_loss'.")
+    exit_excess_smoothing: float = setting(
+        1e-3, "Fraction of equal shares that the rule 'excess_loss' mixes in."
+    )
     exit_reference_loss: tuple[float, ...] = setting(
         (),
-        "Loss of a model of each exit's depth, in nats a token, for 'excess_loss' and the guard: one per exit of --exit-layer-nums, "
-        "and one for the last layer.",
+        "Reference losses in nats per token for 'excess_loss' and the guard: those of separate "
+        "models of each exit's depth, one per exit of --exit-layer-nums and one for the last "
+        "layer.",
     )
     exit_guard: bool = setting(
         False,
-        "Hold the last exit's loss to a reference by a multiplier that is added to its coefficient.",
+        "Hold the last exit's loss at a reference: add to its coefficient a multiplier that grows "
+        "while the loss is above the reference.",
     )
     exit_guard_loss: float | None = setting(
-        None, "Reference loss of the guard; by default the last of --exit-reference-loss."
+        None, "Reference loss of the guard; by default the last value of --exit-reference-loss."
     )
     exit_guard_margin: float = setting(
-        0.0, "By how much the last exit's loss may be above its reference."
+        0.0, "How far the last exit's loss may be above its reference, in nats per token."
     )
     exit_guard_rate: float = setting(
-        0.01,
-        "By how much the guard's multiplier moves at a step, for each nat above the reference.",
+        0.01, "Change of the guard's multiplier at each step, per nat above the reference."
     )
     exit_guard_decay: float = setting(
-        0.9, "Decay of the moving mean of the last exit's loss that the guard looks at."
+        0.9, "Decay of the moving mean of the last exit's loss that the guard compares."
     )
     exit_guard_largest: float = setting(10.0, "Largest multiplier of the guard.")
     exit_curriculum: Literal["none", "rotation", "gradual"] = setting(
         "none",
-        "Which exits count at a step besides the last: all; every few of them, in turn; or more and more of them, from deep to "
-        "shallow (LayerSkip).",
+        "Which intermediate exits train at a step: all of them (none), every R-th of them in turn "
+        "(rotation), or more and more of them, from deep to shallow (gradual, as in LayerSkip).",
     )
     exit_curriculum_interval: int | None = setting(
         None,
-        "R of the rotation: every R-th intermediate exit is on; by default one exit at a time.",
+        "R of the rotation: every R-th intermediate exit trains; by default one exit at a time.",
     )
     exit_curriculum_fraction: float = setting(
-        0.5, "Part of --train-iters over which the gradual curriculum switches exits on."
-    )
-    layer_dropout: float = setting(
-        0.0,
-        "Chance that the last layer is dropped for a sample, growing exponentially from 0 at the first layer (LayerSkip: 0.1 to 0.2).",
-    )
-    layer_dropout_schedule: Literal["constant", "exponential"] = setting(
-        "constant",
-        "That chance over time: as it is (continued training, fine-tuning), or growing from 0 (from scratch).",
+        0.5, "Fraction of --train-iters over which the gradual curriculum switches exits on."
     )
 
 
-OWNERS = {
+RULE_OF_PREFIX = {
     "exit_layer_weight_scale": "layerskip",
     "exit_uncertainty_": "uncertainty",
     "exit_inverse_loss_": "inverse_loss",
@@ -95,53 +94,57 @@ OWNERS = {
     "exit_simulated_": "simulated_exit",
     "exit_excess_": "excess_loss",
 }
-"""Beginning of a constant's name -> the rule it belongs to."""
-OUT_OF_REACH_THRESHOLDS = 255
-"""Of 'simulated_exit': how many of them a token's confidence passes is kept in one byte."""
+"""{how the names of constants begin: the rule they belong to}."""
+MAX_THRESHOLDS = 255
+"""Largest number of thresholds of 'simulated_exit': one byte holds how many a token passes."""
 
 
 def check_exit_weighting(settings: AllSettings) -> None:
-    """Returns nothing if rule, references, guard, curriculum and dropped layers fit together.
+    """Check that rule, references, guard and curriculum fit together.
 
     Raises:
-        SettingsError: they do not.
+        SettingsError: They do not.
     """
     _check_constants(settings)
     rule = settings.exit_layer_weight_rule
     if rule in LEARNED:
         require(
             not settings.exit_layer_weight,
-            f"--exit-layer-weight: a list beside --exit-layer-weight-rule {rule}, which learns the coefficients. Give one of them.",
+            f"--exit-layer-weight: a list together with --exit-layer-weight-rule {rule}, which "
+            "learns the coefficients. Give one of them.",
         )
         require(
             not settings.exit_layer_weight_init and not settings.exit_layer_weight_warmup_iters,
-            f"--exit-layer-weight-init, --exit-layer-weight-warmup-iters: {rule} sets the coefficients from the first step on. "
-            "Leave them out, or take a rule of depth.",
+            f"--exit-layer-weight-init, --exit-layer-weight-warmup-iters: {rule} sets the "
+            "coefficients from the first step on. Leave them out, or choose a rule of depth.",
         )
     require(
-        settings.exit_simulated_thresholds <= OUT_OF_REACH_THRESHOLDS,
-        f"--exit-simulated-thresholds: {settings.exit_simulated_thresholds} is above {OUT_OF_REACH_THRESHOLDS}. Give fewer.",
+        settings.exit_simulated_thresholds <= MAX_THRESHOLDS,
+        f"--exit-simulated-thresholds: {settings.exit_simulated_thresholds} is above "
+        f"{MAX_THRESHOLDS}. Give fewer.",
     )
     _check_references(settings)
     _check_curriculum(settings)
-    _check_layer_dropout(settings)
 
 
 def _check_constants(settings: AllSettings) -> None:
-    """Returns nothing if no constant was given that nothing looks at."""
+    """Check that something reads every constant that was given."""
     for field in fields(ExitWeightingSettings):
         value = getattr(settings, field.name)
         if value == field.default:
             continue
-        owner = next((rule for start, rule in OWNERS.items() if field.name.startswith(start)), None)
+        owner = next(
+            (rule for start, rule in RULE_OF_PREFIX.items() if field.name.startswith(start)), None
+        )
         require(
             owner in (None, settings.exit_layer_weight_rule),
-            f"{flag_of(field.name)}: {value} has no effect with --exit-layer-weight-rule {settings.exit_layer_weight_rule}. "
-            f"Use {owner}, or leave it out.",
+            f"{flag_of(field.name)}: {value} has no effect with --exit-layer-weight-rule "
+            f"{settings.exit_layer_weight_rule}. Use {owner}, or leave it out.",
         )
         require(
             settings.exit_guard or not field.name.startswith("exit_guard_"),
-            f"{flag_of(field.name)}: {value} has no effect without --exit-guard. Give that as well, or leave it out.",
+            f"{flag_of(field.name)}: {value} has no effect without --exit-guard. Give that as "
+            "well, or leave it out.",
         )
         for name, wanted in (
             ("exit_curriculum_interval", "rotation"),
@@ -149,23 +152,18 @@ def _check_constants(settings: AllSettings) -> None:
         ):
             require(
                 field.name != name or settings.exit_curriculum == wanted,
-                f"{flag_of(name)}: {value} has no effect with --exit-curriculum {settings.exit_curriculum}. "
-                f"Use {wanted}, or leave it out.",
+                f"{flag_of(name)}: {value} has no effect with --exit-curriculum "
+                f"{settings.exit_curriculum}. Use {wanted}, or leave it out.",
             )
-        require(
-            field.name != "layer_dropout_schedule" or settings.layer_dropout > 0,
-            f"--layer-dropout-schedule: {value} has no effect without --layer-dropout. Give that as well, or leave it out.",
-        )
 
 
 def _check_references(settings: AllSettings) -> None:
-    """Returns nothing if every exit has a reference loss where one is asked for."""
+    """Check that every exit has a reference loss where a rule or the guard needs one."""
     given, needs_all = (
         settings.exit_reference_loss,
         settings.exit_layer_weight_rule == "excess_loss",
     )
-    order = [*settings.exit_layer_nums]
-    order += [] if settings.num_layers in order else [settings.num_layers]
+    order = listed_order(settings.exit_layer_nums, settings.num_layers)
     shown = ", ".join(map(str, order))
     if needs_all or given:
         require(
@@ -176,28 +174,32 @@ def _check_references(settings: AllSettings) -> None:
         )
     require(
         not given or needs_all or settings.exit_guard,
-        "--exit-reference-loss: nothing looks at it. Use --exit-layer-weight-rule excess_loss or --exit-guard, or leave it out.",
+        "--exit-reference-loss: nothing uses it. Use --exit-layer-weight-rule excess_loss or "
+        "--exit-guard, or leave it out.",
     )
     for depth, value in zip(order, given, strict=False):
         require(
             value >= 0,
-            f"--exit-reference-loss: {value} of depth {depth} is negative, which no loss is. Give nats a token.",
+            f"--exit-reference-loss: {value} of depth {depth} is negative, but a loss never is. "
+            "Give nats per token.",
         )
     require(
         not settings.exit_guard or settings.exit_guard_loss is not None or bool(given),
-        "--exit-guard: there is no loss to hold. Give --exit-guard-loss, or --exit-reference-loss whose last value is meant.",
+        "--exit-guard: there is no reference loss. Give --exit-guard-loss, or "
+        "--exit-reference-loss, whose last value is used.",
     )
 
 
 def _check_curriculum(settings: AllSettings) -> None:
-    """Returns nothing if something trains at every step of a curriculum, and always under a guard."""
+    """Check that a curriculum trains something at every step, and a guard the last exit."""
     require(
         settings.exit_curriculum_fraction <= 1,
-        f"--exit-curriculum-fraction: {settings.exit_curriculum_fraction} is above 1, so some exits would never be on. Give at most 1.",
+        f"--exit-curriculum-fraction: {settings.exit_curriculum_fraction} is above 1, so some "
+        "exits would never be on. Give at most 1.",
     )
     if settings.exit_curriculum == "none" and not settings.exit_guard:
         return
-    user = (
+    source = (
         "--exit-guard"
         if settings.exit_curriculum == "none"
         else f"--exit-curriculum {settings.exit_curriculum}"
@@ -205,23 +207,11 @@ def _check_curriculum(settings: AllSettings) -> None:
     for step in (0, settings.exit_layer_weight_warmup_iters):
         require(
             base_rule(settings).coefficients(step)[settings.num_layers] > 0,
-            f"{user}: the last exit counts 0 at step {step}, but it is the one that must train. Give it a coefficient above 0.",
+            f"{source}: the last exit counts 0 at step {step}, but it must train at every step. "
+            "Give it a coefficient above 0.",
         )
     require(
         settings.exit_curriculum == "none" or settings.exit_sampling != "probabilities",
-        f"--exit-curriculum {settings.exit_curriculum}: beside --exit-sampling probabilities, which may draw none of the exits that are "
-        "on. Use all, uniform or coefficients.",
-    )
-
-
-def _check_layer_dropout(settings: AllSettings) -> None:
-    """Returns nothing if a dropped layer is the same layer in forward and backward."""
-    require(
-        settings.layer_dropout == 0 or settings.recompute_granularity != "full",
-        f"--layer-dropout: {settings.layer_dropout} beside --recompute-granularity full, which runs layers a second time in backward, when "
-        "the draw of their micro-batch is gone. Use selective or none.",
-    )
-    require(
-        settings.layer_dropout == 0 or settings.num_layers > 1,
-        f"--layer-dropout: {settings.layer_dropout} in a network of one layer, whose chance is that of the first layer, 0. Leave it out.",
+        f"--exit-curriculum {settings.exit_curriculum}: with --exit-sampling probabilities, which "
+        "may draw none of the exits that are on. Use all, uniform or coefficients.",
     )

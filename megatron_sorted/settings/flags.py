@@ -1,4 +1,4 @@
-"""The command line of a run: one flag per field of `Settings`, made from the fields themselves."""
+"""The command line of a run: one flag per field of `Settings`, built from the fields themselves."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ SEE_HELP = "See --help for all settings."
 
 
 def field_groups() -> list[tuple[str, list[dataclasses.Field]]]:
-    """Returns (the group's line, its fields) for every group of settings, in the order of the fields."""
+    """Return (title, fields) of every group of settings, in the order of the fields."""
     # the first base's fields come last in a dataclass with several bases
     return [
         ((base.__doc__ or "").splitlines()[0].rstrip("."), list(dataclasses.fields(base)))
@@ -23,7 +23,7 @@ def field_groups() -> list[tuple[str, list[dataclasses.Field]]]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a `SettingsError` instead of an exit of the process."""
+    """An argparse parser that raises `SettingsError` at a mistake instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message[:1].upper()}{message[1:]}. {SEE_HELP}")
@@ -32,7 +32,8 @@ class _Parser(argparse.ArgumentParser):
 class _Switch(argparse.Action):
     """A flag without a value: its first name means true, its second false.
 
-    argparse's own takes every name that starts with ``--no-`` for false, also that of the field ``no_load_optim``.
+    argparse's own takes every name that starts with ``--no-`` for false, also that of the field
+    ``no_load_optim``.
     """
 
     def __call__(
@@ -42,11 +43,17 @@ class _Switch(argparse.Action):
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Returns a parser with one flag per field, grouped; flags that are not given leave no trace in its result."""
+    """Build a parser with one flag per field, in groups.
+
+    Flags that are not given are absent from its result.
+    """
     parser = _Parser(
         prog=prog,
         usage="%(prog)s [--config RUN.YAML] [--setting VALUE ...]",
-        description="Settings of a run. Each is a flag and, without its dashes in front, a key of the YAML file.",
+        description=(
+            "Settings of a run. Each is a flag and, without its dashes in front, a key of the "
+            "YAML file."
+        ),
         epilog="example: %(prog)s --config examples/quickstart.yaml",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -71,7 +78,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     kind = field_types()[field.name]
-    inner = (
+    element_types = (
         [part for part in get_args(kind) if part is not type(None)]
         if is_optional(kind) or is_list(kind)
         else [kind]
@@ -84,20 +91,22 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     default = default.lower() if default in ("None", "True", "False") else default
     # argparse reads % as formatting
     text = f"{field.metadata['help']} (default: {default or 'empty'})".replace("%", "%%")
-    words: dict[str, Any] = {"dest": field.name, "help": text}
-    if bool in (kind, *inner):
+    options: dict[str, Any] = {"dest": field.name, "help": text}
+    if bool in (kind, *element_types):
         opposite = (
             field.name.removeprefix("no_") if field.name.startswith("no_") else f"no_{field.name}"
         )
-        group.add_argument(flag_of(field.name), flag_of(opposite), action=_Switch, nargs=0, **words)
+        group.add_argument(
+            flag_of(field.name), flag_of(opposite), action=_Switch, nargs=0, **options
+        )
         return
     if choices(kind):
-        words["metavar"] = "{" + ",".join(choices(kind)) + "}"
+        options["metavar"] = "{" + ",".join(choices(kind)) + "}"
     else:
-        words["metavar"] = "N" if inner[0] in (int, float) else "TEXT"
+        options["metavar"] = "N" if element_types[0] in (int, float) else "TEXT"
     if is_list(kind):
-        words["nargs"] = "*"
-    group.add_argument(flag_of(field.name), **words)
+        options["nargs"] = "*"
+    group.add_argument(flag_of(field.name), **options)
 
 
 def known_flags() -> list[str]:
@@ -106,27 +115,29 @@ def known_flags() -> list[str]:
 
 
 def parse_flags(argv: list[str]) -> tuple[str | None, bool, dict[str, Any]]:
-    """Returns (path of the YAML file, whether to print the run, values of the fields that were given).
+    """Return (path of the YAML file, whether to print the run, values of the given fields).
 
     Raises:
-        SettingsError: an unknown flag, a flag without its value, or a value of the wrong type.
+        SettingsError: A flag is unknown or has no value, or a value has the wrong type.
     """
     parser = build_parser()
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        word = unknown[0].split("=")[0]
-        if not word.startswith("-"):
+        argument = unknown[0].split("=")[0]
+        if not argument.startswith("-"):
             raise SettingsError(
-                f"{word!r}: a value without a flag. Write `--name value`; see --help for all settings."
+                f"{argument!r}: a value without a flag. Write `--name value`; see --help for all "
+                "settings."
             )
         raise SettingsError(
-            f"{word}: there is no such flag. {nearest(word, known_flags(), SEE_HELP)}"
+            f"{argument}: there is no such flag. {nearest(argument, known_flags(), SEE_HELP)}"
         )
     values = vars(given)
     configs = values.pop("config", [])
     if len(configs) > 1:
         raise SettingsError(
-            f"--config: given {len(configs)} times ({', '.join(configs)}). Give one file; flags override it."
+            f"--config: given {len(configs)} times ({', '.join(configs)}). Give one file; flags "
+            "override it."
         )
     print_settings = values.pop("print_settings", False)
     converted = {

@@ -1,36 +1,37 @@
-"""Which stage and chunk of a run holds which layers, exits, norms and output matrices."""
+"""Which pipeline stage and model chunk of a run holds which layers, exits, norms and heads."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron_sorted.exits.placement import check_chunks, layers_of_layout, split_layers
-from megatron_sorted.settings.derived import exit_depths, last_exit_teaches
+from megatron_sorted.settings.derived import exit_depths, last_exit_teaches, padded_vocab_size
+from megatron_sorted.settings.placement import check_chunks, layers_of_layout, split_layers
 from megatron_sorted.settings.run import Settings
 
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """What one chunk of one pipeline stage holds.
+    """What one model chunk of one pipeline stage holds.
 
     Attributes:
-        stage, chunk: Its place; a token passes chunk 0 of every stage, then chunk 1 of every stage.
-        first_layer: Number of layers before it; it runs depths first_layer + 1 .. last_layer.
-        num_layers: Number of its layers.
-        exits: Depths of its exits, increasing. A depth belongs to the chunk that runs its last
+        stage, chunk: The chunk's position; a token passes chunk 0 of every stage, then chunk 1.
+        layers_before: The number of layers before the chunk; it runs depths layers_before + 1 ..
+            layers_through.
+        num_layers: The number of its layers.
+        exits: The depths of its exits, increasing. A depth belongs to the chunk that runs its last
             layer.
-        segments: Numbers of layers between exits.
-        has_embedding, is_last: Whether it is where the network begins, and where it ends.
-        owns_norm: Whether it holds its rank's copy of the final norm that exits share.
-        owns_head: Whether it holds its rank's copy of the shared output matrix, which is the
+        segments: The numbers of layers between exits.
+        has_embedding, is_last: Whether the network begins and ends with this chunk.
+        owns_norm: Whether it holds its stage's copy of the final norm that exits share.
+        owns_head: Whether it holds its stage's copy of the shared output matrix, which is the
             embedding itself where both are tied and the embedding is here.
-        exit_norms, exit_heads: Depths of the exits with a norm and with an output matrix of their
-            own.
+        exit_norms, exit_heads: The depths of the exits with a norm and with an output matrix of
+            their own.
     """
 
     stage: int
     chunk: int
-    first_layer: int
+    layers_before: int
     num_layers: int
     exits: tuple[int, ...]
     segments: tuple[int, ...]
@@ -42,9 +43,9 @@ class ChunkLayout:
     exit_heads: tuple[int, ...]
 
     @property
-    def last_layer(self) -> int:
+    def layers_through(self) -> int:
         """Return the depth at which the chunk ends."""
-        return self.first_layer + self.num_layers
+        return self.layers_before + self.num_layers
 
     @property
     def intermediate(self) -> tuple[int, ...]:
@@ -57,8 +58,8 @@ class Layout:
     """What every chunk of every stage holds.
 
     Attributes:
-        num_stages: Pipeline stages.
-        chunks: In the order in which a token passes them.
+        num_stages: The number of pipeline stages.
+        chunks: The chunks in the order in which a token passes them.
     """
 
     num_stages: int
@@ -80,7 +81,7 @@ class Layout:
 
     def chunk_at(self, depth: int) -> ChunkLayout:
         """Return the chunk that runs the last layer of ``depth``."""
-        return next(c for c in self.chunks if c.first_layer < depth <= c.last_layer)
+        return next(c for c in self.chunks if c.layers_before < depth <= c.layers_through)
 
     @property
     def copies(self) -> dict[str, tuple[int, ...]]:
@@ -95,8 +96,8 @@ def layers_of_chunks(settings: Settings) -> list[int]:
     """Return the number of layers of every chunk, in the order in which a token passes them.
 
     Raises:
-        SettingsError: The layers do not divide over stages and chunks, or are not those of the
-            layout.
+        SettingsError: The layers do not divide over stages and chunks, or their number is not that
+            of the given layout.
     """
     stages, given = settings.pipeline_model_parallel_size, settings.pipeline_model_parallel_layout
     if given is not None:
@@ -132,21 +133,21 @@ def layout_of(settings: Settings, depths: Iterable[int] | None = None) -> Layout
     stages, last = settings.pipeline_model_parallel_size, settings.num_layers
     tied, taught = not settings.untie_embeddings_and_output_weights, last_exit_teaches(settings)
     chunks, first = [], 0
-    for place, layers in enumerate(layers_of_chunks(settings)):
+    for position, layers in enumerate(layers_of_chunks(settings)):
         end = first + layers
         exits = tuple(depth for depth in depths if first < depth <= end)
         own = tuple(depth for depth in exits if depth != last)
         norms = own if settings.use_exit_norm else ()
         heads = own if settings.untie_exit_output_weights else ()
         ends = sorted({0, layers, *(depth - first for depth in exits)})
-        earlier = [chunk for chunk in chunks if chunk.stage == place % stages]
+        earlier = [chunk for chunk in chunks if chunk.stage == position % stages]
         reads_norm = len(norms) < len(exits)
         reads_head = len(heads) < len(exits) or bool(exits and taught) or (tied and first == 0)
         chunks.append(
             ChunkLayout(
-                stage=place % stages,
-                chunk=place // stages,
-                first_layer=first,
+                stage=position % stages,
+                chunk=position // stages,
+                layers_before=first,
                 num_layers=layers,
                 exits=exits,
                 segments=tuple(end - start for start, end in pairwise(ends)),
@@ -160,3 +161,19 @@ def layout_of(settings: Settings, depths: Iterable[int] | None = None) -> Layout
         )
         first = end
     return Layout(stages, tuple(chunks))
+
+
+def vocabulary_rows(settings: Settings, vocab_size: int, tensor_rank: int) -> range:
+    """Return the token ids whose vocabulary rows a tensor parallel rank holds.
+
+    These are rows of the embedding and of output matrices. Rows that only pad the vocabulary are
+    left out, so the last ranks may hold fewer, or none.
+
+    Args:
+        settings: The run.
+        vocab_size: Number of real tokens, before padding.
+        tensor_rank: The rank within its tensor parallel group.
+    """
+    rows = padded_vocab_size(vocab_size, settings) // settings.tensor_model_parallel_size
+    first = rows * tensor_rank
+    return range(first, max(first, min(first + rows, vocab_size)))

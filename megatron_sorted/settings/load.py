@@ -1,4 +1,4 @@
-"""Settings of one run from a file and flags, and back to plain data."""
+"""Settings of one run from a file and flags, and their plain form for JSON and YAML."""
 
 import dataclasses
 import json
@@ -21,16 +21,19 @@ def load_settings(
     argv: list[str] | None = None,
     network_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
 ) -> Settings:
-    """Returns the settings of a run: defaults, then the network of the model it starts from, then the file of ``--config``, then flags.
+    """Return the settings of a run.
 
-    With ``--print-settings`` the run is printed and the process exits with status 0; ``--help`` does the like.
+    Later sources win: defaults, the network of the model that the run starts from, the file of
+    ``--config``, flags. With ``--print-settings`` the run is printed and the process exits with
+    status 0; ``--help`` exits likewise.
 
     Args:
-        argv: words of the command line without the program's name; by default those of this process.
-        network_of: Returns the settings that the model to start from brings, of those that were given.
+        argv: The command line without the program's name; by default that of this process.
+        network_of: A function that returns the settings which the model to start from defines,
+            given those of file and flags.
 
     Raises:
-        SettingsError: an unknown name, a value of the wrong type, or an unreadable file.
+        SettingsError: A name is unknown, a value has the wrong type, or the file cannot be read.
     """
     path, print_settings, from_flags = parse_flags(sys.argv[1:] if argv is None else list(argv))
     from_file = _values_of_file(path) if path is not None else {}
@@ -43,30 +46,36 @@ def load_settings(
 
 
 OLD_COMMENT = re.compile(r"^# (world-size|planned-device): (\S+)[ \t\r]*$", re.MULTILINE)
-"""How files of 0.8 and before gave these two settings: as lines of the comment at the file's head."""
+"""How files of 0.8 and before gave these two settings: as lines of the comment at the top."""
 
 
 def values_in_comment(text: str) -> dict[str, str]:
-    """Return {key: word} of what the comment at the head of an old run file says of its machines."""
+    """Return {key: value} of the settings in the comment at the top of an old run file."""
     return dict(OLD_COMMENT.findall(re.split(r"^\s*$", text, maxsplit=1, flags=re.MULTILINE)[0]))
 
 
 def notes_on_file(path: str | Path) -> list[str]:
-    """Return a note for every setting that a run file gives in a comment, where programs of 0.8 and before read it."""
+    """Return a note for every setting that a run file gives in a comment at its top.
+
+    Programs of 0.8 and before read it there.
+    """
     text = read_settings_text(str(path))
     keys = {entry.key for entry in entries_of(str(path), text)}
     return [
-        f"note: {path}: '# {key}: {word}' is a comment. Write it as a key of the file: {key}: {word}"
-        for key, word in values_in_comment(text).items()
+        (
+            f"note: {path}: '# {key}: {value}' is a comment. Write it as a key of the file: "
+            f"{key}: {value}"
+        )
+        for key, value in values_in_comment(text).items()
         if key not in keys
     ]
 
 
 def _values_of_file(path: str) -> dict[str, Any]:
     values, text = {}, read_settings_text(path)
-    for key, word in values_in_comment(text).items():
+    for key, value in values_in_comment(text).items():
         name = key.replace("-", "_")
-        values[name] = convert(name, word, f"{path}, # {key}", strict=False)
+        values[name] = convert(name, value, f"{path}, # {key}", strict=False)
     for entry in entries_of(path, text):
         source = f"{path}, line {entry.line}, {entry.key}"
         name = _field_name(entry.key, source)
@@ -79,13 +88,14 @@ def _field_name(key: str, source: str) -> str:
     if name not in field_types():
         known = [field.replace("_", "-") for field in field_types()]
         raise SettingsError(
-            f"{shown(source)}: there is no such setting. {nearest(name.replace('_', '-')[:80], known, SEE_HELP)}"
+            f"{shown(source)}: there is no such setting. "
+            f"{nearest(name.replace('_', '-')[:80], known, SEE_HELP)}"
         )
     return name
 
 
 def settings_as_dict(settings: Settings) -> dict[str, Any]:
-    """Returns the settings as plain data that JSON can hold, by field name."""
+    """Return the settings as plain data that JSON can hold, by field name."""
     values = dataclasses.asdict(settings)
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
@@ -93,10 +103,10 @@ def settings_as_dict(settings: Settings) -> dict[str, Any]:
 
 
 def settings_from_dict(values: Mapping[str, Any], source: str = "settings") -> Settings:
-    """Returns the settings that `settings_as_dict` gave as plain data; names that are absent take their default.
+    """Return the settings whose plain form is ``values``; absent names take their default.
 
     Raises:
-        SettingsError: an unknown name or a value of the wrong type.
+        SettingsError: A name is unknown or a value has the wrong type.
     """
     converted = {}
     for key, value in values.items():
@@ -106,12 +116,15 @@ def settings_from_dict(values: Mapping[str, Any], source: str = "settings") -> S
 
 
 def settings_as_yaml(settings: Settings) -> str:
-    """Returns every setting as a line of YAML, grouped under comments; `load_settings` reads it back to the same run."""
+    """Return every setting as a line of YAML, grouped under comments.
+
+    `load_settings` reads the text back to the same run.
+    """
     values = settings_as_dict(settings)
     lines = []
     for title, fields in field_groups():
         lines += ["", f"# {title}"]
-        # JSON is YAML: text is quoted, so that no word is taken for a number or a truth value
+        # JSON is YAML: text in quotes is never read as a number or a truth value
         lines += [
             f"{field.name.replace('_', '-')}: {json.dumps(values[field.name], ensure_ascii=False)}"
             for field in fields

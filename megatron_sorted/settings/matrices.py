@@ -11,11 +11,11 @@ class LayerShapes:
     """Widths of a layer.
 
     Attributes:
-        hidden: Of the hidden state.
-        head: Of one attention head.
-        norm: Parameters of one norm of the hidden state.
+        hidden: Width of the hidden state.
+        head: Width of one attention head.
+        norm: Number of parameters of one norm of the hidden state.
         query, key_value: Widths of all queries, and of all keys (or values).
-        fc1, ffn: Widths of the MLP's first product and of its second's input.
+        fc1, ffn: Widths of the output of the MLP's first product and of the input of its second.
     """
 
     hidden: int
@@ -42,7 +42,7 @@ class LayerShapes:
         }
 
     def products(self, with_attention: bool = True) -> int:
-        """Return the weights of the matrices, of the whole layer or of its MLP alone."""
+        """Return the number of weights in the matrices of the whole layer or of its MLP alone."""
         return self.hidden * (self.fc1 + self.ffn + with_attention * (self.packed + self.query))
 
     def parameters(self, settings: AllSettings, with_attention: bool = True) -> int:
@@ -69,8 +69,8 @@ def layer_shapes(
 
     Args:
         settings: The run.
-        tensor_size: Number of tensor parallel ranks that share it.
-        ffn: Width of the MLP, by default the settings'.
+        tensor_size: The number of tensor parallel ranks that share the layer.
+        ffn: The width of the MLP, by default the settings'.
     """
     h, d = settings.hidden_size, kv_channels(settings)
     ffn = (ffn_hidden_size(settings) if ffn is None else ffn) // tensor_size

@@ -1,4 +1,7 @@
-"""What network a run trains: sizes and shape of the decoder, and their rules. Defaults are those of the LLaMA family."""
+"""Settings of the network: sizes and shape of the decoder, with their rules.
+
+The defaults are those of the LLaMA family.
+"""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -15,13 +18,14 @@ from megatron_sorted.settings.require import require, require_divides
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Sizes and shape of the decoder, in Megatron-LM's words."""
+    """Sizes and shape of the decoder, named as in Megatron-LM."""
 
     num_layers: int = setting(8, "Number of transformer layers; also the depth of the last exit.")
     hidden_size: int = setting(256, "Width of the hidden state.")
     ffn_hidden_size: int | None = setting(
         None,
-        "Width of the MLP; by default 4 x hidden size, or 8/3 of it (rounded up to 64) with SwiGLU.",
+        "Width of the MLP; by default 4 x hidden size, or 8/3 of it (rounded up to 64) with "
+        "SwiGLU.",
     )
     num_attention_heads: int = setting(8, "Number of attention heads.")
     kv_channels: int | None = setting(
@@ -33,45 +37,50 @@ class ModelSettings:
     num_query_groups: int | None = setting(
         None, "Number of key/value heads with --group-query-attention."
     )
-    seq_length: int = setting(256, "Tokens of one training sample.")
+    seq_length: int = setting(256, "Number of tokens in one training sample.")
     max_position_embeddings: int | None = setting(
         None, "Longest sequence the model can be used with; by default --seq-length."
     )
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = setting(
-        "rope", "How positions enter the network."
+        "rope", "Position embedding: rotary, learned absolute, or none."
     )
-    rotary_base: int = setting(10000, "Base of the rotary frequencies.")
-    rotary_percent: float = setting(1.0, "Part of each head's channels that is rotated.")
+    rotary_base: int = setting(10000, "Base of the rotary frequencies (theta).")
+    rotary_percent: float = setting(1.0, "Fraction of each head's channels that is rotated.")
     rotary_seq_len_interpolation_factor: float | None = setting(
         None,
-        "Divide positions by this before rotating (linear position interpolation), to stretch a model over longer texts.",
+        "Number that positions are divided by before rotation (linear position interpolation), to "
+        "extend a model to longer texts.",
     )
     use_rope_scaling: bool = setting(
-        False, "Stretch the low rotary frequencies as Llama 3.1 and later do."
+        False, "Lower the low rotary frequencies as Llama 3.1 and later do, to extend the context."
     )
     rope_scaling_factor: float = setting(
-        8.0, "With --use-rope-scaling: what the lowest rotary frequencies are divided by."
+        8.0, "With --use-rope-scaling: divisor of the lowest rotary frequencies."
     )
     rope_scaling_low_freq_factor: float = setting(
         1.0,
-        "With --use-rope-scaling: frequencies that turn less often than this within the original context are divided in full.",
+        "With --use-rope-scaling: frequencies with fewer turns than this within the original "
+        "context are divided in full.",
     )
     rope_scaling_high_freq_factor: float = setting(
         4.0,
-        "With --use-rope-scaling: frequencies that turn more often than this within the original context stay as they are.",
+        "With --use-rope-scaling: frequencies with more turns than this within the original "
+        "context stay as they are.",
     )
     rope_scaling_original_max_position_embeddings: int = setting(
-        8192, "With --use-rope-scaling: the context the model was first trained with."
+        8192, "With --use-rope-scaling: the context length that the model was first trained with."
     )
     sliding_window: int | None = setting(
         None,
-        "Tokens a token may look back at, itself included, the same in every layer (Mistral 7B v0.1); by default all before it.",
+        "Number of tokens that a token attends to, itself included, the same in every layer "
+        "(Mistral 7B v0.1); by default all before it.",
     )
-    normalization: Literal["RMSNorm", "LayerNorm"] = setting("RMSNorm", "Kind of normalization.")
+    normalization: Literal["RMSNorm", "LayerNorm"] = setting("RMSNorm", "Type of normalization.")
     norm_epsilon: float = setting(1e-5, "Epsilon of the normalization.")
     use_sandwich_norm: bool = setting(
         False,
-        "Norm what attention and MLP put out as well, before it is added to the hidden state (PanGu).",
+        "Also normalise the outputs of attention and MLP before they are added to the hidden "
+        "state (PanGu).",
     )
     attn_post_norm_scale: float = setting(
         1.0, "With --use-sandwich-norm: initial weight of the norm after attention."
@@ -80,17 +89,19 @@ class ModelSettings:
         1.0, "With --use-sandwich-norm: initial weight of the norm after the MLP."
     )
     swiglu: bool = setting(True, "Gated MLP with SiLU (LLaMA); --no-swiglu gives a GELU MLP.")
-    disable_bias_linear: bool = setting(True, "No bias in linear layers.")
-    add_qkv_bias: bool = setting(False, "Bias in the query/key/value projection only (Qwen2).")
-    qk_layernorm: bool = setting(False, "Norm on queries and keys (Qwen3).")
+    disable_bias_linear: bool = setting(True, "Use no bias in linear layers.")
+    add_qkv_bias: bool = setting(
+        False, "Use a bias in the query/key/value projection only (Qwen2)."
+    )
+    qk_layernorm: bool = setting(False, "Normalise queries and keys (Qwen3).")
     untie_embeddings_and_output_weights: bool = setting(
         False, "Give the output head a matrix of its own instead of the embedding's."
     )
     make_vocab_size_divisible_by: int = setting(
-        128, "The vocabulary is padded to a multiple of this x tensor parallel size."
+        128, "Pad the vocabulary to a multiple of this number x tensor parallel size."
     )
     vocab_size: int | None = setting(
-        None, "Vocabulary of the model before padding; by default the tokenizer's."
+        None, "Size of the vocabulary before padding; by default the tokenizer's."
     )
     init_method_std: float = setting(0.02, "Standard deviation of the initial weights.")
     hidden_dropout: float = setting(0.0, "Dropout on the hidden state.")
@@ -98,38 +109,41 @@ class ModelSettings:
     num_experts: int | None = setting(
         None, "Number of experts of a mixture-of-experts MLP; none by default."
     )
-    moe_router_topk: int = setting(2, "Experts each token is sent to.")
+    moe_router_topk: int = setting(2, "Number of experts that each token is sent to.")
     moe_ffn_hidden_size: int | None = setting(
         None, "MLP width of one expert; by default --ffn-hidden-size."
     )
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = setting(
         "allgather",
-        "How tokens travel to their experts; alltoall sends less and needs an accelerator.",
+        "How tokens are sent to their experts; alltoall sends less and needs an accelerator.",
     )
     moe_aux_loss_coeff: float = setting(0.0, "Coefficient of the router's load-balancing loss.")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = setting(
         "auto",
-        "Layer implementation: plain PyTorch, or Transformer Engine. 'auto' takes Transformer Engine on CUDA where installed.",
+        "Implementation of the layers: plain PyTorch (local) or Transformer Engine. 'auto' "
+        "chooses Transformer Engine on CUDA if it is installed.",
     )
 
 
 def check_model(settings: AllSettings) -> None:
-    """Returns nothing if the network's sizes fit each other and tensor parallelism.
+    """Check that the network's sizes fit each other and tensor parallelism.
 
     Raises:
-        SettingsError: they do not.
+        SettingsError: They do not.
     """
     heads, tp = settings.num_attention_heads, settings.tensor_model_parallel_size
     if settings.kv_channels is None:
         require_divides(
-            settings.hidden_size, "--hidden-size", heads, "--num-attention-heads",
+            settings.hidden_size,
+            "--hidden-size",
+            heads,
+            "--num-attention-heads",
             "Change one of them, or give the width of a head with --kv-channels.",
-        )  # fmt: skip
+        )
     require(
         settings.group_query_attention == (settings.num_query_groups is not None),
         f"--num-query-groups: {settings.num_query_groups} with --group-query-attention "
-        f"{'on' if settings.group_query_attention else 'off'}. "
-        "Give both or neither.",
+        f"{'on' if settings.group_query_attention else 'off'}. Give both or neither.",
     )
     groups = num_query_groups(settings)
     require_divides(
@@ -160,8 +174,9 @@ def check_model(settings: AllSettings) -> None:
         rotated = int(kv_channels(settings) * settings.rotary_percent)
         require(
             rotated > 0 and rotated % 2 == 0,
-            f"--rotary-percent: {settings.rotary_percent} of {kv_channels(settings)} channels a head are {rotated}; "
-            "rotary embedding turns pairs. Change --kv-channels, --num-attention-heads or --rotary-percent.",
+            f"--rotary-percent: {settings.rotary_percent} of {kv_channels(settings)} channels a "
+            f"head are {rotated}; the rotary embedding needs pairs. Change --kv-channels, "
+            "--num-attention-heads or --rotary-percent.",
         )
     _check_positions(settings)
     _check_sandwich(settings)
@@ -169,46 +184,52 @@ def check_model(settings: AllSettings) -> None:
         settings.sliding_window is None
         or settings.seq_length <= settings.sliding_window
         or settings.context_parallel_size == 1,
-        f"--sliding-window: {settings.sliding_window} is shorter than --seq-length {settings.seq_length}, and attention across context "
-        f"parallel processes (--context-parallel-size {settings.context_parallel_size}) looks at the whole sequence. Use 1 process for it.",
+        f"--sliding-window: {settings.sliding_window} is shorter than --seq-length "
+        f"{settings.seq_length}, and attention across context parallel processes "
+        f"(--context-parallel-size {settings.context_parallel_size}) sees the whole sequence. Use "
+        "--context-parallel-size 1.",
     )
     require(
         max_position_embeddings(settings) >= settings.seq_length,
-        f"--max-position-embeddings: {settings.max_position_embeddings} is less than --seq-length {settings.seq_length}. Raise it or "
-        "leave it out.",
+        f"--max-position-embeddings: {settings.max_position_embeddings} is less than --seq-length "
+        f"{settings.seq_length}. Raise it or leave it out.",
     )
 
 
 def _check_sandwich(settings: AllSettings) -> None:
-    """Returns nothing if norms after attention and MLP are asked for where they are."""
+    """Check that settings of the norms after attention and MLP have an effect."""
     for name in ("attn_post_norm_scale", "ffn_post_norm_scale"):
         require(
             settings.use_sandwich_norm or getattr(settings, name) == 1.0,
-            f"{flag_of(name)}: {getattr(settings, name)} has no effect without --use-sandwich-norm. Give that as well, or leave it out.",
+            f"{flag_of(name)}: {getattr(settings, name)} has no effect without "
+            "--use-sandwich-norm. Give that as well, or leave it out.",
         )
     require(
         not settings.use_sandwich_norm or settings.num_experts is None,
-        f"--use-sandwich-norm: not done around experts (--num-experts {settings.num_experts}). Drop one of them.",
+        f"--use-sandwich-norm: not supported with experts (--num-experts {settings.num_experts}). "
+        "Leave one of them out.",
     )
 
 
 def _check_positions(settings: AllSettings) -> None:
-    """Returns nothing if rotary frequencies are stretched in one way, and in a way that is defined."""
-    stretch, rope = (
+    """Check that at most one method extends the rotary frequencies, and that it is defined."""
+    factor, rope = (
         settings.rotary_seq_len_interpolation_factor,
         settings.position_embedding_type == "rope",
     )
     for flag, given in (
-        ("--rotary-seq-len-interpolation-factor", stretch is not None),
+        ("--rotary-seq-len-interpolation-factor", factor is not None),
         ("--use-rope-scaling", settings.use_rope_scaling),
     ):
         require(
             rope or not given,
-            f"{flag}: there are no rotary frequencies with --position-embedding-type {settings.position_embedding_type}. Leave it out.",
+            f"{flag}: there are no rotary frequencies with --position-embedding-type "
+            f"{settings.position_embedding_type}. Leave it out.",
         )
     require(
-        stretch is None or stretch >= 1,
-        f"--rotary-seq-len-interpolation-factor: {stretch} would squeeze positions. Give 1 or more.",
+        factor is None or factor >= 1,
+        f"--rotary-seq-len-interpolation-factor: {factor} would shorten the context. Give 1 or "
+        "more.",
     )
     if not settings.use_rope_scaling:
         for field in (
@@ -217,53 +238,62 @@ def _check_positions(settings: AllSettings) -> None:
             value = getattr(settings, field.name)
             require(
                 value == field.default,
-                f"{flag_of(field.name)}: {value} has no effect without --use-rope-scaling. Give that as well, or leave it out.",
+                f"{flag_of(field.name)}: {value} has no effect without --use-rope-scaling. Give "
+                "that as well, or leave it out.",
             )
         return
     require(
-        stretch is None,
-        f"--rotary-seq-len-interpolation-factor: {stretch} beside --use-rope-scaling, but positions are stretched in one way. Give one.",
+        factor is None,
+        f"--rotary-seq-len-interpolation-factor: {factor} together with --use-rope-scaling, but "
+        "only one of them can extend the context. Give one.",
     )
     require(
         settings.rope_scaling_factor >= 1,
-        f"--rope-scaling-factor: {settings.rope_scaling_factor} would squeeze the text. Give 1 or more.",
+        f"--rope-scaling-factor: {settings.rope_scaling_factor} would shorten the context. Give 1 "
+        "or more.",
     )
     low, high = settings.rope_scaling_low_freq_factor, settings.rope_scaling_high_freq_factor
     require(
         low < high,
-        f"--rope-scaling-low-freq-factor: {low} is not below --rope-scaling-high-freq-factor {high}. Frequencies between the two are "
-        "divided in part; lower the first or raise the second.",
+        f"--rope-scaling-low-freq-factor: {low} is not below --rope-scaling-high-freq-factor "
+        f"{high}. Frequencies between the two are divided in part; lower the first or raise the "
+        "second.",
     )
 
 
 def check_experts(settings: AllSettings, world_size: int) -> None:
-    """Returns nothing if the experts can be spread as asked.
+    """Check that the experts can be split over the ranks.
 
     Raises:
-        SettingsError: they cannot.
+        SettingsError: They cannot.
     """
-    experts, tp, spread = (
+    experts, tp, expert_size = (
         settings.num_experts,
         settings.tensor_model_parallel_size,
         settings.expert_model_parallel_size,
     )
     if experts is None:
         require(
-            spread == 1,
-            f"--expert-model-parallel-size: {spread} without experts. Give --num-experts or leave it at 1.",
+            expert_size == 1,
+            f"--expert-model-parallel-size: {expert_size} without experts. Give --num-experts or "
+            "leave it at 1.",
         )
         return
     require_divides(
-        experts, "--num-experts", spread, "--expert-model-parallel-size", "Change one of them."
+        experts, "--num-experts", expert_size, "--expert-model-parallel-size", "Change one of them."
     )
     require(
         settings.moe_router_topk <= experts,
-        f"--moe-router-topk: {settings.moe_router_topk} of {experts} experts (--num-experts). Lower it.",
+        f"--moe-router-topk: {settings.moe_router_topk} of {experts} experts (--num-experts). "
+        "Lower it.",
     )
     require_divides(
-        world_size, "number of processes", tp * settings.pipeline_model_parallel_size * spread,
-        "tensor x pipeline x expert parallel size", "Change the sizes or start another number of processes.",
-    )  # fmt: skip
+        world_size,
+        "number of processes",
+        tp * settings.pipeline_model_parallel_size * expert_size,
+        "tensor x pipeline x expert parallel size",
+        "Change the sizes or start another number of processes.",
+    )
     if settings.moe_ffn_hidden_size is not None:
         require_divides(
             settings.moe_ffn_hidden_size,
@@ -275,9 +305,11 @@ def check_experts(settings: AllSettings, world_size: int) -> None:
     if tp > 1:
         require(
             settings.sequence_parallel,
-            f"--tensor-model-parallel-size: {tp} with experts needs --sequence-parallel (megatron refuses to train without). Switch it on.",
+            f"--tensor-model-parallel-size: {tp} with experts needs --sequence-parallel (megatron "
+            "refuses to train without it). Switch it on.",
         )
         require(
             settings.disable_bias_linear,
-            f"--no-disable-bias-linear: experts with biases cannot be split (--tensor-model-parallel-size {tp}). Drop one of them.",
+            "--no-disable-bias-linear: experts with biases cannot be split "
+            f"(--tensor-model-parallel-size {tp}). Leave one of them out.",
         )

@@ -1,4 +1,4 @@
-"""What a run reports, and to whom."""
+"""Settings of reports, wandb, TensorBoard and profiles, with their rules."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,61 +11,67 @@ from megatron_sorted.settings.require import require
 
 @dataclass(frozen=True)
 class MonitoringSettings:
-    """Reports, wandb, TensorBoard, timers and profiles, in Megatron-LM's words."""
+    """Reports, wandb, TensorBoard, timers and profiles, named as in Megatron-LM."""
 
-    log_interval: int = setting(10, "Steps between reports.")
+    log_interval: int = setting(10, "Number of steps between reports.")
     metrics_file: str | None = setting(
-        None, "JSON lines of every report; by default metrics.jsonl in --save."
+        None, "File of JSON lines with every report; by default metrics.jsonl in --save."
     )
     tensorboard_dir: str | None = setting(
-        None, "Directory for TensorBoard; by default none is written."
+        None, "Directory for TensorBoard files; by default none are written."
     )
     wandb_project: str | None = setting(
-        None, "Project of Weights & Biases; by default it is not used."
+        None, "Project of Weights & Biases; by default wandb is not used."
     )
-    wandb_exp_name: str | None = setting(None, "Name of the run there.")
-    wandb_entity: str | None = setting(None, "User or team there.")
-    wandb_group: str | None = setting(None, "Group of the run there.")
+    wandb_exp_name: str | None = setting(None, "Name of the run in wandb.")
+    wandb_entity: str | None = setting(None, "User or team in wandb.")
+    wandb_group: str | None = setting(None, "Group of the run in wandb.")
     wandb_save_dir: str | None = setting(
-        None, "Directory of its files; by default wandb in --save."
+        None, "Directory of wandb's files; by default wandb in --save."
     )
     wandb_mode: Literal["online", "offline", "disabled"] = setting(
         "online",
-        "Whether reports are sent, only written (wandb sync sends them later), or dropped. WANDB_MODE overrides it.",
+        "Whether reports are sent to wandb (online), only written to files, which wandb sync "
+        "sends later (offline), or dropped (disabled). WANDB_MODE overrides it.",
     )
     num_draft_tokens: int = setting(
-        4, "Tokens an exit drafts at a time in the simulated accept length of reports."
+        4,
+        "Number of tokens that an exit drafts at a time in the simulated accept length of reports.",
     )
     device_peak_tflops: float | None = setting(
         None,
-        "Peak TFLOP/s of one device at the run's precision, for MFU; by default known for common accelerators.",
+        "Peak TFLOP/s of one device at the run's precision, for MFU; by default the known value "
+        "of common accelerators.",
     )
     log_timers: bool = setting(
-        False, "Report the time of each phase of a step; waits for the device between phases."
+        False, "Report the time of each phase of a step; this waits for the device between phases."
     )
     profile: bool = setting(False, "Record some steps with torch.profiler.")
-    profile_step_start: int = setting(10, "First step recorded; the first of a run is 1.")
-    profile_step_end: int = setting(12, "First step not recorded any more.")
-    profile_ranks: tuple[int, ...] = setting((0,), "Ranks that record.")
+    profile_step_start: int = setting(
+        10, "First step that is recorded; the first step of a run is 1."
+    )
+    profile_step_end: int = setting(12, "First step that is no longer recorded.")
+    profile_ranks: tuple[int, ...] = setting((0,), "Ranks whose steps are recorded.")
     profile_dir: str | None = setting(
         None, "Directory of the recordings; by default profile in --save."
     )
 
 
-NOT_IN_NAMES = r"/\#?%:"
-"""Characters that names and directories of a project of Weights & Biases cannot have."""
+FORBIDDEN_IN_NAMES = r"/\#?%:"
+"""Characters that names of projects of Weights & Biases cannot contain."""
 
 
 def check_monitoring(settings: AllSettings) -> None:
-    """Returns nothing if reports can be written where the settings say.
+    """Check that reports can be written where the settings say.
 
     Raises:
-        SettingsError: they cannot.
+        SettingsError: They cannot.
     """
     _check_wandb(settings)
     require(
         settings.tensorboard_dir is None or find_spec("tensorboard") is not None,
-        "--tensorboard-dir: the package tensorboard is not installed. Install it with `pip install tensorboard`, or leave the setting out.",
+        "--tensorboard-dir: the package tensorboard is not installed. Install it with `pip "
+        "install tensorboard`, or leave the setting out.",
     )
     require(
         settings.metrics_file is None or not Path(settings.metrics_file).is_dir(),
@@ -79,36 +85,40 @@ def _check_wandb(settings: AllSettings) -> None:
         for name in ("wandb_exp_name", "wandb_entity", "wandb_group", "wandb_save_dir"):
             require(
                 getattr(settings, name) is None,
-                f"{flag_of(name)}: without --wandb-project nothing goes to Weights & Biases. Give that too, or leave this out.",
+                f"{flag_of(name)}: without --wandb-project nothing goes to Weights & Biases. Give "
+                "that too, or leave this out.",
             )
         return
     require(
-        0 < len(project) <= 128 and not set(project) & set(NOT_IN_NAMES),
-        f"--wandb-project: {project!r} cannot be a project's name. Give 1 to 128 characters without {' '.join(NOT_IN_NAMES)}",
+        0 < len(project) <= 128 and not set(project) & set(FORBIDDEN_IN_NAMES),
+        f"--wandb-project: {project!r} cannot be a project's name. Give 1 to 128 characters "
+        f"without {' '.join(FORBIDDEN_IN_NAMES)}",
     )
 
 
 def check_profile(settings: AllSettings, world_size: int) -> None:
-    """Returns nothing if a recording that is asked for has steps, processes and a place.
+    """Check that a profile has steps, ranks and a directory.
 
     Raises:
-        SettingsError: it does not.
+        SettingsError: It does not.
     """
     if not settings.profile:
         return
     start, end = settings.profile_step_start, settings.profile_step_end
     require(
         end > max(start, 1),
-        f"--profile-step-end: {end} is not above --profile-step-start {start}, so no step is recorded. Raise it.",
+        f"--profile-step-end: {end} is not above --profile-step-start {start}, so no step is "
+        "recorded. Raise it.",
     )
     require(
         bool(settings.profile_ranks),
-        "--profile-ranks: nobody records. Name a rank or leave --profile out.",
+        "--profile-ranks: empty, so no rank records. Name a rank or leave --profile out.",
     )
     for rank in settings.profile_ranks:
         require(
             0 <= rank < world_size,
-            f"--profile-ranks: {rank} is not one of the {world_size} processes. Use 0..{world_size - 1}.",
+            f"--profile-ranks: {rank} is not one of the {world_size} processes. Use "
+            f"0..{world_size - 1}.",
         )
     require(
         settings.profile_dir is not None or settings.save is not None,

@@ -1,4 +1,4 @@
-"""How a run is spread over devices, which devices, and what they allow."""
+"""Settings of the device and of the parallel layout, with their rules."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,18 +11,20 @@ NPU_KERNELS = ("attention", "rms_norm", "rotary", "swiglu")
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """Device and parallel layout, in Megatron-LM's words."""
+    """Device and parallel layout, named as in Megatron-LM."""
 
     world_size: int | None = setting(
         None,
-        "Processes the run is meant for, as plans and launchers read it; training takes what torchrun or srun starts.",
+        "Number of processes the run is meant for, read by plans and launchers; training uses the "
+        "number that torchrun or srun starts.",
     )
     planned_device: str | None = setting(
         None,
-        "Device that plans are made for, such as H100 or 910B2 (docs/planning.md); by default the usual one of --device.",
+        "Model of device that plans are made for, such as H100 or 910B2 (docs/planning.md); by "
+        "default it follows from --device.",
     )
     device: Literal["auto", "cpu", "cuda", "npu"] = setting(
-        "auto", "Where to run; 'auto' takes an accelerator if there is one."
+        "auto", "Type of device; 'auto' chooses an accelerator if there is one."
     )
     distributed_backend: Literal["auto", "nccl", "hccl", "gloo"] = setting(
         "auto", "Communication library; 'auto' is nccl on cuda, hccl on npu and gloo on cpu."
@@ -31,40 +33,44 @@ class ParallelSettings:
         "none", "Whether MindSpeed patches Megatron for Ascend NPUs."
     )
     npu_adaptor_arguments: str = setting(
-        "", 'MindSpeed\'s own flags, in one word: --npu-adaptor-arguments="--optimization-level 1".'
+        "", 'MindSpeed\'s flags, as one argument: --npu-adaptor-arguments="--optimization-level 1".'
     )
     npu_kernels: tuple[str, ...] = setting(
-        NPU_KERNELS, "Fused operations used on NPUs; for the others torch's own run."
+        NPU_KERNELS, "Operations that run as fused kernels on NPUs; the others run as torch's own."
     )
     npu_coalesced_collectives: bool = setting(
         True,
-        "Hand the collectives of several buckets to HCCL as one; without it each is a call of its own, for CANNs that cannot.",
+        "Pass the collectives of several buckets to HCCL as one call; if off, each is a call of "
+        "its own, for versions of CANN without that function.",
     )
     distributed_timeout_minutes: int = setting(
-        10, "Minutes after which a collective operation that does not end is an error."
+        10, "Minutes after which an unfinished collective operation is an error."
     )
     hang_timeout_minutes: float | None = setting(
         None,
-        "Minutes without progress after which the job is ended and the ranks that hang are named; by default "
-        "--distributed-timeout-minutes.",
+        "Minutes without progress after which the job ends with an error that names the ranks "
+        "that hang; by default --distributed-timeout-minutes.",
     )
     tensor_model_parallel_size: int = setting(
         1, "Number of processes each layer's matrices are split over."
     )
     pipeline_model_parallel_size: int = setting(1, "Number of pipeline stages.")
     num_layers_per_virtual_pipeline_stage: int | None = setting(
-        None, "Layers of one chunk; a stage then holds several chunks (interleaved schedule)."
+        None,
+        "Number of layers of one model chunk; a stage then holds several chunks (interleaved "
+        "schedule).",
     )
     decoder_first_pipeline_num_layers: int | None = setting(
-        None, "Layers on the first stage, when it is not to hold an equal share."
+        None, "Number of layers on the first stage; by default an equal share."
     )
     decoder_last_pipeline_num_layers: int | None = setting(
-        None, "Layers on the last stage, when it is not to hold an equal share."
+        None, "Number of layers on the last stage; by default an equal share."
     )
     pipeline_model_parallel_layout: str | None = setting(
         None,
-        "Layers of every chunk in the order in which a token passes them, as in 'Et*3|t*5|t*5|t*4L' (t layer, E embedding, L loss, "
-        "| next chunk, x*n and (...)*n repetition); more chunks than stages make the schedule interleaved.",
+        "Layers of every model chunk in the order in which a token passes them, as in "
+        "'Et*3|t*5|t*5|t*4L' (t layer, E embedding, L loss, | next chunk, x*n and (...)*n "
+        "repetition); more chunks than stages make the schedule interleaved.",
     )
     overlap_p2p_communication: bool = setting(
         True, "Overlap messages between stages with computation in the interleaved schedule."
@@ -78,8 +84,8 @@ class ParallelSettings:
     expert_model_parallel_size: int = setting(1, "Number of processes the experts are split over.")
     data_parallel: Literal["ddp", "fsdp"] = setting(
         "ddp",
-        "Whether every data parallel rank holds all weights ('ddp'), or each a part of weights, gradients and optimizer state "
-        "('fsdp').",
+        "Whether every data parallel rank holds all weights (ddp), or a shard of weights, "
+        "gradients and optimizer state (fsdp).",
     )
     use_distributed_optimizer: bool = setting(
         False, "Split optimizer state over data parallel ranks."
@@ -89,32 +95,40 @@ class ParallelSettings:
         False, "Overlap parameter gathering with the forward pass (distributed optimizer)."
     )
     recompute_granularity: Literal["none", "selective", "full"] = setting(
-        "none", "What is computed again in backward instead of kept."
+        "none",
+        "What is recomputed in the backward pass instead of being kept: nothing (none), the "
+        "--recompute-modules of every layer (selective), or whole layers (full).",
     )
     recompute_method: Literal["uniform", "block"] = setting(
-        "uniform", "How full recompute groups layers."
+        "uniform",
+        "Which layers between two exits full recomputation covers: all, in groups of "
+        "--recompute-num-layers (uniform), or only the first --recompute-num-layers (block).",
     )
-    recompute_num_layers: int = setting(1, "Layers in one group of full recompute.")
+    recompute_num_layers: int = setting(
+        1,
+        "Number of layers in a group (uniform), or of recomputed layers between two exits (block).",
+    )
     recompute_modules: tuple[str, ...] = setting(
-        ("core_attn",), "What selective recompute computes again."
+        ("core_attn",), "Modules that selective recomputation computes again."
     )
 
 
-# Libraries that move data of each device; which device "auto" is, a host says.
-BACKENDS = {"cpu": ("gloo",), "cuda": ("nccl", "gloo"), "npu": ("hccl",)}
+ALLOWED_BACKENDS = {"cpu": ("gloo",), "cuda": ("nccl", "gloo"), "npu": ("hccl",)}
+"""{device: the communication libraries that can move its data}; 'auto' is resolved on the host."""
 
 
 def check_device(settings: AllSettings) -> None:
-    """Returns nothing if what is asked of the device goes together.
+    """Check that the settings of the device fit together.
 
     Raises:
-        SettingsError: it does not.
+        SettingsError: They do not.
     """
     device, backend = settings.device, settings.distributed_backend
-    able = BACKENDS.get(device, (backend,))
+    allowed = ALLOWED_BACKENDS.get(device, (backend,))
     require(
-        backend in ("auto", *able),
-        f"--distributed-backend: {backend} cannot move data of --device {device}. Use {' or '.join((*able, 'auto'))}.",
+        backend in ("auto", *allowed),
+        f"--distributed-backend: {backend} cannot move data of --device {device}. Use "
+        f"{' or '.join((*allowed, 'auto'))}.",
     )
     require(
         device != "cpu" or settings.transformer_impl != "transformer_engine",
@@ -123,35 +137,37 @@ def check_device(settings: AllSettings) -> None:
     for name in settings.npu_kernels:
         require(
             name in NPU_KERNELS,
-            f"--npu-kernels: {name!r} is no fused operation. Use some of {', '.join(NPU_KERNELS)}.",
+            f"--npu-kernels: {name!r} is not a fused operation. Use some of "
+            f"{', '.join(NPU_KERNELS)}.",
         )
     mindspeed = settings.npu_adaptor == "mindspeed"
     require(
         not mindspeed or device in ("auto", "npu"),
-        f"--npu-adaptor: mindspeed patches Megatron for NPUs, not for --device {device}. Use --device npu, or leave the adaptor out.",
+        f"--npu-adaptor: mindspeed patches Megatron for NPUs, not for --device {device}. Use "
+        "--device npu, or leave the adaptor out.",
     )
     require(
         mindspeed or not settings.npu_adaptor_arguments,
-        f"--npu-adaptor-arguments: nothing reads {settings.npu_adaptor_arguments!r} without an adaptor. Give --npu-adaptor mindspeed, "
-        "or leave them out.",
+        f"--npu-adaptor-arguments: {settings.npu_adaptor_arguments!r} has no effect without an "
+        "adaptor. Give --npu-adaptor mindspeed, or leave them out.",
     )
     require(
         settings.npu_coalesced_collectives or device in ("auto", "npu"),
-        f"--no-npu-coalesced-collectives: is about HCCL, not about --device {device}. Use --device npu, or leave it out.",
+        f"--no-npu-coalesced-collectives: it concerns HCCL, not --device {device}. Use --device "
+        "npu, or leave it out.",
     )
 
 
-# Sizes of which a network that is sharded over data parallel ranks alone has 1.
-SIZES = (
+# parallel sizes that must be 1 when parameters are sharded over data parallel ranks
+FSDP_SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
     "expert_model_parallel_size",
 )
-# What it does not know, and why.
-UNKNOWN = {
-    "use_distributed_optimizer": "optimizer state is sharded with the parameters",
-    "overlap_grad_reduce": "torch overlaps the reduction of a layer with the backward of the next by itself",
+UNSUPPORTED = {
+    "use_distributed_optimizer": "the optimizer state is sharded with the parameters",
+    "overlap_grad_reduce": "torch overlaps it with the backward of the next layer by itself",
     "overlap_param_gather": "torch gathers a layer while the one before it runs by itself",
     "num_experts": "experts are sharded over groups of their own",
     "lora_rank": "most parameters are frozen, so there is little to shard",
@@ -159,32 +175,39 @@ UNKNOWN = {
     "use_exit_block": "layers of exits run in backward, where torch does not gather them",
     "use_exit_mlp": "layers of exits run in backward, where torch does not gather them",
     "exit_adapter_rank": "adapters of exits run in backward, where torch does not gather them",
-    "exit_kd_weight": "the teacher's norm and output matrix are read in backward, where torch does not gather them",
-    "exit_kd_teacher": "the teacher's norm and output matrix are read in backward, where torch does not gather them",
+    "exit_kd_weight": (
+        "the teacher's norm and output matrix are read in backward, where torch does not gather "
+        "them"
+    ),
+    "exit_kd_teacher": (
+        "the teacher's norm and output matrix are read in backward, where torch does not gather "
+        "them"
+    ),
 }
+"""{setting that FSDP does not support: why}."""
 
 
 def check_data_parallel(settings: AllSettings) -> None:
-    """Returns nothing if the layout and the network can be sharded over data parallel ranks, where that is asked for.
+    """Check that layout and network can be sharded over data parallel ranks, where it is requested.
 
     Raises:
-        SettingsError: they cannot.
+        SettingsError: They cannot.
     """
     if settings.data_parallel == "ddp":
         return
-    for name in SIZES:
+    for name in FSDP_SIZES:
         size = getattr(settings, name)
         require(
             size == 1,
-            f"--data-parallel: fsdp with {flag_of(name)} {size}: parameters are sharded over data parallel ranks alone. "
-            "Use 1, or --data-parallel ddp with --use-distributed-optimizer.",
+            f"--data-parallel: fsdp with {flag_of(name)} {size}: parameters are sharded over data "
+            "parallel ranks alone. Use 1, or --data-parallel ddp with --use-distributed-optimizer.",
         )
-    for name, reason in UNKNOWN.items():
+    for name, reason in UNSUPPORTED.items():
         value = getattr(settings, name)
-        said = flag_of(name) if value is True else f"{flag_of(name)} {value}"
-        require(not value, f"--data-parallel: fsdp with {said}: {reason}. Leave one of them out.")
+        given = flag_of(name) if value is True else f"{flag_of(name)} {value}"
+        require(not value, f"--data-parallel: fsdp with {given}: {reason}. Leave one of them out.")
     require(
         settings.optimizer == "adam",
-        f"--data-parallel: fsdp with --optimizer {settings.optimizer}: only the state of adam is kept in "
-        "the form that every layout reads. Use adam, or --data-parallel ddp.",
+        f"--data-parallel: fsdp with --optimizer {settings.optimizer}: only the state of adam is "
+        "kept in the form that every layout reads. Use adam, or --data-parallel ddp.",
     )

@@ -1,4 +1,4 @@
-"""How a rule is stated: it holds, or the user is told value, rule and remedy."""
+"""Statements of rules: each holds, or a `SettingsError` names value, rule and remedy."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,25 +7,31 @@ from megatron_sorted.errors import SettingsError
 
 
 def require(holds: bool, message: str) -> None:
-    """Returns nothing if ``holds``.
+    """Raise `SettingsError` with ``message`` unless ``holds``.
 
-    Raises:
-        SettingsError: it does not; ``message`` says value, rule and remedy.
+    The message names value, rule and remedy.
     """
     if not holds:
         raise SettingsError(message)
 
 
 def require_divides(value: int, name: str, by: int, by_name: str, remedy: str) -> None:
-    """Returns nothing if ``by`` divides ``value``.
-
-    Raises:
-        SettingsError: it does not.
-    """
+    """Check that ``by`` divides ``value``; raise `SettingsError` if not."""
     require(value % by == 0, f"{name}: {value} is not a multiple of {by} ({by_name}). {remedy}")
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """Returns the sentence that names the known word nearest to an unknown one, or ``otherwise`` if none is near."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
-    return f"Did you mean {found[0]}?" if found else otherwise
+    """Return a sentence with the known word nearest to ``word``, or ``otherwise`` if none is near.
+
+    >>> nearest("--lrr", ["--lr", "--seed"])
+    'Did you mean --lr?'
+    """
+    names = list(known)
+    continued = [one for one in names if one.startswith(word)]
+    # A lower cutoff advised --no-swiglu for --no-bias-swiglu-fusion: another network.
+    near = (
+        continued
+        if len(continued) == 1
+        else difflib.get_close_matches(word, names, n=1, cutoff=0.72)
+    )
+    return f"Did you mean {near[0]}?" if near else otherwise

@@ -1,6 +1,5 @@
 """All rules between settings, checked before any process group starts."""
 
-from megatron_sorted.settings.adapters import check_adapters
 from megatron_sorted.settings.exit_distillation import check_exit_distillation
 from megatron_sorted.settings.exit_parts import check_exit_parts
 from megatron_sorted.settings.exit_weighting import check_exit_weighting
@@ -13,6 +12,7 @@ from megatron_sorted.settings.layout_rules import (
     check_layout,
     check_recompute,
 )
+from megatron_sorted.settings.lora import check_adapters
 from megatron_sorted.settings.model import check_experts, check_model
 from megatron_sorted.settings.monitoring import check_monitoring, check_profile
 from megatron_sorted.settings.parallel import check_data_parallel, check_device
@@ -22,13 +22,13 @@ from megatron_sorted.settings.training import check_training
 
 
 def check_settings(settings: Settings, world_size: int) -> None:
-    """Returns nothing if the run can be done by ``world_size`` processes.
+    """Check that ``world_size`` processes can run these settings.
 
-    Many rules are those of Megatron-LM's argument check, which the megatron-core package does not contain although its
-    schedules and optimizers rely on them.
+    Many rules are those of Megatron-LM's argument check, which the megatron-core package does not
+    contain although its schedules and optimizers rely on them.
 
     Raises:
-        SettingsError: a rule is broken; the first one found.
+        SettingsError: A rule is broken; the message names the first one.
     """
     check_numbers(settings)
     check_model(settings)
@@ -51,29 +51,31 @@ def check_settings(settings: Settings, world_size: int) -> None:
 
 
 POSITIVE = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups", "seq_length",
-    "max_position_embeddings", "rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor", "rope_scaling_factor",
-    "rope_scaling_low_freq_factor", "rope_scaling_high_freq_factor", "rope_scaling_original_max_position_embeddings", "sliding_window",
-    "norm_epsilon", "attn_post_norm_scale", "ffn_post_norm_scale",
-    "make_vocab_size_divisible_by", "vocab_size", "init_method_std", "num_experts", "moe_router_topk",
-    "moe_ffn_hidden_size", "num_sampled_exits", "exit_loss_chunk_tokens", "lora_alpha",
-    "exit_gradient_balance", "exit_kd_temperature", "exit_kd_top_k",
-    "world_size", "distributed_timeout_minutes", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-    "num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
-    "context_parallel_size", "expert_model_parallel_size", "recompute_num_layers",
-    "micro_batch_size", "global_batch_size", "lr", "lr_decay_iters", "adam_eps", "loss_scale", "initial_loss_scale", "min_loss_scale",
-    "loss_scale_window", "hysteresis",
-    "save_interval", "log_interval", "eval_interval", "eval_iters", "save_retain", "save_retain_interval",
-    "exit_interval", "exit_duration_in_mins", "hang_timeout_minutes", "num_draft_tokens", "device_peak_tflops", "profile_step_end",
-    "exit_layer_weight_scale", "exit_uncertainty_rate", "exit_uncertainty_variance", "exit_dwa_window", "exit_dwa_temperature",
-    "exit_gradnorm_rate", "exit_simulated_thresholds", "exit_excess_rate", "exit_guard_rate", "exit_guard_largest", "exit_guard_loss",
-    "exit_curriculum_interval", "exit_curriculum_fraction",
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+    "num_query_groups", "seq_length", "max_position_embeddings", "rotary_base", "rotary_percent",
+    "rotary_seq_len_interpolation_factor", "rope_scaling_factor", "rope_scaling_low_freq_factor",
+    "rope_scaling_high_freq_factor", "rope_scaling_original_max_position_embeddings",
+    "sliding_window", "norm_epsilon", "attn_post_norm_scale", "ffn_post_norm_scale",
+    "make_vocab_size_divisible_by", "vocab_size", "init_method_std", "num_experts",
+    "moe_router_topk", "moe_ffn_hidden_size", "num_sampled_exits", "exit_loss_chunk_tokens",
+    "lora_alpha", "exit_gradient_balance", "exit_kd_temperature", "exit_kd_top_k", "world_size",
+    "distributed_timeout_minutes", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers", "context_parallel_size", "expert_model_parallel_size",
+    "recompute_num_layers", "micro_batch_size", "global_batch_size", "lr", "lr_decay_iters",
+    "adam_eps", "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window",
+    "hysteresis", "save_interval", "log_interval", "eval_interval", "eval_iters", "save_retain",
+    "save_retain_interval", "exit_interval", "exit_duration_in_mins", "hang_timeout_minutes",
+    "num_draft_tokens", "device_peak_tflops", "profile_step_end", "exit_layer_weight_scale",
+    "exit_uncertainty_rate", "exit_uncertainty_variance", "exit_dwa_window", "exit_dwa_temperature",
+    "exit_gradnorm_rate", "exit_simulated_thresholds", "exit_excess_rate", "exit_guard_rate",
+    "exit_guard_largest", "exit_guard_loss", "exit_curriculum_interval", "exit_curriculum_fraction",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "moe_aux_loss_coeff", "exit_layer_weight_warmup_iters", "train_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_init",
-    "weight_decay", "clip_grad", "nonfinite_steps_allowed", "profile_step_start", "ckpt_step", "exit_adapter_rank",
-    "exit_gradnorm_alpha", "exit_simulated_sharpness", "exit_guard_margin",
-    "exit_kd_weight", "lora_rank",
+    "moe_aux_loss_coeff", "exit_layer_weight_warmup_iters", "train_iters", "seed", "min_lr",
+    "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad", "nonfinite_steps_allowed",
+    "profile_step_start", "ckpt_step", "exit_adapter_rank", "exit_gradnorm_alpha",
+    "exit_simulated_sharpness", "exit_guard_margin", "exit_kd_weight", "lora_rank",
 )  # fmt: skip
 BELOW_ONE = (
     "hidden_dropout",
@@ -90,10 +92,10 @@ BELOW_ONE = (
 
 
 def check_numbers(settings: Settings) -> None:
-    """Returns nothing if every number lies in its range; None passes.
+    """Check that every number that is given lies in its range.
 
     Raises:
-        SettingsError: one does not.
+        SettingsError: One does not.
     """
     for name in POSITIVE:
         value = getattr(settings, name)
@@ -113,5 +115,6 @@ def check_numbers(settings: Settings) -> None:
         )
     require(
         settings.rotary_percent <= 1,
-        f"--rotary-percent: {settings.rotary_percent} is above 1. It is a part; give at most 1.",
+        f"--rotary-percent: {settings.rotary_percent} is above 1. It is a fraction; give at most "
+        "1.",
     )

@@ -1,13 +1,13 @@
-"""All settings of one run, flat."""
+"""All settings of one run in one flat class."""
 
 from dataclasses import dataclass
 
-from megatron_sorted.settings.adapters import LoraSettings
 from megatron_sorted.settings.exit_distillation import ExitDistillationSettings
 from megatron_sorted.settings.exit_parts import ExitPartSettings
 from megatron_sorted.settings.exit_weighting import ExitWeightingSettings
 from megatron_sorted.settings.exits import ExitSettings
 from megatron_sorted.settings.files import FileSettings
+from megatron_sorted.settings.lora import LoraSettings
 from megatron_sorted.settings.model import ModelSettings
 from megatron_sorted.settings.monitoring import MonitoringSettings
 from megatron_sorted.settings.parallel import ParallelSettings

@@ -1,4 +1,4 @@
-"""One value of one field: from the words of a flag or a YAML value to the field's type, or an error a user can act on."""
+"""Conversion of one value of a flag or a YAML file to the type of its field."""
 
 import math
 import types
@@ -12,12 +12,12 @@ from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.require import nearest
 from megatron_sorted.settings.run import Settings
 
-NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 @cache
 def field_types() -> dict[str, Any]:
-    """Returns the type of every field of `Settings` by name."""
+    """Return the type of every field of `Settings` by name."""
     return get_type_hints(Settings)
 
 
@@ -27,22 +27,26 @@ def _adapter(kind: Any) -> TypeAdapter:
 
 
 def is_optional(kind: Any) -> bool:
-    """Returns whether a field of this type may be None."""
+    """Return whether a field of this type may be None."""
     return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
 
 
 def is_list(kind: Any) -> bool:
-    """Returns whether a field of this type takes several values."""
+    """Return whether a field of this type takes several values."""
     return get_origin(kind) is tuple
 
 
 def choices(kind: Any) -> tuple[str, ...]:
-    """Returns the words a field of this type is limited to; empty when it is not limited."""
+    """Return the values that a field of this type is limited to; empty if it is not limited."""
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def describe(kind: Any) -> str:
-    """Returns a field's type in a user's words, such as "a whole number or none"."""
+    """Return a field's type as a user reads it.
+
+    >>> describe(int | None)
+    'a whole number or none'
+    """
     if is_optional(kind):
         return " or ".join(
             [*(describe(part) for part in get_args(kind) if part is not type(None)), "none"]
@@ -51,26 +55,26 @@ def describe(kind: Any) -> str:
         return f"a list, each element {describe(get_args(kind)[0])}"
     if choices(kind):
         return "one of " + ", ".join(choices(kind))
-    return NAMES[kind]
+    return TYPE_NAMES[kind]
 
 
 def convert(name: str, value: Any, source: str, strict: bool) -> Any:
-    """Returns ``value`` as field ``name`` wants it.
+    """Return ``value`` as the type of field ``name``.
 
     Args:
-        name: the field.
-        value: what the flag or the file says.
-        source: where it says so, for the message, such as ``--lr`` or ``run.yaml, line 3, lr``.
-        strict: True for values that have a type already (YAML), False for words of a command line.
+        name: The field.
+        value: The value in the flag or the file.
+        source: Where it stands, for the message, such as ``--lr`` or ``run.yaml, line 3, lr``.
+        strict: True for values that have a type already (YAML), False for text of a command line.
 
     Raises:
-        SettingsError: the value is not of the field's type, or not finite.
+        SettingsError: The value does not have the field's type, or is not finite.
     """
     kind = field_types()[name]
     if is_optional(kind) and isinstance(value, str) and value.lower() == "none":
         return None
     if is_list(kind) and isinstance(value, list):
-        # a blend's weights are numbers to YAML and words to the command line
+        # the weights of a blend are numbers in YAML and text on the command line
         is_text = get_args(kind)[0] is str
         value = tuple(
             str(part) if is_text and type(part) in (int, float) else part for part in value
@@ -82,8 +86,8 @@ def convert(name: str, value: Any, source: str, strict: bool) -> Any:
         hint = nearest(str(given)[:80], choices(kind))
         what = shown(repr(given), 120)
         raise SettingsError(
-            f"{shown(source)}: {what} is not what this setting takes. {hint}{' ' * bool(hint)}"
-            f"Give {describe(kind)}."
+            f"{shown(source)}: {what} is not a value of this setting. "
+            f"{hint}{' ' * bool(hint)}Give {describe(kind)}."
         ) from None
     numbers = result if isinstance(result, tuple) else (result,)
     for number in numbers:

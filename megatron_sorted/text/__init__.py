@@ -1,1 +1,1 @@
-"""What text means: tokenizers, and how a conversation becomes tokens."""
+"""Tokenizers, and how a conversation becomes tokens."""

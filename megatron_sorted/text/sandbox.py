@@ -1,7 +1,7 @@
-"""Jinja's sandbox for templates that come with a model: plain data only, and bounds on what one rendering may take.
+"""Jinja's sandbox for templates that come with a model: plain data only, at a bounded cost.
 
-A template is not trusted. It ends with an error where it loops, calls or writes more than any chat needs. What a template finds in it
-(filters, globals, loop controls) is what transformers gives.
+A template is not trusted. It ends with an error where it loops, calls or writes more than any chat
+needs. The filters, globals and loop controls it can use are those of transformers.
 """
 
 import json
@@ -17,13 +17,13 @@ from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, missing
 
-MOST_RENDERED_CHARACTERS = 33_554_432
-MOST_WORK = 2_000_000
-"""Passes of loops and calls while one conversation is rendered."""
+MAX_RENDERED_CHARACTERS = 33_554_432
+MAX_WORK = 2_000_000
+"""Largest number of loop passes and calls while one conversation is rendered."""
 WIDEST = 10_000
-"""Largest number that a template may multiply a text by, or give as a width."""
+"""Largest number by which a template may multiply a text, or that it may give as a width."""
 BEGIN, END = "\U000f0000", "\U000f0001"
-"""Private characters that mark `{% generation %}` blocks while spans are looked for."""
+"""Private characters that mark `{% generation %}` blocks while their spans are determined."""
 LARGE_NUMBER = re.compile(r"[%{][^%{}]*?\d{5}")
 FORMATS, WIDTHS = (
     ("format", "format_map"),
@@ -32,12 +32,12 @@ FORMATS, WIDTHS = (
 
 
 class _Needed(jinja2.Undefined):
-    """A variable that is not there: templates may ask whether it is, but not write it."""
+    """An undefined variable: templates may test whether it is defined, but not write it."""
 
     def __str__(self) -> str:
         if self._undefined_obj is missing:
             raise UndefinedError(
-                f"the template needs the variable {self._undefined_name!r}, which is not there"
+                f"the template needs the variable {self._undefined_name!r}, which is not defined"
             )
         return ""
 
@@ -58,7 +58,7 @@ class _Namespace(Namespace):
 
 
 class _Dictionary:
-    """`dict` for templates: makes dictionaries and gives nothing else away."""
+    """The `dict` of templates: it builds dictionaries and exposes nothing else."""
 
     def __call__(self, *args, **kwargs) -> dict:
         return dict(*args, **kwargs)
@@ -69,7 +69,7 @@ class _Dictionary:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}`: what the assistant writes."""
+    """The block `{% generation %}` ... `{% endgeneration %}`: the text of the assistant."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja reads it from the class
 
@@ -84,7 +84,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox, counting loops, calls and characters.
+    """The sandbox, which counts loops, calls and characters.
 
     Attributes:
         marks: Whether `{% generation %}` blocks are marked.
@@ -127,11 +127,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     def count(self, amount: int) -> None:
-        """Count work and end what does too much of it."""
+        """Count work; raise `SecurityError` if a template does too much."""
         self.work += amount
-        if self.work > MOST_WORK:
+        if self.work > MAX_WORK:
             raise SecurityError(
-                f"the template takes more than {MOST_WORK:,} steps for one conversation"
+                f"the template takes more than {MAX_WORK:,} steps for one conversation"
             )
 
     def _counted(self, items: Any) -> Any:
@@ -151,7 +151,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return _bounded("".join(map(str, parts)))
 
     def call(self, *args, **kwargs) -> Any:
-        """Call what a template calls."""
+        """Call a function of a template."""
         self.count(1)
         function = args[1]
         bound = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
@@ -176,38 +176,40 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _bounded(value: Any) -> Any:
-    """Return a value that is not too large."""
-    if isinstance(value, str) and len(value) > MOST_RENDERED_CHARACTERS:
+    """Return a value; raise `SecurityError` if it is too large."""
+    if isinstance(value, str) and len(value) > MAX_RENDERED_CHARACTERS:
         raise SecurityError(
-            f"the template writes more than {MOST_RENDERED_CHARACTERS:,} characters for one conversation"
+            f"the template writes more than {MAX_RENDERED_CHARACTERS:,} characters for one "
+            "conversation"
         )
-    if isinstance(value, list | tuple) and len(value) > MOST_WORK:
-        raise SecurityError(f"the template makes a list of more than {MOST_WORK:,} entries")
+    if isinstance(value, list | tuple) and len(value) > MAX_WORK:
+        raise SecurityError(f"the template makes a list of more than {MAX_WORK:,} entries")
     return value
 
 
 def _check_call(name: str, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Check that a method or filter of this name does not make a text of more than reason."""
+    """Check that a method or filter of this name cannot make a text that is too long."""
     if name in WIDTHS and any(
-        isinstance(one, int) and abs(one) > WIDEST for one in (*args, *kwargs.values())
+        isinstance(number, int) and abs(number) > WIDEST for number in (*args, *kwargs.values())
     ):
         raise SecurityError(f"the template fills a text to more than {WIDEST:,} characters")
     if name in FORMATS and isinstance(value, str) and LARGE_NUMBER.search(value):
         raise SecurityError(f"the template fills a text to more than {WIDEST:,} characters")
     new = args[1] if name == "replace" and len(args) > 1 else ""
-    if isinstance(new, str) and (len(str(value)) + 1) * len(new) > MOST_RENDERED_CHARACTERS:
+    if isinstance(new, str) and (len(str(value)) + 1) * len(new) > MAX_RENDERED_CHARACTERS:
         raise SecurityError(
-            f"the template may write more than {MOST_RENDERED_CHARACTERS:,} characters for one conversation"
+            f"the template may write more than {MAX_RENDERED_CHARACTERS:,} characters for one "
+            "conversation"
         )
 
 
 def _narrow(name: str, function):
     """Return a filter whose arguments are checked before it runs."""
     mark = getattr(function, "jinja_pass_arg", None)
-    place = 0 if mark is None else 1  # behind the environment, where the filter asks for it
+    first = 0 if mark is None else 1  # after the environment, if the filter takes it
 
     def bounded(*args, **kwargs):
-        _check_call(name, args[place], args[place + 1 :], kwargs)
+        _check_call(name, args[first], args[first + 1 :], kwargs)
         return function(*args, **kwargs)
 
     if mark is not None:
@@ -229,7 +231,7 @@ def _now(form: str) -> str:
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # jinja's own writes < and > as entities
+    # jinja's own filter writes < and > as entities
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,6 +1,7 @@
-"""The forms that are no tokenizer's own: plain and alpaca, as text in training and as a chat template in use.
+"""The forms plain and alpaca, which belong to no tokenizer: as text and as a chat template.
 
-Both are written here side by side; a test renders the templates and compares.
+Training uses the text, a model in use the template. Both stand here side by side; a test renders
+the templates and compares.
 """
 
 import json
@@ -11,17 +12,20 @@ from megatron_sorted.text.conversation import TextSpan
 from megatron_sorted.text.prompt_form import ALPACA, PLAIN, TEXT, ControlToken, PromptForm
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 
-WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-)
-WITHOUT_INPUT = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 # The wording is the format: models of the Alpaca family were trained on exactly this text.
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n"
+)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: who says what; ``given`` is the input of an instruction."""
+    """One turn of a conversation; ``given`` is the input of an instruction."""
 
     role: str
     content: str
@@ -29,12 +33,12 @@ class Turn:
 
 
 def write_plain(turn: Turn, opens: bool) -> str:
-    """Return a turn that is no answer, each part on a line of its own."""
+    """Return a turn that is not an answer, each part on a line of its own."""
     return f"{turn.content}\n{turn.given}\n" if turn.given else f"{turn.content}\n"
 
 
 def write_alpaca(turn: Turn, opens: bool) -> str:
-    """Return a turn that is no answer; ``opens``: it is an instruction that is to be introduced."""
+    """Return a turn that is not an answer; ``opens``: with the introduction of an instruction."""
     if turn.role != "user":
         return f"{turn.content}\n\n"
     introduction = (WITH_INPUT if turn.given else WITHOUT_INPUT) if opens else ""
@@ -44,10 +48,16 @@ def write_alpaca(turn: Turn, opens: bool) -> str:
 
 WRITERS = {PLAIN: write_plain, ALPACA: write_alpaca}
 BODIES = {
-    PLAIN: "{{ message['content'] + '\\n' }}{% if message['input'] %}{{ message['input'] + '\\n' }}{% endif %}",
-    ALPACA: "{% if message['role'] == 'user' %}OPENING{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
-    "{% if message['input'] %}{{ '### Input:\\n' + message['input'] + '\\n\\n' }}{% endif %}{{ '### Response:\\n' }}"
-    "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}",
+    PLAIN: (
+        "{{ message['content'] + '\\n' }}{% if message['input'] %}{{ message['input'] + '\\n' "
+        "}}{% endif %}"
+    ),
+    ALPACA: (
+        "{% if message['role'] == 'user' %}OPENING{{ '### Instruction:\\n' + message['content'] + "
+        "'\\n\\n' }}{% if message['input'] %}{{ '### Input:\\n' + message['input'] + '\\n\\n' "
+        "}}{% endif %}{{ '### Response:\\n' }}{% else %}{{ message['content'] + '\\n\\n' }}{% "
+        "endif %}"
+    ),
 }
 
 
@@ -56,8 +66,8 @@ def written_form(name: str, tokenizer: Tokenizer, opens: bool, append_eod: bool)
 
     Args:
         name: "plain" or "alpaca".
-        tokenizer: Whose first and end token it has.
-        opens: Whether the first instruction is introduced, as in instruction data.
+        tokenizer: The tokenizer with the first and end token.
+        opens: Whether the first instruction has an introduction, as in instruction data.
         append_eod: Whether answers end with eos.
     """
     begin, end = outer_tokens(tokenizer)
@@ -94,7 +104,7 @@ def text_form(tokenizer: Tokenizer, append_eod: bool) -> PromptForm:
 
 
 def outer_tokens(tokenizer: Tokenizer) -> tuple[ControlToken | None, ControlToken | None]:
-    """Return what a tokenizer's texts begin with, if anything, and what they end with.
+    """Return the token that a tokenizer's texts begin with, if any, and the one they end with.
 
     A tokenizer of numbers writes its eos as a number.
     """
@@ -107,25 +117,28 @@ def outer_tokens(tokenizer: Tokenizer) -> tuple[ControlToken | None, ControlToke
     return begin if tokenizer.adds_bos else None, end
 
 
-def written_pieces(form: PromptForm, turns: Sequence[Turn], opens: bool) -> list[TextSpan]:
-    """Return the pieces of a conversation in the plain or alpaca form; turns after the last answer are left out."""
+def written_spans(form: PromptForm, turns: Sequence[Turn], opens: bool) -> list[TextSpan]:
+    """Return the spans of a conversation in the plain or alpaca form.
+
+    Turns after the last answer are left out.
+    """
     write, end = WRITERS[form.name], form.ends[0].text if form.ends else ""
-    pieces: list[TextSpan] = []
+    spans: list[TextSpan] = []
     prompt = form.begin.text if form.begin else ""
-    for place, turn in enumerate(turns):
+    for position, turn in enumerate(turns):
         if turn.role != "assistant":
-            prompt += write(turn, opens and place == 0)
+            prompt += write(turn, opens and position == 0)
             continue
-        if place == 0:
-            pieces.append(TextSpan(f"{prompt}{turn.content}{end}", True, end))
+        if position == 0:
+            spans.append(TextSpan(f"{prompt}{turn.content}{end}", True, end))
         else:
             if prompt:
-                pieces.append(TextSpan(prompt, False))
-            pieces.append(TextSpan(f"{turn.content}{end}", True, end))
+                spans.append(TextSpan(prompt, False))
+            spans.append(TextSpan(f"{turn.content}{end}", True, end))
         prompt = ""
-    return pieces
+    return spans
 
 
 def _quoted(text: str) -> str:
-    """Return a text as jinja reads it."""
+    """Return a text as a jinja literal."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,1 +1,1 @@
-"""The train island's top: build, forward step, step, loop, evaluate."""
+"""Training on megatron-core: the run (`run`), one step of it (`step`), and its guards (`watch`)."""

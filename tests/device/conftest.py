@@ -1,11 +1,11 @@
-"""Tests for a device are left out where the device is missing."""
+"""Skips the tests of a device on hosts without it."""
 
 import pytest
 import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks tests that need a GPU as skipped on a host without one."""
+    """Mark tests that need a GPU as skipped on a host without one."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -48,7 +48,7 @@ def networks(request, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
-def test_every_way_says_on_a_gpu_what_it_says_on_a_cpu(strategy, networks):
+def test_every_strategy_gives_the_same_tokens_on_a_gpu_as_on_a_cpu(strategy, networks):
     cpu, eager, graphs = networks
     for sampling in (None, SamplingParameters(0.8, repetition_penalty=1.2)):
         for rows in ([0], [1], [0, 1, 2]):
@@ -86,7 +86,7 @@ def test_a_draft_does_not_wait_for_the_gpu_and_a_step_once(graphs, sampling, tmp
     for _ in range(12):  # every width that drafting and verifying can have comes twice
         step.step()
     lengths = list(state.lengths)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             torch.cuda.set_sync_debug_mode("error")
@@ -96,4 +96,4 @@ def test_a_draft_does_not_wait_for_the_gpu_and_a_step_once(graphs, sampling, tmp
             step.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len([one for one in told if "called a synchronizing" in str(one.message)]) == 1
+    assert len([one for one in caught if "called a synchronizing" in str(one.message)]) == 1

@@ -1,7 +1,9 @@
-"""The bodies of tests/ranks on NVIDIA GPUs, against the same CPU reference: every layout that the GPUs of this host allow.
+"""The bodies of tests/ranks on NVIDIA GPUs, against the same CPU reference.
 
-With one GPU, two ranks can share it only through gloo, which moves GPU tensors in all-reduce and broadcast alone: enough for tensor
-and data parallelism, not for pipelines.
+Every layout that the GPUs of this host allow is covered.
+
+With one GPU, two ranks can share it only through gloo, which moves GPU tensors in all-reduce and
+broadcast alone: enough for tensor and data parallelism, not for pipelines.
 """
 
 import importlib.util
@@ -71,7 +73,7 @@ def test_bf16_against_fp32_reference():
 
 
 def test_command_line_trains_saves_and_evaluates_again(tmp_path):
-    words = [
+    arguments = [
         "--mock-data",
         "--vocab-size",
         500,
@@ -94,7 +96,7 @@ def test_command_line_trains_saves_and_evaluates_again(tmp_path):
         1,
     ]
     for more in (["--save", "first"], ["--skip-train", "--load", "first", "--save", "second"]):
-        done = run_command("pretrain_sorted.py", *words, *more, cwd=tmp_path)
+        done = run_command("pretrain_sorted.py", *arguments, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
     first, second = (
         json.loads((tmp_path / name / "evaluation.json").read_text())["sets"]["mock"]

@@ -1,4 +1,7 @@
-"""Damaged files of model directories: one sentence of ours, in bounded time and memory, whichever command opens them."""
+"""Damaged files of model directories: every command reports one sentence.
+
+It does so in bounded time and memory.
+"""
 
 import argparse
 import json
@@ -13,10 +16,10 @@ from megatron_sorted.conversion.exporting import export_model
 from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.megatron.directory import open_megatron
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.conversion.origins import Exits
-from megatron_sorted.conversion.writing import Writing
+from megatron_sorted.conversion.origins import RequestedExits
+from megatron_sorted.conversion.writing import WriteOptions
+from megatron_sorted.exported.exit_plan import plan_exits
 from megatron_sorted.exported.load import load_with_exits
-from megatron_sorted.exported.model_directory import plan_exits
 from tests.support.fuzzing import check_reader, fuzzed
 from tests.support.model_directories import save_model
 
@@ -29,15 +32,18 @@ def origin(tmp_path_factory):
     import_model(
         open_model(directory / "one"),
         directory / "runs",
-        Exits((2,), own_norms=True),
-        Writing(verify=False),
+        RequestedExits((2,), own_norms=True),
+        WriteOptions(verify=False),
     )
-    export_model(open_model(directory / "runs"), directory / "nested", Writing(verify=False))
+    export_model(open_model(directory / "runs"), directory / "nested", WriteOptions(verify=False))
     return directory
 
 
 def opened(directory: Path) -> None:
-    """Open a directory in every way; each must refuse alike, so the last is the judge of what the first took."""
+    """Open a directory by every reader; all must refuse alike.
+
+    So the last one decides for files that the first accepted.
+    """
     plan_exits(directory)
     open_model(directory)
     load_with_exits(directory, torch.float32)
@@ -125,12 +131,12 @@ def test_the_arguments_of_a_checkpoint(examples, origin, tmp_path):
 
     def read(data: bytes) -> None:
         try:
-            said = json.loads(data)
+            content = json.loads(data)
         except (ValueError, RecursionError):
             return
         torch.save(
             {
-                "args": argparse.Namespace(**said) if isinstance(said, dict) else said,
+                "args": argparse.Namespace(**content) if isinstance(content, dict) else content,
                 "iteration": 3,
             },
             directory / "common.pt",
@@ -141,7 +147,7 @@ def test_the_arguments_of_a_checkpoint(examples, origin, tmp_path):
 
 
 @fuzzed
-def test_what_torch_saved(examples, origin, tmp_path):
+def test_objects_of_torch_save_are_read(examples, origin, tmp_path):
     directory = Path(shutil.copytree(origin / "runs" / "iter_0000000", tmp_path / "x"))
     (directory / "manifest.json").unlink(missing_ok=True)
     path = directory / "common.pt"

@@ -1,4 +1,7 @@
-"""Damaged files and requests: whatever they hold, the reader's answer is a value or one line, soon and in little memory."""
+"""Damaged files and requests: a reader returns a value or reports one line.
+
+It does so soon and in little memory.
+"""
 
 import gzip
 import json
@@ -37,7 +40,7 @@ from megatron_sorted.serving.requests import (
     CompletionRequest,
     read_prompts,
     read_request,
-    read_stops,
+    read_stop_sequences,
 )
 from megatron_sorted.serving.turns import read_messages
 from megatron_sorted.settings.load import load_settings
@@ -184,7 +187,10 @@ def test_settings(examples, tmp_path):
         (ROOT / "examples" / f"{name}.yaml").read_bytes()[-900:].partition(b"\n")[2]
         for name in ("demo_nested", "quickstart")
     ]
-    more = b"lr: 1e-4\nexit-layer-nums: [2, 4]\nbf16: true\nwandb-exp-name: &a 2025-13-01\nsave: *a\nseed: 0o17\n"
+    more = (
+        b"lr: 1e-4\nexit-layer-nums: [2, 4]\nbf16: true\n"
+        b"wandb-exp-name: &a 2025-13-01\nsave: *a\nseed: 0o17\n"
+    )
     check_reader(
         [*valid, more],
         lambda data: load_settings(["--config", str(written(tmp_path / "run.yaml", data))]),
@@ -225,9 +231,13 @@ def test_chat_templates(examples):
 
     tagged = CHATML.replace(
         "{{ m['content'] }}",
-        "{% if m.content is string %}{{ m.content | trim }}{% else %}{{ m.tool_calls | tojson }}{% endif %}",
+        "{% if m.content is string %}{{ m.content | trim }}"
+        "{% else %}{{ m.tool_calls | tojson }}{% endif %}",
     )
-    ranges = "{% set ns = namespace(n=0) %}{% for x in range(3) %}{% set ns.n = ns.n + x * 2 ** 3 %}{% endfor %}{{ ns.n ~ 'a' * 5 }}"
+    ranges = (
+        "{% set ns = namespace(n=0) %}{% for x in range(3) %}"
+        "{% set ns.n = ns.n + x * 2 ** 3 %}{% endfor %}{{ ns.n ~ 'a' * 5 }}"
+    )
     check_reader(
         [text.encode() for text in (CHATML, tagged, ranges)],
         read,
@@ -254,12 +264,12 @@ def test_indexed_data(examples, tmp_path):
 
     def read(data: bytes) -> None:
         written(tmp_path / "x.idx", data)
-        found = open_indexed(prefix)
-        for number in range(found.num_documents):
+        opened = open_indexed(prefix)
+        for number in range(opened.num_documents):
             assert (
-                len(found.document(number))
-                == len(found.trained(number))
-                == found.document_lengths()[number]
+                len(opened.document(number))
+                == len(opened.trained(number))
+                == opened.document_lengths()[number]
             )
 
     check_reader(valid, read, examples)
@@ -279,7 +289,7 @@ def test_trackers(examples, tmp_path):
 def test_manifests(examples, signs, tmp_path):
     directory = tmp_path / "iter_0000004"
     directory.mkdir()
-    said = {
+    stated = {
         "run_id": "a",
         "saved_at": "2026",
         "settings": {"num_layers": 4},
@@ -288,13 +298,13 @@ def test_manifests(examples, signs, tmp_path):
         "tokenizer": None,
         "samples_a_step": 8,
     }
-    valid = manifest_text(said, Progress(4, 32), {}).encode()
+    valid = manifest_text(stated, Progress(4, 32), {}).encode()
 
     def read(data: bytes) -> None:
         if signs:  # so that its hash is right, whatever it holds
             try:
-                found = json.loads(data)
-                data = json.dumps({**found, "sha256": _own_hash(found)}).encode()
+                manifest = json.loads(data)
+                data = json.dumps({**manifest, "sha256": _own_hash(manifest)}).encode()
             except (ValueError, TypeError, RecursionError, UnicodeEncodeError):
                 return
         written(directory / MANIFEST, data)
@@ -308,7 +318,7 @@ def test_manifests(examples, signs, tmp_path):
 def test_requests(examples):
     def read(kind, data: bytes) -> None:
         request = read_request(kind, parse_body(data, "application/json"))
-        read_stops(request.stop)
+        read_stop_sequences(request.stop)
         if kind is ChatRequest:
             read_messages(request.messages, 64)
         else:
@@ -344,7 +354,7 @@ def test_requests(examples):
 @fuzzed
 def test_summaries_and_prompt_forms(examples, tmp_path):
     tokenizer = NullTokenizer(10)
-    said = {
+    stated = {
         "samples_read": 1,
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
         "prompt_form": FORM.as_dict(),
@@ -355,7 +365,7 @@ def test_summaries_and_prompt_forms(examples, tmp_path):
         check_same_tokenizer([str(tmp_path / "x_text_document")], tokenizer)
         read_prompt_form(str(tmp_path / "x_text_document"))
 
-    check_reader([json.dumps(said).encode()], read, examples // 2)
+    check_reader([json.dumps(stated).encode()], read, examples // 2)
     check_reader(
         [FORM.as_json().encode()],
         lambda data: form_from_bytes(data, "prompt_form.json").render(TALK),

@@ -1,4 +1,4 @@
-"""SIGKILL at a random moment, a hundred times at each place that replaces or removes something of the user's."""
+"""SIGKILL at a random moment, a hundred times at each place that replaces or removes files."""
 
 import os
 import random
@@ -25,7 +25,10 @@ __all__ = ("swaps", "tmp_path")  # fixtures
 
 
 def killed(work: Callable[[int], object], check: Callable[[], object]) -> None:
-    """Repeat ``work(0)``, ``work(1)``, ... in a child until it is killed at a random moment, then check; a hundred times."""
+    """Repeat ``work(0)``, ``work(1)``, ... in a child, kill it at a random moment, and check.
+
+    Do so a hundred times.
+    """
     moments = random.Random(7)
     for _ in range(KILLS):
         child = os.fork()
@@ -54,12 +57,12 @@ def test_saves_of_one_step_and_of_new_ones(tmp_path, swaps):
         save(root, newest[0] + (number + 1) // 2, Retention(retain=2))
 
     def check() -> None:
-        found = find_candidates(root).usable[0]
+        candidate = find_candidates(root).usable[0]
         assert (
-            find_damage(found.directory, found.manifest, found.manifest["files"]) == []
-            and found.step >= newest[0]
+            find_damage(candidate.directory, candidate.manifest, candidate.manifest["files"]) == []
+            and candidate.step >= newest[0]
         )
-        newest[0] = found.step
+        newest[0] = candidate.step
         remove_leftovers(root)
         assert find_candidates(root).usable[0].step == newest[0]
         assert not any(name.startswith(".iter") for name in os.listdir(root))

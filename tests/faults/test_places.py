@@ -1,4 +1,6 @@
-"""A kill, and a fault, at every place that renames, removes or replaces something of the user's: nothing is lost.
+"""A kill, and a fault, at every place that renames, removes or replaces a user's files.
+
+Nothing is lost.
 
 `make test-faults` repeats all of these a hundred times (tests/faults).
 """
@@ -36,7 +38,10 @@ RUN = "run-a"
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """Return a folder in memory, where there is such a file system: some thousand waits for a disk would take minutes."""
+    """Return a folder in memory, if there is such a file system.
+
+    Some thousand waits for a disk would take minutes.
+    """
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
@@ -67,7 +72,7 @@ def checkpoint(
 
 
 def content_of_newest(root: Path) -> tuple[int, bytes]:
-    """Return step and shard of the checkpoint that a resume would take, after comparing every file with its hash."""
+    """Return step and shard of the checkpoint that a resume would use, after verifying hashes."""
     newest = find_candidates(root).usable[0]
     assert find_damage(newest.directory, newest.manifest, newest.manifest["files"]) == []
     return newest.step, (newest.directory / "__0_0.distcp").read_bytes()
@@ -86,7 +91,10 @@ def save(root: Path, step: int, keep: Retention = Retention()) -> None:  # noqa:
 
 @pytest.fixture(params=[True, False], ids=["names are swapped", "names cannot be swapped"])
 def swaps(request, monkeypatch) -> bool:
-    """Return whether the file system can swap two names; where it is to be one that cannot, as NFS, the call gets unknown flags."""
+    """Return whether the file system can exchange two names.
+
+    To imitate one that cannot, such as NFS, the call receives unknown flags.
+    """
     if not request.param:
         monkeypatch.setattr(files, "RENAME_EXCHANGE", 1 << 20)  # EINVAL
     return request.param
@@ -105,11 +113,11 @@ def test_a_save(tmp_path, step, kills, swaps):
 
     seen = set()
     for _ in interrupted(lambda: save(root, step), before, kills):
-        found = content_of_newest(root)
-        seen.add(found)
-        assert found in {(20, b"old"), (step, b"new")}
+        newest = content_of_newest(root)
+        seen.add(newest)
+        assert newest in {(20, b"old"), (step, b"new")}
         remove_leftovers(root)  # the next run
-        assert content_of_newest(root) == found and sorted(names(root))[:2] == [
+        assert content_of_newest(root) == newest and sorted(names(root))[:2] == [
             "iter_0000010",
             "iter_0000020",
         ]
@@ -123,7 +131,10 @@ def names(root: Path) -> list[str]:
 
 @pytest.mark.parametrize("kills", [True, False], ids=["kill", "fault"])
 def test_a_save_that_removes_older_ones(tmp_path, kills):
-    """Only complete ones of the run itself are counted and removed: not a copy, another run's, or a damaged one."""
+    """Only the run's own complete checkpoints count and are removed.
+
+    A copy, another run's, or a damaged one does not.
+    """
     root = tmp_path / "save"
 
     def before() -> None:
@@ -175,7 +186,7 @@ def test_a_checkpoint_that_is_a_link(tmp_path, step, swaps):
     )
 
 
-def test_what_cannot_be_deleted_does_not_fail_the_save(tmp_path, swaps, monkeypatch):
+def test_a_failed_deletion_does_not_fail_the_save(tmp_path, swaps, monkeypatch):
     root = tmp_path / "save"
     root.mkdir()
     checkpoint(root, 20, b"old")
@@ -217,9 +228,9 @@ def test_a_file(tmp_path, kills, is_link):
 
 
 def export(destination: Path, content: str) -> None:
-    with staged_directory(destination, True, 10) as aside:
-        (aside / "config.json").write_text(content)
-        (aside / "model.safetensors").write_text(content)
+    with staged_directory(destination, True, 10) as staged:
+        (staged / "config.json").write_text(content)
+        (staged / "model.safetensors").write_text(content)
 
 
 @pytest.mark.parametrize("kills", [True, False], ids=["kill", "fault"])
@@ -242,8 +253,10 @@ def test_a_model_that_is_overwritten(tmp_path, kills, is_link, swaps):
                 staged_directory(destination, False, 10),
             ):
                 pass
-        found = {(destination / name).read_text() for name in ("config.json", "model.safetensors")}
-        assert found in ({"old"}, {"new"}) and destination.is_symlink() == is_link
+        contents = {
+            (destination / name).read_text() for name in ("config.json", "model.safetensors")
+        }
+        assert contents in ({"old"}, {"new"}) and destination.is_symlink() == is_link
     assert (
         destination / "config.json"
     ).read_text() == "new" and destination.is_symlink() == is_link
@@ -278,9 +291,9 @@ def test_prepared_data(tmp_path, kills, has_old):
         finish_interrupted(prefix)
         if not has_old and not Path(f"{prefix}.idx").exists():
             continue
-        found = open_indexed(prefix)
-        assert found.tokens.tolist() in ([0, 1, 2, 3, 4, 5], [100, 101, 102, 103, 104, 105])
-        seen.add(int(found.tokens[0]))
+        opened = open_indexed(prefix)
+        assert opened.tokens.tolist() in ([0, 1, 2, 3, 4, 5], [100, 101, 102, 103, 104, 105])
+        seen.add(int(opened.tokens[0]))
         write_data(prefix, 200)  # the command again
         assert sorted(os.listdir(folder)) == ["x_text_document.bin", "x_text_document.idx"]
     assert seen == ({0, 100} if has_old else {100})

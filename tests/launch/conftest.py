@@ -1,4 +1,4 @@
-"""A tiny run, a site file for this machine, what the tests do to jobs, and what they must leave behind: nothing."""
+"""A tiny run, a site file for this machine, helpers for jobs, and a check that nothing is left."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ load: save
 
 
 def write_site(folder: Path, **more: object) -> Path:
-    """Writes the site file of two nodes on this machine, with one process each, and returns its path."""
+    """Write the site file of two nodes on this machine, with a process each; return its path."""
     values = {
         "DEVICES_PER_NODE": 1,
         "PYTHON": PYTHON,
@@ -62,7 +62,7 @@ def write_site(folder: Path, **more: object) -> Path:
 
 
 def wait_for(what: str, true: Callable[[], object], seconds: float, folder: Path) -> None:
-    """Waits until something is true; what the run printed tells why it did not become so."""
+    """Wait until something is true; if it never is, the error holds what the run printed."""
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until, f"{what}: not within {seconds} s\n" + "\n".join(
@@ -72,15 +72,15 @@ def wait_for(what: str, true: Callable[[], object], seconds: float, folder: Path
 
 
 def last_step(folder: Path) -> int:
-    """Returns the last step that the run in ``folder`` has reported."""
+    """Return the last step that the run in ``folder`` has reported."""
     path = folder / "save" / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
 
 
 def workers(folder: Path) -> dict[int, psutil.Process]:
-    """Returns the processes that train the run in ``folder``, by rank."""
-    found = {}
+    """Return the processes that train the run in ``folder``, by rank."""
+    matches = {}
     for process in psutil.process_iter():
         try:
             if (
@@ -88,29 +88,29 @@ def workers(folder: Path) -> dict[int, psutil.Process]:
                 and "pretrain_sorted.py" in " ".join(process.cmdline())
                 and "RANK" in process.environ()
             ):
-                found[int(process.environ()["RANK"])] = process
+                matches[int(process.environ()["RANK"])] = process
         except psutil.Error:
             continue
-    return found
+    return matches
 
 
 def processes_in(folder: Path) -> dict[str, psutil.Process]:
     """Return every process that works in ``folder`` or below, by number and command line."""
-    found = {}
+    matches = {}
     for process in psutil.process_iter():
         try:
             if (
                 Path(process.cwd()).is_relative_to(folder)
                 and process.status() != psutil.STATUS_ZOMBIE
             ):
-                found[f"{process.pid}: {' '.join(process.cmdline())}"] = process
+                matches[f"{process.pid}: {' '.join(process.cmdline())}"] = process
         except psutil.Error:
             continue
-    return found
+    return matches
 
 
 def is_warned(process: psutil.Process) -> bool:
-    """Returns whether SIGUSR1 waits for a process that is stopped, or came before and is ignored now."""
+    """Return whether SIGUSR1 is pending for a stopped process, or came before and is ignored."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     masks = [
         int(line.split()[1], 16)
@@ -123,7 +123,7 @@ def is_warned(process: psutil.Process) -> bool:
 def hold_until_warned(
     folder: Path, seconds: float, cause: Callable[[], None] = lambda: None
 ) -> None:
-    """Stops a rank from the first step until a warning has come, so that the run cannot end before; then lets it go on."""
+    """Suspend a rank from the first step until a warning comes, so that the run does not end."""
     wait_for("a step", lambda: last_step(folder) >= 1, 240, folder)
     worker = workers(folder)[1]
     worker.suspend()
@@ -135,7 +135,7 @@ def hold_until_warned(
 
 
 def end_processes_in(folder: Path, seconds: float) -> dict[str, psutil.Process]:
-    """Give the processes in ``folder`` a while to end, kill those that have not, and return them."""
+    """Give the processes in ``folder`` time to end, kill the rest, and return them."""
     until = time.monotonic() + seconds
     while (left := processes_in(folder)) and time.monotonic() < until:
         time.sleep(0.1)
@@ -148,7 +148,7 @@ def end_processes_in(folder: Path, seconds: float) -> dict[str, psutil.Process]:
 
 @pytest.fixture(scope="session", autouse=True)
 def ends_in_good_order() -> Iterator[None]:
-    """Let fixtures end what they have started also when a time limit ends the session."""
+    """Let fixtures end their processes also when a time limit ends the session."""
     before = signal.signal(
         signal.SIGTERM, lambda number, frame: pytest.exit("ended by SIGTERM", 143)
     )
@@ -158,7 +158,7 @@ def ends_in_good_order() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Note for fixtures whether the test has passed."""
+    """Record for fixtures whether the test has passed."""
     report = yield
     item.stash[PASSED] = report.when == "call" and report.passed
     return report
@@ -166,9 +166,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture
 def folder(request, monkeypatch) -> Iterator[Path]:
-    """Return a new folder with ``run.yaml`` and ``site``, in which jobs leave what they print.
+    """Return a new folder with ``run.yaml`` and ``site``, for jobs and their output.
 
-    Temporary files go there, too. Programs that a passing test has left in it are an error; all are ended.
+    It also holds temporary files. All programs that a test leaves in it are ended; after a passing
+    test they are an error.
     """
     path = Path(tempfile.mkdtemp(prefix="launch_")).resolve()
     (path / "tmp").mkdir()
@@ -189,13 +190,13 @@ def quick(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """Return a copy of the project with a trainer that needs no torch, for tests that are about launchers alone."""
+    """Return a copy of the project with a trainer without torch, for tests of launchers alone."""
     return copy_project(tmp_path_factory.mktemp("tiny") / "project", TINY_TRAINER)
 
 
 @contextmanager
 def running(server: type[Server], missing: str | None, prefix: str) -> Iterator[Server]:
-    """Yield a server that has started in a folder of its own, and stop it; skip the test where programs are missing."""
+    """Yield a started server with its own folder, then stop it; skip if programs are missing."""
     if missing:
         pytest.skip(missing)
     path = Path(tempfile.mkdtemp(prefix=prefix))

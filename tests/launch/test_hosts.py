@@ -1,4 +1,4 @@
-"""The launcher over ssh, on three hosts that are addresses of this machine: a run, a failure, Ctrl-C, the launcher's own end, bad hosts."""
+"""The launcher over ssh, on three addresses of this machine: a run, failures, Ctrl-C, bad hosts."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ PDSH = pytest.mark.skipif(not shutil.which("pdsh"), reason="pdsh missing: apt-ge
 
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[SshHosts]:
-    """Returns running hosts."""
+    """Return running hosts."""
     reason = missing_programs()
     with running(SshHosts, reason and f"ssh: {reason}", "sshd_") as started:
         yield started
@@ -36,7 +36,7 @@ def hosts() -> Iterator[SshHosts]:
 
 @pytest.fixture
 def three(folder, hosts) -> Path:
-    """Returns a folder with a run of three processes."""
+    """Return a folder with a run of three processes."""
     (folder / "run.yaml").write_text(
         RUN.replace("world-size: 2", "world-size: 3").replace(
             "global-batch-size: 4", "global-batch-size: 6"
@@ -48,9 +48,9 @@ def three(folder, hosts) -> Path:
 
 
 def launch(
-    folder: Path, *words: object, project: Path = ROOT, hosts: str = "hosts"
+    folder: Path, *arguments: object, project: Path = ROOT, hosts: str = "hosts"
 ) -> subprocess.Popen:
-    """Start the run in ``folder`` on its hosts with the scripts of ``project``, in a session of its own, as a terminal would."""
+    """Start the run in ``folder`` on its hosts with scripts of ``project``, in a new session."""
     with open(folder / "console.out", "w") as console:
         command = [
             project / "slurm" / "launch_hosts.sh",
@@ -64,7 +64,7 @@ def launch(
             "run.yaml",
         ]
         return subprocess.Popen(
-            [*command, *map(str, words)],
+            [*command, *map(str, arguments)],
             cwd=folder,
             stdout=console,
             stderr=subprocess.STDOUT,
@@ -78,7 +78,7 @@ def console(folder: Path) -> str:
 
 
 def check_refused(folder: Path, launcher: subprocess.Popen, *texts: str) -> None:
-    """Looks whether the launch was refused before training, with these words."""
+    """Check that the launch was refused before training, with these messages."""
     assert launcher.wait(timeout=240) != 0, console(folder)
     for text in texts:
         assert text in console(folder), console(folder)

@@ -1,4 +1,4 @@
-"""What a node says of itself, what becomes of it, and the environment in which a node trains: slurm/node.sh alone."""
+"""The reports of a node, their check, and the environment of training: slurm/node.sh alone."""
 
 import os
 import socket
@@ -15,9 +15,11 @@ from tests.support.launch_programs import write_program
 from tests.support.ports import free_port
 
 
-def node(folder: Path, mode: str, rank: int = 0, **told: object) -> subprocess.CompletedProcess:
-    """Return the finished node.sh of a node, which was told what the launchers tell, and more."""
-    said = {
+def node(
+    folder: Path, mode: str, rank: int = 0, **variables: object
+) -> subprocess.CompletedProcess:
+    """Run node.sh with the variables of the launchers and further ones, and return its result."""
+    environment = {
         "SORTED_KIND": "gpu",
         "SORTED_ROOT": ROOT,
         "SORTED_NODES": 2,
@@ -33,16 +35,16 @@ def node(folder: Path, mode: str, rank: int = 0, **told: object) -> subprocess.C
         "SORTED_SET_ENV_FILES": folder / "set_env.sh",
         "SORTED_HOST": f"n{rank}",
         "SORTED_TIMEOUT_SECONDS": 600,
-        **told,
+        **variables,
     }
     (folder / "set_env.sh").write_text(
         "export ASCEND_TOOLKIT_HOME=/opt/cann-9.1.0 OF_SET_ENV=$NOT_SET\n"
     )
-    script = Path(said["SORTED_ROOT"]) / "slurm" / "node.sh"
+    script = Path(environment["SORTED_ROOT"]) / "slurm" / "node.sh"
     return subprocess.run(
         [script, mode, str(rank), "--config", "run.yaml"],
         cwd=folder,
-        env=clean_environment(**said),
+        env=clean_environment(**environment),
         text=True,
         capture_output=True,
         check=False,
@@ -50,9 +52,9 @@ def node(folder: Path, mode: str, rank: int = 0, **told: object) -> subprocess.C
     )
 
 
-def problems(folder: Path, rank: int = 0, **told: object) -> str:
-    """Returns what a node finds wrong with itself."""
-    done = node(folder, "check", rank, **told)
+def problems(folder: Path, rank: int = 0, **variables: object) -> str:
+    """Return the errors that a node reports."""
+    done = node(folder, "check", rank, **variables)
     assert done.returncode == 1, done.stdout + done.stderr
     return "\n".join(
         line.split("\t", 3)[3]
@@ -62,9 +64,9 @@ def problems(folder: Path, rank: int = 0, **told: object) -> str:
 
 
 def judge(folder: Path, text: str, hosts: str) -> subprocess.CompletedProcess:
-    (folder / "said").write_text(text.replace(" | ", "\t"))
+    (folder / "reports").write_text(text.replace(" | ", "\t"))
     return subprocess.run(
-        ["awk", "-f", ROOT / "slurm" / "judge.awk", "-v", f"hosts={hosts}", folder / "said"],
+        ["awk", "-f", ROOT / "slurm" / "judge.awk", "-v", f"hosts={hosts}", folder / "reports"],
         text=True,
         capture_output=True,
         check=False,
@@ -76,7 +78,7 @@ def test_a_port_that_is_in_use_and_an_interface_that_is_not_there(folder):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        said = problems(folder, SORTED_MASTER_PORT=port, GLOO_SOCKET_IFNAME="eth77")
+        output = problems(folder, SORTED_MASTER_PORT=port, GLOO_SOCKET_IFNAME="eth77")
         other.close()
     with (
         socket.socket() as other
@@ -84,8 +86,10 @@ def test_a_port_that_is_in_use_and_an_interface_that_is_not_there(folder):
         other.bind(("127.0.0.5", port))
         other.listen()
         assert f"port {port} of 127.0.0.1 is in use." in problems(folder, SORTED_MASTER_PORT=port)
-    assert f"port {port} of 127.0.0.1 is in use. Give another: MASTER_PORT in the site file" in said
-    assert "has no network interface eth77 (it has " in said and "lo" in said
+    assert (
+        f"port {port} of 127.0.0.1 is in use. Give another: MASTER_PORT in the site file" in output
+    )
+    assert "has no network interface eth77 (it has " in output and "lo" in output
 
 
 def test_a_run_that_another_job_saves_into(folder, quick):
@@ -107,9 +111,8 @@ def test_a_folder_that_cannot_be_written(folder):
 
 
 def test_files_that_are_not_shared(folder):
-    assert (
-        "all nodes write into one checkpoint, but the site file says SHARED_FILES=no"
-        in problems(folder, SORTED_SHARED_FILES="no")
+    assert "all nodes write into one checkpoint, but the site file has SHARED_FILES=no" in problems(
+        folder, SORTED_SHARED_FILES="no"
     )
 
 
@@ -118,13 +121,13 @@ def test_a_node_that_does_not_see_the_first_ones_files(folder):
     (folder / "save").mkdir()
     (folder / "save" / ".launch_token").write_text("another launch\n")
     assert (
-        f"does not see what the first node wrote into {folder}/save. Use a file system that all nodes share"
-        in problems(folder, rank=1)
+        f"does not see the first node's file in {folder}/save. Use a file system that all nodes "
+        "share" in problems(folder, rank=1)
     )
 
 
 def test_a_first_node_that_leads_elsewhere_to_itself(folder):
-    said = problems(
+    output = problems(
         folder,
         rank=1,
         SORTED_ONE_MACHINE="no",
@@ -132,21 +135,22 @@ def test_a_first_node_that_leads_elsewhere_to_itself(folder):
         SORTED_SHARED_FILES="no",
     )
     assert (
-        "the first node, localhost, is '" in said and "seen from here. Correct /etc/hosts" in said
+        "the first node, localhost, is '" in output
+        and "seen from here. Correct /etc/hosts" in output
     )
 
 
 def test_a_python_or_a_module_that_is_not_there(folder):
-    said = problems(folder, SORTED_PYTHON="/no/python", SORTED_MODULES="gcc/13")
+    output = problems(folder, SORTED_PYTHON="/no/python", SORTED_MODULES="gcc/13")
     assert (
         "/no/python cannot be run. Name the Python to use on the nodes: PYTHON in the site file."
-        in said
+        in output
     )
-    assert "gcc/13" in said and "MODULES" in said
+    assert "gcc/13" in output and "MODULES" in output
 
 
 def write_torch(folder: Path, devices: int) -> Path:
-    """Writes a torch that sees so many devices, and says nothing else; returns the folder for the path."""
+    """Write a torch that sees this many devices and prints nothing; return its folder."""
     (folder / "path" / "torch").mkdir(parents=True, exist_ok=True)
     (folder / "path" / "torch" / "__init__.py").write_text(f"""\
 class cuda:
@@ -182,21 +186,21 @@ def test_devices_that_torch_does_not_see(folder):
         folder / "bin" / "nvidia-smi",
         "echo 'GPU 0: H (UUID: GPU-1)'; echo 'GPU 1: H (UUID: GPU-2)'",
     )
-    told = {
+    variables = {
         "SORTED_DEVICES": 2,
         "SORTED_NODES": 1,
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": write_torch(folder, 1),
     }
-    assert problems(folder, **told).startswith(
+    assert problems(folder, **variables).startswith(
         "torch 2.13.0 sees 1 of the 2 devices of DEVICES_PER_NODE: another build, "
     )
     (folder / "path" / "torch" / "__init__.py").write_text(
         'raise ImportError("libcudart.so.13: cannot open shared object file")\n'
     )
     assert (
-        "torch does not load: ImportError: libcudart.so.13: cannot open shared object file. Install torch"
-        in problems(folder, **told)
+        "torch does not load: ImportError: libcudart.so.13: cannot open shared object file. "
+        "Install torch" in problems(folder, **variables)
     )
 
 
@@ -207,30 +211,31 @@ def test_an_ascend_node_without_cann(folder):
     (path / "torch_npu" / "__init__.py").write_text(
         'raise ImportError("libhccl.so: cannot open shared object file")\n'
     )
-    told = {"SORTED_KIND": "npu", "PYTHONPATH": path, "HCCL_EXEC_TIMEOUT": 900}
-    said = problems(folder, **told)
-    assert "has 0 of the 1 devices" in said
+    variables = {"SORTED_KIND": "npu", "PYTHONPATH": path, "HCCL_EXEC_TIMEOUT": 900}
+    output = problems(folder, **variables)
+    assert "has 0 of the 1 devices" in output
     assert (
-        "torch_npu does not load: ImportError: libhccl.so: cannot open shared object file. Source CANN's set_env.sh"
-        in said
+        "torch_npu does not load: ImportError: libhccl.so: cannot open shared object file. Source "
+        "CANN's set_env.sh" in output
     )
     assert (
-        "HCCL_EXEC_TIMEOUT is 900 s, not below the 600 s of --distributed-timeout-minutes." in said
+        "HCCL_EXEC_TIMEOUT is 900 s, not below the 600 s of --distributed-timeout-minutes."
+        in output
     )
     assert "HCCL_EXEC_TIMEOUT is 0 s, not below the 600 s" in problems(
-        folder, **{**told, "HCCL_EXEC_TIMEOUT": 0}
+        folder, **{**variables, "HCCL_EXEC_TIMEOUT": 0}
     )  # for ever
     (path / "torch_npu" / "__init__.py").write_text(
         'raise RuntimeError("Two accelerators cannot be used at the same time")\n'
     )
     assert (
-        "Two accelerators cannot be used at the same time. Take a CPU build of torch on Ascend hosts."
-        in problems(folder, **told)
+        "Two accelerators cannot be used at the same time. Use a CPU build of torch on Ascend "
+        "hosts." in problems(folder, **variables)
     )
-    said = problems(folder, **told, SORTED_SET_ENV_FILES="/opt/nowhere/set_env.sh")
+    output = problems(folder, **variables, SORTED_SET_ENV_FILES="/opt/nowhere/set_env.sh")
     assert (
-        "/opt/nowhere/set_env.sh is not there. Install CANN, or name its set_env.sh: SET_ENV_FILES in the site file."
-        in said
+        "/opt/nowhere/set_env.sh is not there. Install CANN, or name its set_env.sh: SET_ENV_FILES "
+        "in the site file." in output
     )
 
 
@@ -243,25 +248,25 @@ def test_an_ascend_node_on_which_torch_sees_too_few(folder):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "words"),
-    [(2, "HCCL_CONNECT_TIMEOUT is 108 s, and HCCL takes 120 to 7200."), (3, ""), (300, "")],
+    ("minutes", "message"),
+    [(2, "HCCL_CONNECT_TIMEOUT is 108 s, and HCCL accepts 120 to 7200."), (3, ""), (300, "")],
 )
-def test_time_outs_that_hccl_does_not_take(folder, minutes, words):
+def test_time_outs_that_hccl_does_not_accept(folder, minutes, message):
     on_device(folder)
     (folder / "run.yaml").write_text(
         (folder / "run.yaml").read_text() + f"distributed-timeout-minutes: {minutes}\n"
     )
     (write_torch(folder, 1) / "torch_npu.py").touch()
-    said = problems(folder, SORTED_KIND="npu", PYTHONPATH=folder / "path")
-    assert words in said if words else "TIMEOUT" not in said
+    output = problems(folder, SORTED_KIND="npu", PYTHONPATH=folder / "path")
+    assert message in output if message else "TIMEOUT" not in output
     got = environment_of(folder, SORTED_KIND="npu", SORTED_TIMEOUT_SECONDS=300 * 60)
     assert (got["HCCL_CONNECT_TIMEOUT"], got["HCCL_EXEC_TIMEOUT"]) == ("7200", "16200")
 
 
-def environment_of(folder: Path, **told: object) -> dict[str, str]:
-    """Returns the environment in which a node starts torchrun."""
+def environment_of(folder: Path, **variables: object) -> dict[str, str]:
+    """Return the environment in which a node starts torchrun."""
     write_program(folder / "python", f"env -0 > {folder}/environment")
-    done = node(folder, "train", SORTED_PYTHON=folder / "python", **told)
+    done = node(folder, "train", SORTED_PYTHON=folder / "python", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(
         entry.split("=", 1) for entry in (folder / "environment").read_text().split("\0") if entry
@@ -308,27 +313,31 @@ def test_the_environment_of_a_gpu_node(folder):
 
 
 def test_differences_between_nodes_are_named(folder):
-    said = "".join(
+    output = "".join(
         f"fact | n{i} | torch | {'2.12.0' if i == 1 else '2.13.0'}\nfact | n{i} | commit | {i}\n"
         for i in range(3)
     )
-    done = judge(folder, said, "n0 n1 n2")
+    done = judge(folder, output, "n0 n1 n2")
     assert done.returncode == 1
     assert (
         done.stderr
-        == "error: torch differs between nodes: 2.13.0 on n0, n2; 2.12.0 on n1. Make it the same on all.\n"
+        == "error: torch differs between nodes: 2.13.0 on n0, n2; 2.12.0 on n1. Make it the same "
+        "on all.\n"
     )
-    done = judge(folder, said.replace("2.12.0", "2.13.0") + "noise\n", "n0 n1 n2")
+    done = judge(folder, output.replace("2.12.0", "2.13.0") + "noise\n", "n0 n1 n2")
     assert done.returncode == 0 and done.stdout == "3 nodes agree: torch 2.13.0, commit 0\n"
 
 
-def test_mistakes_are_told_once_by_host_and_what_follows_from_them_is_not(folder):
-    said = "error | n0 | first | no such setting\nerror | n2 | first | no such setting\nerror | n1 | after | sees no token\n"
-    done = judge(folder, said, "n0 n1 n2 n3")
+def test_errors_are_printed_once_with_their_hosts_and_consequences_are_not(folder):
+    output = (
+        "error | n0 | first | no such setting\nerror | n2 | first | no such setting\n"
+        "error | n1 | after | sees no token\n"
+    )
+    done = judge(folder, output, "n0 n1 n2 n3")
     assert done.returncode == 1
     assert (
         done.stderr
-        == "error: n0, n2: no such setting\nerror: n3: gave no answer. What it wrote stands above.\n"
+        == "error: n0, n2: no such setting\nerror: n3: gave no answer. See its output above.\n"
     )
     assert (
         judge(folder, "error | n1 | after | sees no token\n", "n1").stderr
@@ -337,10 +346,11 @@ def test_mistakes_are_told_once_by_host_and_what_follows_from_them_is_not(folder
 
 
 def test_machines_must_differ(folder):
-    said = "fact | n0 | machine | a\nfact | n1 | machine | b\n"
-    assert judge(folder, said, "n0 n1").returncode == 0
-    done = judge(folder, said + "fact | n2 | machine | a\n", "n0 n1 n2")
+    output = "fact | n0 | machine | a\nfact | n1 | machine | b\n"
+    assert judge(folder, output, "n0 n1").returncode == 0
+    done = judge(folder, output + "fact | n2 | machine | a\n", "n0 n1 n2")
     assert (
         done.stderr
-        == "error: n0, n2: are one machine by several names. Leave all but one out, or say ONE_MACHINE=yes.\n"
+        == "error: n0, n2: are several names of one machine. Leave all but one out, or set "
+        "ONE_MACHINE=yes.\n"
     )

@@ -1,4 +1,4 @@
-"""What the launchers refuse before anything is submitted or reached, and what they would run: bash and Python alone, no cluster."""
+"""Errors of the launchers before anything is submitted, and the commands they print: no cluster."""
 
 import re
 import shlex
@@ -12,9 +12,9 @@ from tests.launch.conftest import ROOT, RUN, write_site
 from tests.support.clean_environment import clean_environment
 
 
-def run(folder: Path, launcher: str, *words: object) -> subprocess.CompletedProcess:
+def run(folder: Path, launcher: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [ROOT / "slurm" / launcher, *map(str, words)],
+        [ROOT / "slurm" / launcher, *map(str, arguments)],
         cwd=folder,
         text=True,
         capture_output=True,
@@ -24,9 +24,9 @@ def run(folder: Path, launcher: str, *words: object) -> subprocess.CompletedProc
     )
 
 
-def refusal(folder: Path, launcher: str, *words: object) -> str:
-    """Returns the one line with which a launcher refuses."""
-    done = run(folder, launcher, *words)
+def refusal(folder: Path, launcher: str, *arguments: object) -> str:
+    """Return the one line of error of a launcher."""
+    done = run(folder, launcher, *arguments)
     assert done.returncode == 2 and done.stdout == "", done.stdout + done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     return done.stderr.removeprefix("error: ").rstrip()
@@ -37,15 +37,18 @@ def refusal(folder: Path, launcher: str, *words: object) -> str:
     [
         (
             "NCCL_SOKET_IFNAME=eth0",
-            "site, line 2: there is no NCCL_SOKET_IFNAME in a site file. Did you mean .*NCCL_SOCKET_IFNAME",
+            "site, line 2: there is no NCCL_SOKET_IFNAME in a site file. Did you mean "
+            ".*NCCL_SOCKET_IFNAME",
         ),
         (
             "FRUIT=apple",
-            "there is no FRUIT in a site file. Use ACCOUNT CONTAINER_COMMAND .*, or a variable of docs/clusters.md",
+            "there is no FRUIT in a site file. Use ACCOUNT CONTAINER_COMMAND .*, or a variable of "
+            "docs/clusters.md",
         ),
         (
             "export NCCL_DEBUG=INFO",
-            "'export NCCL_DEBUG=INFO' is not NAME=value. One assignment a line, without export",
+            "'export NCCL_DEBUG=INFO' is not NAME=value. Write one assignment on each line, "
+            "without export",
         ),
         ("DEVICES_PER_NODE=8", "DEVICES_PER_NODE is given twice. Leave one out"),
         ("MAX_RESTARTS=often", "MAX_RESTARTS is 'often', which is not a whole number. Change it"),
@@ -57,20 +60,20 @@ def refusal(folder: Path, launcher: str, *words: object) -> str:
         ("HCCL_EXEC_TIMEOUT=1h", "HCCL_EXEC_TIMEOUT is '1h', which is not a whole number"),
         (
             "SBATCH_OPTIONS=--qos normal",
-            "the value of SBATCH_OPTIONS is not one word. Put it between double quotes",
+            "the value of SBATCH_OPTIONS is not one word. Put it in double quotes",
         ),
         (
             'CONTAINER_MOUNTS="$HOME:/data"',
-            r"values are taken as they stand, \$, ` and .* mean nothing here. Write it out",
+            r"\$, ` and .* are not expanded in a site file. Write the value out",
         ),
-        ('MODULES="$(touch run)"', "values are taken as they stand"),
-        ("NCCL_DEBUG=", "NCCL_DEBUG is '', which is not anything but nothing"),
+        ('MODULES="$(touch run)"', "are not expanded in a site file"),
+        ("NCCL_DEBUG=", "NCCL_DEBUG is '', which is not a value."),
     ],
 )
 def test_a_wrong_line_of_a_site_file(folder, line, reason):
     (folder / "site").write_text(f"DEVICES_PER_NODE=2\n{line}\n")
-    said = refusal(folder, "gpu.sbatch", "--print", "--site", "site", "run.yaml")
-    assert re.search(reason, said), said
+    message = refusal(folder, "gpu.sbatch", "--print", "--site", "site", "run.yaml")
+    assert re.search(reason, message), message
     assert not (folder / "run").exists()
 
 
@@ -102,7 +105,7 @@ def test_an_ssh_that_refuses_its_options(folder):
     )
     assert done.returncode == 2
     assert done.stderr.endswith(
-        "error: ssh does not take its options (above). Correct SSH_OPTIONS in the site file.\n"
+        "error: ssh does not accept its options (above). Correct SSH_OPTIONS in the site file.\n"
     ), done.stderr
 
 
@@ -123,10 +126,10 @@ def test_an_ssh_that_refuses_its_options(folder):
 def test_a_time_limit_that_leaves_no_time_to_train(folder, limit, seconds, left):
     write_site(folder, TIME_LIMIT=limit, SAVE_SECONDS=seconds)
     if left == 0:
-        said = refusal(folder, "gpu.sbatch", "--print", "--site", "site", "run.yaml")
+        message = refusal(folder, "gpu.sbatch", "--print", "--site", "site", "run.yaml")
         assert (
-            f"TIME_LIMIT={limit} is {seconds} s, of which SAVE_SECONDS ({seconds}) leaves none to train."
-            in said
+            f"TIME_LIMIT={limit} is {seconds} s, of which SAVE_SECONDS ({seconds}) leaves none to "
+            "train." in message
         )
     else:
         done = run(folder, "gpu.sbatch", "--print", "--site", "site", "run.yaml")
@@ -149,10 +152,15 @@ def test_contradictions_in_a_site_file(folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "reason"),
+    ("arguments", "reason"),
     [
         (("run.yaml",), "no site file. Copy one of examples/sites"),
         (("--site", "nowhere", "run.yaml"), "--site nowhere: cannot be read"),
+        (("--site", ".", "run.yaml"), "--site .: cannot be read as a file"),
+        (
+            ("--site", "site", "run.yaml", "--world-size", "16"),
+            "--world-size: launchers read the key world-size of the run file. Change it there",
+        ),
         (("--site", "site"), "no run file. Usage: gpu.sbatch"),
         (("--site", "site", "nothing.yaml"), "nothing.yaml: there is no such run file"),
         (("--site", "site", "."), ".: there is no such run file"),
@@ -180,8 +188,8 @@ def test_contradictions_in_a_site_file(folder):
         (("--site", "site", "run.yaml", "--num-layres", 4), "--num-layres: there is no such"),
     ],
 )
-def test_a_wrong_command_line(folder, words, reason):
-    assert reason in refusal(folder, "gpu.sbatch", "--print", *words)
+def test_a_wrong_command_line(folder, arguments, reason):
+    assert reason in refusal(folder, "gpu.sbatch", "--print", *arguments)
 
 
 def test_a_world_that_does_not_divide_into_nodes_and_a_run_without_one(folder):
@@ -201,7 +209,8 @@ def test_a_world_that_does_not_divide_into_nodes_and_a_run_without_one(folder):
     [
         (
             "localhost,n1",
-            "MASTER_ADDR 'localhost' (the first of --hosts) is empty or this host itself, and 2 nodes cannot meet there",
+            "MASTER_ADDR 'localhost' (the first of --hosts) is empty or this host itself, and 2 "
+            "nodes cannot connect there",
         ),
         ("127.0.0.1,n1", "MASTER_ADDR '127.0.0.1'"),
         ("n0,n0", "n0 is named twice"),
@@ -210,18 +219,20 @@ def test_a_world_that_does_not_divide_into_nodes_and_a_run_without_one(folder):
         ("n0,-oProxyCommand", "'-oProxyCommand' is not the name of a host"),
         (
             "hosts.txt",
-            "1 nodes (--hosts; there is no file hosts.txt, so it names a host) x 1 devices are 1 processes",
+            "1 nodes (--hosts; there is no file hosts.txt, so it names a host) x 1 devices are 1 "
+            "processes",
         ),
         (
             "./hosts.txt",
-            "--hosts ./hosts.txt: there is no file ./hosts.txt, and './hosts.txt' is not the name of a host",
+            "--hosts ./hosts.txt: there is no file ./hosts.txt, and './hosts.txt' is not the name "
+            "of a host",
         ),
         ("empty", "--hosts empty: names no host"),
     ],
 )
 def test_wrong_hosts(folder, hosts, reason):
     write_site(folder, ONE_MACHINE="no", REMOTE_SHELL="ssh")
-    (folder / "empty").write_text("# nobody\n")
+    (folder / "empty").write_text("# no host\n")
     assert reason in refusal(
         folder, "launch_hosts.sh", "gpu", "--print", "--hosts", hosts, "--site", "site", "run.yaml"
     )
@@ -229,19 +240,20 @@ def test_wrong_hosts(folder, hosts, reason):
 
 @pytest.mark.parametrize(("devices", "nodes"), [(8, 16), (16, 8)])
 @pytest.mark.parametrize("kind", ["gpu", "npu"])
-def test_what_would_be_run_on_128_devices(folder, kind, devices, nodes):
+def test_the_printed_commands_for_128_devices(folder, kind, devices, nodes):
     (folder / "run.yaml").write_text(
         RUN.replace("world-size: 2", "world-size: 128").replace("batch-size: 4", "batch-size: 256")
     )
     (folder / "site").write_text(
         f"DEVICES_PER_NODE={devices}\nPARTITION=train\nTIME_LIMIT=1-00:00:00\nGLOO_SOCKET_IFNAME=eth0\n"
-        f'CONTAINER_IMAGE=/images/t.sqsh\nPYTHON=/usr/bin/python3\nSBATCH_OPTIONS="--qos=high --exclude=bad"\n'
+        f'CONTAINER_IMAGE=/images/t.sqsh\nPYTHON=/usr/bin/python3\nSBATCH_OPTIONS="--qos=high '
+        f'--exclude=bad"\n'
     )
     done = run(folder, f"{kind}.sbatch", "--print", "--site", "site", "run.yaml", "--lr", "1e-3")
     assert done.returncode == 0, done.stderr
     _, sbatch, _, srun, _, torchrun, *rest = done.stdout.splitlines()
     request = f"--gpus-per-node={devices}" if kind == "gpu" else f"--gres=npu:{devices}"
-    words = {
+    arguments = {
         "sbatch",
         f"--nodes={nodes}",
         "--ntasks-per-node=1",
@@ -254,7 +266,7 @@ def test_what_would_be_run_on_128_devices(folder, kind, devices, nodes):
         "--qos=high",
         "--exclude=bad",
     }
-    assert words <= set(sbatch.split())
+    assert arguments <= set(sbatch.split())
     assert {
         "srun",
         f"--ntasks={nodes}",
@@ -284,7 +296,7 @@ def test_what_would_be_run_on_128_devices(folder, kind, devices, nodes):
 
 
 @pytest.mark.skipif(not shutil.which("ssh"), reason="ssh missing: apt-get install openssh-client")
-def test_what_would_be_run_on_hosts(folder):
+def test_the_printed_commands_for_hosts(folder):
     write_site(
         folder,
         REMOTE_SHELL="ssh",
@@ -310,8 +322,8 @@ def test_what_would_be_run_on_hosts(folder):
         *ssh, command = shlex.split(line)
         assert ssh[0] == "ssh" and "BatchMode=yes" in ssh and ssh[-3:] == ["-p", "2222", host]
         bash, option, script = shlex.split(command)
-        words = shlex.split(script)
-        assert [bash, option, *words[:8]] == [
+        arguments = shlex.split(script)
+        assert [bash, option, *arguments[:8]] == [
             "bash",
             "-c",
             "cd",
@@ -328,8 +340,8 @@ def test_what_would_be_run_on_hosts(folder):
             "SORTED_HOSTS=n8 n9",
             "SORTED_MASTER_ADDR=n8",
             "SORTED_KIND=npu",
-        } < set(words)
-        assert words[-7:] == [
+        } < set(arguments)
+        assert arguments[-7:] == [
             f"{ROOT}/slurm/node.sh",
             "attend",
             "listed",
@@ -383,10 +395,10 @@ def test_help(folder, launcher):
 
 
 def test_print_before_the_kind_of_hosts_is_print_after_it(folder):
-    words = ("--hosts", "a,b", "--site", "site", "run.yaml")
+    arguments = ("--hosts", "a,b", "--site", "site", "run.yaml")
     before, after = (
-        run(folder, "launch_hosts.sh", "--print", "gpu", *words),
-        run(folder, "launch_hosts.sh", "gpu", "--print", *words),
+        run(folder, "launch_hosts.sh", "--print", "gpu", *arguments),
+        run(folder, "launch_hosts.sh", "gpu", "--print", *arguments),
     )
     assert (before.returncode, before.stderr) == (after.returncode, after.stderr)
 

@@ -1,4 +1,4 @@
-"""Jobs of a real SLURM on two nodes: they end well, badly, before their time limit, and when others take their nodes."""
+"""Jobs of a real SLURM on two nodes: success, failure, time limits, preemption."""
 
 import json
 import re
@@ -24,11 +24,21 @@ from tests.support.slurm_cluster import SlurmCluster
 
 
 def submit(
-    cluster: SlurmCluster, folder: Path, *words: object, project: Path = ROOT, launcher: str = "gpu"
+    cluster: SlurmCluster,
+    folder: Path,
+    *arguments: object,
+    project: Path = ROOT,
+    launcher: str = "gpu",
 ) -> str:
-    """Submit the run in ``folder`` from there with the scripts of ``project`` and return the job's number."""
+    """Submit the run in ``folder`` with the scripts of ``project`` and return the job's number."""
     done = subprocess.run(
-        [project / "slurm" / f"{launcher}.sbatch", "--site", "site", "run.yaml", *map(str, words)],
+        [
+            project / "slurm" / f"{launcher}.sbatch",
+            "--site",
+            "site",
+            "run.yaml",
+            *map(str, arguments),
+        ],
         cwd=folder,
         text=True,
         capture_output=True,
@@ -51,14 +61,12 @@ def wait_for_state(
 
 
 def finish(cluster: SlurmCluster, folder: Path, job: str) -> None:
-    """Waits for the requeued job, which need not wait its two minutes, and looks whether it went on where it had stopped."""
+    """Wait for the requeued job, without its two minutes, and check that it resumed at its stop."""
     wait_for_state(cluster, folder, job, "PENDING")
     word = json.loads((folder / "save" / "stopped.json").read_text())
     assert word["reason"] == "SIGUSR1" and 1 <= word["step"] < STEPS
     assert f"stopped early, requeueing: {json.dumps(word)}" in printed(folder, job)
-    time.sleep(
-        2
-    )  # a start in the second of the requeue is refused by nodes, "Job credential revoked", and fails the job
+    time.sleep(2)  # nodes refuse a start in the second of the requeue, "Job credential revoked"
     cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10")
     wait_for_state(cluster, folder, job, "COMPLETED")
     assert cluster.fields(job)["Restarts"] == "1"
@@ -67,7 +75,7 @@ def finish(cluster: SlurmCluster, folder: Path, job: str) -> None:
 
 @pytest.fixture(scope="session")
 def whole(slurm, tmp_path_factory) -> Path:
-    """Returns the folder of a run that nobody disturbed."""
+    """Return the folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "run.yaml").write_text(RUN)
     write_site(folder)
@@ -111,7 +119,7 @@ def test_a_killed_worker_is_restarted_where_the_site_says_so(folder, cluster):
     ) and "loaded save/iter_00000" in printed(folder, job)
 
 
-def test_a_job_is_saved_before_its_time_limit_and_goes_on(folder, cluster, whole, quick):
+def test_a_job_is_saved_before_its_time_limit_and_resumes(folder, cluster, whole, quick):
     write_site(
         folder, TIME_LIMIT=5, SAVE_SECONDS=299
     )  # SLURM looks every half minute, and warns up to a minute early
@@ -122,7 +130,7 @@ def test_a_job_is_saved_before_its_time_limit_and_goes_on(folder, cluster, whole
 
 
 @pytest.mark.long
-def test_a_job_that_others_evict_is_saved_and_goes_on(folder, cluster, whole, quick):
+def test_a_preempted_job_is_saved_and_resumes(folder, cluster, whole, quick):
     others = []
 
     def evict() -> None:
@@ -159,10 +167,10 @@ exec {PYTHON} "$@"
     write_site(folder, PYTHON=python)
     job = submit(cluster, folder)
     wait_for_state(cluster, folder, job, "FAILED")
-    said = re.search(
+    match = re.search(
         r"error: torch differs between nodes: (.*). Make it the same on all.", printed(folder, job)
     )
-    assert said and "9.9 on n1" in said[1].split("; ") and re.search(r"\S+ on n0", said[1]), (
+    assert match and "9.9 on n1" in match[1].split("; ") and re.search(r"\S+ on n0", match[1]), (
         printed(folder, job)
     )
     assert not (folder / "save" / "metrics.jsonl").exists()

@@ -1,4 +1,4 @@
-"""Whole launches with stand-ins for ssh, SLURM and torchrun: what reaches a node word by word, and what is said of mistakes."""
+"""Whole launches with stand-ins for ssh, SLURM and torchrun: arguments of nodes, and messages."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.conftest import ROOT, RUN, end_processes_in, processes_in, wait_for, write_site
-from tests.support.launch_programs import said_to_torchrun, stand_ins, write_program
+from tests.support.launch_programs import stand_ins, torchrun_arguments, write_program
 from tests.support.ports import free_port
 
 PDSH = pytest.mark.skipif(not shutil.which("pdsh"), reason="pdsh missing: apt-get install pdsh")
@@ -27,7 +27,7 @@ STRANGE = [
 
 @pytest.fixture
 def place(folder) -> Path:
-    """Returns a directory with spaces, a quote and a dollar sign in its name, with a run and a site file of two nodes in it."""
+    """Return a directory with strange characters in its name, with a run and a site file in it."""
     path = folder / "it's a $place"
     path.mkdir()
     (path / "my run.yaml").write_text(RUN)
@@ -38,12 +38,12 @@ def place(folder) -> Path:
 
 
 def launch(
-    folder: Path, launcher: str, *words: object, **more: object
+    folder: Path, launcher: str, *arguments: object, **more: object
 ) -> subprocess.CompletedProcess:
-    """Returns the finished launcher, started in the only directory in ``folder`` that has a site file."""
+    """Run a launcher in the only directory in ``folder`` with a site file; return its result."""
     place = next(folder.glob("*/site")).parent
     return subprocess.run(
-        [ROOT / "slurm" / launcher, *map(str, words)],
+        [ROOT / "slurm" / launcher, *map(str, arguments)],
         cwd=place,
         env=stand_ins(folder, **more),
         text=True,
@@ -54,7 +54,7 @@ def launch(
 
 
 def over_ssh(
-    folder: Path, hosts: str, *words: object, **more: object
+    folder: Path, hosts: str, *arguments: object, **more: object
 ) -> subprocess.CompletedProcess:
     return launch(
         folder,
@@ -67,41 +67,41 @@ def over_ssh(
         "--logs",
         "l o g s",
         "my run.yaml",
-        *words,
+        *arguments,
         **more,
     )
 
 
 def job(
-    folder: Path, *words: object, number: int = 17, **more: object
+    folder: Path, *arguments: object, number: int = 17, **more: object
 ) -> subprocess.CompletedProcess:
-    """Returns the finished script of a job on n0 and n1."""
+    """Return the finished script of a job on n0 and n1."""
     return launch(
         folder,
         "gpu.sbatch",
         "--site",
         "site",
         "my run.yaml",
-        *words,
+        *arguments,
         SLURM_JOB_ID=number,
         SLURM_JOB_NODELIST="n[0-1]",
         **more,
     )
 
 
-def check_words(folder: Path, place: Path, hosts: list[str]) -> None:
-    """Looks whether every host got the words of the command line as they stood there, and its own rank."""
-    said = said_to_torchrun(folder)
-    assert sorted(said) == sorted(hosts)
+def check_arguments(folder: Path, place: Path, hosts: list[str]) -> None:
+    """Check that every host got the arguments of the command line unchanged, and its own rank."""
+    output = torchrun_arguments(folder)
+    assert sorted(output) == sorted(hosts)
     for rank, host in enumerate(hosts):
-        at = said[host].index(f"{ROOT}/pretrain_sorted.py")
-        assert said[host][at + 1 :] == ["--config", f"{place}/my run.yaml", *STRANGE]
-        assert f"--node-rank={rank}" in said[host]
+        at = output[host].index(f"{ROOT}/pretrain_sorted.py")
+        assert output[host][at + 1 :] == ["--config", f"{place}/my run.yaml", *STRANGE]
+        assert f"--node-rank={rank}" in output[host]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_words_and_names_reach_hosts_as_they_are(folder, place, strategy):
-    """Hosts in a file as an editor under Windows leaves it, one with a user's name, which pdsh would take away, one that is an address."""
+def test_arguments_and_names_reach_hosts_unchanged(folder, place, strategy):
+    """Hosts in a file of Windows: one with a user's name, which pdsh would drop, and an address."""
     write_site(
         place, PYTHON=folder / "bin" / "python", MASTER_PORT=free_port(), REMOTE_SHELL=strategy
     )
@@ -110,17 +110,17 @@ def test_words_and_names_reach_hosts_as_they_are(folder, place, strategy):
     )
     done = over_ssh(folder, "hosts", *STRANGE)
     assert done.returncode == 0, done.stdout + done.stderr
-    check_words(folder, place, ["train@n1", "fe80::2"])
+    check_arguments(folder, place, ["train@n1", "fe80::2"])
     assert {path.name for path in (place / "l o g s").glob("*.log")} == {
         "train@n1.log",
         "fe80::2.log",
     }
 
 
-def test_words_reach_the_nodes_of_a_job_as_they_are(folder, place):
+def test_arguments_reach_the_nodes_of_a_job_unchanged(folder, place):
     done = job(folder, *STRANGE)
     assert done.returncode == 0, done.stdout + done.stderr
-    check_words(folder, place, ["n0", "n1"])
+    check_arguments(folder, place, ["n0", "n1"])
 
 
 def test_what_is_printed_can_be_pasted(folder, place):
@@ -148,7 +148,7 @@ def test_what_is_printed_can_be_pasted(folder, place):
             check=False,
         )
         assert pasted.returncode == 0, pasted.stdout + pasted.stderr
-    check_words(folder, place, ["n0", "n1"])
+    check_arguments(folder, place, ["n0", "n1"])
 
 
 @pytest.mark.parametrize(
@@ -156,15 +156,18 @@ def test_what_is_printed_can_be_pasted(folder, place):
     [
         (
             "far",
-            'error: far: cannot be reached: far: Permission denied (publickey,password). Make "ssh -o BatchMode=yes',
+            "error: far: cannot be reached: far: Permission denied (publickey,password). Make "
+            '"ssh -o BatchMode=yes',
         ),
         (
             "bare",
-            "error: bare: has no directory {place}, in which the run works. Start it in one that all hosts share",
+            "error: bare: has no directory {place}, the run's working directory. Start the run in "
+            "one that all hosts share",
         ),
         (
             "empty",
-            "error: empty: lacks a program (above). The project, {root}, and CONTAINER_COMMAND must be there on every host.",
+            "error: empty: lacks a program (above). The project, {root}, and CONTAINER_COMMAND "
+            "must exist on every host.",
         ),
     ],
 )
@@ -173,7 +176,7 @@ def test_a_host_that_lacks_something_is_named(folder, place, host, reason):
     assert done.returncode == 1 and reason.format(place=place, root=ROOT) in done.stderr, (
         done.stdout + done.stderr
     )
-    assert not said_to_torchrun(folder)
+    assert not torchrun_arguments(folder)
 
 
 def test_one_machine_by_two_names(folder, place):
@@ -187,12 +190,12 @@ def test_one_machine_by_two_names(folder, place):
     done = over_ssh(folder, "n0,n0.cluster", "--save", "none", "--load", "none")
     assert (
         done.returncode == 1
-        and "error: n0, n0.cluster: are one machine by several names." in done.stderr
+        and "error: n0, n0.cluster: are several names of one machine." in done.stderr
     ), done.stdout + done.stderr
 
 
 def start(folder: Path, place: Path, hosts: str, project: Path = ROOT) -> subprocess.Popen:
-    """Return a launcher over ssh, of ``project``, whose torchruns stay, once all hosts have started theirs."""
+    """Return a launcher over ssh, of ``project``, after all hosts have started long torchruns."""
     command = [
         project / "slurm" / "launch_hosts.sh",
         "gpu",
@@ -214,7 +217,7 @@ def start(folder: Path, place: Path, hosts: str, project: Path = ROOT) -> subpro
         )
     wait_for(
         "torchrun",
-        lambda: len(said_to_torchrun(folder)) == len({"n0", "n1"} & set(hosts.split(","))),
+        lambda: len(torchrun_arguments(folder)) == len({"n0", "n1"} & set(hosts.split(","))),
         60,
         folder,
     )
@@ -264,11 +267,11 @@ def test_a_host_that_does_not_end_is_named(folder, place, quick):
     launcher = start(folder, place, "n0,deaf", quick)
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(timeout=90) == 130
-    said = (folder / "console.out").read_text()
+    output = (folder / "console.out").read_text()
     assert (
-        "error: deaf did not answer within 3 s; look there" in said
-        and "nothing is left running" not in said
-    ), said
+        "error: deaf did not answer within 3 s; look there" in output
+        and "nothing is left running" not in output
+    ), output
     end_processes_in(folder, 0)  # the stand-in for an ssh to it still waits
 
 
@@ -301,11 +304,11 @@ def test_the_port_of_a_job_is_none_that_the_kernel_gives_away(folder, place, num
     write_site(place, PYTHON=folder / "bin" / "python")
     done = job(folder, number=number)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"--master-port={port}" in said_to_torchrun(folder)["n0"]
+    assert f"--master-port={port}" in torchrun_arguments(folder)["n0"]
 
 
 @pytest.mark.parametrize(
-    ("reason", "words", "fails", "status", "said"),
+    ("reason", "arguments", "fails", "status", "output"),
     [
         ("SIGUSR1", (), "", -9, "requeue 17"),
         ("SIGUSR1", (), "yes", 75, "job 17 cannot be requeued. Submit the same command again"),
@@ -320,14 +323,16 @@ def test_the_port_of_a_job_is_none_that_the_kernel_gives_away(folder, place, num
         ),  # started again it goes on from --save
     ],
 )
-def test_what_becomes_of_a_job_that_stopped(folder, place, reason, words, fails, status, said):
+def test_what_becomes_of_a_job_that_stopped(
+    folder, place, reason, arguments, fails, status, output
+):
     (place / "save").mkdir()
     (place / "save" / "stopped.json").write_text(
         json.dumps({"step": 5, "train_iters": 9, "reason": reason})
     )
-    done = job(folder, *words, REQUEUE_FAILS=fails)
+    done = job(folder, *arguments, REQUEUE_FAILS=fails)
     assert done.returncode == status, done.stdout + done.stderr
-    assert said in done.stdout + done.stderr
+    assert output in done.stdout + done.stderr
 
 
 def test_a_login_node_without_slurm_or_with_a_python_that_needs_modules(folder, place):

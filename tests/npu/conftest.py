@@ -1,7 +1,8 @@
-"""Every process that these tests start meets simulated NPUs; with NPU_TESTS_ON=devices it meets the host's.
+"""Every process that these tests start uses simulated NPUs; with NPU_TESTS_ON=devices the host's.
 
-This process itself computes the references, on the CPU: it never loads torch_npu. What is set here holds for all tests of a session, so
-among others (a bare ``pytest``) these are skipped. NPU_TESTS_ON says that they are asked for: then what is missing is an error.
+This process computes the references on the CPU and never loads torch_npu. The environment set here
+holds for all tests of a session, so in a session with other tests (a bare ``pytest``) these are
+skipped. NPU_TESTS_ON requests them: then a missing package is an error.
 """
 
 import importlib.util
@@ -20,18 +21,21 @@ KINDS = ("simulation", "devices")
 
 
 def why_not(config: pytest.Config) -> str | None:
-    """Returns why these tests are left out of a session; None where they are run.
+    """Return why these tests are left out of a session; None where they are run.
 
     Raises:
         UsageError: They are asked for and cannot be run.
     """
-    asked = [
+    requested = [
         Path(config.invocation_params.dir, word.split("::")[0]).resolve() for word in config.args
     ]
     reason = None
     if importlib.util.find_spec("torch_npu") is None:
-        reason = f"torch_npu is not installed for {sys.executable}: make test-npu installs it, and runs them"
-    elif not all(path.is_relative_to(HERE) for path in asked):
+        reason = (
+            f"torch_npu is not installed for {sys.executable}: "
+            "make test-npu installs it, and runs them"
+        )
+    elif not all(path.is_relative_to(HERE) for path in requested):
         reason = "they need a session of their own: make test-npu runs them"
     if reason and "NPU_TESTS_ON" in os.environ:
         raise pytest.UsageError(f"NPU_TESTS_ON asks for tests/npu: {reason}")
@@ -39,7 +43,7 @@ def why_not(config: pytest.Config) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives the processes of this session NPUs, unless its tests on NPUs are left out."""
+    """Give the processes of this session NPUs, unless the tests on NPUs are skipped."""
     if why_not(config):
         return
     kind = os.environ.get("NPU_TESTS_ON", "simulation")
@@ -55,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the tests of this folder as skipped where they are left out."""
+    """Mark the tests of this folder as skipped if they cannot run."""
     reason = why_not(config)
     for item in items if reason else ():
         if item.path.is_relative_to(HERE):

@@ -1,14 +1,17 @@
-"""One process: trains a step on an NPU with some of the mends left out, and saves. ``run_without.py FOLDER [MEND]``; a failure shows."""
+"""A program that trains a step on an NPU without some of the patches, and saves.
+
+Usage: ``run_without.py FOLDER [PATCH ...]``. A failure ends it with a traceback.
+"""
 
 import os
 import sys
 from pathlib import Path
 
-from megatron_sorted.platform.npu.start import MENDED, start_npu
+from megatron_sorted.platform.npu.start import APPLIED_PATCHES, start_npu
 
 
 def main(folder: str, *left_out: str) -> None:
-    """Prints what the step found, and the mends that were in place."""
+    """Print the losses of the step and the number of patches applied."""
     os.environ.pop("TORCH_NPU_DEVICE_CAPABILITY", None)
     os.environ.update(
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", TEST_INIT_METHOD=f"file://{folder}/rendezvous"
@@ -22,7 +25,7 @@ def main(folder: str, *left_out: str) -> None:
         device="npu", global_batch_size=2, exit_loss_chunk_tokens=32, use_distributed_optimizer=True
     )
     report = steps_from(settings, f"{folder}/saved", False, 0, 1, True)
-    print("losses", report["losses"][0][0], "mends", len(MENDED), report["outcome"])
+    print("losses", report["losses"][0][0], "patches", len(APPLIED_PATCHES), report["outcome"])
 
 
 if __name__ == "__main__":

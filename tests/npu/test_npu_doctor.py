@@ -1,4 +1,4 @@
-"""The doctor in a job on NPUs: every process finds its own, they talk through the devices' library, and sums are right."""
+"""The doctor in a job on NPUs: every process uses its own device, and sums are right."""
 
 import json
 import os
@@ -41,10 +41,10 @@ def test_a_job_on_two_npus_is_measured(tmp_path):
     )
     assert done.stdout.startswith("{"), done.stdout + done.stderr
     answer = json.loads(done.stdout)
-    found = {finding["name"]: finding for finding in answer["findings"]}
-    assert not {"network test", "processes", "devices of processes"} & found.keys(), found
-    assert found["sums"]["verdict"] == "OK" and "on 2 processes" in found["sums"]["value"]
-    assert "torch_npu" in found["same versions"]["value"]
+    findings = {finding["name"]: finding for finding in answer["findings"]}
+    assert not {"network test", "processes", "devices of processes"} & findings.keys(), findings
+    assert findings["sums"]["verdict"] == "OK" and "on 2 processes" in findings["sums"]["value"]
+    assert "torch_npu" in findings["same versions"]["value"]
     assert {figure["rank"] for figure in answer["network"]} == {0, 1} and not any(
         figure.get("wrong") for figure in answer["network"]
     )

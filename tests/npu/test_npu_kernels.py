@@ -1,4 +1,4 @@
-"""Fused operations, through the project's own modules: output and gradients equal plain torch on the CPU."""
+"""Fused operations through the project's modules: output and gradients equal torch on the CPU."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def drawn(*shape: int, seed: int) -> torch.Tensor:
 
 
 def plain(case: dict, inputs: list[torch.Tensor]) -> torch.Tensor:
-    """Returns what torch's own operations make of the inputs, in fp32."""
+    """Return what torch's own operations make of the inputs, in fp32."""
     if case["kind"] == "norm":
         return F.rms_norm(inputs[0], (inputs[0].size(-1),), inputs[1], 1e-5)
     if case["kind"] == "swiglu":
@@ -38,7 +38,7 @@ def plain(case: dict, inputs: list[torch.Tensor]) -> torch.Tensor:
 
 
 def packed_mask(length: int) -> torch.Tensor:
-    """Returns the additive mask of two samples, each of two documents."""
+    """Return the additive mask of two samples, each of two documents."""
     segments = torch.stack([(torch.arange(length) >= cut).long() for cut in (5, 9)])
     looks = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
     return torch.zeros(looks.shape).masked_fill(~looks, float("-inf"))
@@ -47,14 +47,19 @@ def packed_mask(length: int) -> torch.Tensor:
 def make_cases() -> list[dict]:
     qkv = [drawn(20, 2, heads, 16, seed=seed) for heads, seed in ((6, 1), (2, 2), (2, 3))]
     return [
-        {"kind": "norm", "inputs": [drawn(7, 2, 24, seed=4), drawn(24, seed=5)], "gradient": drawn(7, 2, 24, seed=6)},
-        {"kind": "swiglu", "inputs": [drawn(7, 2, 24, seed=7)], "gradient": drawn(7, 2, 12, seed=8)},
-        {"kind": "rotary", "inputs": [drawn(7, 2, 4, 16, seed=9)], "angles": drawn(7, 1, 1, 16, seed=10),
+        {"kind": "norm", "inputs": [drawn(7, 2, 24, seed=4), drawn(24, seed=5)],
+         "gradient": drawn(7, 2, 24, seed=6)},
+        {"kind": "swiglu", "inputs": [drawn(7, 2, 24, seed=7)],
+         "gradient": drawn(7, 2, 12, seed=8)},
+        {"kind": "rotary", "inputs": [drawn(7, 2, 4, 16, seed=9)],
+         "angles": drawn(7, 1, 1, 16, seed=10),
          "gradient": drawn(7, 2, 4, 16, seed=11)},
-        {"kind": "rotary", "inputs": [drawn(7, 2, 4, 16, seed=9)], "angles": drawn(7, 1, 1, 8, seed=10),
+        {"kind": "rotary", "inputs": [drawn(7, 2, 4, 16, seed=9)],
+         "angles": drawn(7, 1, 1, 8, seed=10),
          "gradient": drawn(7, 2, 4, 16, seed=11)},
         {"kind": "attention", "inputs": qkv, "gradient": drawn(20, 2, 96, seed=12)},
-        {"kind": "attention", "inputs": qkv, "mask": packed_mask(20), "gradient": drawn(20, 2, 96, seed=12)},
+        {"kind": "attention", "inputs": qkv, "mask": packed_mask(20),
+         "gradient": drawn(20, 2, 96, seed=12)},
     ]  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""The layout table on NPUs, in fp32 and bf16, against the same fp32 references on the CPU, with the device's fused operations."""
+"""The layout table on NPUs, in fp32 and bf16, with the device's fused operations.
+
+The references are computed in fp32 on the CPU.
+"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Whole runs on NPUs from the command line, and what is said where something is missing."""
+"""Whole runs on NPUs from the command line, and the errors for missing parts."""
 
 import json
 import os
@@ -12,9 +12,10 @@ from megatron_sorted.monitoring.json_lines import read_json_lines
 from tests.support.npu_simulation.environment import ROOT, simulated_environment
 
 pytestmark = pytest.mark.npu
-WORDS = [
-    "--mock-data", "--vocab-size", 200, "--num-layers", 4, "--hidden-size", 64, "--num-attention-heads", 4, "--exit-layer-nums", 1, 2, 3,
-    "--device", "npu", "--bf16", "--seq-length", 32, "--micro-batch-size", 2, "--global-batch-size", 4, "--log-interval", 1,
+ARGUMENTS = [
+    "--mock-data", "--vocab-size", 200, "--num-layers", 4, "--hidden-size", 64,
+    "--num-attention-heads", 4, "--exit-layer-nums", 1, 2, 3, "--device", "npu", "--bf16",
+    "--seq-length", 32, "--micro-batch-size", 2, "--global-batch-size", 4, "--log-interval", 1,
     "--train-iters", 4, "--eval-interval", "none"]  # fmt: skip
 MINDSPEED = """\
 import sys
@@ -31,15 +32,15 @@ os.environ["TORCH_NPU_DEVICE_CAPABILITY"] = "9.0"
 
 
 def pretrain(
-    folder: Path, *words: object, processes: int = 0, **changes: str
+    folder: Path, *arguments: object, processes: int = 0, **changes: str
 ) -> subprocess.CompletedProcess:
-    """Returns the finished run, in this environment, which has the simulation, with ``changes``."""
+    """Return the finished run, in this environment, which has the simulation, with ``changes``."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         if processes
         else []
     )
-    command = [sys.executable, *launcher, str(ROOT / "pretrain_sorted.py"), *map(str, words)]
+    command = [sys.executable, *launcher, str(ROOT / "pretrain_sorted.py"), *map(str, arguments)]
     return subprocess.run(
         command,
         cwd=folder,
@@ -51,22 +52,22 @@ def pretrain(
     )
 
 
-def refusal(tmp_path: Path, *words: object, changes: dict[str, str] | None = None) -> str:
-    """Returns what a run says that cannot start, in the environment with ``changes``."""
-    done = pretrain(tmp_path, *words, **(changes or {}))
+def refusal(tmp_path: Path, *arguments: object, changes: dict[str, str] | None = None) -> str:
+    """Return what a run says that cannot start, in the environment with ``changes``."""
+    done = pretrain(tmp_path, *arguments, **(changes or {}))
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done.stderr
 
 
-def test_a_run_on_two_stages_saves_and_goes_on_to_the_digit(tmp_path):
+def test_a_run_on_two_stages_saves_and_resumes_exactly(tmp_path):
     layout = ["--pipeline-model-parallel-size", 2, "--use-distributed-optimizer"]
     whole = pretrain(
-        tmp_path, *WORDS, *layout, "--save", "whole", "--save-interval", 2, processes=2
+        tmp_path, *ARGUMENTS, *layout, "--save", "whole", "--save-interval", 2, processes=2
     )
     assert whole.returncode == 0, whole.stdout + whole.stderr
     again = pretrain(
         tmp_path,
-        *WORDS,
+        *ARGUMENTS,
         *layout,
         "--load",
         "whole",
@@ -88,14 +89,17 @@ def test_a_run_on_two_stages_saves_and_goes_on_to_the_digit(tmp_path):
 
 
 def test_the_entry_point_alone_loads_torch_npu(tmp_path, monkeypatch):
-    """Where torch would load torch_npu by itself, before Megatron's names are mended; and MindSpeed's place in the order."""
+    """Start where torch would load torch_npu by itself, before names are patched.
+
+    MindSpeed's place in the order is checked too.
+    """
     monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
     (tmp_path / "mindspeed").mkdir()
     (tmp_path / "mindspeed" / "__init__.py").touch()
     (tmp_path / "mindspeed" / "megatron_adaptor.py").write_text(MINDSPEED)
     done = pretrain(
         tmp_path,
-        *WORDS,
+        *ARGUMENTS,
         "--train-iters",
         1,
         "--npu-adaptor",
@@ -108,18 +112,22 @@ def test_the_entry_point_alone_loads_torch_npu(tmp_path, monkeypatch):
 
 
 def test_without_cann_the_missing_library_is_named(tmp_path):
-    said = refusal(tmp_path, *WORDS, changes={"LD_LIBRARY_PATH": ""})
-    assert "torch_npu needs libhccl.so, a library of CANN" in said and "set_env.sh" in said
+    message = refusal(tmp_path, *ARGUMENTS, changes={"LD_LIBRARY_PATH": ""})
+    assert "torch_npu needs libhccl.so, a library of CANN" in message and "set_env.sh" in message
 
 
-def test_the_first_generation_is_told_to_take_fp16(tmp_path):
-    said = refusal(tmp_path, *WORDS, changes=simulated_environment(name="Ascend910A"))
-    assert "--bf16: the device (npu) does not know bf16. Use --fp16" in said
+def test_bf16_is_refused_on_the_first_generation_with_a_hint_at_fp16(tmp_path):
+    message = refusal(tmp_path, *ARGUMENTS, changes=simulated_environment(name="Ascend910A"))
+    assert "--bf16: the device (npu) does not support bf16. Use --fp16" in message
 
 
 def test_no_npu_and_no_mindspeed_are_sentences(tmp_path):
-    assert "CANN sees no NPU" in refusal(tmp_path, *WORDS, changes=simulated_environment(devices=0))
-    assert "MindSpeed is not installed" in refusal(tmp_path, *WORDS, "--npu-adaptor", "mindspeed")
+    assert "CANN sees no NPU" in refusal(
+        tmp_path, *ARGUMENTS, changes=simulated_environment(devices=0)
+    )
+    assert "MindSpeed is not installed" in refusal(
+        tmp_path, *ARGUMENTS, "--npu-adaptor", "mindspeed"
+    )
 
 
 def test_torch_npu_changes_nothing_for_a_run_on_the_cpu(tmp_path, monkeypatch):
@@ -130,6 +138,6 @@ def test_torch_npu_changes_nothing_for_a_run_on_the_cpu(tmp_path, monkeypatch):
         [sys.executable, "-c", "import torch"], capture_output=True, text=True, check=False
     )
     assert plain.returncode == 1 and "libhccl.so" in plain.stderr
-    words = ["auto" if word == "npu" else word for word in WORDS]
-    done = pretrain(tmp_path, *words, "--train-iters", 1)
+    arguments = ["auto" if word == "npu" else word for word in ARGUMENTS]
+    done = pretrain(tmp_path, *arguments, "--train-iters", 1)
     assert done.returncode == 0, done.stdout + done.stderr

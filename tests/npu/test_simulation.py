@@ -1,4 +1,4 @@
-"""What the simulation itself must keep to."""
+"""Properties of the simulation itself."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.npu
 
 
 def test_stand_ins_get_their_name_when_they_are_complete(tmp_path, monkeypatch):
-    """Of two test sessions that start together, neither may load a library that the other one is writing."""
+    """Check that a session never loads a library that a concurrent session is still writing."""
     written: list[Path] = []
 
     def compiled(library: Path, source: str) -> None:
@@ -30,7 +30,9 @@ def test_stand_ins_get_their_name_when_they_are_complete(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_of_two_processes_that_make_them_the_second_takes_those_of_the_first(tmp_path, monkeypatch):
+def test_the_second_of_two_concurrent_processes_uses_the_libraries_of_the_first(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(libraries, "_compile", lambda library, source: library.touch())
     name, together = libraries.build(tmp_path / "alone").name, tmp_path / "together"
 

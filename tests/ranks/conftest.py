@@ -1,4 +1,4 @@
-"""Under an older megatron-core, what it is refused for is reported as not run, with the refusal; under this project's own nothing is."""
+"""Skips tests of features that an older megatron-core refuses; none under our own version."""
 
 import re
 
@@ -9,7 +9,7 @@ from megatron_sorted.platform.versions import ALL, is_at_least
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Skips a test whose ranks all say that this megatron-core cannot do what it asks for."""
+    """Skip a test if all its ranks report that this megatron-core lacks a feature."""
     try:
         return (yield)
     except AssertionError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints: a continued run equals the run never stopped; in another layout too, weights, moments and all."""
+"""Checkpoints: a resumed run equals the uninterrupted one, in another layout too."""
 
 import os
 
@@ -23,7 +23,7 @@ from tests.support.ranks import run_ranks
 from tests.support.same_state import MOMENTS, assert_same_moments, assert_same_state, joined
 from tests.support.tiny import tiny
 
-# hidden 36: buckets of the distributed optimizer need padding, which is where Megatron's own saving went wrong
+# hidden 36: buckets of the distributed optimizer need padding, which Megatron's saving got wrong
 ODD = {
     "hidden_size": 36,
     "num_attention_heads": 6,
@@ -99,7 +99,7 @@ OTHER_LAYOUT = {
 
 
 @pytest.mark.parametrize("name", pairwise(SAME_LAYOUT))
-def test_continued_run_equals_uninterrupted_bit_for_bit(name, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(name, tmp_path):
     world_size, changes = SAME_LAYOUT[name]
     settings = tiny(**{**ODD, **changes})
     whole = run_ranks(world_size, steps_from, settings, str(tmp_path), False, 0, 4, False)
@@ -110,7 +110,7 @@ def test_continued_run_equals_uninterrupted_bit_for_bit(name, tmp_path):
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Returns the largest norm of a tensor's difference over the tensor's own norm."""
+    """Return the largest norm of a tensor's difference over the tensor's own norm."""
     assert one.keys() == other.keys()
     return max(
         (
@@ -133,7 +133,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     ),
 )
 def test_ten_steps_equal_five_and_five_in_another_layout(name, tmp_path):
-    """With RELAYOUT_TABLE set, adds a row of docs/reliability.md to the file it names."""
+    """Check the layout; add a row of docs/reliability.md to the file that RELAYOUT_TABLE names."""
     (world_before, before), (world_after, after) = OTHER_LAYOUT[name]
     saved = run_ranks(
         world_before, steps_from, tiny(**{**ODD, **before}), str(tmp_path), False, 0, 5, True
@@ -165,7 +165,8 @@ def test_ten_steps_equal_five_and_five_in_another_layout(name, tmp_path):
         weights = largest_difference(joined(never_stopped, "weights"), joined(loaded, "weights"))
         with open(os.environ["RELAYOUT_TABLE"], "a", encoding="utf-8") as table:
             table.write(
-                f"| {name} | {len(joined(saved, 'moments', 'exp_avg'))} | 0 | {worst:.1e} | {weights:.1e} | {max(moments):.1e} |\n"
+                f"| {name} | {len(joined(saved, 'moments', 'exp_avg'))} | 0 | {worst:.1e} | "
+                f"{weights:.1e} | {max(moments):.1e} |\n"
             )
 
 
@@ -187,7 +188,7 @@ def test_optimizer_state_of_parts_and_megatrons_gathered_form_are_one_checkpoint
     [((1, {}), (1, {})), ((2, TP2), (2, PP2)), ((2, {**PP2, **BF16}), (1, BF16))],
 )
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_sgd_goes_on_with_its_momentum(before, after, momentum, tmp_path):
+def test_sgd_resumes_with_its_momentum(before, after, momentum, tmp_path):
     sgd = {**ODD, "optimizer": "sgd", "sgd_momentum": momentum, "lr": 0.1}
     run_ranks(before[0], steps_from, tiny(**{**sgd, **before[1]}), str(tmp_path), False, 0, 3, True)
     rest = run_ranks(

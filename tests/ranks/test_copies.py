@@ -1,4 +1,4 @@
-"""Copies of head, embedding and final norm on several stages stay bitwise equal, and count once in the gradient norm."""
+"""Copies of parameters on several stages stay equal, and count once in the gradient norm."""
 
 import pytest
 import torch
@@ -42,10 +42,10 @@ def test_copies_are_bitwise_equal_after_ten_steps(world_size, changes, copies):
         if not settings.untie_embeddings_and_output_weights
         else "output_layer.weight"
     )
-    _, found = join_ranks([r["weights"] for r in reports])
+    _, tensors_of = join_ranks([r["weights"] for r in reports])
     _, started = join_ranks([r["initial"] for r in reports])
     for name in (head, "decoder.final_layernorm.weight"):
-        shards = [tensors for key, tensors in found.items() if key.startswith(f"{name} shard")]
+        shards = [tensors for key, tensors in tensors_of.items() if key.startswith(f"{name} shard")]
         assert len(shards) == (settings.tensor_model_parallel_size)
         for shard, before in zip(
             shards, (t for k, t in started.items() if k.startswith(f"{name} shard")), strict=True
@@ -70,7 +70,7 @@ def test_copies_are_bitwise_equal_after_ten_steps(world_size, changes, copies):
     ],
 )
 def test_gradient_norm_counts_every_parameter_once(world_size, layout, changes):
-    """The norm that clipping uses equals that of the whole model's gradient, put together from all ranks by hand."""
+    """The norm that clipping uses is that of the gradient gathered from all ranks by hand."""
     settings = tiny(**layout, **changes)
     assert len(exit_depths(settings)) == 4
     reports = run_ranks(world_size, train_and_report, settings, 1, False, False)

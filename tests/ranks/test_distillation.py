@@ -1,4 +1,4 @@
-"""Self-distillation in every layout equals plain PyTorch on one process: losses, divergences, gradients, weights after three steps."""
+"""Self-distillation in every layout: losses, gradients and weights equal plain PyTorch."""
 
 import pytest
 
@@ -50,27 +50,27 @@ LAYOUTS = {
 
 
 def check(world_size: int, settings: Settings, **options) -> list[dict]:
-    """Compares a layout with plain PyTorch, divergences and measured gradients too; returns the ranks' reports."""
+    """Compare a layout with plain PyTorch, also divergences and gradients; return the reports."""
     objective = Objective(mean_by_rule)
     reports = compare(world_size, settings, 1e-5, objective=objective, **options)
     for step, (kd, meetings) in enumerate(zip(objective.kd, objective.meetings, strict=True)):
-        for depth, found in reports[0]["exits"][step].items():
+        for depth, numbers in reports[0]["exits"][step].items():
             if depth == settings.num_layers:
                 assert (
-                    found.kd is None
-                    and found.gradient_cosine is None
-                    and found.gradient_ratio is None
+                    numbers.kd is None
+                    and numbers.gradient_cosine is None
+                    and numbers.gradient_ratio is None
                 )
                 continue
-            # a difference of sums of some nats: what fp32 leaves of it
-            assert found.kd == pytest.approx(kd[depth], rel=1e-5, abs=3e-7), (
+            # a small difference of larger sums, within the precision of fp32
+            assert numbers.kd == pytest.approx(kd[depth], rel=1e-5, abs=3e-7), (
                 f"divergence of exit {depth} at step {step}"
             )
             if depth in meetings:
                 cosine, ratio = meetings[depth]
-                assert found.gradient_cosine == pytest.approx(
+                assert numbers.gradient_cosine == pytest.approx(
                     cosine, abs=2e-6
-                ) and found.gradient_ratio == pytest.approx(ratio, rel=1e-5)
+                ) and numbers.gradient_ratio == pytest.approx(ratio, rel=1e-5)
     return reports
 
 
@@ -103,9 +103,8 @@ def test_taught_exits_equal_the_reference(name):
         "tp2 pp2 sequence parallel",
     ),
 )
-@pytest.mark.parametrize(
-    "top_k", thinned([1, 9, 60, 100], 9, 60)
-)  # a shard of tp2 has 52 rows: 60 spans both
+# a shard of tp2 has 52 rows: 60 spans both
+@pytest.mark.parametrize("top_k", thinned([1, 9, 60, 100], 9, 60))
 def test_a_teacher_cut_to_its_most_likely_tokens(name, top_k):
     world_size, changes = LAYOUTS[name]
     check(world_size, tiny(**{**CUT, "exit_kd_top_k": top_k}, **changes))
@@ -151,14 +150,14 @@ def test_weights_and_temperatures(name, weight, temperature):
     "name", ["one process", "pp2", "pp4 chunks2 8 layers own", "dp2 distributed overlap own"]
 )
 @pytest.mark.parametrize("drawn", thinned([1, 2], 1))
-def test_drawn_exits_are_taught_also_where_the_last_is_not_drawn(name, drawn):
+def test_drawn_exits_are_taught_even_if_the_last_is_not_drawn(name, drawn):
     world_size, changes = LAYOUTS[name]
     reports = check(
         world_size,
         tiny(exit_sampling="uniform", num_sampled_exits=drawn, seed=5, **{**TAUGHT, **changes}),
     )
     assert any(changes.get("num_layers", 4) not in c for c in reports[0]["coefficients"]), (
-        "the test shows little if the last always trains"
+        "the test needs steps in which the last exit does not train"
     )
 
 
@@ -181,7 +180,8 @@ def test_an_exit_that_does_not_train_is_not_taught(changes):
 )
 def test_half_precision(name, precision):
     world_size, changes = LAYOUTS[name]
-    # a teacher that is cut would show which of two tokens almost alike rounding keeps, so it is whole here
+    # with a cut teacher, rounding would decide which of two almost equal tokens is kept; so it is
+    # whole here
     settings, objective = tiny(**TAUGHT, **changes, **precision), Objective(mean_by_rule)
     reports = run_ranks(world_size, train_and_report, settings, 1, True, True)
     initial, _ = join_ranks([r["initial"] for r in reports])
@@ -189,20 +189,22 @@ def test_half_precision(name, precision):
         settings, initial, 1, True, True, reports[0]["coefficients"], objective
     )
     loss, gradient = (5e-3, 5e-2) if "bf16" in precision else (1e-3, 1e-2)
-    for depth, found in reports[0]["exits"][0].items():
-        assert found.loss == pytest.approx(losses[depth], rel=loss)
-        assert found.kd is None or found.kd == pytest.approx(
+    for depth, numbers in reports[0]["exits"][0].items():
+        assert numbers.loss == pytest.approx(losses[depth], rel=loss)
+        assert numbers.kd is None or numbers.kd == pytest.approx(
             objective.kd[0][depth], rel=4 * loss, abs=loss
         )
-    got, _ = join_ranks([r["gradients"] for r in reports])
+    computed, _ = join_ranks([r["gradients"] for r in reports])
     for name, value in gradients.items():
-        assert relative(got[name], value) < gradient, f"{name}: {relative(got[name], value)}"
+        assert relative(computed[name], value) < gradient, (
+            f"{name}: {relative(computed[name], value)}"
+        )
 
 
 @pytest.mark.parametrize(
     ("world_size", "changes"), [(1, {}), (2, {**PP2, **CHUNKS}), (2, {**SEQUENCE, "bf16": True})]
 )
-def test_a_step_waits_for_the_device_no_oftener(world_size, changes):
+def test_a_step_does_not_wait_for_the_device_more_often(world_size, changes):
     for report in run_ranks(
         world_size, host_waits, tiny(**CUT, exit_gradient_rule="project", **changes), True, True
     ):
@@ -214,7 +216,7 @@ def test_evaluation_has_no_teacher():
 
     plain = run_ranks(2, evaluate_report, tiny(**PP2))[0]
     taught = run_ranks(2, evaluate_report, tiny(**PP2, exit_kd_weight=0.5))[0]
-    assert all(found.kd is None for found in taught["exits"].values())
+    assert all(numbers.kd is None for numbers in taught["exits"].values())
     assert plain["exits"].keys() == taught["exits"].keys()
 
 
@@ -249,7 +251,7 @@ BALCONY = {"tune_exit": True, "use_exit_block": True, "use_exit_norm": True, "ex
     ],
 )
 def test_a_frozen_base_teaches_its_exits(name):
-    """Balcony's loss: KL to the frozen full model, whose hidden state travels though no gradient does."""
+    """Balcony's loss: KL to the frozen full model, which sends its hidden state and no gradient."""
     world_size, changes = LAYOUTS[name]
     reports = check(world_size, tiny(**{**changes, **BALCONY}))
     last = changes.get("num_layers", 4)

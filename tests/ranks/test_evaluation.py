@@ -66,12 +66,12 @@ def test_every_exit_is_evaluated_as_the_reference_does(world_size, changes):
                     pieces += 1
                     exact += bool(right[row][members].all())
         for report in reports:
-            found = report["exits"][depth]
-            assert found.loss == pytest.approx((losses.sum() / mask.sum()).item(), rel=1e-5)
-            assert found.token_accuracy == pytest.approx(
+            numbers = report["exits"][depth]
+            assert numbers.loss == pytest.approx((losses.sum() / mask.sum()).item(), rel=1e-5)
+            assert numbers.token_accuracy == pytest.approx(
                 (right * mask).sum().item() / mask.sum().item(), rel=1e-6
             )
-            assert found.exact_match == pytest.approx(exact / pieces)
+            assert numbers.exact_match == pytest.approx(exact / pieces)
             assert report["tokens"] == int(mask.sum())
             agreement, length = runs(
                 values.argmax(-1) == logits[settings.num_layers].argmax(-1),
@@ -79,15 +79,15 @@ def test_every_exit_is_evaluated_as_the_reference_does(world_size, changes):
                 segments,
                 settings.num_draft_tokens,
             )
-            assert found.agreement == pytest.approx(agreement) and found.grad_norm is None
-            assert found.accept_length == pytest.approx(
+            assert numbers.agreement == pytest.approx(agreement) and numbers.grad_norm is None
+            assert numbers.accept_length == pytest.approx(
                 1.0 if depth == settings.num_layers else length
             )
-    assert 0 < exact < pieces, "the set must tell exact from inexact documents"
+    assert 0 < exact < pieces, "the set must hold exact and inexact documents"
 
 
 def sample_means(losses: torch.Tensor, mask: torch.Tensor) -> float:
-    """Return the mean over samples of their mean loss, of those that have trained tokens; shapes [n, s]."""
+    """Return the mean of the mean losses of samples with trained tokens; shapes [n, s]."""
     rows = [
         (row.sum() / trained.sum()).item()
         for row, trained in zip(losses, mask, strict=True)
@@ -106,8 +106,8 @@ def sample_means(losses: torch.Tensor, mask: torch.Tensor) -> float:
         (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     ],
 )
-def test_filler_and_masked_samples_are_in_no_mean_of_means(world_size, changes):
-    """11 samples, one of them masked, completed to 16 or 32 by filler: micro-batches of no token are no loss of 0."""
+def test_padding_and_masked_samples_are_in_no_mean_of_means(world_size, changes):
+    """Of 16 or 32 samples, 11 are real and one of these is masked; the others count nowhere."""
     settings = tiny(
         full_validation=True, calculate_per_token_loss=False, micro_batch_size=1, **changes
     )

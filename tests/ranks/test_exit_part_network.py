@@ -1,4 +1,4 @@
-"""Exits with parts say the same in training's network, in parallel layouts, as transformers' own modules and the files' program."""
+"""Exits with parts have the same logits in training, transformers' modules and exported code."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Where the exits' own parts begin: as copies of what the model a run starts from has in the last place."""
+"""Initial values of exits' own parts: copies of the last such part of the initial model."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ MLP = {"use_exit_mlp": True}
 
 
 def expected_parts(weights: dict[str, torch.Tensor], parts: dict) -> dict[str, torch.Tensor]:
-    """Returns what the parts of exits 1, 2 and 3 begin as, where they are copies."""
+    """Return the initial values of the parts of exits 1, 2 and 3 that are copies."""
     expected, last = {}, "decoder.layers.3."
     head = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
     for depth in (1, 2, 3):
@@ -51,7 +51,7 @@ def expected_parts(weights: dict[str, torch.Tensor], parts: dict) -> dict[str, t
 
 
 def compare(world_size: int, settings, weights: dict[str, torch.Tensor], parts: dict) -> list[str]:
-    """Begins the run; asserts that it holds the weights, the parts their copies and adapters nothing; returns what was said."""
+    """Start the run; check its weights, copied parts and zero adapters; return the ranks' logs."""
     reports = run_ranks(world_size, begin_from, settings)
     held, _ = join_ranks([shards for shards, _ in reports])
     expected = weights | expected_parts(weights, parts)
@@ -115,8 +115,8 @@ def test_parts_begin_as_copies_where_a_run_takes_the_weights_of_a_checkpoint_wit
     saved = run_ranks(1, steps_from, tiny(), str(tmp_path), False, 0, 2, True)
     weights, _ = join_ranks([saved[0]["weights"]])
     settings = tiny(load=str(tmp_path), finetune=True, **parts)
-    (said,) = compare(world_size, settings, weights, parts)
-    assert said.endswith("weights only, starting at step 0")
+    (line,) = compare(world_size, settings, weights, parts)
+    assert line.endswith("weights only, starting at step 0")
     with pytest.raises(
         CheckpointError,
         match=r"made with other sizes. .*--use-exit-(block|mlp): False in the checkpoint, True",
@@ -124,7 +124,7 @@ def test_parts_begin_as_copies_where_a_run_takes_the_weights_of_a_checkpoint_wit
         find_checkpoints(dataclasses.replace(settings, finetune=False), None, None)
 
 
-def test_parts_that_a_checkpoint_has_are_not_taken_away_nor_moved(tmp_path):
+def test_parts_that_a_checkpoint_has_are_neither_removed_nor_moved(tmp_path):
     run_ranks(1, steps_from, tiny(use_exit_mlp=True), str(tmp_path), False, 0, 1, True)
     for changes, message in (
         ({}, "--use-exit-mlp: True in the checkpoint, False in this run"),
@@ -138,7 +138,7 @@ def test_parts_that_a_checkpoint_has_are_not_taken_away_nor_moved(tmp_path):
             find_checkpoints(tiny(load=str(tmp_path), finetune=True, **changes), None, None)
 
 
-def test_a_run_does_not_go_on_with_other_parameters_training(tmp_path):
+def test_a_run_does_not_resume_with_other_trained_parameters(tmp_path):
     run_ranks(1, steps_from, tiny(use_exit_norm=True), str(tmp_path), False, 0, 1, True)
     with pytest.raises(
         CheckpointError, match=r"--tune-exit: False in .*, True in this run; the optimizer's state"

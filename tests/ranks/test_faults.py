@@ -1,10 +1,10 @@
-"""Numbers that are not finite, and ranks that hang: named, and nothing is spoilt."""
+"""Numbers that are not finite, and ranks that hang, are named and do no damage."""
 
 import pytest
 
 from megatron_sorted.errors import TrainingError
+from megatron_sorted.training.step_result import Flags, StepResult, TrainedStep
 from megatron_sorted.training.watch.nonfinite import NonfiniteSteps
-from megatron_sorted.training.watch.trained_step import Flags, StepResult, TrainedStep
 from tests.support.rank_bodies import hang_somewhere, train_with_poison
 from tests.support.ranks import run_ranks
 from tests.support.same_state import assert_same_state
@@ -44,13 +44,13 @@ def test_a_step_that_is_not_finite_is_named_and_leaves_no_trace(name, what):
 
 
 def steps_and_lines() -> tuple[NonfiniteSteps, list[str]]:
-    """Returns what counts such steps, one in a row allowed, and the lines it says."""
+    """Return a counter of such steps, one in a row allowed, and the lines it logs."""
     lines: list[str] = []
     return NonfiniteSteps(1, lines.append), lines
 
 
 def a_step(number: int, where: str | None) -> TrainedStep:
-    """Returns a step that was not finite there; None for a good one."""
+    """Return a step that was not finite at ``where``; None for a good one."""
     return TrainedStep(
         number,
         8 * number,
@@ -68,11 +68,12 @@ def test_one_step_too_many_ends_the_run():
     with pytest.raises(TrainingError) as error:
         steps.after(a_step(5, "loss of exit 2 not finite on rank 0"))
     assert str(error.value).startswith(
-        "step 5: loss of exit 2 not finite on rank 0. That is 2 steps in a row, and --nonfinite-steps-allowed is 1. "
+        "step 5: loss of exit 2 not finite on rank 0. That is 2 steps in a row, and "
+        "--nonfinite-steps-allowed is 1. "
     )
 
 
-def test_good_steps_in_between_are_forgiven():
+def test_good_steps_in_between_reset_the_count():
     steps, lines = steps_and_lines()
     for number in range(1, 20, 2):
         steps.after(a_step(number, "x"))
@@ -81,16 +82,17 @@ def test_good_steps_in_between_are_forgiven():
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_rank_that_hangs_is_named_by_all(rank):
-    said = run_ranks(3, hang_somewhere, tiny(global_batch_size=6), rank)
-    for other, words in enumerate(said):
+def test_all_ranks_name_the_rank_that_hangs(rank):
+    results = run_ranks(3, hang_somewhere, tiny(global_batch_size=6), rank)
+    for other, result in enumerate(results):
         assert (
-            f"rank {rank} (" in words["error"]
-            and "does not come out of step 7, data, at rank_bodies.py:" in words["error"]
-        ), words
+            f"rank {rank} (" in result["error"]
+            and "does not come out of step 7, data, at rank_bodies.py:" in result["error"]
+        ), result
         assert (
-            "in hang_somewhere. Mend its cause, or raise --hang-timeout-minutes" in words["error"]
+            "in hang_somewhere. Remove the cause, or raise --hang-timeout-minutes"
+            in result["error"]
         )
-        assert words["silent"] == (
+        assert result["silent"] == (
             other != (1 if rank == 0 else 0)
-        )  # one of those that wait speaks for all
+        )  # one of those that wait reports for all

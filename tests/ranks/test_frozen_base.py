@@ -1,9 +1,9 @@
-"""--tune-exit: only the exits' own parts train, everywhere as in the reference; the base keeps its bits and has no backward."""
+"""--tune-exit: only the exits' own parts train; the base keeps its bits and has no backward."""
 
 import pytest
 import torch
 
-from megatron_sorted.model.stage import is_trained
+from megatron_sorted.model.chunk import is_trained
 from tests.ranks.test_exit_parts import LAYOUTS
 from tests.ranks.test_layouts import compare
 from tests.support.frozen_bodies import activations_kept, optimizer_bytes, train_frozen
@@ -19,7 +19,7 @@ HEADS = {**TUNE, "use_exit_norm": True, "untie_exit_output_weights": True}
 BLOCK = {**TUNE, "use_exit_block": True, "use_exit_norm": True}
 ADAPTER = {**TUNE, "exit_adapter_rank": 3}
 FIRST_ONLY = {**BLOCK, "exit_layer_nums": (1,)}  # every stage but the first has nothing to train
-LAST_ONLY = {**BLOCK, "exit_layer_nums": (3,)}  # and here the first has not
+LAST_ONLY = {**BLOCK, "exit_layer_nums": (3,)}  # the first stage has nothing to train
 CASES = {
     **{f"block {name}": (size, {**BLOCK, **changes}) for name, (size, changes) in LAYOUTS.items()},
     "heads one process": (1, HEADS),
@@ -69,7 +69,7 @@ CASES = {
         "selective recompute tp2",
     ),
 )
-def test_tuned_exits_equal_the_reference_and_all_else_keeps_its_bits(name):
+def test_tuned_exits_equal_the_reference_and_the_base_keeps_its_bits(name):
     world_size, changes = CASES[name]
     reports = compare(world_size, tiny(**changes), 1e-5)
     before, after = (
@@ -105,18 +105,18 @@ def test_the_base_keeps_its_bits_over_a_hundred_steps(name):
 
 @pytest.mark.parametrize("changes", [{}, DISTRIBUTED])
 def test_optimizer_state_is_proportional_to_what_trains(changes):
-    (all_of_it,), (heads,), (block,) = (
+    (everything,), (heads,), (block,) = (
         run_ranks(1, optimizer_bytes, tiny(**parts, **changes))
         for parts in ({}, HEADS, {**TUNE, "use_exit_block": True})
     )
     layer = 2 * 32 + 32 * 64 + 32 * 32 + 3 * 32 * 48
     assert heads["trained"] == 3 * (32 + 104 * 32) and block["trained"] == 3 * layer
-    for report in (all_of_it, heads, block):
+    for report in (everything, heads, block):
         assert (
             report["moments"] == 2 * 4 * report["trained"]
             and report["gradients"] - 4 * report["trained"] <= report["padding"]
         )
-    assert all_of_it["trained"] == 4 * layer + 32 + 104 * 32
+    assert everything["trained"] == 4 * layer + 32 + 104 * 32
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_nothing_goes_backward_through_the_base_and_no_activation_is_kept(world_
     ):
         assert frozen["backwards"] == 0 and frozen["layers with a graph"] == 0
         assert full["backwards"] > 0 and full["layers with a graph"] > 0
-        # for each micro-batch and exit its hidden state, and nothing of the layers between
+        # for each micro-batch and exit its hidden state, and nothing from the layers between
         assert frozen["saved bytes"] <= hidden * frozen["exits and chunks"]
         assert full["saved bytes"] > 10 * frozen["saved bytes"]
 
@@ -206,11 +206,11 @@ RESUMED = {
     "name",
     all_but(
         RESUMED,
-        "dropout goes on in test_checkpoint.py, and frozen bases in the other rows",
+        "dropout is resumed in test_checkpoint.py, and frozen bases in the other rows",
         "dropout block full training tp2 sequence parallel pp2",
     ),
 )
-def test_a_tuned_run_goes_on_in_another_layout(name, tmp_path):
+def test_a_tuned_run_is_resumed_in_another_layout(name, tmp_path):
     (world_before, before), (world_after, after) = RESUMED[name]
     saved = run_ranks(world_before, steps_from, tiny(**before), str(tmp_path), False, 0, 3, True)
     loaded = run_ranks(world_after, steps_from, tiny(**after), str(tmp_path), True, 3, 6, False)

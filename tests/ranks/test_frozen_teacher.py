@@ -1,4 +1,4 @@
-"""A frozen model that teaches all exits, in every layout: equal to plain PyTorch taught by transformers' own logits."""
+"""A frozen teacher in every layout: equal to plain PyTorch taught by transformers' logits."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ LAYOUTS = {
 
 
 class Teacher:
-    """A random model of transformers, in a directory; called, it gives its logits."""
+    """A random model of transformers, saved in a directory; a call returns its logits."""
 
     def __init__(self, directory, num_layers=4, tied=True, name="Llama", **changes):
         torch.manual_seed(11)
@@ -58,14 +58,14 @@ class Teacher:
         self.model.save_pretrained(directory)
 
     @torch.no_grad()
-    def __call__(self, tokens_bs, segments_bs):
-        """Returns logits [b, s, v]; documents of a sample do not see each other."""
+    def __call__(self, tokens_bs, pieces_bs):
+        """Return logits [b, s, v]; documents of a sample do not see each other."""
         s = tokens_bs.size(1)
         allowed = (
             torch.ones(s, s, dtype=torch.bool).tril()[None, None].expand(tokens_bs.size(0), 1, s, s)
         )
-        if segments_bs is not None:
-            allowed = allowed & (segments_bs[:, None, :, None] == segments_bs[:, None, None, :])
+        if pieces_bs is not None:
+            allowed = allowed & (pieces_bs[:, None, :, None] == pieces_bs[:, None, None, :])
         window = getattr(self.model.config, "sliding_window", None)
         if window:
             near = torch.arange(s)[:, None] - torch.arange(s)[None] < window
@@ -75,11 +75,11 @@ class Teacher:
 
 
 def check(world_size, settings, teacher, **options):
-    """Compares a layout with the reference, divergences of all exits too; returns the ranks' reports."""
+    """Compare a layout with the reference, also divergences; return the ranks' reports."""
     objective = Objective(mean_by_rule, teach=teacher)
     reports = compare(world_size, settings, 1e-5, objective=objective, **options)
-    for kd, found in zip(objective.kd, reports[0]["exits"], strict=True):
-        for depth, numbers in found.items():
+    for kd, exits in zip(objective.kd, reports[0]["exits"], strict=True):
+        for depth, numbers in exits.items():
             assert numbers.kd == pytest.approx(kd[depth], rel=2e-5, abs=3e-7), (
                 f"divergence of exit {depth}"
             )
@@ -133,7 +133,7 @@ def test_other_depths_and_families_packed_documents(name, layers, options, per_t
 
 
 @pytest.mark.parametrize("name", ["one process", "pp2", "pp4"])
-def test_drawn_exits_run_no_deeper_for_its_sake(name, tmp_path):
+def test_a_teacher_does_not_make_drawn_exits_run_deeper(name, tmp_path):
     world_size, changes = LAYOUTS[name]
     teacher = Teacher(tmp_path)
     reports = check(
@@ -166,19 +166,19 @@ def test_half_precision_is_near(name, tmp_path):
     world_size, changes = LAYOUTS[name]
     Teacher(tmp_path)
     taught = {**TAUGHT, "exit_kd_teacher": str(tmp_path)}
-    found = run_ranks(
+    half = run_ranks(
         world_size, train_and_report, tiny(bf16=True, **taught, **changes), 1, True, True
     )[0]["exits"][0]
     exact = run_ranks(world_size, train_and_report, tiny(**taught, **changes), 1, True, True)[0][
         "exits"
     ][0]
     for depth, numbers in exact.items():
-        assert found[depth].loss == pytest.approx(numbers.loss, rel=5e-3) and found[
+        assert half[depth].loss == pytest.approx(numbers.loss, rel=5e-3) and half[
             depth
         ].kd == pytest.approx(numbers.kd, rel=3e-2)
 
 
-def test_what_cannot_teach_is_refused(tmp_path):
+def test_a_model_that_cannot_teach_is_refused(tmp_path):
     Teacher(tmp_path / "wide", hidden_size=64)
     Teacher(tmp_path / "odd", num_layers=3)
     for directory, changes, message in (

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: losses, gradients and weights are the reference's, and checkpoints those of every other layout."""
+"""Fully sharded data parallelism equals the reference and shares checkpoints with other layouts."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_layout_equals_reference(name):
 
 
 @pytest.mark.parametrize("changes", [{}, {**UNTIED, **OWN}])
-def test_gradients_are_joined_where_exits_meet(changes):
+def test_gradients_are_joined_at_exits(changes):
     check_rule(2, tiny(**FSDP, exit_gradient_rule="project", **changes), unequal=True, packed=True)
 
 
@@ -92,7 +92,7 @@ SAME = {
 @pytest.mark.parametrize(
     "name", all_but(SAME, "dp4 stands in another row, untied in the table above", "dp4 untied")
 )
-def test_continued_run_equals_uninterrupted_bit_for_bit(name, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(name, tmp_path):
     world_size, changes = SAME[name]
     settings = tiny(**{**ODD, **FSDP, **changes})
     whole = run_ranks(world_size, steps_from, settings, str(tmp_path), False, 0, 4, False)
@@ -123,7 +123,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_checkpoints_go_from_layout_to_layout(name, tmp_path):
+def test_checkpoints_are_loaded_in_other_layouts(name, tmp_path):
     (world_before, before), (world_after, after) = OTHER[name]
     saved = run_ranks(
         world_before, steps_from, tiny(**{**ODD, **before}), str(tmp_path), False, 0, 3, True

@@ -1,4 +1,4 @@
-"""Megatron's own GPTModel is a second truth: same weights, same losses, and our checkpoints are its checkpoints."""
+"""Megatron's GPTModel is a second reference: it loads our checkpoints and has the same losses."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.support.tiny import tiny
 
 
 @pytest.mark.parametrize("changes", [{}, {"untie_embeddings_and_output_weights": True}])
-def test_gpt_model_loads_our_checkpoint_and_says_the_same(changes, tmp_path):
+def test_gpt_model_loads_our_checkpoint_and_has_the_same_loss(changes, tmp_path):
     settings = tiny(
         make_vocab_size_divisible_by=4, **changes
     )  # 100 is a multiple: GPTModel counts padding in its softmax

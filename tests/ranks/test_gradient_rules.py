@@ -1,4 +1,4 @@
-"""Rules for gradients where they meet equal plain PyTorch, whose autograd function joins the same two gradients."""
+"""Gradient rules equal plain PyTorch, whose autograd function joins the same two gradients."""
 
 import pytest
 
@@ -40,14 +40,14 @@ WHOLE = {"exit_gradient_scope": "micro-batch"}
 
 
 def check(world_size: int, settings: Settings, **options) -> list[dict]:
-    """Compares a layout with plain PyTorch, and what is measured of the gradients; returns the ranks' reports."""
+    """Compare a layout and its measured gradients with plain PyTorch; return the ranks' reports."""
     objective = Objective(mean_by_rule)
     settings = tiny(**{**vars(settings), "log_exit_gradients": True})
     reports = compare(world_size, settings, 1e-5, objective=objective, **options)
     for step, meetings in enumerate(objective.meetings):
         exits = reports[0]["exits"][step]
         assert {
-            depth for depth, found in exits.items() if found.gradient_cosine is not None
+            depth for depth, numbers in exits.items() if numbers.gradient_cosine is not None
         } == meetings.keys()
         for depth, (cosine, ratio) in meetings.items():
             assert exits[depth].gradient_cosine == pytest.approx(cosine, abs=2e-6), (

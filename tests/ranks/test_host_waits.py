@@ -1,4 +1,4 @@
-"""Between two reports a training step asks the device one question: may the optimizer step? Megatron's own optimizer asks as much."""
+"""Between two reports a training step waits for the device once, as Megatron's optimizer does."""
 
 from pathlib import Path
 
@@ -64,16 +64,14 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("track", thinned([False, True], True))
 @pytest.mark.parametrize(("world_size", "changes"), LAYOUTS)
-def test_a_step_waits_for_the_device_once_where_the_optimizer_is_asked_to_step(
-    world_size, changes, track
-):
+def test_a_step_waits_for_the_device_once_before_the_optimizer_steps(world_size, changes, track):
     for report in run_ranks(world_size, host_waits, tiny(**changes), track, True):
         assert report["step"] == [("tolist", ONCE)]
-        assert report["report"], "a report must be seen to wait, or the recorder sees nothing"
+        assert report["report"], "a report waits, so a recorder that sees no wait does not work"
 
 
 def test_the_recorder_sees_waits_in_forward_and_backward():
-    class Asks(torch.autograd.Function):
+    class Waits(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x.view_as(x)
@@ -90,7 +88,7 @@ def test_the_recorder_sees_waits_in_forward_and_backward():
     with waits:
         int(host.sum()), host.nonzero(), torch.full((), 3, device="cpu"), host.tolist()
         assert waits.megatrons == []
-        y = Asks.apply(2 * x)
+        y = Waits.apply(2 * x)
         y.sum().backward()
         (
             bool(x.sum() > 1),

@@ -1,4 +1,4 @@
-"""Every exit says what transformers' model of the same family and weights says with as many layers, in every layout."""
+"""Every exit has the logits of transformers' model of its depth and weights, in every layout."""
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ ROPE_SCALING = {
     "rope_scaling_factor": 8.0,
     "rope_scaling_original_max_position_embeddings": 16,
 }
-# name: (family, changes of its config, changes of our settings); tiny: 4 layers, 4 heads in 2 groups, tied
+# name: (family, changes of its config, changes of our settings); tiny: 4 layers, 4 heads in 2
+# groups, tied
 CASES = {
     "llama 1, all heads, untied": (
         "Llama",
@@ -132,7 +133,8 @@ def compare(name: str, layout: tuple[int, dict], changes: dict | None = None) ->
     for depth in expected:
         difference = (got[depth] - expected[depth]).abs().max().item()
         assert difference < 1e-5, (
-            f"exit {depth}: logits up to {expected[depth].abs().max():.2f} differ by {difference:.2e}"
+            f"exit {depth}: logits up to {expected[depth].abs().max():.2f} differ by "
+            f"{difference:.2e}"
         )
 
 
@@ -142,13 +144,13 @@ def test_logits_of_every_exit_equal_those_of_transformers(name, layout):
     compare(name, LAYOUTS[layout])
 
 
-def test_also_with_sequence_parallelism_and_recomputed_layers():
+def test_logits_with_sequence_parallelism_and_recomputed_layers():
     compare("qwen 3, norms, wide heads, tied", SEQUENCE_PARALLEL)
     compare("mistral 0.1, sliding window", SEQUENCE_PARALLEL, {"recompute_granularity": "full"})
 
 
-def test_what_differs_between_the_cases_is_seen_in_the_logits():
-    """Or the comparisons above would show nothing: each case with one of its settings forgotten says something else."""
+def test_the_logits_depend_on_every_difference_between_the_cases():
+    """Without one of its settings each case has other logits, so the comparisons above can fail."""
     forgotten = {
         "llama 3.2, tied, scaled": {"use_rope_scaling": False},
         "llama, other numbers of the scaling, base 500000": {"rope_scaling_low_freq_factor": 1.0},
@@ -209,7 +211,7 @@ def test_gradients_of_all_exits_equal_those_of_transformers(name):
         )
         assert got.keys() == expected.keys()
         for key, gradient in expected.items():
-            found = (
+            computed = (
                 got[key][:VOCABULARY] if "embedding" in key or "output_layer" in key else got[key]
             )
-            assert (found - gradient).norm() < 1e-5 * gradient.norm(), f"{key} in {split}"
+            assert (computed - gradient).norm() < 1e-5 * gradient.norm(), f"{key} in {split}"

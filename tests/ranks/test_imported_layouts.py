@@ -1,4 +1,4 @@
-"""Imported models of every family, tied and untied, say at every depth in a training run's ranks what transformers says."""
+"""Imported models of every family have transformers' logits at every depth of a training run."""
 
 import dataclasses
 import json
@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sorted.checkpoint.manifest import OWN_PART_FIELDS, SHAPE_FIELDS
+from megatron_sorted.checkpoint.manifest import EXIT_OWNED_FIELDS, SHAPE_FIELDS
 from megatron_sorted.conversion.exporting import export_model
 from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.conversion.origins import Exits
-from megatron_sorted.conversion.writing import Writing
+from megatron_sorted.conversion.origins import RequestedExits
+from megatron_sorted.conversion.writing import WriteOptions
 from megatron_sorted.settings.run import Settings
 from tests.support.given_weights import join_logits, load_and_report
 from tests.support.hugging_face import exit_logits
@@ -36,15 +36,15 @@ LENGTH = 40
 
 
 def settings_like(network: Settings, split: dict) -> Settings:
-    """Returns the settings of a tiny run of the network that an import found."""
-    fields = {name: getattr(network, name) for name in (*SHAPE_FIELDS, *OWN_PART_FIELDS)}
+    """Return the settings of a tiny run of the network that an import found."""
+    fields = {name: getattr(network, name) for name in (*SHAPE_FIELDS, *EXIT_OWNED_FIELDS)}
     return tiny(
         **{**fields, "exit_layer_nums": (1, 2, 3), "seq_length": LENGTH, "lr": 1e-7, **split}
     )
 
 
 def logits_in_ranks(directory, layout) -> dict[int, torch.Tensor]:
-    """Returns {depth: logits} of a run of this layout that loaded the checkpoint."""
+    """Return {depth: logits} of a run of this layout that loaded the checkpoint."""
     world_size, split = layout
     reports = run_ranks(
         world_size,
@@ -76,26 +76,26 @@ def test_every_family_and_both_tyings_are_among_the_cases():
     CASES,
     ids=[f"{family} tied={tied} on {n}" for family, tied, (n, _) in CASES],
 )
-def test_an_imported_model_says_in_its_ranks_what_transformers_says(family, tied, layout, tmp_path):
+def test_an_imported_model_has_the_logits_of_transformers(family, tied, layout, tmp_path):
     model = save_model(tmp_path / "theirs", family, tied)
     import_model(
         open_model(tmp_path / "theirs"),
         tmp_path / "imported",
-        Exits((1, 2, 3)),
-        Writing(verify=False),
+        RequestedExits((1, 2, 3)),
+        WriteOptions(verify=False),
     )
     assert_close(logits_in_ranks(tmp_path / "imported", layout), exit_logits(model, tokens(LENGTH)))
 
 
-def test_norms_and_heads_of_exits_arrive_too(tmp_path):
+def test_norms_and_heads_of_exits_are_loaded_too(tmp_path):
     model = save_model(tmp_path / "theirs", "qwen2", tied=True)
     import_model(
         open_model(tmp_path / "theirs"),
         tmp_path / "copies",
-        Exits((1, 2, 3), own_norms=True, own_heads=True),
-        Writing(verify=False),
+        RequestedExits((1, 2, 3), own_norms=True, own_heads=True),
+        WriteOptions(verify=False),
     )
-    export_model(open_model(tmp_path / "copies"), tmp_path / "nested", Writing(verify=False))
+    export_model(open_model(tmp_path / "copies"), tmp_path / "nested", WriteOptions(verify=False))
     generator = torch.Generator().manual_seed(11)
     own = {
         name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
@@ -104,7 +104,10 @@ def test_norms_and_heads_of_exits_arrive_too(tmp_path):
     save_file(own, tmp_path / "nested" / "exits.safetensors", {"format": "pt"})
     assert json.loads((tmp_path / "nested" / "config.json").read_text())["own_exit_norms"] is True
     import_model(
-        open_model(tmp_path / "nested"), tmp_path / "imported", Exits(), Writing(verify=False)
+        open_model(tmp_path / "nested"),
+        tmp_path / "imported",
+        RequestedExits(),
+        WriteOptions(verify=False),
     )
 
     states, expected = {}, {}

@@ -1,10 +1,10 @@
-"""Models of every family, imported and loaded into a run of several ranks, say at every exit what transformers says."""
+"""Imported models of every family, in a run of several ranks, have transformers' logits."""
 
 import pytest
 
 from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.conversion.origins import Exits
+from megatron_sorted.conversion.origins import RequestedExits
 from tests.ranks.test_hugging_face_network import CASES, LAYOUTS, LENGTH, tokens
 from tests.support.given_weights import join_logits, load_and_report
 from tests.support.hugging_face import exit_logits, make_model
@@ -24,13 +24,13 @@ from tests.support.tiny import VOCABULARY, tiny
         "qwen 3, norms, untied",
     ],
 )
-def test_an_imported_model_trains_on_in_several_ranks(name, tmp_path):
+def test_an_imported_model_continues_training_on_several_ranks(name, tmp_path):
     family, config, ours = CASES[name]
     model = make_model(family, **config)
     model.save_pretrained(tmp_path / "theirs")
-    import_model(open_model(tmp_path / "theirs"), tmp_path / "imported", Exits((1, 2, 3)))
+    import_model(open_model(tmp_path / "theirs"), tmp_path / "imported", RequestedExits((1, 2, 3)))
     world_size, split = LAYOUTS["tp2 pp2"]
-    # the shape that the import found in config.json must be the one of these settings, or loading would refuse it
+    # the shape in config.json must be that of these settings, or the run would refuse to load it
     settings = tiny(seq_length=LENGTH, lr=1e-7, **{**ours, **split})
     reports = run_ranks(world_size, load_and_report, settings, str(tmp_path / "imported"), tokens())
     got = join_logits(

@@ -1,4 +1,4 @@
-"""The central test: whatever the layout, losses, gradients and weights equal a single-process reference in plain PyTorch."""
+"""The central test: in every layout losses, gradients and weights equal plain PyTorch."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ STEPS = 3
 
 
 def mean_by_rule(settings: Settings, per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Returns the mean of a number per token [b, s], already times its mask, by the loss rule in force."""
+    """Return the mean of a masked number per token [b, s], averaged as the settings' loss is."""
     if settings.calculate_per_token_loss:
         return per_token.sum() / mask.sum()
     parts = list(
@@ -38,7 +38,7 @@ def cross_entropies(
     segments,
     coefficients: dict,
 ):
-    """Returns the mean loss of every exit, and what training lowers."""
+    """Return the mean loss of every exit, and the objective of training."""
     per_token = exit_losses(
         parameters,
         samples["tokens"],
@@ -64,9 +64,10 @@ def reference_run(
     coefficients: list[dict],
     objective=cross_entropies,
 ):
-    """Returns per step the losses by depth, the first step's gradients, and the weights after all steps.
+    """Return each step's losses by depth, the first step's gradients, and the final weights.
 
-    ``objective`` is what training lowers: it is given settings, parameters, samples, their segments where packed, and coefficients.
+    ``objective`` computes what training lowers, from settings, parameters, samples, their segments
+    where packed, and coefficients.
     """
     parameters = {
         name: w.clone().requires_grad_(not settings.tune_exit or name.startswith("exit_"))
@@ -112,7 +113,7 @@ def reference_run(
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Returns the relative difference of two tensors, in norm."""
+    """Return the relative difference of two tensors, in norm."""
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
@@ -124,7 +125,7 @@ def compare(
     packed=False,
     objective=cross_entropies,
 ):
-    """Runs a layout, compares it with the reference, returns the ranks' reports; ``objective`` as for ``reference_run``."""
+    """Compare a layout with ``reference_run``, and ``objective``; return the ranks' reports."""
     reports = run_ranks(world_size, train_and_report, settings, STEPS, unequal, packed)
     initial, _ = join_ranks([r["initial"] for r in reports])
     losses, gradients, weights = reference_run(
@@ -151,7 +152,8 @@ def compare(
     return reports
 
 
-# processes, tp, pp, chunks, sequence parallel, recompute, own norm and head, untied, distributed optimizer, first/last stage layers
+# processes, tp, pp, chunks, sequence parallel, recompute, own norm and head, untied, distributed
+# optimizer, first/last stage layers
 LAYOUTS = {
     "one process": (1, {}),
     "own norms and heads": (1, {"use_exit_norm": True, "untie_exit_output_weights": True}),

@@ -1,4 +1,4 @@
-"""Rules that learn, in parallel layouts: losses, coefficients of every step and final weights equal a plain PyTorch reference.
+"""Learned rules in parallel layouts: losses, coefficients and weights equal plain PyTorch.
 
 Processes start once for each layout and train all runs one after another.
 """
@@ -52,7 +52,7 @@ STEPS, POISONED, TOLERANCE = 5, 2, 2e-5
 
 
 def named(rule: str) -> dict:
-    """Returns the settings of a learned rule."""
+    """Return the settings of a learned rule."""
     return {"exit_layer_weight_rule": rule, **RULES[rule]}
 
 
@@ -71,8 +71,8 @@ COMPARED = {
 }
 
 
-def agree(settings, reports, skipped=()):
-    """Compares the ranks' reports of one run with each other and with the reference."""
+def check_equal(settings, reports, skipped=()):
+    """Compare the ranks' reports of one run with each other and with the reference."""
     initial, _ = join_ranks([r["initial"] for r in reports])
     losses, coefficients, weights, after = reference_run(
         settings, initial, STEPS, exit_depths(settings), make_samples, skipped
@@ -95,11 +95,11 @@ def agree(settings, reports, skipped=()):
                     reports[0]["losses"][step], rel=1e-6
                 )
     assert reports[0]["next"] == pytest.approx(after, rel=TOLERANCE)
-    got, _ = join_ranks([r["weights"] for r in reports])
+    trained, _ = join_ranks([r["weights"] for r in reports])
     for name, weight in weights.items():
         real = slice(0, settings.vocab_size if "embedding" in name else None)
-        assert relative(got[name][real], weight[real]) < TOLERANCE, (
-            f"weight {name}: {relative(got[name][real], weight[real])}"
+        assert relative(trained[name][real], weight[real]) < TOLERANCE, (
+            f"weight {name}: {relative(trained[name][real], weight[real])}"
         )
 
 
@@ -116,7 +116,7 @@ def test_rules_guard_and_layer_dropout_equal_the_reference(layout):
     ranks = run_ranks(world_size, train_each, runs, tiny(**changes))
     for name, (settings, *_) in runs.items():
         reports = [rank[name] for rank in ranks]
-        agree(settings, reports, [POISONED] if name == "a step that is not finite" else [])
+        check_equal(settings, reports, [POISONED] if name == "a step that is not finite" else [])
         first, after = reports[0]["coefficients"][0], reports[0]["next"]
         if name in RULES:
             assert max(abs(after[d] - first[d]) for d in first) > 5e-4, (
@@ -137,17 +137,20 @@ def test_rules_guard_and_layer_dropout_equal_the_reference(layout):
         plain["decoder.layers.3.mlp.linear_fc2.weight"],
         dropped["decoder.layers.3.mlp.linear_fc2.weight"],
     )
-    # numbers join an all-reduce that is there; where tokens leave costs one all-gather over the stages
+    # the sums join an existing all-reduce; where tokens leave costs one all-gather over the stages
     for rule in RULES:
         extra = (
             1
             if rule == "simulated_exit" and changes.get("pipeline_model_parallel_size", 1) > 1
             else 0
         )
-        usual, learned = reports["layer dropout"]["collectives"][1], reports[rule]["collectives"][1]
-        assert {name: learned[name] - usual[name] for name in usual} == dict.fromkeys(usual, 0) | {
-            "all_gather": extra
-        }, rule
+        without, learned = (
+            reports["layer dropout"]["collectives"][1],
+            reports[rule]["collectives"][1],
+        )
+        assert {name: learned[name] - without[name] for name in without} == dict.fromkeys(
+            without, 0
+        ) | {"all_gather": extra}, rule
 
 
 @pytest.mark.parametrize("layout", ["pp2", "tp2 pp2 sequence parallel", "dp2"])
@@ -172,14 +175,25 @@ def test_losses_of_micro_batch_means_and_fp16(layout):
 
 
 @pytest.mark.parametrize("layout", ["pp2", "tp2"])
-def test_three_steps_saved_and_three_more_equal_six_also_in_another_layout(layout, tmp_path):
-    """Saved in pp2, bit for bit where the layout stays."""
+def test_three_steps_and_three_resumed_equal_six_in_another_layout_too(layout, tmp_path):
+    """The run is saved in pp2; in the same layout it is equal bit for bit."""
     whole_runs, rest_runs = {}, {}
     for rule in RULES:
-        words = {**named(rule), **GUARD}
-        whole_runs[f"{rule} whole"] = (tiny(**words, **PP2), 0, 6)
-        whole_runs[f"{rule} saved"] = (tiny(**words, **PP2), 0, 3, None, str(tmp_path / rule))
-        rest_runs[rule] = (tiny(**words, **LAYOUTS[layout][1]), 3, 6, str(tmp_path / rule))
+        settings_of_rule = {**named(rule), **GUARD}
+        whole_runs[f"{rule} whole"] = (tiny(**settings_of_rule, **PP2), 0, 6)
+        whole_runs[f"{rule} saved"] = (
+            tiny(**settings_of_rule, **PP2),
+            0,
+            3,
+            None,
+            str(tmp_path / rule),
+        )
+        rest_runs[rule] = (
+            tiny(**settings_of_rule, **LAYOUTS[layout][1]),
+            3,
+            6,
+            str(tmp_path / rule),
+        )
     before = run_ranks(2, train_each, whole_runs, tiny(**PP2))[0]
     after = run_ranks(2, train_each, rest_runs, tiny(**LAYOUTS[layout][1]))[0]
     for rule in RULES:
@@ -196,7 +210,7 @@ def test_three_steps_saved_and_three_more_equal_six_also_in_another_layout(layou
 
 
 @pytest.mark.parametrize("layout", ["one process", "pp2", "dp2"])
-def test_exits_drawn_by_learned_coefficients_are_told_alone(layout):
+def test_rules_observe_only_the_exits_drawn_by_their_coefficients(layout):
     world_size, changes = LAYOUTS[layout]
     drawn = {
         "exit_sampling": "coefficients",

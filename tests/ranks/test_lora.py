@@ -1,4 +1,4 @@
-"""Adapters in every layout equal plain PyTorch with merged matrices: losses, gradients, weights; the network stays bit for bit."""
+"""Adapters in every layout equal plain PyTorch with merged matrices; the network never changes."""
 
 import pytest
 import torch
@@ -54,7 +54,10 @@ def is_trained(name: str) -> bool:
 
 
 def assert_copies_equal(copies: dict[str, list[torch.Tensor]]) -> None:
-    """A shard is the same on all data parallel ranks and stages; what tensor parallel ranks do not share out is the same on them too."""
+    """Check that shards are equal on all ranks that hold a copy.
+
+    These are data parallel ranks and stages, and tensor parallel ranks for what they do not split.
+    """
     assert all(torch.equal(tensor, tensors[0]) for tensors in copies.values() for tensor in tensors)
     column = ("linear_qkv.lora_a", "linear_fc1.lora_a", "linear_proj.lora_b", "linear_fc2.lora_b")
     whole = [key for key in copies if key.split(" shard ")[0].endswith(column)]
@@ -223,7 +226,7 @@ RESUMES = {
 
 
 @pytest.mark.parametrize("name", RESUMES)
-def test_a_run_is_continued_in_another_layout(name, tmp_path):
+def test_a_run_is_resumed_in_another_layout(name, tmp_path):
     first_size, first, then_size, then = RESUMES[name]
     reports = run_ranks(
         first_size, train_adapters, tiny(**LORA, **first), 2, 0, None, str(tmp_path)
@@ -237,9 +240,9 @@ def test_a_run_is_continued_in_another_layout(name, tmp_path):
     saved, loaded, weights = (
         {
             key: tensor[:VOCABULARY] if "embedding" in key else tensor
-            for key, tensor in found.items()
+            for key, tensor in computed.items()
         }
-        for found in (saved, loaded, weights)
+        for computed in (saved, loaded, weights)
     )
     assert loaded.keys() == saved.keys() and all(
         torch.equal(loaded[key], saved[key]) for key in saved

@@ -1,4 +1,4 @@
-"""Adapters and files: a run starts from models without any, and what is exported says what the unmerged model says."""
+"""Adapters and files: runs that start from models without adapters, and exports."""
 
 import json
 from importlib.util import find_spec
@@ -31,7 +31,7 @@ DEPTHS = (1, 2, 3, 4)
 
 
 def trained(tmp_path, world_size: int, **changes):
-    """Returns settings, whole tensors and logits of a run of three steps that was saved in ``runs``."""
+    """Return settings, tensors and logits of a run of three steps, saved in ``runs``."""
     (tmp_path / "runs").mkdir()
     settings = tiny(**LORA, **changes)
     reports = run_ranks(world_size, train_adapters, settings, 3, 0, None, str(tmp_path / "runs"))
@@ -44,7 +44,7 @@ def plain_logits(weights) -> dict[int, torch.Tensor]:
 
 
 def theirs(directory: Path) -> dict[int, torch.Tensor]:
-    """Returns transformers' logits of a directory at every depth, read by the shared norm and head."""
+    """Return transformers' logits of a directory at every depth, with the shared norm and head."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -69,9 +69,9 @@ def assert_close(got, expected, tolerance=2e-5) -> None:
         (1, {"dylora": True, "lora_targets": ("linear_fc1", "linear_qkv")}),
     ],
 )
-def test_what_is_exported_says_what_the_unmerged_model_says(world_size, changes, tmp_path):
-    settings, weights, said = trained(tmp_path, world_size, **changes)
-    assert_close(said, plain_logits(merged(weights, settings, RANK)))
+def test_an_export_has_the_logits_of_the_unmerged_model(world_size, changes, tmp_path):
+    settings, weights, logits = trained(tmp_path, world_size, **changes)
+    assert_close(logits, plain_logits(merged(weights, settings, RANK)))
     convert.main(
         ["export", f"{tmp_path}/runs", f"{tmp_path}/whole"]
     )  # verified by itself, tensor by tensor and against transformers
@@ -79,12 +79,12 @@ def test_what_is_exported_says_what_the_unmerged_model_says(world_size, changes,
         {4: theirs(tmp_path / "whole")[4]}
         if "use_exit_norm" in changes
         else theirs(tmp_path / "whole"),
-        {4: said[4]} if "use_exit_norm" in changes else said,
+        {4: logits[4]} if "use_exit_norm" in changes else logits,
     )
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert "lora" not in json.dumps(config)
     extract_submodel.main([f"{tmp_path}/runs", f"{tmp_path}/sub", "--depth", "2"])
-    assert_close({2: theirs(tmp_path / "sub")[2]}, {2: said[2]})
+    assert_close({2: theirs(tmp_path / "sub")[2]}, {2: logits[2]})
     convert.main(["export", f"{tmp_path}/runs", f"{tmp_path}/bare", "--lora-rank-used", "0"])
     if "use_exit_norm" not in changes:
         assert_close(
@@ -113,7 +113,8 @@ def test_nested_ranks_are_cut_to_those_that_were_drawn(tmp_path, capsys):
         )
     with pytest.raises(
         CheckpointError,
-        match=r"--lora-rank-used: 3, but the adapters of .* at the ranks 2, 4, 6\. Use one of 0, 2, 4, 6",
+        match=r"--lora-rank-used: 3, but the adapters of .* at the ranks 2, 4, 6\. Use one of 0, "
+        r"2, 4, 6",
     ):
         convert.main(["export", f"{tmp_path}/runs", f"{tmp_path}/rank3", "--lora-rank-used", "3"])
     with pytest.raises(CheckpointError, match=r"--lora-rank-used: 2, but .*rank4 has no adapters"):
@@ -136,9 +137,9 @@ def test_an_adapter_in_the_format_of_peft_makes_the_same_model_of_its_base(rank_
             *used,
         ]
     )
-    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (said["r"], said["lora_alpha"]) == (rank_used or RANK, 9.0)
-    assert said["target_modules"] == [
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (rank_used or RANK, 9.0)
+    assert config["target_modules"] == [
         "down_proj",
         "gate_proj",
         "k_proj",
@@ -157,7 +158,8 @@ def test_an_adapter_in_the_format_of_peft_makes_the_same_model_of_its_base(rank_
         expected = base[name]
         if f"{half}A.weight" in adapter:
             expected = (
-                expected + 9.0 / said["r"] * adapter[f"{half}B.weight"] @ adapter[f"{half}A.weight"]
+                expected
+                + 9.0 / config["r"] * adapter[f"{half}B.weight"] @ adapter[f"{half}A.weight"]
             )
             adapted += 1
         assert torch.allclose(tensor, expected, rtol=1e-5, atol=1e-6), name
@@ -268,7 +270,8 @@ def test_other_adapters_than_those_of_the_checkpoint_are_refused(tmp_path):
         (
             "base",
             LORA,
-            r"--lora-rank: 0 in the checkpoint, 6 in this run\. Its optimizer has no state.*--pretrained-checkpoint",
+            r"--lora-rank: 0 in the checkpoint, 6 in this run\. Its optimizer has no "
+            r"state.*--pretrained-checkpoint",
         ),
         ("runs", {}, r"--lora-rank: 6 in the checkpoint, 0 in this run.*merge its adapters"),
         ("runs", {**LORA, "lora_rank": 8}, r"--lora-rank: 6 in the checkpoint, 8 in this run"),
@@ -283,6 +286,6 @@ def test_other_adapters_than_those_of_the_checkpoint_are_refused(tmp_path):
             r"--lora-targets: linear_qkv,linear_proj,linear_fc1,linear_fc2 in the",
         ),
     ]
-    for root, changes, told in cases:
-        with pytest.raises(AssertionError, match=told):
+    for root, changes, line in cases:
+        with pytest.raises(AssertionError, match=line):
             run_ranks(1, train_adapters, tiny(**changes), 2, 1, str(tmp_path / root))

@@ -1,4 +1,4 @@
-"""Loss rules, coefficients and selection in parallel layouts equal the same reference as the layout table."""
+"""Loss rules, coefficients and selection in parallel layouts, against the reference of layouts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Gradient norm, agreement and accept length of every exit, in every layout, against plain PyTorch on one process."""
+"""Gradient norm, agreement and accept length of exits in every layout, against plain PyTorch."""
 
 import math
 
@@ -51,7 +51,10 @@ STEPS = 2
 def expected_step(
     settings: Settings, weights: dict, step: int, unequal: bool, packed: bool, coefficients: dict
 ) -> dict:
-    """Returns {depth: (gradient norm, agreement, accept length)} of one step; the last two None where the last exit does not train."""
+    """Return {depth: (gradient norm, agreement, accept length)} of one step.
+
+    The last two are None where the last exit does not train.
+    """
     samples = make_samples(
         settings.global_batch_size, settings.seq_length, 100 + step, unequal, packed
     )
@@ -59,9 +62,8 @@ def expected_step(
     taps = {}
 
     def read(depth: int, x: torch.Tensor) -> torch.Tensor:
-        taps[depth] = (
-            x.detach().clone().requires_grad_()
-        )  # a leaf: what flows back comes from this exit alone
+        # a leaf, whose gradient comes from this exit alone
+        taps[depth] = x.detach().clone().requires_grad_()
         return taps[depth]
 
     logits = exit_logits(
@@ -75,7 +77,7 @@ def expected_step(
         settings.norm_epsilon,
         read,
     )
-    found = {}
+    numbers = {}
     for depth, coefficient in coefficients.items():
         losses = (
             torch.nn.functional.cross_entropy(
@@ -93,21 +95,21 @@ def expected_step(
         norm = gradient.double().norm().item()
         if settings.num_layers in coefficients:
             agree = logits[depth].argmax(-1) == logits[settings.num_layers].argmax(-1)
-            found[depth] = (
+            numbers[depth] = (
                 norm,
                 *runs(agree, mask, samples["segments"], settings.num_draft_tokens),
             )
         else:
-            found[depth] = (norm, None, None)
+            numbers[depth] = (norm, None, None)
     if settings.num_layers in coefficients:
-        found[settings.num_layers] = (*found[settings.num_layers][:2], 1.0)
-    return found
+        numbers[settings.num_layers] = (*numbers[settings.num_layers][:2], 1.0)
+    return numbers
 
 
 def runs(
     agree: torch.Tensor, mask: torch.Tensor, segments: torch.Tensor, drafted: int
 ) -> tuple[float, float]:
-    """Returns agreement and accept length by walking from every counted token along its document."""
+    """Return agreement and accept length by walking from every counted token along its document."""
     seen, agreed = [0] * drafted, [0] * drafted
     for row in range(agree.size(0)):
         for start in range(agree.size(1)):
@@ -134,7 +136,7 @@ def check(
     packed: bool = False,
     tolerance: float = 1e-5,
 ) -> list[dict]:
-    """Compares what every rank reports with plain PyTorch on the same weights; returns the ranks' reports."""
+    """Compare every rank's report with plain PyTorch on the same weights; return the reports."""
     reports = run_ranks(world_size, measure, settings, STEPS, unequal, packed)
     squares: dict[int, list[float]] = {}
     for step in range(STEPS):
@@ -148,14 +150,14 @@ def check(
             interval = report["steps"][step]
             assert interval.exits.keys() == expected.keys()
             for depth, (norm, agreement, length) in expected.items():
-                found = interval.exits[depth]
-                assert found.grad_norm == pytest.approx(norm, rel=tolerance), (
+                numbers = interval.exits[depth]
+                assert numbers.grad_norm == pytest.approx(norm, rel=tolerance), (
                     f"gradient norm of exit {depth} at step {step}"
                 )
-                assert found.agreement == (agreement and pytest.approx(agreement, rel=1e-9)), (
+                assert numbers.agreement == (agreement and pytest.approx(agreement, rel=1e-9)), (
                     f"agreement of exit {depth}"
                 )
-                assert found.accept_length == (length and pytest.approx(length, rel=1e-9)), (
+                assert numbers.accept_length == (length and pytest.approx(length, rel=1e-9)), (
                     f"accept length of exit {depth}"
                 )
             assert interval.checksum == batch_checksum(tokens) % 2**32
@@ -164,12 +166,8 @@ def check(
         assert all(report["bad"][step] == ({}, 0.0) for report in reports)
         for depth, (norm, *_) in expected.items():
             squares.setdefault(depth, []).append(norm**2)
-    for (
-        depth,
-        values,
-    ) in (
-        squares.items()
-    ):  # over an interval: the root mean square of the steps in which the exit trained
+    # over an interval: the root mean square of the steps in which the exit trained
+    for depth, values in squares.items():
         assert reports[0]["interval"].exits[depth].grad_norm == pytest.approx(
             math.sqrt(sum(values) / len(values)), rel=tolerance
         )
@@ -232,14 +230,16 @@ def test_the_loss_scale_leaves_no_trace(world_size, changes, per_token):
         [report, *_] = run_ranks(
             world_size, measure, tiny(**{**vars(settings), "loss_scale": scale}), 1, True, False
         )
-        norms.append({depth: found.grad_norm for depth, found in report["steps"][0].exits.items()})
+        norms.append(
+            {depth: numbers.grad_norm for depth, numbers in report["steps"][0].exits.items()}
+        )
     [exact, *_] = run_ranks(
         world_size, measure, tiny(calculate_per_token_loss=per_token, **changes), 1, True, False
     )
-    for depth, found in exact["steps"][0].exits.items():
-        assert norms[0][depth] == pytest.approx(found.grad_norm, rel=1e-2) and norms[1][
+    for depth, numbers in exact["steps"][0].exits.items():
+        assert norms[0][depth] == pytest.approx(numbers.grad_norm, rel=1e-2) and norms[1][
             depth
-        ] == pytest.approx(found.grad_norm, rel=1e-2)
+        ] == pytest.approx(numbers.grad_norm, rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -274,16 +274,17 @@ def test_a_step_that_does_not_compare_communicates_no_more_and_computes_the_same
 
 
 @pytest.mark.parametrize(("world_size", "changes"), [(1, {}), (2, PP2), (2, SEQUENCE)])
-def test_a_broken_exit_is_named_by_the_rank_that_holds_it(world_size, changes):
+def test_the_rank_of_a_broken_exit_names_it(world_size, changes):
     settings = tiny(untie_exit_output_weights=True, **changes)
     for report in run_ranks(world_size, broken_exit, settings, 2):
-        # what lies below the exit gets its NaN; exits beside it stay sound
+        # layers below the exit get its NaN; other exits stay finite
         assert (report["bad"], report["flag"]) == (
             ({2: ["loss", "gradient"]}, 1.0) if report["stage"] == 0 else ({}, 0.0)
         )
 
 
-# 12 rows a rank: alike ones begin on the first rank, on the second, and where the second holds padding only
+# 12 rows a rank: equal ones begin on the first rank, on the second, and where the second holds
+# padding only
 @pytest.mark.parametrize(("vocabulary", "alike_from"), [(24, 5), (24, 14), (12, 5)])
 def test_of_equally_likely_tokens_on_several_ranks_the_lowest_id_is_chosen(vocabulary, alike_from):
     first, second = run_ranks(2, shared_choice, 12, vocabulary, alike_from)

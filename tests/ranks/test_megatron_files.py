@@ -1,4 +1,4 @@
-"""Weights read from checkpoints of megatron-core's GPTModel, in every form and layout, are those of one process bit for bit."""
+"""Weights read from GPTModel's checkpoints, in any form and layout, equal those of one process."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ LAYOUTS = {
 
 
 def name_of(theirs: str) -> str:
-    """Returns the name a weight of GPTModel on one process is to be offered under."""
+    """Return the name under which a weight of GPTModel on one process is offered."""
     for old, new in RENAMED.items():
         for kind in ("weight", "bias"):
             theirs = theirs.replace(old.replace("weight", kind), new.replace("weight", kind))
@@ -40,7 +40,7 @@ def name_of(theirs: str) -> str:
 
 @pytest.fixture(scope="module")
 def truths(tmp_path_factory):
-    """Returns a function that makes the truth for a kind of network once."""
+    """Return a function that computes the reference for a kind of network once."""
     made: dict = {}
 
     def truth(changes: dict):
@@ -68,7 +68,7 @@ def test_weights_are_those_of_one_process(layout, truths, tmp_path):
     )
     run_ranks(world_size, save_as_megatron, settings, seed, str(tmp_path), 300)
     for form in FORMS:
-        source, said = open_megatron(tmp_path / form)
+        source, given = open_megatron(tmp_path / form)
         assert isinstance(source, LegacyFiles if form == "legacy" else TorchDistFiles)
         assert source.tensors.keys() == truth.keys(), form
         for name, info in source.tensors.items():
@@ -77,9 +77,9 @@ def test_weights_are_those_of_one_process(layout, truths, tmp_path):
             assert torch.equal(read, truth[name]), f"{form} {name}"
             assert read.untyped_storage().nbytes() == info.num_bytes, f"{form} {name}"
         shape = {
-            name: value for name, value in dataclasses.asdict(settings).items() if name in said
+            name: value for name, value in dataclasses.asdict(settings).items() if name in given
         }
-        assert said == {
+        assert given == {
             **shape,
             "kv_channels": 8,
             "max_position_embeddings": 16,

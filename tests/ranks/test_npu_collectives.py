@@ -1,10 +1,10 @@
-"""Collectives handed over together are called one by one, with the results of plain calls."""
+"""Coalesced collectives are called one by one, with the results of plain calls."""
 
 from tests.support.collective_bodies import collected
 from tests.support.ranks import run_ranks
 
 
-def test_each_call_is_made_alone_and_gives_what_it_should():
+def test_each_call_is_made_alone_and_returns_its_result():
     results = run_ranks(2, collected)
     for rank, result in enumerate(results):
         assert result["coalesced"] == [] and result["made while collecting"] == 0

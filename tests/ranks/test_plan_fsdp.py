@@ -1,4 +1,4 @@
-"""What a plan says of fully sharded runs, against what ranks keep and send."""
+"""A plan's bytes of fully sharded runs, against what ranks keep and send."""
 
 import pytest
 import torch
@@ -28,7 +28,10 @@ CASES = {
 
 
 def kept_and_sent(settings: Settings) -> tuple[int, dict[str, float]]:
-    """Returns the bytes of this rank's rows of weights, gradients and moments after a step, and what it sends in another's passes."""
+    """Return the bytes of this rank's weights, gradients and moments, and the bytes it sends.
+
+    The first are counted after one step, the last in the passes of another.
+    """
     platform, place, model = start(settings)
     build_optimizer(model, settings, place.world_size)
     forward_step = ForwardStep(settings, model, platform)

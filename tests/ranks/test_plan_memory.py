@@ -1,4 +1,4 @@
-"""What a plan says forward keeps, against the tensors that autograd keeps."""
+"""A plan's memory of forward, against the tensors that autograd keeps."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ CASES = {
 
 
 def kept_bytes(settings: Settings) -> int:
-    """Returns the memory of all tensors that one micro-batch's forward keeps for backward, parameters aside."""
+    """Return the bytes that a micro-batch's forward keeps for backward, without parameters."""
     platform, place, model = start(settings)
     forward_step = ForwardStep(settings, model, platform)
     forward_step.coefficients = dict.fromkeys(exit_depths(settings), 1.0)
@@ -82,7 +82,8 @@ def test_a_plan_counts_what_forward_keeps(name):
     settings = tiny(**{**WIDE, **changes})
     [work] = work_of_chunks(settings)
     planned = chunk_bytes(settings, work, settings.vocab_size, DEVICES["cpu"])
-    # tokens and rotary angles, kept once, are 9 kB: three percent of the little that full recomputation keeps of so small a model
+    # tokens and rotary angles, kept once, are 9 kB: three percent of what full recomputation keeps
+    # of such a small model
     assert run_ranks(world_size, kept_bytes, settings)[0] == pytest.approx(
         planned, rel=0.02, abs=10_000
     )

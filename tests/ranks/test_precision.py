@@ -1,4 +1,4 @@
-"""Half precision against the fp32 reference, within what its digits allow; fp16's loss scale leaves no trace."""
+"""Half precision against the fp32 reference; gradients do not depend on fp16's loss scale."""
 
 import pytest
 import torch
@@ -43,26 +43,25 @@ FP16_LOSS, FP16_GRADIENT = 1e-3, 1e-2
 
 
 def check_against_reference(world_size, settings, loss_tolerance, gradient_tolerance):
-    """Compares the first step's losses and gradients."""
-    unequal = (
-        settings.calculate_per_token_loss
-    )  # one sample then has no trained token, so a micro-batch of it alone has no mean
+    """Compare the first step's losses and gradients."""
+    # unequal samples include one without a trained token, so a micro-batch of it alone has no mean
+    unequal = settings.calculate_per_token_loss
     reports = run_ranks(world_size, train_and_report, settings, 1, unequal, True)
     initial, _ = join_ranks([r["initial"] for r in reports])
     losses, gradients, _ = reference_run(
         settings, initial, 1, unequal, True, reports[0]["coefficients"]
     )
-    got, _ = join_ranks([r["gradients"] for r in reports])
+    computed, _ = join_ranks([r["gradients"] for r in reports])
     assert (
         reports[0]["losses"][0].keys() == losses[0].keys() <= set(exit_depths(settings))
         and losses[0]
     )
     for depth, loss in losses[0].items():
         assert reports[0]["losses"][0][depth] == pytest.approx(loss, rel=loss_tolerance)
-    assert got.keys() == gradients.keys()
+    assert computed.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        assert relative(got[name], gradient) < gradient_tolerance, (
-            f"{name}: {relative(got[name], gradient)}"
+        assert relative(computed[name], gradient) < gradient_tolerance, (
+            f"{name}: {relative(computed[name], gradient)}"
         )
     return reports
 
@@ -95,7 +94,7 @@ def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_overlap_changes_no_bit(precision):
-    """Three steps with and without overlap of gradient reduction and parameter gathering: the same weights."""
+    """Weights after three steps are the same with and without overlapped communication."""
     layout = {
         precision: True,
         "loss_scale": 64.0 if precision == "fp16" else None,
@@ -125,8 +124,8 @@ def test_selective_recompute_changes_no_bit():
         False,
         False,
     )
-    expected, got = (
+    expected, computed = (
         join_ranks([r["weights"] for r in plain])[0],
         join_ranks([r["weights"] for r in again])[0],
     )
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert all(torch.equal(computed[name], expected[name]) for name in expected)

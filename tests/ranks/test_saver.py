@@ -1,4 +1,4 @@
-"""Saves that fail: a full file system, a directory that is gone, an error of one rank; nothing that was there is lost."""
+"""Saves that fail on a full disk, a lost directory or one rank lose no earlier checkpoint."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from tests.support.tiny import tiny
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Returns a file system of 1 MB; one checkpoint of the tiny model takes about 0.6 MB."""
+    """Return a file system of 1 MB; one checkpoint of the tiny model takes about 0.6 MB."""
     where = tmp_path / "disk"
     where.mkdir()
     mounted = subprocess.run(
@@ -37,7 +37,7 @@ def names(root: Path) -> list[str]:
     return sorted(name for name in os.listdir(root) if not name.startswith(".lock"))
 
 
-def test_a_full_disk_loses_nothing_and_training_goes_on(small_disk):
+def test_a_full_disk_loses_nothing_and_training_continues(small_disk):
     first, second, third, lines = run_ranks(
         2, save_under_faults, tiny(**PP2), str(small_disk), "full disk"
     )[0]
@@ -60,12 +60,12 @@ def test_a_full_disk_loses_nothing_and_training_goes_on(small_disk):
     assert warning.startswith(
         "warning: the checkpoint of step 2 could not be written (No space left on device, on rank "
     )
-    assert warning.endswith("; training goes on. Newest complete checkpoint: step 1")
+    assert warning.endswith("; training continues. Newest complete checkpoint: step 1")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_limit_of_the_kernel_on_one_rank(tmp_path, rank):
-    """The kernel refuses one rank files above 20 kB: the other ranks hear of it, and nobody waits for ever."""
+    """If the kernel refuses one rank a file above 20 kB, all ranks learn of it and none hangs."""
     results = run_ranks(2, save_under_faults, tiny(**PP2), str(tmp_path), f"file limit on {rank}")
     for first, second, third, _ in results:
         assert first.directory and third.directory and not first.error and not third.error
@@ -82,8 +82,8 @@ def test_a_directory_that_vanished(tmp_path):
     assert sum(line.startswith("warning: ") for line in lines) == 1
 
 
-def test_training_goes_on_while_a_save_is_on_its_way_and_does_not_change_it(tmp_path):
-    """Weights of the checkpoint are those of the step it was started at, although training changed them before it was written."""
+def test_training_continues_during_a_save_and_does_not_change_it(tmp_path):
+    """The checkpoint has the weights of its step, though training changed them before the write."""
     settings = tiny(**PP2, use_distributed_optimizer=True)
     for name in ("in the foreground", "in the background"):
         (tmp_path / name).mkdir()

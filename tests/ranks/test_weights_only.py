@@ -1,4 +1,4 @@
-"""A run starts from weights alone, in any layout and precision, and says what the network that was saved said."""
+"""A run starts from weights alone, in any layout and precision, and computes the same outputs."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.support.weights_only import strip_to_weights, weights_by_layer
 
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True, "bf16": True}
-# settings of the run that saved, dtype in the file, (processes, settings) of the run that starts from it
+# settings of the run that saved, dtype in the file, (processes, settings) of the run that loads it
 CASES = {
     "tied -> tp2 pp2": ({}, None, (4, TP2_PP2)),
     "untied bf16 file -> fp32": (UNTIED, torch.bfloat16, (1, UNTIED)),
@@ -58,7 +58,8 @@ def test_weights_of_a_file_arrive_in_every_layout_and_dtype(name, tmp_path):
     for key, weight in in_file.items():
         rows = slice(VOCABULARY) if "embedding" in key or "output_layer" in key else slice(None)
         assert torch.equal(held[key][rows], weight.to(parameter_dtype(settings)).float()[rows]), key
-        # an optimizer that had kept its own copy of the first, random weights would put it back with the first step
+        # an optimizer with its own copy of the initial random weights would restore these with its
+        # first step
         assert (later[key][rows] - held[key][rows]).abs().max() < 1e-5, key
     assert all(torch.equal(tensor, tensors[0]) for tensors in copies.values() for tensor in tensors)
     if not settings.bf16:

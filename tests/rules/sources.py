@@ -9,20 +9,20 @@ GENERATED = {"runs", "build", "dist", "__pycache__"}
 
 
 def files(*suffixes: str) -> list[Path]:
-    """Returns the project's files with one of these suffixes, generated and hidden ones left out."""
-    found = []
+    """Return the project's files with one of these suffixes, except generated and hidden ones."""
+    paths = []
     for path in ROOT.rglob("*"):
         parts = path.relative_to(ROOT).parts
         if path.suffix in suffixes and not any(
             part.startswith(".") or part in GENERATED or part.endswith(".egg-info")
             for part in parts
         ):
-            found.append(path)
-    return sorted(found)
+            paths.append(path)
+    return sorted(paths)
 
 
 def program_files() -> list[Path]:
-    """Returns the Python files of the program itself: the package, the tools and the entry points, without tests."""
+    """Return the Python files of the program: package, lab, tools and entry points, no tests."""
     return [
         path
         for path in files(".py")
@@ -31,14 +31,14 @@ def program_files() -> list[Path]:
 
 
 def name_of(path: Path) -> str:
-    """Returns the path from the project's root, with slashes."""
+    """Return the path from the project's root, with slashes."""
     return path.relative_to(ROOT).as_posix()
 
 
 def functions(
     tree: ast.Module,
 ) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, list[ast.AST]]]:
-    """Yields every function and class with the functions and classes around it, outermost first."""
+    """Yield every function and class with the functions and classes around it, outermost first."""
 
     def visit(node: ast.AST, around: list[ast.AST]) -> Iterator:
         for child in ast.iter_child_nodes(node):

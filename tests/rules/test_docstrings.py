@@ -1,4 +1,4 @@
-"""Every public name says what comes back, and every function that communicates says so."""
+"""Every public name has a docstring, and those of functions that communicate say so."""
 
 import ast
 
@@ -7,23 +7,35 @@ import pytest
 from tests.rules.sources import functions, name_of, program_files
 
 DISTRIBUTED = {
-    "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_reduce_coalesced",
-    "all_to_all", "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "destroy_process_group",
-    "gather", "gather_object", "init_process_group", "irecv", "isend", "monitored_barrier", "new_group", "recv", "recv_object_list",
-    "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "send_object_list",
-}  # fmt: skip
-"""Functions of torch.distributed in which ranks meet."""
+    *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object"),
+    *("all_reduce", "all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier"),
+    *("batch_isend_irecv", "broadcast", "broadcast_object_list", "destroy_process_group"),
+    *("gather", "gather_object", "init_process_group", "irecv", "isend", "monitored_barrier"),
+    *("new_group", "recv", "recv_object_list", "reduce", "reduce_scatter"),
+    *("reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "send_object_list"),
+}
+"""Functions of torch.distributed that communicate with other ranks."""
 MEGATRON = {
-    "all_to_all_hp2sp", "all_to_all_sp2hp", "broadcast_data", "copy_to_tensor_model_parallel_region", "finalize_model_grads",
-    "gather_from_sequence_parallel_region", "gather_from_tensor_model_parallel_region", "initialize_model_parallel",
-    "reduce_from_tensor_model_parallel_region", "reduce_scatter_to_sequence_parallel_region", "reduce_scatter_to_tensor_parallel_region",
-    "scatter_to_sequence_parallel_region", "scatter_to_tensor_model_parallel_region", "vocab_parallel_cross_entropy",
-}  # fmt: skip
-"""Functions of megatron-core in which ranks meet, forward or backward."""
+    "all_to_all_hp2sp",
+    "all_to_all_sp2hp",
+    "broadcast_data",
+    "copy_to_tensor_model_parallel_region",
+    "finalize_model_grads",
+    "gather_from_sequence_parallel_region",
+    "gather_from_tensor_model_parallel_region",
+    "initialize_model_parallel",
+    "reduce_from_tensor_model_parallel_region",
+    "reduce_scatter_to_sequence_parallel_region",
+    "reduce_scatter_to_tensor_parallel_region",
+    "scatter_to_sequence_parallel_region",
+    "scatter_to_tensor_model_parallel_region",
+    "vocab_parallel_cross_entropy",
+}
+"""Functions of megatron-core that communicate with other ranks, forward or backward."""
 
 
 def undocumented(source: str) -> list[str]:
-    """Returns the public functions, methods and classes without a docstring."""
+    """Return the public functions, methods and classes without a docstring."""
     tree = ast.parse(source)
     missing = [] if ast.get_docstring(tree) else ["module"]
     for node, around in functions(tree):
@@ -35,7 +47,7 @@ def undocumented(source: str) -> list[str]:
 
 
 def silent_collectives(source: str) -> list[str]:
-    """Returns "function: call" for each call in which ranks meet, made by a function without a ``Collective:`` section."""
+    """Return "function: call" for each collective call in a function without a ``Collective:``."""
     tree = ast.parse(source)
     modules, names = {"torch.distributed"}, set()
     for node in ast.walk(tree):
@@ -54,7 +66,7 @@ def silent_collectives(source: str) -> list[str]:
                 alias.asname or alias.name for alias in node.names if alias.name in DISTRIBUTED
             }
 
-    def meets(call: ast.Call) -> bool:
+    def communicates(call: ast.Call) -> bool:
         function = call.func
         if isinstance(function, ast.Name):
             return function.id in names | MEGATRON
@@ -66,19 +78,23 @@ def silent_collectives(source: str) -> list[str]:
 
     silent = {}
     for node, around in functions(tree):
-        said = any(
+        documented = any(
             "Collective:" in (ast.get_docstring(part) or "")
             for part in [*around, node]
             if not isinstance(part, ast.ClassDef)
         )
         for call in ast.walk(node):
-            if isinstance(call, ast.Call) and meets(call) and not isinstance(node, ast.ClassDef):
-                silent[call] = (
-                    said,
-                    node.name,
-                )  # functions come outermost first: the innermost one stays
+            if (
+                isinstance(call, ast.Call)
+                and communicates(call)
+                and not isinstance(node, ast.ClassDef)
+            ):
+                # Functions come outermost first, so the innermost one remains.
+                silent[call] = (documented, node.name)
     return [
-        f"{name}: {ast.unparse(call.func)}" for call, (said, name) in silent.items() if not said
+        f"{name}: {ast.unparse(call.func)}"
+        for call, (documented, name) in silent.items()
+        if not documented
     ]
 
 
@@ -93,24 +109,44 @@ def silent_collectives(source: str) -> list[str]:
         ('"""M."""\ndef f():\n    """F."""\n    def inner(): pass\n', []),
     ],
 )
-def test_missing_docstrings_are_seen(source, missing):
+def test_missing_docstrings_are_reported(source, missing):
     assert undocumented(source) == missing
 
 
 @pytest.mark.parametrize(
     ("source", "silent"),
     [
-        ("import torch\ndef f(x):\n    torch.distributed.all_reduce(x)\n", ["f: torch.distributed.all_reduce"]),
-        ("import torch.distributed as dist\ndef f(x):\n    return lambda: dist.broadcast(x)\n", ["f: dist.broadcast"]),
-        ("from torch.distributed import barrier as wait\nclass A:\n    def f(x):\n        wait()\n", ["f: wait"]),
-        ("def f(x):\n    return tensor_parallel.gather_from_tensor_model_parallel_region(x)\n",
-         ["f: tensor_parallel.gather_from_tensor_model_parallel_region"]),
+        (
+            "import torch\ndef f(x):\n    torch.distributed.all_reduce(x)\n",
+            ["f: torch.distributed.all_reduce"],
+        ),
+        (
+            "import torch.distributed as dist\ndef f(x):\n    return lambda: dist.broadcast(x)\n",
+            ["f: dist.broadcast"],
+        ),
+        (
+            "from torch.distributed import barrier as wait\n"
+            "class A:\n    def f(x):\n        wait()\n",
+            ["f: wait"],
+        ),
+        (
+            "def f(x):\n    return tensor_parallel.gather_from_tensor_model_parallel_region(x)\n",
+            ["f: tensor_parallel.gather_from_tensor_model_parallel_region"],
+        ),
         ("import torch\ndef f(x):\n    return torch.gather(x), torch.distributed.get_rank()\n", []),
-        ('import torch\ndef f(x):\n    """X.\n\n    Collective: one.\n    """\n    torch.distributed.all_reduce(x)\n', []),
-        ('from torch import distributed\ndef f(x):\n    """Collective: one."""\n    def g():\n        distributed.send(x)\n', []),
+        (
+            'import torch\ndef f(x):\n    """X.\n\n    Collective: one.\n    """\n'
+            "    torch.distributed.all_reduce(x)\n",
+            [],
+        ),
+        (
+            'from torch import distributed\ndef f(x):\n    """Collective: one."""\n'
+            "    def g():\n        distributed.send(x)\n",
+            [],
+        ),
     ],
-)  # fmt: skip
-def test_silent_collectives_are_seen(source, silent):
+)
+def test_silent_collectives_are_reported(source, silent):
     assert silent_collectives(source) == silent
 
 

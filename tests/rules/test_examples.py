@@ -1,4 +1,4 @@
-"""Every example is a run that can be started as it stands."""
+"""Every example is a run that can be started unchanged."""
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.settings.load import load_settings
@@ -7,7 +7,7 @@ from tests.rules.sources import ROOT, name_of
 
 
 def problem_of(path) -> str | None:
-    """Returns what is wrong with an example, or None."""
+    """Return the fault of an example, or None."""
     try:
         settings = load_settings(["--config", str(path)])
         if settings.world_size is None:
@@ -27,7 +27,7 @@ def test_every_example_can_be_started():
     assert not problems
 
 
-def test_a_wrong_example_is_seen(tmp_path):
+def test_a_wrong_example_is_reported(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("lr: 1e-4\n")
     assert "world-size" in problem_of(path)

@@ -1,4 +1,4 @@
-"""Who imports whom."""
+"""The rules of imports between modules."""
 
 import ast
 import os
@@ -20,8 +20,8 @@ def test_imports_go_down(capsys):
     assert not failed, capsys.readouterr().out
 
 
-def circles(importers: Mapping[str, Collection[str]]) -> list[str]:
-    """Return the modules that lie on a circle of imports, given {module: the modules it imports}."""
+def cycles(importers: Mapping[str, Collection[str]]) -> list[str]:
+    """Return the modules that are part of an import cycle, given {module: its imports}."""
     left = {module: set(names) & set(importers) - {module} for module, names in importers.items()}
     while free := [module for module, names in left.items() if not names & set(left)]:
         for module in free:
@@ -34,9 +34,9 @@ def circles(importers: Mapping[str, Collection[str]]) -> list[str]:
     return sorted(left)
 
 
-def test_circles_are_seen():
-    assert circles({"a": ["b"], "b": ["c"], "c": []}) == []
-    assert circles({"a": ["b"], "b": ["c"], "c": ["b"], "d": []}) == ["b", "c"]
+def test_cycles_are_reported():
+    assert cycles({"a": ["b"], "b": ["c"], "c": []}) == []
+    assert cycles({"a": ["b"], "b": ["c"], "c": ["b"], "d": []}) == ["b", "c"]
 
 
 def test_no_module_imports_itself_through_others():
@@ -45,7 +45,7 @@ def test_no_module_imports_itself_through_others():
     packages = {module for module in graph.modules if graph.find_children(module)}
     assert len(graph.modules) > 300
     assert (
-        circles(
+        cycles(
             {
                 module: graph.find_modules_directly_imported_by(module)
                 for module in graph.modules - packages
@@ -56,15 +56,15 @@ def test_no_module_imports_itself_through_others():
 
 
 def named_files(page: str) -> list[str]:
-    """Return the paths of the package that a page names: folders of its table, and files in the walks, behind their folder."""
-    found = re.findall(r"^\| `([\w/.]+)`", page, re.MULTILINE)
+    """Return the paths of the package in a page: folders of its table, and files in its walks."""
+    paths = re.findall(r"^\| `([\w/.]+)`", page, re.MULTILINE)
     for block in re.findall(
         r"^    ([\w/]+/)  +(.+(?:\n {16,}.+)*)",
-        page.split("## Walks")[1].split("## Words")[0],
+        page.split("## Walks")[1].split("## Tests")[0],
         re.MULTILINE,
     ):
-        found += [block[0] + name for name in re.findall(r"[\w/]+\.py", block[1])]
-    return found
+        paths += [block[0] + name for name in re.findall(r"[\w/]+\.py", block[1])]
+    return paths
 
 
 def test_the_map_names_what_is_there():
@@ -85,7 +85,10 @@ def test_light_folders_import_neither_torch_nor_megatron(folder):
         for path in (ROOT / "megatron_sorted" / folder).glob("[a-z]*.py")
     ]
     assert len(modules) >= 4
-    code = f"import sys, {', '.join(modules)}; print(sorted({{'torch', 'megatron', 'numpy'}} & set(sys.modules)))"
+    code = (
+        f"import sys, {', '.join(modules)};"
+        "print(sorted({'torch', 'megatron', 'numpy'} & set(sys.modules)))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
@@ -94,18 +97,18 @@ def test_light_folders_import_neither_torch_nor_megatron(folder):
 
 
 def imported(source: str) -> set[str]:
-    """Return the first words of all modules that a source imports, inside functions too."""
-    found = set()
+    """Return the top packages that a source imports, also inside functions."""
+    packages = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
-    return found
+            packages.add(node.module.partition(".")[0])
+    return packages
 
 
 def edits_of_the_path(source: str) -> list[int]:
-    """Return the lines on which a source changes ``sys.path``: assigned to, deleted from or called a method of."""
+    """Return the lines on which a source assigns, deletes or calls a method of ``sys.path``."""
 
     def is_path(node: ast.AST) -> bool:
         node = node.value if isinstance(node, ast.Subscript) else node
@@ -116,7 +119,7 @@ def edits_of_the_path(source: str) -> list[int]:
             and node.value.id == "sys"
         )
 
-    found = []
+    lines = []
     for node in ast.walk(ast.parse(source)):
         changed = (
             [node.func.value]
@@ -124,8 +127,8 @@ def edits_of_the_path(source: str) -> list[int]:
             else getattr(node, "targets", [])
         )
         changed = [node.target] if isinstance(node, ast.AugAssign) else changed
-        found += [node.lineno for part in changed if is_path(part)]
-    return found
+        lines += [node.lineno for part in changed if is_path(part)]
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -141,21 +144,22 @@ def edits_of_the_path(source: str) -> list[int]:
         ("f('sys.path.append(x)')", []),
     ],
 )
-def test_edits_of_the_path_are_seen(source, lines):
+def test_edits_of_the_path_are_reported(source, lines):
     assert edits_of_the_path(source) == lines
 
 
 def test_no_program_file_edits_the_search_path():
-    found = {
+    edits = {
         name_of(path): lines
         for path in program_files()
         if (lines := edits_of_the_path(path.read_text(encoding="utf-8")))
     }
-    assert not found, "start a module of ours with `python -m` (command_line.own_module)"
+    assert not edits, "start a module of ours with `python -m` (command_line.own_module)"
 
 
 def test_nothing_imports_the_lab():
-    outside = [path for path in program_files() if not name_of(path).startswith("lab/")]
+    """The documentation, whose reference pages the lab writes, is the exception."""
+    outside = [path for path in program_files() if not name_of(path).startswith(("lab/", "docs/"))]
     assert len(outside) > 100
     assert [
         name_of(path) for path in outside if "lab" in imported(path.read_text(encoding="utf-8"))
@@ -163,20 +167,20 @@ def test_nothing_imports_the_lab():
 
 
 def defined(path: Path) -> set[str]:
-    """Return the names that a source gives its importers: defined, assigned or imported outside functions."""
-    found = set()
+    """Return the names that a source defines, assigns or imports."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-    return found
+            names.add(node.id)
+    return names
 
 
-def test_what_is_imported_from_us_is_there():
-    """In functions too, and in tests that run on devices alone: a name that moved is found before somebody needs it."""
+def test_every_imported_name_of_the_project_exists():
+    """Also in functions and in tests that run on devices alone."""
     names, missing = {}, []
     for path in files(".py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""Bytes from outside are read in megatron_sorted/reading/ alone, where their cost is bounded and a line ends at a line feed."""
+"""Bytes from outside are read in megatron_sorted/reading/ alone, where their cost is bounded."""
 
 import ast
 import re
@@ -9,20 +9,19 @@ from tests.rules.sources import name_of, program_files
 
 OWN = "written by this project's own processes, in the same run"
 MACHINE = "facts of the machine: /proc, its mounts, its installed packages, what its programs print"
-WORDS = "the first line of a docstring, of a message or of a page of ours"
+OWN_TEXT = "the first line of a docstring, of a message or of a page of ours"
 JSON_LEFT = {
     "megatron_sorted/monitoring/wandb_(writer|process).py": OWN,
     "megatron_sorted/training/watch/watchdog.py": OWN,
     "megatron_sorted/parallel/rendezvous.py": OWN,
-    "megatron_sorted/doctor/network/meeting.py": OWN,
+    "megatron_sorted/doctor/network/rendezvous.py": OWN,
     "megatron_sorted/doctor/probes.py": OWN,
     "lab/accept_npu.py": OWN,
-    "lab/bench_(convert|sharding).py": OWN,
     "lab/benchmarks/.*": OWN,
     "lab/results/experiments.py": OWN,
     "megatron_sorted/doctor/packages.py": MACHINE,
     "megatron_sorted/doctor/disks.py": MACHINE,
-    "megatron_sorted/conversion/hugging_face/nested_exits.py": "is copied into exports, where it stands alone",
+    "megatron_sorted/conversion/hugging_face/nested_exits.py": "is copied into exports, by itself",
 }
 LINES_LEFT = {
     "megatron_sorted/platform/cpu.py": MACHINE,
@@ -30,25 +29,25 @@ LINES_LEFT = {
     "megatron_sorted/doctor/.*": MACHINE,
     "lab/benchmarks/.*": MACHINE,
     "megatron_sorted/reporting/markdown.py": MACHINE,
-    "lab/(bench_sharding|accept_npu).py": OWN,
+    "lab/accept_npu.py": OWN,
     "lab/results/steps.py": OWN,
-    "lab/results/page.py": WORDS,
-    "lab/kill_test.py": WORDS,
-    "lab/acceptance/devices.py": WORDS,
-    "megatron_sorted/settings/flags.py": WORDS,
-    "megatron_sorted/checkpoint/(sharding/sharded|plain_objects).py": WORDS,
+    "lab/results/page.py": OWN_TEXT,
+    "lab/kill_test.py": OWN_TEXT,
+    "lab/acceptance/devices.py": OWN_TEXT,
+    "megatron_sorted/settings/flags.py": OWN_TEXT,
+    "megatron_sorted/checkpoint/(sharding/sharded|plain_objects).py": OWN_TEXT,
 }
-"""Files that may read JSON, or cut lines, by Python's own means -> why."""
+"""Files that may read JSON, or split lines, with Python's own functions -> reason."""
 
 READS = ("load", "loads", "safe_load", "full_load")
 
 
 def calls(source: str) -> set[str]:
-    """Return "json", "lines" and "yaml" for what a source calls of Python's own readers."""
-    found = set()
+    """Return "json", "lines" and "yaml" for the readers of Python that a source calls."""
+    readers = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module in ("json", "yaml"):
-            found |= {node.module for name in node.names if name.name in READS}
+            readers |= {node.module for name in node.names if name.name in READS}
         if not isinstance(node, ast.Attribute):
             continue
         if (
@@ -56,10 +55,10 @@ def calls(source: str) -> set[str]:
             and node.value.id in ("json", "yaml")
             and node.attr in READS
         ):
-            found.add(node.value.id)
+            readers.add(node.value.id)
         if node.attr == "splitlines":
-            found.add("lines")
-    return found
+            readers.add("lines")
+    return readers
 
 
 @pytest.mark.parametrize(
@@ -74,7 +73,7 @@ def calls(source: str) -> set[str]:
         ("map(str.splitlines, x)", {"lines"}),
     ],
 )
-def test_calls_are_seen(source, expected):
+def test_calls_are_reported(source, expected):
     assert calls(source) == expected
 
 
@@ -88,7 +87,8 @@ def test_outside_bytes_are_read_in_one_place(kind, left):
     using -= {name for name in using if name.startswith("megatron_sorted/reading/")}
     unlisted = {name for name in using if not any(re.fullmatch(pattern, name) for pattern in left)}
     assert not unlisted, (
-        "use megatron_sorted.reading: parse_json, read_json, read_records, split_lines; or settings.yaml_file"
+        "use megatron_sorted.reading: parse_json, read_json, read_records, split_lines;"
+        " or settings.yaml_file"
     )
     unused = [pattern for pattern in left if not any(re.fullmatch(pattern, name) for name in using)]
     assert not unused, "delete them here"

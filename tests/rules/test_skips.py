@@ -1,4 +1,4 @@
-"""Where no test may be skipped, only those on the list are, for the listed reason; the list names tests that exist."""
+"""With --no-skips only listed tests are skipped, for the listed reason; the list is valid."""
 
 import re
 from pathlib import Path
@@ -37,17 +37,17 @@ MODULE = 'import pytest\npytest.importorskip("no_such_package", reason="an extra
 
 @pytest.fixture
 def run(pytester, monkeypatch):
-    """Return a function that runs ``TESTS`` and ``MODULE`` with words and a list of allowed skips."""
+    """Return a function that runs ``TESTS`` and ``MODULE`` with arguments and allowed skips."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makeini("[pytest]")
     pytester.makepyfile(test_some=TESTS, test_module=MODULE)
 
-    def result(*words: str, allowed: str = ""):
+    def result(*arguments: str, allowed: str = ""):
         path = pytester.path / LIST
         path.parent.mkdir(exist_ok=True)
         path.write_text(allowed)
         return pytester.runpytest_inprocess(
-            "-p", "tests.support.skips", "-rs", "--continue-on-collection-errors", *words
+            "-p", "tests.support.skips", "-rs", "--continue-on-collection-errors", *arguments
         )
 
     return result
@@ -62,9 +62,8 @@ def test_without_the_option_skips_are_named(run):
 
 def test_no_skip_passes_that_is_not_listed(run):
     done = run("--no-skips")
-    done.assert_outcomes(
-        passed=1, failed=1, errors=4, xfailed=1
-    )  # in the test; before it, or of a file
+    # one fails inside the test, four before it or in its file
+    done.assert_outcomes(passed=1, failed=1, errors=4, xfailed=1)
     assert done.ret == 1
     for reason in ("sshd missing", "pdsh missing", "munged missing", "an extra"):
         done.stdout.fnmatch_lines([f"*allows only the skips of .ci/allowed_skips: {reason}"])
@@ -95,12 +94,12 @@ def test_the_list_names_what_exists():
 
 
 def test_ci_installs_every_package_that_a_skip_names():
-    brought = set(re.findall(r"\]=([a-z-]+)", (ROOT / ".ci" / "install").read_text()))
+    installed = set(re.findall(r"\]=([a-z-]+)", (ROOT / ".ci" / "install").read_text()))
     sources = [
         path.read_text() for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)
     ]
-    words = re.findall(
+    lists = re.findall(
         r"apt-get install (?:--no-install-recommends )?([a-z -]+)", "\n".join(sources)
     )
-    named = {package for found in words for package in found.split()}
-    assert len(named) >= 4 and named <= brought
+    named = {package for listed in lists for package in listed.split()}
+    assert len(named) >= 4 and named <= installed

@@ -1,4 +1,4 @@
-"""Words that may stand in one place only, and names no file may have."""
+"""Words that only some files may contain, and names that no file may have."""
 
 import io
 import re
@@ -8,31 +8,32 @@ import pytest
 
 from tests.rules.sources import ROOT, files, name_of, program_files
 
-DEVICE_WORD = re.compile(r"(?<![a-z])(cuda|nccl|npu|hccl)(?![a-z])", re.IGNORECASE)
-DOORS = (
+DEVICE_NAME = re.compile(r"(?<![a-z])(cuda|nccl|npu|hccl)(?![a-z])", re.IGNORECASE)
+DEVICE_FILES = (
     "megatron_sorted/platform/",
     "megatron_sorted/settings/",
+    "megatron_sorted/planning/launch.py",
     "tools/accept_npu.py",
     "lab/accept_npu.py",
     "lab/acceptance/",
     "megatron_sorted/doctor/devices/",
 )
-"""Places that may name devices: the first says how each works, the second lets a user choose one, the others judge some."""
+"""Files that may name devices: they implement one, let a user choose one, or judge some."""
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 MACHINE_PATH = re.compile(r"(?<![\w.~$}-])/" + r"work(?![\w-])")
 
 
-def device_words(source: str) -> list[str]:
-    """Returns the device words in code and in text that code uses; comments and docstrings may explain a hazard."""
-    found, statement_starts = [], True
+def device_names(source: str) -> list[str]:
+    """Return the device names in code and its strings; comments and docstrings may have them."""
+    names, statement_starts = [], True
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         is_docstring = token.type == tokenize.STRING and statement_starts
-        # from Python 3.12 on, the text of an f-string is a token of its own, FSTRING_MIDDLE
+        # From Python 3.12 on, the text of an f-string is a token of its own, FSTRING_MIDDLE.
         if not is_docstring and (
             token.type == tokenize.NAME or "STRING" in tokenize.tok_name[token.type]
         ):
-            found += [
-                f"line {token.start[0]}: {word}" for word in DEVICE_WORD.findall(token.string)
+            names += [
+                f"line {token.start[0]}: {name}" for name in DEVICE_NAME.findall(token.string)
             ]
         if token.type not in (tokenize.COMMENT, tokenize.NL):
             statement_starts = (
@@ -40,11 +41,11 @@ def device_words(source: str) -> list[str]:
                 in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING)
                 or is_docstring
             )
-    return found
+    return names
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "names"),
     [
         ("x.cuda()\n", ["line 1: cuda"]),
         ('backend = "nccl"\n', ["line 1: nccl"]),
@@ -52,18 +53,18 @@ def device_words(source: str) -> list[str]:
         ('def f():\n    """On cuda."""\n    return input(x)  # nccl\n', []),
     ],
 )
-def test_device_words_are_seen(source, words):
-    assert device_words(source) == words
+def test_device_names_are_reported(source, names):
+    assert device_names(source) == names
 
 
 def test_only_platform_names_devices():
-    found = {
-        name_of(path): words
+    breaches = {
+        name_of(path): names
         for path in program_files()
-        if not name_of(path).startswith(DOORS)
-        and (words := device_words(path.read_text(encoding="utf-8")))
+        if not name_of(path).startswith(DEVICE_FILES)
+        and (names := device_names(path.read_text(encoding="utf-8")))
     }
-    assert not found, "ask megatron_sorted.platform instead"
+    assert not breaches, "use megatron_sorted.platform instead"
 
 
 def test_every_file_is_named_after_what_it_holds():
@@ -81,9 +82,9 @@ def test_no_path_of_the_machine_it_was_written_on():
     )
     texts = files(".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".sbatch", ".txt", ".cfg", "")
     assert len(texts) > 20
-    found = [
+    breaches = [
         name_of(path)
         for path in texts
         if path.is_file() and MACHINE_PATH.search(path.read_text(encoding="utf-8", errors="ignore"))
     ]
-    assert not found
+    assert not breaches

@@ -1,11 +1,11 @@
-"""Small chat models for tests: a tokenizer with a template, a random network, eight questions with their answers."""
+"""Small chat models for tests: tokenizer with template, random network, questions with answers."""
 
 import json
 import subprocess
 from pathlib import Path
 
 from megatron_sorted.conversion.tokenizers.export import add_fast_tokenizer
-from megatron_sorted.data.tokenizer import train_sentencepiece
+from megatron_sorted.data.preparation.train_tokenizer import train_sentencepiece
 from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from tests.support.chat_templates import write_fast_tokenizer
 from tests.support.commands import run_command
@@ -24,7 +24,7 @@ ADDED = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
 def write_tokenizer(directory: Path, kind: str, template: str | None) -> None:
-    """Write a tokenizer of a kind with a template."""
+    """Write a tokenizer of one kind with a template."""
     if kind == "tokenizer.json":
         write_fast_tokenizer(directory, template)
         return
@@ -58,7 +58,7 @@ def write_model(directory: Path, family: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    words = {
+    config = {
         "vocab_size": open_tokenizer(directory).vocab_size,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -71,7 +71,7 @@ def write_model(directory: Path, family: str) -> None:
         "eos_token_id": 2,
         "tie_word_embeddings": True,
     } | ({"head_dim": 16} if family == "qwen3" else {})
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **words)).save_pretrained(
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config)).save_pretrained(
         directory
     )
 
@@ -90,8 +90,8 @@ def write_talks(path: Path) -> None:
     path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
 
 
-def done(*words, cwd: Path, **more) -> subprocess.CompletedProcess:
-    """Run a command that has to go well."""
-    found = run_command(*words, cwd=cwd, **more)
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
-    return found
+def done(*arguments, cwd: Path, **more) -> subprocess.CompletedProcess:
+    """Run a command that has to succeed."""
+    ended = run_command(*arguments, cwd=cwd, **more)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+    return ended

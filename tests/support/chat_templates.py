@@ -1,20 +1,23 @@
-"""Chat templates of the kinds that public models have, in words of our own, and a tokenizer that knows all their control tokens."""
+"""Chat templates like those of public models, and a tokenizer with all their control tokens."""
 
 import functools
 import json
 from pathlib import Path
 
 INST = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set preface = messages[0]['content'] + '\\n\\n' %}"
-    "{% set turns = messages[1:] %}{% else %}{% set preface = '' %}{% set turns = messages %}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set preface = messages[0]['content'] + '\\n\\n' %}{% set turns = messages[1:] %}"
+    "{% else %}{% set preface = '' %}{% set turns = messages %}{% endif %}"
     "{% for turn in turns %}{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles have to take turns') }}{% endif %}"
-    "{% if turn['role'] == 'user' %}{{ '[INST] ' + (preface if loop.first else '') + turn['content'] | trim + ' [/INST]' }}"
+    "{{ raise_exception('roles have to take turns') }}{% endif %}{% if turn['role'] == 'user' %}"
+    "{{ '[INST] ' + (preface if loop.first else '') + turn['content'] | trim + ' [/INST]' }}"
     "{% else %}{{ ' ' + turn['content'] | trim + eos_token }}{% endif %}{% endfor %}"
 )
 CHATML = (
-    "{% for message in messages %}\n{{ '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>' }}\n"
-    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}\n"
+    "{{ '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>' }}\n"
+    "{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 THINKS = """{%- if tools %}
     {{- '<|im_start|>system\\nYou may call:\\n' }}
@@ -27,9 +30,12 @@ THINKS = """{%- if tools %}
 {%- endfor %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
-        {%- set thought = message.reasoning_content if message.reasoning_content is string else '' %}
+        {%- set thought = message.reasoning_content
+            if message.reasoning_content is string else '' %}
         {{- '<|im_start|>assistant\\n' }}
-        {%- if loop.index0 > seen.question %}{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{%- endif %}
+        {%- if loop.index0 > seen.question %}
+            {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}
+        {%- endif %}
         {{- message.content or '' }}
         {%- for call in message.tool_calls or [] %}
             {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
@@ -37,36 +43,43 @@ THINKS = """{%- if tools %}
         {%- endfor %}
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content }}
+        {{- '\\n</tool_response><|im_end|>\\n' }}
     {%- else %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
 {%- endif %}
 """
 HEADERS = (
     "{{- bos_token }}{%- for message in messages %}"
-    "{%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}{%- continue %}{%- endif %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
+    "{%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}{%- continue %}"
+    "{%- endif %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
 TURNS = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{% set who = 'model' %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{% set who = 'model' %}"
     "{% else %}{% set who = message['role'] %}{% endif %}"
-    "{{ '<start_of_turn>' + who + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+    "{{ '<start_of_turn>' + who + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
 TAGGED = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' %}"
-    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}{% endif %}"
-    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 FAMILIES = {"inst": INST, "chatml": CHATML, "thinks": THINKS, "headers": HEADERS, "turns": TURNS}
-"""Llama-2's and Mistral's kind, Qwen2's, Qwen3's, Llama-3's, Gemma's."""
+"""Templates like those of Llama-2 and Mistral, Qwen2, Qwen3, Llama-3, Gemma."""
 CONTROLS = (
     "<unk>",
     "<s>",
@@ -90,7 +103,7 @@ LINES = [
 
 
 def as_written(family: str, message: dict, is_after_question: bool = True) -> str:
-    """Return what a model of a family writes for an answer, read off its template by eye."""
+    """Return the text that a model of a family writes for an answer, copied from its template."""
     content = message.get("content") or ""
     if family == "inst":
         return f" {content}</s>"
@@ -101,8 +114,8 @@ def as_written(family: str, message: dict, is_after_question: bool = True) -> st
             else ""
         )
         calls = "".join(
-            f'<tool_call>\n{{"name": "{one["function"]["name"]}", "arguments": {json.dumps(one["function"]["arguments"])}}}\n'
-            "</tool_call>"
+            f'<tool_call>\n{{"name": "{one["function"]["name"]}", '
+            f'"arguments": {json.dumps(one["function"]["arguments"])}}}\n</tool_call>'
             for one in message.get("tool_calls", [])
         )
         return f"{thought}{content}{calls}<|im_end|>"
@@ -117,8 +130,11 @@ def as_written(family: str, message: dict, is_after_question: bool = True) -> st
     )
 
 
-WORDS = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""How newer tokenizers cut texts: line breaks end a word. In GPT-2's way the last of several belongs to what follows."""
+WORD_PATTERN = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""The words of newer tokenizers: line breaks end a word.
+
+In GPT-2's pattern the last of several line breaks belongs to the next word.
+"""
 
 
 @functools.cache
@@ -126,14 +142,12 @@ def _made(like_gpt2: bool) -> str:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
     if not like_gpt2:
         made.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -158,7 +172,7 @@ def _made(like_gpt2: bool) -> str:
 def write_fast_tokenizer(
     directory: Path, template: str | None = None, like_gpt2: bool = False, **settings
 ) -> Path:
-    """Write a byte-level tokenizer.json with all control tokens, and a template if there is one; return the directory."""
+    """Write a byte-level tokenizer.json and its template, if any; return the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(_made(like_gpt2), encoding="utf-8")
     config = {

@@ -1,4 +1,7 @@
-"""The environment in which tests start programs: not what other tests have set in this process, nor what a developer's shell has."""
+"""The environment in which tests start programs.
+
+It lacks what other tests have set in this process and what a developer's shell has.
+"""
 
 import os
 
@@ -6,7 +9,7 @@ OURS = ("PATH", "HOME", "TMPDIR")
 
 
 def clean_environment(**more: object) -> dict[str, str]:
-    """Returns variables that say where programs and files are, and ``more``."""
+    """Return the variables that locate programs and files, and ``more``."""
     return {
         **{name: os.environ[name] for name in OURS if name in os.environ},
         **{name: str(value) for name, value in more.items()},

@@ -1,4 +1,4 @@
-"""What the processes of tests/ranks/test_npu_collectives.py run."""
+"""Test bodies of tests/ranks/test_npu_collectives.py."""
 
 import os
 
@@ -10,13 +10,10 @@ from tests.support.tiny import init_method
 
 
 def _collect(rank: int, later: bool) -> tuple[list[torch.Tensor], ...]:
-    """Returns sums, gathered and scattered tensors of two buckets."""
+    """Return sums, gathered and scattered tensors of two buckets."""
     made = [torch.tensor([0.0, 1.0]) + rank + 10 * bucket for bucket in range(2)]
-    sums, gathered, scattered = (
-        [x.clone() for x in made],
-        [torch.empty(4) for _ in made],
-        [torch.empty(1) for _ in made],
-    )
+    sums = [x.clone() for x in made]
+    gathered, scattered = ([torch.empty(size) for _ in made] for size in (4, 1))
     for call, tensors in (
         (dist.all_reduce, [(x,) for x in sums]),
         (dist.all_gather_into_tensor, list(zip(gathered, made, strict=True))),
@@ -31,7 +28,7 @@ def _collect(rank: int, later: bool) -> tuple[list[torch.Tensor], ...]:
 
 
 def collected() -> dict:
-    """Returns what two ranks' blocks gave, and what torch was asked for."""
+    """Return the results of two ranks' blocks, and the coalesced calls that torch got."""
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=init_method(), rank=rank, world_size=2)
     coalesced = []

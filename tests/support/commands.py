@@ -1,4 +1,4 @@
-"""Run the project's commands as a user does, as forks of a preloaded server or, cold, as processes of their own."""
+"""Run the project's commands as a user does, in forks of a preloaded server or cold processes."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from tests.support.clean_environment import clean_environment
 from tests.support.preloaded.session import stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_OUTPUT_BYTES = 64 << 20
+MAX_OUTPUT_BYTES = 64 << 20
 SHOWN_BYTES = 4000
 LIMITED = """\
 import os, resource, signal, sys
@@ -21,22 +21,30 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def command_line(script: str, *words: object, processes: int = 0, cold: bool = False) -> list[str]:
+def command_line(
+    script: str, *arguments: object, processes: int = 0, cold: bool = False
+) -> list[str]:
     """Return the argument list that starts a script.
 
     Args:
         script: Path below the project's root, such as ``tools/generate.py``.
-        words: The command's arguments.
+        arguments: The command's arguments.
         processes: Number of ranks, started by torchrun; 0 starts none.
-        cold: Whether the real interpreter runs it, with all imports: for the one test that each command has of that, and for what
-            a fork cannot show (``tests/support/preloaded/__init__.py``).
+        cold: Whether the real interpreter runs it, with all imports. Each command has one test of
+            that; others need it for what a fork cannot show
+            (``tests/support/preloaded/__init__.py``).
     """
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         if processes
         else []
     )
-    return [sys.executable if cold else stand_in(), *launcher, str(ROOT / script), *map(str, words)]
+    return [
+        sys.executable if cold else stand_in(),
+        *launcher,
+        str(ROOT / script),
+        *map(str, arguments),
+    ]
 
 
 def environment(**variables: object) -> dict[str, str]:
@@ -48,37 +56,38 @@ def environment(**variables: object) -> dict[str, str]:
 
 def run_command(
     script: str,
-    *words: object,
+    *arguments: object,
     cwd: Path,
     text: str = "",
     processes: int = 0,
     seconds: float = 240,
     cold: bool = False,
-    most_bytes_of_a_file: int | None = None,
+    max_bytes_of_a_file: int | None = None,
     **variables: object,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and return its exit status and output; arguments as of ``command_line``.
+    """Run a command to its end and return its status and output; see ``command_line``.
 
     Args:
         cwd: The working directory.
         text: What stands on standard input.
         seconds: Time limit.
-        most_bytes_of_a_file: What the command may write into one file: the closest a test without rights comes to a full disk.
+        max_bytes_of_a_file: The bytes that the command may write into one file, like a full disk.
         variables: Environment variables beside those of ``environment``.
 
     Raises:
-        AssertionError: The command took longer, or wrote more than 64 MB; with the end of its output. It has been killed.
+        AssertionError: The command took longer, or wrote more than 64 MB, and was killed; with the
+            end of its output.
     """
-    command = command_line(script, *words, processes=processes, cold=cold)
-    if most_bytes_of_a_file is not None:
-        command = [sys.executable, "-ISc", LIMITED, str(most_bytes_of_a_file), *command]
+    command = command_line(script, *arguments, processes=processes, cold=cold)
+    if max_bytes_of_a_file is not None:
+        command = [sys.executable, "-ISc", LIMITED, str(max_bytes_of_a_file), *command]
     return run(command, cwd=cwd, text=text, seconds=seconds, env=environment(**variables))
 
 
 def run(
     command: list[str], *, cwd: Path, env: dict[str, str], text: str = "", seconds: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program as ``run_command`` runs a command."""
+    """Run a program like ``run_command``."""
     with (
         tempfile.TemporaryFile() as given,
         tempfile.TemporaryFile() as out,
@@ -105,35 +114,39 @@ def _wait(process: subprocess.Popen, out: IO[bytes], err: IO[bytes], until: floa
             limit = (
                 "its time"
                 if time.monotonic() > until
-                else f"{MOST_OUTPUT_BYTES >> 20} MB"
-                if written > MOST_OUTPUT_BYTES
+                else f"{MAX_OUTPUT_BYTES >> 20} MB"
+                if written > MAX_OUTPUT_BYTES
                 else None
             )
             if limit:
                 process.kill()
                 raise AssertionError(
-                    f"{process.args} went over {limit}; its output ends\n{_text(out)[-SHOWN_BYTES:]}\n"
+                    f"{process.args} exceeded {limit}; its output ends\n"
+                    f"{_text(out)[-SHOWN_BYTES:]}\n"
                     f"{_text(err)[-SHOWN_BYTES:]}"
                 ) from None
 
 
 def _text(stream: IO[bytes]) -> str:
     stream.seek(0)
-    return stream.read(MOST_OUTPUT_BYTES).decode("utf-8", "replace")
+    return stream.read(MAX_OUTPUT_BYTES).decode("utf-8", "replace")
 
 
 def start_command(
     script: str,
-    *words: object,
+    *arguments: object,
     cwd: Path,
     processes: int = 0,
     cold: bool = False,
     variables: dict[str, object] | None = None,
     **streams: object,
 ) -> subprocess.Popen:
-    """Start a command and return its process; ``streams`` are those of ``subprocess.Popen`` (stdin, stdout, stderr, text)."""
+    """Start a command and return its process.
+
+    ``streams`` are those of ``subprocess.Popen`` (stdin, stdout, stderr, text).
+    """
     return subprocess.Popen(
-        command_line(script, *words, processes=processes, cold=cold),
+        command_line(script, *arguments, processes=processes, cold=cold),
         cwd=cwd,
         env=environment(**(variables or {})),
         **streams,

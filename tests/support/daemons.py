@@ -8,7 +8,7 @@ import psutil
 
 
 def end_daemons(pid_files: Iterable[Path], seconds: float = 20) -> None:
-    """End daemons and wait until they are gone; kill those that still run after ``seconds``.
+    """End daemons and wait until they have ended; kill those that still run after ``seconds``.
 
     One that never started, or ended by itself, is no error.
     """

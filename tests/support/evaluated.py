@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_sorted.data.tokenizer import train_sentencepiece
+from megatron_sorted.data.preparation.train_tokenizer import train_sentencepiece
 
 VOCAB_SIZE = 300
 TEXTS = [
     "Once upon a time there was a small red cat.\nIt sat on a mat.",
     "The big dog ran 12 miles, and the cat did not!",
-    'Größer 猫 and other signs: "yes", said Tom\'s mother.',
+    'Größer 猫 and other signs: "yes", replied Tom\'s mother.',
     "A bird flew over the house. The bird sang.\n\nThen it was night.",
 ]
 
@@ -26,7 +26,7 @@ def _pieces() -> bytes:
 
 
 def write_tokenizer(directory: Path) -> Path:
-    """Returns ``directory``, with a sentencepiece file of 300 pieces in it."""
+    """Write a sentencepiece file of 300 pieces; return the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.model").write_bytes(_pieces())
     return directory
@@ -35,7 +35,7 @@ def write_tokenizer(directory: Path) -> Path:
 def make_model(
     family: str = "llama", num_layers: int = 3, tied: bool = True, seed: int = 0, **more
 ):
-    """Returns a random model, with norms that are not all ones, so that a norm taken for another shows."""
+    """Return a random model; its norms are not all ones, so that confused norms are noticed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -65,6 +65,6 @@ def make_model(
 
 
 def write_model(directory: Path, family: str = "llama", **more) -> Path:
-    """Returns ``directory``, with a random model and a tokenizer in it."""
+    """Write a random model and a tokenizer; return the directory."""
     make_model(family, **more).save_pretrained(directory)
     return write_tokenizer(directory)

@@ -1,4 +1,4 @@
-"""Tiny random models whose exits have parts of their own, as Hugging Face directories and checkpoints, and what each exit must say."""
+"""Tiny random models whose exits have parts of their own, as directories and as references."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from tests.support.model_directories import save_model
 
 OWN_EXITS = (1, 3)
 RANK = 3
-# What is between an exit's hidden state and its norm, by name: adapter, block, MLP.
+# Name -> whether an exit has an adapter, a block, an MLP before its norm.
 KINDS = {
     "block": (False, True, False),
     "mlp": (False, False, True),
@@ -26,7 +26,7 @@ KINDS = {
 
 @dataclass
 class Owned:
-    """What one exit owns: modules of transformers and plain tensors."""
+    """The parts of one exit: modules of transformers and plain tensors."""
 
     block: torch.nn.Module | None = None
     mlp: torch.nn.Module | None = None
@@ -39,14 +39,14 @@ class Owned:
 
 @dataclass
 class NestedCase:
-    """A full model of transformers and what its exits own."""
+    """A full model of transformers and the parts of its exits."""
 
     model: torch.nn.Module
     exits: dict[int, Owned] = field(default_factory=dict)
 
     def their_tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the tensors of exits.safetensors."""
-        found = {}
+        """Return the tensors of exits.safetensors."""
+        tensors_of = {}
         for depth, own in self.exits.items():
             modules = {"block": own.block, "mlp": own.mlp}
             tensors = {
@@ -62,27 +62,27 @@ class NestedCase:
                 "norm.weight": own.norm,
                 "lm_head.weight": own.head,
             }
-            found |= {
+            tensors_of |= {
                 f"exits.{depth}.{name}": tensor.detach().clone()
                 for name, tensor in tensors.items()
                 if tensor is not None
             }
-        return found
+        return tensors_of
 
     def our_tensors(self) -> dict[str, torch.Tensor]:
-        """Returns all tensors by the names of a sharded checkpoint."""
-        found = global_weights(self.model)
+        """Return all tensors by the names of a sharded checkpoint."""
+        weights = global_weights(self.model)
         for depth, own in self.exits.items():
             if own.block is not None:
                 other, first = copy.deepcopy(self.model), "decoder.layers.0."
                 other.model.layers[0] = own.block
-                found |= {
+                weights |= {
                     name.replace(first, f"exit_blocks.{depth}."): tensor
                     for name, tensor in global_weights(other).items()
                     if name.startswith(first)
                 }
             if own.mlp is not None:
-                found |= {
+                weights |= {
                     f"exit_mlps.{depth}.linear_fc1.layer_norm_weight": own.mlp_norm,
                     f"exit_mlps.{depth}.linear_fc1.weight": torch.cat(
                         (own.mlp.gate_proj.weight, own.mlp.up_proj.weight)
@@ -95,14 +95,18 @@ class NestedCase:
                 "exit_norms.{}.weight": own.norm,
                 "exit_output_layers.{}.weight": own.head,
             }
-            found |= {
+            weights |= {
                 name.format(depth): tensor for name, tensor in more.items() if tensor is not None
             }
-        return found
+        return weights
 
     @torch.no_grad()
     def logits(self, depth: int, tokens_bs: torch.Tensor) -> torch.Tensor:
-        """Returns what the exit at ``depth`` must say: transformers' own model with fewer layers, the block as last; the rest by hand."""
+        """Return the expected logits of the exit at ``depth``.
+
+        They come from transformers' own model with fewer layers and the block as the last one; the
+        other parts are computed here.
+        """
         model, own = copy.deepcopy(self.model), self.exits.get(depth, Owned())
         layers = list(model.model.layers[:depth])
         model.model.layers = torch.nn.ModuleList(layers)
@@ -129,7 +133,10 @@ class NestedCase:
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Returns the hidden state over its root mean square, times a weight (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4)."""
+    """Return the hidden state over its root mean square, times a weight.
+
+    Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4.
+    """
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon) * weight
 
 
@@ -150,14 +157,11 @@ def save_nested(
     exits: tuple[int, ...] = OWN_EXITS,
     dtype: torch.dtype = torch.float32,
 ) -> NestedCase:
-    """Returns what was written to ``directory``: a model of one of ``FAMILIES``, four layers, exits of one of ``KINDS``."""
+    """Write a model of one of ``FAMILIES`` with exits of one of ``KINDS``; return its reference."""
     adapter, block, mlp = KINDS[kind]
     model = save_model(directory, family, tied, dtype=dtype)
-    generator, case, h = (
-        torch.Generator().manual_seed(3),
-        NestedCase(model),
-        model.config.hidden_size,
-    )
+    generator = torch.Generator().manual_seed(3)
+    case, h = NestedCase(model), model.config.hidden_size
 
     def numbers(*shape: int) -> torch.Tensor:
         return (0.4 * torch.randn(shape, generator=generator)).to(dtype)
@@ -189,7 +193,7 @@ def save_nested(
 
 
 def change_config(directory: Path, **changes) -> None:
-    """Writes keys of config.json; None takes one out."""
+    """Write keys of config.json; None removes one."""
     path = directory / "config.json"
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))

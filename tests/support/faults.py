@@ -1,7 +1,8 @@
-"""Kills and faults at every change of names on disk: work is repeated in children that are ended before their n-th change.
+"""Kills and faults at every change of names on disk.
 
-Python tells every rename, removal, new directory, new link and opening for writing to audit hooks
-before it happens; a swap of two names shows as the look-up of the system call.
+Work is repeated in children that end before their n-th change. Python reports every rename,
+removal, new directory, new link and opening for writing to audit hooks before it happens; a swap of
+two names shows as the look-up of the system call.
 """
 
 import errno
@@ -24,7 +25,7 @@ def _is_change(event: str, arguments: tuple) -> bool:
 
 
 def _child(work: Work, number: int, kills: bool) -> None:
-    """Do the work; at its change ``number``, from 0, be killed, or let it fail. Never returns."""
+    """Do the work; at its change ``number``, from 0, get killed or raise. Never return."""
     left = [number]
 
     def at_change(event: str, arguments: tuple) -> None:
@@ -37,7 +38,7 @@ def _child(work: Work, number: int, kills: bool) -> None:
             raise OSError(errno.EIO, "injected fault")
 
     status = 0
-    sys.addaudithook(at_change)  # for good: the process ends here
+    sys.addaudithook(at_change)  # it cannot be removed, but the process ends here
     try:
         work()
     except BaseException:
@@ -46,7 +47,10 @@ def _child(work: Work, number: int, kills: bool) -> None:
 
 
 def interrupted(work: Work, prepare: Work, kills: bool = True) -> Iterator[int]:
-    """Yield n after ``work`` was interrupted at its n-th change, for every n until it ends undisturbed, each after ``prepare``."""
+    """Yield n after ``work`` was interrupted at its n-th change, until it ends undisturbed.
+
+    ``prepare`` runs before each.
+    """
     for number in range(MOST):
         prepare()
         sys.stdout.flush()

@@ -1,10 +1,10 @@
-"""What the processes of tests/ranks/test_frozen_base.py run."""
+"""The work of the processes in tests/ranks/test_frozen_base.py."""
 
 import torch
 
+from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.run.checkpoints import Checkpoints
 from megatron_sorted.training.run.evaluate import Evaluator
 from megatron_sorted.training.run.inputs import find_checkpoints
@@ -18,7 +18,11 @@ from tests.support.tiny import InstructionSource, make_samples, micro_batches
 
 
 def train_frozen(settings: Settings, steps: int) -> dict:
-    """Trains on one batch; returns the frozen parameters of this rank before and after, first and last losses, and the exits evaluated."""
+    """Train on one batch and report on this rank.
+
+    Returns the frozen parameters before and after, the first and last losses, and the evaluated
+    exits.
+    """
     from megatron_sorted.data.samples.dataset import EvaluationSet
 
     platform, place, model = start(settings)
@@ -65,7 +69,7 @@ def train_frozen(settings: Settings, steps: int) -> dict:
 
 
 def optimizer_bytes(settings: Settings) -> dict[str, int]:
-    """Returns the number of parameters that train on this rank and the bytes of moments and gradient buffers after one step."""
+    """Return the number of trained parameters, and the bytes of moments and gradient buffers."""
     platform, place, model = start(settings)
     forward_step, rule = ForwardStep(settings, model, platform), coefficient_rule(settings)
     batches = micro_batches(
@@ -97,7 +101,8 @@ def optimizer_bytes(settings: Settings) -> dict[str, int]:
     trained = sum(
         p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad
     )
-    # Megatron begins every parameter of a distributed optimizer at a multiple of 64 elements, and ends a bucket at one of 128
+    # Megatron begins every parameter of a distributed optimizer at a multiple of 64 elements, and
+    # ends a bucket at one of 128
     padding = 4 * (
         64 * sum(len(buffer.params) for chunk in model.chunks for buffer in chunk.buffers) + 128
     )
@@ -105,13 +110,13 @@ def optimizer_bytes(settings: Settings) -> dict[str, int]:
 
 
 def activations_kept(settings: Settings) -> dict[str, int]:
-    """Returns what one step of four micro-batches keeps for backward on this rank, and how often a layer's backward ran."""
+    """Return the tensors one step keeps for backward here, and how often a layer's backward ran."""
     platform, place, model = start(settings)
     counts = {"backwards": 0, "layers with a graph": 0, "saved bytes": 0, "exits and chunks": 0}
     stages = [unwrap(chunk) for chunk in model.chunks]
 
-    def count(what: str, number: int = 1):
-        counts[what] += number
+    def count(kind: str, number: int = 1):
+        counts[kind] += number
 
     def after_layer(_module, _inputs, output):
         hidden = output[0]
@@ -134,7 +139,7 @@ def activations_kept(settings: Settings) -> dict[str, int]:
     in_exit = [0]
     honest = forward_step.losses.compute
 
-    def exit_loss(*arguments):  # what an exit keeps is gone when its backward ends
+    def exit_loss(*arguments):  # an exit's tensors are freed when its backward ends
         in_exit[0] += 1
         try:
             return honest(*arguments)
@@ -155,15 +160,15 @@ def activations_kept(settings: Settings) -> dict[str, int]:
 
 
 def begin_from(settings: Settings) -> tuple[dict, list[str]]:
-    """Returns this rank's shards of the weights of a run that starts from ``settings.load``, and what it said."""
+    """Return this rank's weight shards and the log of a run that starts from ``settings.load``."""
     platform, place, model = start(settings)
-    said: list[str] = []
+    logged: list[str] = []
     checkpoints = Checkpoints(
-        settings, platform, place, model, coefficient_rule(settings), said.append
+        settings, platform, place, model, coefficient_rule(settings), logged.append
     )
     checkpoints.load(find_checkpoints(settings, None, None).usable[0])
     for chunk in model.chunks:
         if settings.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
     tied = not settings.untie_embeddings_and_output_weights
-    return shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied), said
+    return shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied), logged

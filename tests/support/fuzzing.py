@@ -1,8 +1,11 @@
-"""Damaged input for readers of bytes from outside: only the project's own errors may come out, in bounded time and memory.
+"""Damaged input for readers of bytes from outside.
+
+Readers may raise only the project's own errors, in bounded time and memory.
 
     @fuzzed
     def test_reader(examples, tmp_path):
-        check_reader([b'{"a": 1}'], lambda data: read(written(tmp_path / "x.json", data)), examples)
+        path = tmp_path / "x.json"
+        check_reader([b'{"a": 1}'], lambda data: read(written(path, data)), examples)
 
 runs 50 examples in ``make test``, always the same, and 2,000 new ones in ``make test-faults``.
 """
@@ -23,8 +26,8 @@ from hypothesis import HealthCheck, strategies
 from megatron_sorted.errors import SortedError
 
 FEW, MANY = 50, 2000
-MOST_SECONDS, MOST_BYTES, MOST_LETTERS = 20, 500 << 20, 2000
-"""Of one example; letters of a message."""
+MAX_SECONDS, MAX_BYTES, MAX_LETTERS = 20, 500 << 20, 2000
+"""Bounds of one example; letters are those of a message."""
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\w.+-]+|[\[\]{}:,&*!|>#-]')
 NUMBER = re.compile(rb"\d+(?:\.\d+)?")
 INSERTED = [
@@ -86,7 +89,7 @@ BORDERS = [-1, (1 << 31) - 1, 1 << 31, (1 << 63) - 1, 10**50]
 NESTED = [(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]"), (b"{a: ", b"}"), (b"- ", b"")]
 
 fuzzed = pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.faults)])
-"""Gives a test the number of ``examples``."""
+"""Parametrizes a test by the number of ``examples``."""
 
 
 def check_reader(
@@ -96,25 +99,25 @@ def check_reader(
     errors: tuple[type[Exception], ...] = (SortedError,),
     one_line: bool = True,
 ) -> None:
-    """Check that a reader refuses damaged forms of valid inputs, or reads them; it runs in a child with bounded memory.
+    """Check that a reader refuses or reads damaged forms of valid inputs, in bounded memory.
 
     Args:
         valid: Intact inputs; each must be read without an error.
-        read: The reader. What it raises must be of a class in ``errors``.
-        examples: How many damaged inputs to try.
-        errors: What may come out.
+        read: The reader; it runs in a child process.
+        examples: The number of damaged inputs to try.
+        errors: The exceptions it may raise.
         one_line: Whether messages must be short, in one line and printable.
     """
     for data in valid:
         read(data)
 
     def body(data: bytes) -> None:
-        signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
         try:
             read(data)
         except errors as error:
             message = str(error)
-            assert not one_line or (message.isprintable() and len(message) <= MOST_LETTERS), message
+            assert not one_line or (message.isprintable() and len(message) <= MAX_LETTERS), message
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -130,7 +133,7 @@ def check_reader(
 
 
 def written(path: Path, data: bytes) -> Path:
-    """Return a path after writing the file."""
+    """Write a file; return its path."""
     path.write_bytes(data)
     return path
 
@@ -170,8 +173,8 @@ def _replace(draw: strategies.DrawFn, data: bytes) -> bytes:
 
 
 def _exchange(draw: strategies.DrawFn, data: bytes) -> bytes:
-    found = TOKEN.findall(data)
-    return _instead(draw, data, TOKEN, draw(strategies.sampled_from(found))) if found else data
+    tokens = TOKEN.findall(data)
+    return _instead(draw, data, TOKEN, draw(strategies.sampled_from(tokens))) if tokens else data
 
 
 def _number(draw: strategies.DrawFn, data: bytes) -> bytes:
@@ -197,7 +200,7 @@ def _repeat(draw: strategies.DrawFn, data: bytes) -> bytes:
 
 
 def _instead(draw: strategies.DrawFn, data: bytes, pattern: re.Pattern[bytes], new: bytes) -> bytes:
-    places = [found.span() for found in pattern.finditer(data)]
+    places = [match.span() for match in pattern.finditer(data)]
     if not places:
         return data + new
     begin, end = draw(strategies.sampled_from(places))
@@ -208,7 +211,7 @@ CHANGES = [_flip, _cut, _insert, _any_bytes, _replace, _replace, _exchange, _num
 
 
 def _in_child(test: Callable[[], None]) -> None:
-    """Run a test in a child of bounded memory, in which nothing else is damaged, and fail with its traceback."""
+    """Run a test in a child of bounded memory; fail with its traceback."""
     reads, writes = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -218,36 +221,36 @@ def _in_child(test: Callable[[], None]) -> None:
         status = 1
         try:
             signal.signal(signal.SIGALRM, _too_long)
-            most = _own_data_bytes() + MOST_BYTES
+            most = _own_data_bytes() + MAX_BYTES
             resource.setrlimit(resource.RLIMIT_DATA, (most, most))
             test()
             status = 0
         except BaseException as error:
             notes = "\n".join(getattr(error, "__notes__", ()))
-            said = "".join(traceback.format_exception(error)) + (
+            report = "".join(traceback.format_exception(error)) + (
                 "" if sys.version_info >= (3, 11) else notes
             )
             with open(writes, "w", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.write(
-                    said if len(said) < 20_000 else f"{said[:4_000]}\n...\n{said[-16_000:]}"
+                    report if len(report) < 20_000 else f"{report[:4_000]}\n...\n{report[-16_000:]}"
                 )
         finally:
             os._exit(status)
     os.close(writes)
     with open(reads, encoding="utf-8") as stream:
-        said = stream.read()
+        report = stream.read()
     _, status = os.waitpid(child, 0)
     if status:
         pytest.fail(
-            said or f"the child ended with status {os.waitstatus_to_exitcode(status)}",
+            report or f"the child ended with status {os.waitstatus_to_exitcode(status)}",
             pytrace=False,
         )
 
 
 def _too_long(*_: object) -> None:
-    raise AssertionError(f"more than {MOST_SECONDS} s")
+    raise AssertionError(f"more than {MAX_SECONDS} s")
 
 
 def _own_data_bytes() -> int:
-    words = Path("/proc/self/status").read_text(encoding="ascii").split()
-    return 1024 * int(words[words.index("VmData:") + 1])
+    fields = Path("/proc/self/status").read_text(encoding="ascii").split()
+    return 1024 * int(fields[fields.index("VmData:") + 1])

@@ -1,4 +1,4 @@
-"""Whole tensors from the shards that ranks hold, under the names of the reference. Written by hand, not by Megatron's sharding."""
+"""Whole tensors from the shards of ranks, under the reference's names, without Megatron's code."""
 
 import re
 
@@ -12,11 +12,12 @@ RENAMED = {
 
 
 def global_name(stage, name: str, tied: bool) -> str:
-    """Returns the reference's name of a parameter of one chunk."""
+    """Return the reference's name of a parameter of one chunk."""
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match:
         inner = match.group(2)
-        return f"decoder.layers.{stage.plan.first_layer + int(match.group(1))}.{RENAMED.get(inner, inner)}"
+        number = stage.layout.layers_before + int(match.group(1))
+        return f"decoder.layers.{number}.{RENAMED.get(inner, inner)}"
     match = re.match(r"(exit_blocks|exit_mlps)\.(\d+)\.(.*)", name)
     if match:
         kind, depth, inner = match.groups()
@@ -30,7 +31,7 @@ def global_name(stage, name: str, tied: bool) -> str:
 
 
 def rows_by_parameter(model, pick) -> dict[int, DTensor]:
-    """Returns {id of a fully sharded parameter: ``pick(its rows)`` of all ranks as one tensor}; empty for any other model."""
+    """Return {id of a fully sharded parameter: ``pick(rows)`` of all ranks as one tensor}."""
     return {
         id(shard.sharded): DTensor.from_local(
             pick(shard.rows).detach(),
@@ -45,12 +46,11 @@ def rows_by_parameter(model, pick) -> dict[int, DTensor]:
 
 
 def join_shards(name: str, shards: list[torch.Tensor], dim: int | None) -> torch.Tensor:
-    """Returns the whole tensor from its tensor parallel shards (``dim`` None: a copy on every rank, the first is taken)."""
+    """Return the whole tensor from its tensor parallel shards; without ``dim`` they are copies."""
     if dim is None or len(shards) == 1:
         return shards[0]
-    if name.endswith(
-        ("linear_fc1.weight", "linear_fc1.lora_b")
-    ):  # every shard holds its part of the gate, then of the up projection
+    # every shard of these holds its part of the gate, then of the up projection
+    if name.endswith(("linear_fc1.weight", "linear_fc1.lora_b")):
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return torch.cat((*gates, *ups))
     return torch.cat(shards, dim)
@@ -59,16 +59,16 @@ def join_shards(name: str, shards: list[torch.Tensor], dim: int | None) -> torch
 def join_ranks(
     per_rank: list[dict],
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
-    """Returns whole tensors by name, and all copies of each, from ``{name: (tensor, dim, tensor rank)}`` of every rank."""
-    found: dict[str, dict[int, list]] = {}
+    """Return whole tensors by name, and all copies of each, from the ranks' ``shards_of``."""
+    shards: dict[str, dict[int, list]] = {}
     dims: dict[str, int | None] = {}
     for tensors in per_rank:
         for name, entries in tensors.items():
             for tensor, dim, tensor_rank in entries:
                 dims[name] = dim
-                found.setdefault(name, {}).setdefault(tensor_rank, []).append(tensor)
+                shards.setdefault(name, {}).setdefault(tensor_rank, []).append(tensor)
     whole, copies = {}, {}
-    for name, by_rank in found.items():
+    for name, by_rank in shards.items():
         whole[name] = join_shards(name, [by_rank[r][0] for r in sorted(by_rank)], dims[name])
         for rank, tensors in by_rank.items():
             copies[f"{name} shard {rank}"] = tensors
@@ -76,8 +76,9 @@ def join_ranks(
 
 
 def shards_of(model, unwrap, pick, tensor_rank: int, tied: bool) -> dict[str, list]:
-    """Returns ``{global name: [(tensor, partition dim, tensor rank)]}`` of one rank, ``pick(parameter)`` being the tensor.
+    """Return ``{global name: [(tensor, partition dim, tensor rank)]}`` of one rank.
 
+    The tensor is ``pick(parameter)``.
     A parameter for which there is none (a frozen one has no gradient) is left out.
     """
     result: dict[str, list] = {}

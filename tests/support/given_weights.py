@@ -1,4 +1,4 @@
-"""What the processes of a test run to see what a network of given weights says, and how it would learn."""
+"""Logits and gradients of a network with given weights, computed by the processes of a test."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from tests.support.tiny import make_samples, micro_batches
 def cut_shard(
     name: str, whole: torch.Tensor, dim: int | None, rank: int, size: int
 ) -> torch.Tensor:
-    """Returns the part of a whole tensor that tensor parallel rank ``rank`` of ``size`` holds."""
+    """Return the part of a whole tensor that tensor parallel rank ``rank`` of ``size`` holds."""
     if dim is None:
         return whole
     if name.endswith(
@@ -31,7 +31,7 @@ def cut_shard(
 def set_weights(
     model: Model, settings: Settings, weights: dict[str, torch.Tensor], tensor_rank: int
 ) -> set[str]:
-    """Returns the names of ``weights`` that this rank has a part of, after copying them in."""
+    """Copy in this rank's parts of ``weights``; return the names of the weights that it used."""
     used = set()
     for chunk in model.chunks:
         stage = unwrap(chunk)
@@ -56,55 +56,62 @@ def set_weights(
     return used
 
 
-def say_logits(
+def compute_logits(
     model: Model,
     settings: Settings,
     platform,
     tokens_bs: torch.Tensor,
-    segments_bs: torch.Tensor | None = None,
+    pieces_bs: torch.Tensor | None = None,
 ) -> dict[int, torch.Tensor]:
-    """Returns {depth: this rank's vocabulary shard of the logits [b, s, p]} of the exits on this rank, through Megatron's schedule."""
-    forward_step, said = EvaluationStep(settings, model, platform, None), {}
+    """Return {depth: vocabulary shard of the logits [b, s, p]} of this rank's exits.
+
+    They are computed through Megatron's schedule.
+    """
+    forward_step, logits_of = EvaluationStep(settings, model, platform, None), {}
 
     def at_exit(micro, depth, hidden_tbh):
-        head = micro.stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
+        head = micro.chunk.head(depth, micro.attention_mask, hidden_tbh.size(0))
         read_sbh = head.norm(hidden_tbh)
         if settings.sequence_parallel:
             read_sbh = gather_from_sequence_parallel_region(read_sbh)
-        said[depth] = F.linear(read_sbh, head.weight_ph).transpose(0, 1).float().cpu()
+        logits_of[depth] = F.linear(read_sbh, head.weight_ph).transpose(0, 1).float().cpu()
         return torch.zeros(()) if depth == micro.deepest else hidden_tbh
 
     forward_step.at_exit = at_exit
     positions_bs = torch.arange(tokens_bs.size(1)).expand(tokens_bs.shape)
-    batch = Batch(tokens_bs, tokens_bs, torch.ones(tokens_bs.shape), segments_bs, positions_bs)
+    batch = Batch(tokens_bs, tokens_bs, torch.ones(tokens_bs.shape), pieces_bs, positions_bs)
     for chunk in model.chunks:
         chunk.eval()
     with torch.no_grad():
         # chunks take turns in groups of as many micro-batches as there are stages
         repeats = settings.pipeline_model_parallel_size if len(model.chunks) > 1 else 1
         run_schedule(model, settings, forward_step, [batch] * repeats, forward_only=True)
-    return said
+    return logits_of
 
 
 def logits_of_exits(
     settings: Settings,
     weights: dict[str, torch.Tensor],
     tokens_bs: torch.Tensor,
-    segments_bs: torch.Tensor | None = None,
+    pieces_bs: torch.Tensor | None = None,
 ) -> tuple[int, set[str], dict[int, torch.Tensor]]:
-    """Returns this tensor parallel rank, the weights it used and what its exits say, of a model with these weights."""
+    """Return the tensor parallel rank, the weights it used, and its exits' logits."""
     platform, place, model = start(settings)
     used = set_weights(model, settings, weights, place.tensor_rank)
-    return place.tensor_rank, used, say_logits(model, settings, platform, tokens_bs, segments_bs)
+    return (
+        place.tensor_rank,
+        used,
+        compute_logits(model, settings, platform, tokens_bs, pieces_bs),
+    )
 
 
 def join_logits(
     reports: list[tuple[int, set[str], dict[int, torch.Tensor]]], vocab_size: int
 ) -> dict[int, torch.Tensor]:
-    """Returns {depth: logits [b, s, v]} over the real vocabulary from all ranks' reports."""
+    """Return {depth: logits [b, s, v]} over the real vocabulary from all ranks' reports."""
     shards: dict[int, dict[int, torch.Tensor]] = {}
-    for tensor_rank, _, said in reports:
-        for depth, logits in said.items():
+    for tensor_rank, _, logits_of in reports:
+        for depth, logits in logits_of.items():
             shards.setdefault(depth, {})[tensor_rank] = logits
     return {
         depth: torch.cat([of_rank[rank] for rank in sorted(of_rank)], -1)[..., :vocab_size]
@@ -115,7 +122,7 @@ def join_logits(
 def gradients_of_step(
     settings: Settings, weights: dict[str, torch.Tensor], coefficients: dict[int, float]
 ) -> dict[str, list]:
-    """Returns this rank's shards of the gradients of one step on the samples of seed 5, as ``tests.support.gather.shards_of``."""
+    """Return shards (see ``gather.shards_of``) of one step's gradients, on samples of seed 5."""
     platform, place, model = start(settings)
     set_weights(model, settings, weights, place.tensor_rank)
     finalize, kept = model.config.finalize_model_grads_func, {}
@@ -147,7 +154,7 @@ def gradients_of_step(
 
 
 def load_and_report(settings: Settings, root: str, tokens_bs: torch.Tensor) -> dict:
-    """Returns what a run that loads the newest checkpoint of ``root`` holds and says, before and after one step."""
+    """Return weights and logits of a run that loads from ``root``, before and after one step."""
     platform, place, model = start(settings)
     progress, lines = load_now(settings, root, platform, place, model)
     tied = not settings.untie_embeddings_and_output_weights
@@ -156,7 +163,7 @@ def load_and_report(settings: Settings, root: str, tokens_bs: torch.Tensor) -> d
         "progress": progress,
         "lines": lines,
         "weights": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied),
-        "logits": say_logits(model, settings, platform, tokens_bs),
+        "logits": compute_logits(model, settings, platform, tokens_bs),
     }
     for chunk in model.chunks:
         chunk.train()

@@ -1,9 +1,10 @@
 """Finds the places where the host would wait for a device, without having one.
 
-On the CPU nothing waits, so device and host tensors are told apart by where they come from: what ``Platform.to_device`` returns,
-parameters, gradient buffers, what is made with ``device=``, and whatever is computed from them. Asking such a tensor for a number,
-or for a shape that depends on its values, would wait; so would copying a number from the host other than through ``to_device``, as
-choosing places by a list does, and writing a number to places that a tensor names.
+On the CPU nothing waits, so device and host tensors are distinguished by their origin. On the
+device are results of ``Platform.to_device``, parameters, gradient buffers, tensors created with
+``device=``, and whatever is computed from them. To read a number from such a tensor would wait; so
+would a shape that depends on its values, copying a number from the host other than through
+``to_device`` (as indexing by a list does), and writing a number to places that a tensor names.
 """
 
 import traceback
@@ -36,34 +37,35 @@ FROM_HOST = {"tensor", "as_tensor", "from_numpy"}
 
 
 class MarkedPlatform(CpuPlatform):
-    """The CPU, but what goes to the device is a copy that is remembered as the device's."""
+    """The CPU, where a copy to the device is remembered as the device's."""
 
     def __init__(self, waits: "HostWaits"):
         self.waits = waits
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns a copy that counts as lying on the device."""
+        """Return a copy that counts as lying on the device."""
         moved = tensor.clone()
         self.waits.mark(moved)
         return moved
 
 
 class HostWaits:
-    """Records, while it is entered, each wait as (function of torch, innermost line of megatron_sorted or of megatron).
+    """A recorder of waits as (function of torch, innermost line of megatron_sorted or megatron).
 
-    ``found`` holds those whose innermost caller outside torch is in megatron_sorted, ``megatrons`` all others.
+    ``found`` holds those whose innermost caller outside torch is in megatron_sorted, ``megatrons``
+    all others.
     """
 
     def __init__(self):
         self.storages: dict[
             int, torch.UntypedStorage
         ] = {}  # kept alive, so that no address is used again
-        self.found: list[tuple[str, str]] = []
+        self.ours: list[tuple[str, str]] = []
         self.megatrons: list[tuple[str, str]] = []
         self._modes = (_Spread(self), _Calls(self))
 
     def mark(self, *tensors: torch.Tensor) -> None:
-        """Notes that tensors lie on the device."""
+        """Record that tensors lie on the device."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self.storages[storage._cdata if storage.data_ptr() == 0 else storage.data_ptr()] = (
@@ -71,7 +73,7 @@ class HostWaits:
             )
 
     def marked(self, tensor: torch.Tensor) -> bool:
-        """Returns whether a tensor lies on the device."""
+        """Return whether a tensor lies on the device."""
         storage = tensor.untyped_storage()
         return (storage._cdata if storage.data_ptr() == 0 else storage.data_ptr()) in self.storages
 
@@ -93,10 +95,10 @@ class HostWaits:
             return self._run_backward(*args, **kwargs)
 
     def note(self, name: str) -> None:
-        """Records a wait by the innermost line that is neither torch's nor of a stand-in for a device."""
+        """Record a wait, by the innermost line outside torch and the stand-in for a device."""
         stack = traceback.extract_stack()[:-2]
         if name == "to" and stack[-1].filename.endswith("torch/nn/utils/clip_grad.py"):
-            return  # norms of gradients, brought together on the device where they lie
+            return  # norms of gradients, gathered on the device where they lie
         for frame in reversed(stack):
             if frame.filename == STAND_IN:
                 continue
@@ -106,14 +108,14 @@ class HostWaits:
                 or "/tests/" in frame.filename
             ):
                 line = f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"
-                (self.found if frame.filename.startswith(OURS) else self.megatrons).append(
+                (self.ours if frame.filename.startswith(OURS) else self.megatrons).append(
                     (name, line)
                 )
                 return
 
 
 class _Spread(TorchDispatchMode):
-    """Whatever an operation makes of a tensor of the device lies there too."""
+    """Marks the results of operations on the device's tensors as the device's."""
 
     def __init__(self, waits: HostWaits):
         super().__init__()

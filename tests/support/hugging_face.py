@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, and their weights under the names of a sharded checkpoint: written for tests alone."""
+"""Tiny random models of transformers, and their weights by the names of a sharded checkpoint."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,10 @@ DEFAULTS = {
 
 
 def make_model(family: str, **changes):
-    """Returns a model of ``transformers.<family>ForCausalLM`` in fp32 with random weights, also where they start as ones or zeros."""
+    """Return a ``transformers.<family>ForCausalLM`` in fp32 with random weights.
+
+    Weights that usually start as ones or zeros are random too.
+    """
     import transformers
 
     config = getattr(transformers, f"{family}Config")(**{**DEFAULTS, **changes})
@@ -34,7 +37,7 @@ def make_model(family: str, **changes):
 
 
 def exit_logits(model, tokens_bs: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Returns {depth: logits [b, s, v]}: those of the same model with so many layers, as transformers itself cuts it."""
+    """Return {depth: logits [b, s, v]} of the same model with ``depth`` layers."""
     layers, logits = model.model.layers, {}
     for depth in range(1, len(layers) + 1):
         model.model.layers, model.config.num_hidden_layers = layers[:depth], depth
@@ -47,7 +50,10 @@ def exit_logits(model, tokens_bs: torch.Tensor) -> dict[int, torch.Tensor]:
 def gradients(
     model, tokens_bs: torch.Tensor, labels_bs: torch.Tensor, coefficients: dict[int, float]
 ) -> dict[str, torch.Tensor]:
-    """Returns, by the names of a sharded checkpoint, the gradients of the sum of coefficient x mean cross entropy over the exits."""
+    """Return the gradients of the sum over exits of coefficient x mean cross entropy.
+
+    They have the names of a sharded checkpoint.
+    """
     layers, loss = model.model.layers, torch.zeros(())
     for depth, coefficient in coefficients.items():
         model.model.layers, model.config.num_hidden_layers = layers[:depth], depth
@@ -62,7 +68,10 @@ def gradients(
 
 
 def global_weights(model, given: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """Returns whole tensors by the names of a sharded checkpoint: the weights, or what is ``given`` for each parameter."""
+    """Return whole tensors by the names of a sharded checkpoint.
+
+    They are the weights, or the tensors ``given`` for each parameter.
+    """
     config = model.config
     given = given or {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     groups = config.num_key_value_heads
@@ -77,9 +86,8 @@ def global_weights(model, given: dict[str, torch.Tensor] | None = None) -> dict[
         for kind in ("weight", "bias"):
             if theirs + f"self_attn.q_proj.{kind}" in given:
                 parts = [given[theirs + f"self_attn.{p}_proj.{kind}"] for p in "qkv"]
-                by_group = [
-                    part.view(groups, -1, *part.shape[1:]) for part in parts
-                ]  # a group: its queries, its key, its value
+                # each group holds its queries, its key, its value
+                by_group = [part.view(groups, -1, *part.shape[1:]) for part in parts]
                 result[ours + f"self_attention.linear_qkv.{kind}"] = torch.cat(by_group, 1).flatten(
                     0, 1
                 )

@@ -1,4 +1,4 @@
-"""What a process on an NPU runs to show the fused operations; the tests compare with plain torch."""
+"""Test bodies that run the fused operations on an NPU; the tests compare with plain torch."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from megatron_sorted.platform.select import choose_platform
 
 
 def fused_results(settings, cases: list[dict]) -> list[dict]:
-    """Returns for each case the output of a module of ours on the device and the gradients of its inputs, on the host.
+    """Return the output and input gradients of each case, computed on the device.
 
     A case has "kind", "inputs" (tensors), "gradient" of the output, and for attention "mask".
     """
@@ -47,11 +47,8 @@ def fused_results(settings, cases: list[dict]) -> list[dict]:
             )
         attention = SdpaAttention.__new__(SdpaAttention)
         torch.nn.Module.__init__(attention)
-        attention.dropout, attention.softmax_scale, attention.config = (
-            0.0,
-            inputs[0].size(-1) ** -0.5,
-            config,
-        )
+        attention.dropout, attention.config = 0.0, config
+        attention.softmax_scale = inputs[0].size(-1) ** -0.5
         mask = case.get("mask")
         return attention(*inputs, None if mask is None else mask.to(place))
 

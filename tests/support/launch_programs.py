@@ -1,4 +1,7 @@
-"""Stand-ins for ssh, SLURM and torchrun, in bash: what launchers tell hosts is run here, and torchrun writes down what it was given."""
+"""Stand-ins for ssh, SLURM and torchrun, in bash.
+
+The commands that launchers send to hosts run here, and torchrun records its arguments.
+"""
 
 import sys
 from pathlib import Path
@@ -13,13 +16,13 @@ host=${*: -2:1} command=${*: -1}
 [ "$host" != bare ] || command=${command//"cd\\ "/"cd\\ /nowhere"}
 [ "$host" != deaf ] || [[ $command != *attend* ]] || exec sleep 90
 [ "$host" != empty ] || command=${command//node.sh/no.sh}
-exec env --default-signal bash -c "$command" # as on another host, where nobody has ignored signals
+exec env --default-signal bash -c "$command" # as on another host, where no signal is ignored
 """
-# also what launch_facts.py asks
+# It also runs the commands of launch_facts.py.
 PYTHON = f"""\
 for word; do
     [ "$word" = torch.distributed.run ] || continue
-    printf '%s\\0' "$@" > "$SORTED_SAID/${{SORTED_HOST:-$SLURMD_NODENAME}}"
+    printf '%s\\0' "$@" > "$SORTED_RECORDS/${{SORTED_HOST:-$SLURMD_NODENAME}}"
     [ -z "${{STAYS:-}}" ] || exec sleep 300
     exit
 done
@@ -40,24 +43,27 @@ exit ${status:-0}
 
 
 def write_program(path: Path, text: str) -> None:
-    """Writes a bash script that can be run."""
+    """Write an executable bash script."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/bash\n{text}\n")
     path.chmod(0o755)
 
 
 def stand_ins(folder: Path, **more: object) -> dict[str, str]:
-    """Returns the environment in which the stand-ins are taken, and ``more``; ``folder / "said"`` gets a file for every host.
+    """Return the environment in which the stand-ins are found, and ``more``.
+
+    ``folder / "arguments"`` gets a file for every host.
 
     The site file must name ``folder / "bin" / "python"`` as PYTHON.
     """
-    (folder / "said").mkdir(exist_ok=True)
+    (folder / "arguments").mkdir(exist_ok=True)
     for name, text in {"ssh": SSH, "scontrol": SCONTROL, "srun": SRUN, "python": PYTHON}.items():
         write_program(folder / "bin" / name, text)
-    ours = clean_environment(SORTED_SAID=folder / "said", **more)
+    ours = clean_environment(SORTED_RECORDS=folder / "arguments", **more)
     return {**ours, "PATH": f"{folder / 'bin'}:{ours['PATH']}"}
 
 
-def said_to_torchrun(folder: Path) -> dict[str, list[str]]:
-    """Returns the words with which torchrun was started, by host."""
-    return {path.name: path.read_text().split("\0")[:-1] for path in (folder / "said").iterdir()}
+def torchrun_arguments(folder: Path) -> dict[str, list[str]]:
+    """Return {host: arguments with which torchrun was started}."""
+    records = (folder / "arguments").iterdir()
+    return {path.name: path.read_text().split("\0")[:-1] for path in records}

@@ -1,4 +1,4 @@
-"""Copies of the project for tests of slurm/: with shorter waits, or with a trainer that needs no torch."""
+"""Copies of the project for tests of slurm/, with shorter waits or a trainer without torch."""
 
 import shutil
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_TRAINER = ROOT / "tests" / "support" / "tiny_trainer.py"
-# Lines whose waits only make a test slow, and what they become.
+# Lines whose waits only make a test slow -> their replacements.
 SHORTER_WAITS = {
     "slurm/job.sh": {
         "START_SECONDS=10": "START_SECONDS=5",
@@ -27,8 +27,8 @@ def copy_project(
 
     Args:
         target: The copy, a new directory.
-        trainer: Becomes the copy's pretrain_sorted.py.
-        lines: For a file's name, beginnings of lines and what they become.
+        trainer: The copy's pretrain_sorted.py.
+        lines: {file: {beginning of a line: its replacement}}.
     """
     for name in ("slurm", "megatron_sorted"):
         shutil.copytree(ROOT / name, target / name)  # with compiled files, which stay valid

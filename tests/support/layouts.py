@@ -1,4 +1,4 @@
-"""Words of layout tables: settings that stand in many of them."""
+"""Settings that many layout tables share."""
 
 from collections.abc import Iterable
 from itertools import combinations
@@ -36,7 +36,7 @@ AXES = {
 
 
 def _pairs(row: tuple[int, dict]) -> set[frozenset]:
-    """Return what a row shows: every pair of its values on the axes, and each of its other settings once."""
+    """Return what a row covers: pairs of its values on the axes, and each other setting once."""
     world_size, changes = row
     ranks = changes.get(AXES["tp"], 1) * changes.get(AXES["pp"], 1)
     values = [
@@ -52,13 +52,13 @@ def _pairs(row: tuple[int, dict]) -> set[frozenset]:
 
 
 def pairwise(rows: dict[str, tuple[int, dict]], *kept: str) -> list:
-    """Return the names of the rows as parameters of a test; a row that shows no new pair of values is marked long.
+    """Return the names of rows as parameters of a test; those that cover no new pair are long.
 
-    Rows are chosen one by one, always the one that shows the most pairs which none before it has shown, until all pairs that any
-    row shows are there. What is left is for ``make test-all``, with its reason on the mark.
+    Rows are chosen one by one, always the one that covers the most new pairs, until all pairs that
+    any row covers are covered. The rest is for ``make test-all``, with the reason on the mark.
 
     Args:
-        rows: By name the number of processes and the settings.
+        rows: {name: (number of processes, settings)}.
         kept: Names of rows that are everyday ones for a reason of their own.
     """
     shown: set[frozenset] = set()
@@ -80,7 +80,7 @@ def pairwise(rows: dict[str, tuple[int, dict]], *kept: str) -> list:
 
 
 def all_but(rows: Iterable[str], reason: str, *long: str) -> list:
-    """Return the names of the rows as parameters of a test; those in ``long`` are for ``make test-all``, for that reason."""
+    """Return the names of rows as parameters of a test; ``long`` ones are for ``make test-all``."""
     rows = list(rows)
     assert all(name in rows for name in long), (
         f"{[name for name in long if name not in rows]}: no such rows"
@@ -92,7 +92,7 @@ def all_but(rows: Iterable[str], reason: str, *long: str) -> list:
 
 
 def thinned(rows: Iterable, *kept) -> list:
-    """Returns the rows as parameters of a test; those that are not among ``kept`` are marked long, for ``make test-all``."""
+    """Return rows as parameters of a test; those not ``kept`` are long, for ``make test-all``."""
     rows = list(rows)
     assert all(row in rows for row in kept), (
         f"{[row for row in kept if row not in rows]}: no such rows"

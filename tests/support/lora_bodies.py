@@ -1,4 +1,4 @@
-"""What the processes of tests of adapters run, and the same in plain PyTorch: merged matrices inside autograd."""
+"""The work of the processes in tests of adapters, and the same in plain PyTorch."""
 
 import dataclasses
 import hashlib
@@ -6,10 +6,10 @@ import hashlib
 import torch
 
 from megatron_sorted.checkpoint.manifest import Progress
+from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.derived import exit_depths, trained_exits
 from megatron_sorted.settings.lora import is_adapter, rank_at
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.run.adapters import use_ranks
 from megatron_sorted.training.run.checkpoints import Checkpoints, choose_checkpoint
 from megatron_sorted.training.run.inputs import find_checkpoints
@@ -18,7 +18,7 @@ from megatron_sorted.training.step.forward_step import ForwardStep
 from megatron_sorted.training.step.reduce import reduce_ledger
 from megatron_sorted.training.step.train_step import train_step
 from tests.support.gather import global_name, shards_of
-from tests.support.given_weights import cut_shard, say_logits
+from tests.support.given_weights import compute_logits, cut_shard
 from tests.support.rank_bodies import complete_gradients, save_now, start
 from tests.support.reference import exit_losses
 from tests.support.tiny import make_samples, micro_batches
@@ -27,13 +27,13 @@ TRAINED_EXIT_PARTS = ("exit_norms.", "exit_output_layers.")
 
 
 def made_up_b(name: str, shape: tuple[int, int]) -> torch.Tensor:
-    """Returns values for a whole B [out, r] that depend on its name alone; with zeros A would have no gradient to look at."""
+    """Return values for a whole B [out, r] by its name; with zeros A would get no gradient."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     return 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def fill_b(model: Model, settings: Settings, tensor_rank: int) -> None:
-    """Gives every B the values of ``made_up_b``, in model and optimizer."""
+    """Give every B the values of ``made_up_b``, in model and optimizer."""
     size = settings.tensor_model_parallel_size
     with torch.no_grad():
         for chunk in model.chunks:
@@ -52,37 +52,42 @@ def fill_b(model: Model, settings: Settings, tensor_rank: int) -> None:
 
 
 def load_as_a_run_does(settings: Settings, platform, place, model) -> tuple[Progress, list[str]]:
-    """Returns how far the newest checkpoint or Hugging Face directory of --load is, now loaded, and what was said."""
-    said: list[str] = []
+    """Load the newest checkpoint or model of --load; return its progress and the log."""
+    logged: list[str] = []
     checkpoints = Checkpoints(
-        settings, platform, place, model, coefficient_rule(settings), said.append
+        settings, platform, place, model, coefficient_rule(settings), logged.append
     )
-    found = find_checkpoints(settings, None, None)
-    return checkpoints.load(choose_checkpoint(found, settings, None, None, said.append)), said
+    candidates = find_checkpoints(settings, None, None)
+    return checkpoints.load(
+        choose_checkpoint(candidates, settings, None, None, logged.append)
+    ), logged
 
 
 def train_adapters(
     settings: Settings, steps: int, first: int = 0, load: str | None = None, save: str | None = None
 ) -> dict:
-    """Trains steps ``first``.. of so many; returns losses, and this rank's shards of weights, gradients of the first step, and how many
-    numbers the optimizer keeps a first moment of; of a run that saves also what its exits say then."""
+    """Train from step ``first`` up to ``steps`` and report on this rank.
+
+    Returns losses, shards of weights and of the first step's gradients, the number of elements with
+    a first moment, and of a run that saves also the logits of its exits.
+    """
     platform, place, model = start(settings)
     tied = not settings.untie_embeddings_and_output_weights
 
     def shards(pick):
         return shards_of(model, unwrap, pick, place.tensor_rank, tied)
 
-    said = []
+    logged = []
     if load is None:
         report = {"made": shards(lambda p: p.data)}
         fill_b(model, settings, place.tensor_rank)
     else:
-        progress, said = load_as_a_run_does(
+        progress, logged = load_as_a_run_does(
             dataclasses.replace(settings, load=load), platform, place, model
         )
         assert progress.step == first, progress
         report = {}
-    report |= {"losses": [], "grad_norms": [], "said": said, "initial": shards(lambda p: p.data)}
+    report |= {"losses": [], "grad_norms": [], "log": logged, "initial": shards(lambda p: p.data)}
     finalize = model.config.finalize_model_grads_func
 
     def finalize_and_keep(*args, **kwargs):
@@ -138,17 +143,17 @@ def train_adapters(
             chunk.start_param_sync(force_sync=True)
     report["weights"] = shards(lambda p: p.data)
     if save is not None:
-        said_here = say_logits(
+        logits = compute_logits(
             model, settings, platform, make_samples(2, settings.seq_length, 9)["tokens"]
         )
-        report["logits"] = (place.tensor_rank, set(), said_here)
+        report["logits"] = (place.tensor_rank, set(), logits)
     return report
 
 
 def merged(
     parameters: dict[str, torch.Tensor], settings: Settings, rank: int, only_last: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Returns the network's tensors with adapters added, W + (alpha / b) B[:, :b] A[:b] for b = ``rank``."""
+    """Return the tensors with adapters added: W + (alpha / b) B[:, :b] A[:b] for b = ``rank``."""
     plain = {name: tensor for name, tensor in parameters.items() if not is_adapter(name)}
     for name in [name for name in parameters if name.endswith("lora_a")]:
         target = name.removesuffix("lora_a")
@@ -161,7 +166,7 @@ def merged(
 
 
 def reference_adapters(settings: Settings, weights: dict[str, torch.Tensor], steps: int):
-    """Returns losses by step, the first step's gradients and norms, and the weights after all steps, in plain PyTorch."""
+    """Return losses, the first step's gradients and norms, and final weights, in plain PyTorch."""
     parameters = {name: weight.clone() for name, weight in weights.items()}
     trained = {
         name: parameters[name].requires_grad_()

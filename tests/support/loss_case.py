@@ -12,7 +12,7 @@ EPSILON = 1e-5
 
 @dataclass
 class LossCase:
-    """Inputs of ``exit_loss``: hidden [t, b, h], RMSNorm with a weight that is not 1, output matrix with ``rows`` rows."""
+    """Inputs of ``exit_loss``: hidden [t, b, h], a random RMSNorm and a random output matrix."""
 
     hidden_tbh: torch.Tensor
     norm: torch.nn.RMSNorm
@@ -21,18 +21,21 @@ class LossCase:
     shard: VocabularyShard
 
     def request(self, chunk_tokens: int, **more) -> LossRequest:
-        """Returns what an exit is to compute of the tokens."""
+        """Return the request of an exit for the tokens."""
         return LossRequest(self.targets, self.shard, chunk_tokens, **more)
 
     def loss(self, chunk_tokens: int, **more) -> CrossEntropy:
-        """Returns the loss of the labels alone."""
+        """Return the loss of the labels alone."""
         return CrossEntropy(self.request(chunk_tokens, **more))
 
 
 def make_case(
     t=5, b=3, h=8, rows=24, vocabulary=None, index=None, weighted=False, dtype=torch.float32
 ) -> LossCase:
-    """Returns a case; ``vocabulary`` rows are real tokens, ``index`` are the counted places, ``weighted`` gives a mask of other than 1."""
+    """Return a case of ``rows`` rows, of which ``vocabulary`` are real tokens.
+
+    ``index`` holds the counted places, and ``weighted`` draws a mask instead of ones.
+    """
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape):
@@ -57,7 +60,7 @@ def make_case(
 
 @dataclass
 class Expected:
-    """What plain PyTorch says."""
+    """The results of plain PyTorch."""
 
     loss_n: torch.Tensor
     correct_n: torch.Tensor
@@ -67,7 +70,7 @@ class Expected:
 
 
 def reference(case: LossCase, factor: float, dtype: torch.dtype) -> Expected:
-    """Returns loss and gradients of ``factor * sum(mask * loss)`` by F.cross_entropy and autograd in ``dtype``."""
+    """Return loss and gradients of ``factor * sum(mask * loss)`` by autograd in ``dtype``."""
     leaves = [
         x.detach().to(dtype).requires_grad_()
         for x in (case.hidden_tbh, case.norm.weight, case.weight_ph)

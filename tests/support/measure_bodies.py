@@ -1,4 +1,4 @@
-"""What the processes of tests/ranks/test_measures.py and test_host_waits.py run. Bodies only: assertions stand in the tests."""
+"""The work of the processes in tests/ranks/test_measures.py and test_host_waits.py."""
 
 import dataclasses
 import os
@@ -9,9 +9,9 @@ import torch.distributed as dist
 from megatron_sorted.loss.cross_entropy import CrossEntropy, LossRequest, VocabularyShard
 from megatron_sorted.loss.ledger import Ledger
 from megatron_sorted.loss.linear_cross_entropy import exit_loss
+from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.step.build import unwrap
 from megatron_sorted.training.step.forward_step import ForwardStep
 from megatron_sorted.training.step.reduce import reduce_interval
@@ -24,7 +24,7 @@ from tests.support.tiny import init_method, make_samples, micro_batches
 
 
 class CollectiveCount:
-    """Counts the calls of torch.distributed's functions that data passes through, made inside it."""
+    """A counter of calls to the collective functions of torch.distributed, made inside it."""
 
     # isend and irecv are left alone: torch compares them with the functions it knows
     NAMES = (
@@ -56,7 +56,7 @@ class CollectiveCount:
 
 
 def batch_checksum(tokens_bs: torch.Tensor) -> int:
-    """Returns a number of a micro-batch that is the sum of numbers of its samples."""
+    """Return a micro-batch's checksum, the sum of those of its samples."""
     return sum((int(row.sum()) + 1) * 123_456_789 for row in tokens_bs)
 
 
@@ -68,9 +68,10 @@ def measure(
     track: bool = True,
     finish: bool = True,
 ) -> dict:
-    """Trains; returns what is measured of the exits at each step and over all, weights before each step, and collectives counted.
+    """Train; return measures of exits by step and over all, weights and collective counts.
 
-    ``finish`` False leaves out all that ``finish_step`` does.
+    The weights are those before each step. ``finish`` False leaves out all that ``finish_step``
+    does.
     """
     platform, place, model = start(settings)
     tied = not settings.untie_embeddings_and_output_weights
@@ -81,7 +82,7 @@ def measure(
     report = {"steps": [], "weights": [], "coefficients": [], "collectives": [], "bad": []}
 
     def gather_weights() -> None:
-        """Puts on every rank the weights that overlapped gathering would bring with the next forward pass."""
+        """Gather the weights now, which overlapped gathering would do in the next forward pass."""
         for chunk in model.chunks if settings.overlap_param_gather else ():
             chunk.start_param_sync(force_sync=True)
 
@@ -124,7 +125,7 @@ def measure(
 
 
 def broken_exit(settings: Settings, depth: int) -> dict:
-    """Returns what this rank's ledger says of a step in which the own head of the exit at ``depth`` is NaN, and its stage."""
+    """Return the ledger's flags of a step in which the head at ``depth`` is NaN, and the stage."""
     platform, place, model = start(settings)
     for chunk in model.chunks:
         for name, parameter in unwrap(chunk).named_parameters():
@@ -144,7 +145,10 @@ def broken_exit(settings: Settings, depth: int) -> dict:
 
 
 def host_waits(settings: Settings, track: bool, packed: bool) -> dict:
-    """Returns where megatron_sorted, and where others, would make the host wait for a device in one step and in a reduction."""
+    """Return where the host would wait for a device, in a step and in a report.
+
+    Waits in a step are listed for megatron_sorted and for other packages.
+    """
     _, place, model = start(settings)
     waits = HostWaits()
     for chunk in model.chunks:
@@ -166,17 +170,17 @@ def host_waits(settings: Settings, track: bool, packed: bool) -> dict:
         forward_step.begin_step(1, rule)
         train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size)
         flag = forward_step.ledger.bad_flag(forward_step.device)
-    step, others = list(waits.found), list(waits.megatrons)
-    waits.found.clear()
+    step, others = list(waits.ours), list(waits.megatrons)
+    waits.ours.clear()
     with waits:
         reduce_interval(forward_step.ledger, settings)
         bool(flag)
         forward_step.ledger.bad_exits()
-    return {"step": step, "megatron": others, "report": list(waits.found)}
+    return {"step": step, "megatron": others, "report": list(waits.ours)}
 
 
 def shared_choice(rows: int, vocabulary: int, alike_from: int) -> list[int]:
-    """Returns the most likely tokens found by ranks that each hold ``rows`` rows of one output matrix.
+    """Return the most likely tokens over ranks that each hold ``rows`` rows of one output matrix.
 
     Rows from ``alike_from`` on are alike, and rows before it are 0.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints as Megatron-LM writes them, of megatron-core's own GPTModel: the truth that readers of such files are held to."""
+"""Checkpoints of megatron-core's own GPTModel as Megatron-LM writes them, to test readers."""
 
 import argparse
 import queue
@@ -17,11 +17,11 @@ from megatron_sorted.settings.run import Settings
 from tests.support.tiny import init_method
 
 FORMS = ("legacy", "stacked", "per_layer", "norms_by_module")
-PADDED = 104  # rows of every layout, so that one truth serves all
+PADDED = 104  # rows of every layout, so that all share one reference
 
 
 def megatron_arguments(settings: Settings, **more) -> argparse.Namespace:
-    """Returns what Megatron-LM's parser makes of such a model, as far as a checkpoint's readers look at it."""
+    """Return the arguments that Megatron-LM's parser stores, as far as readers use them."""
     return argparse.Namespace(
         num_layers=settings.num_layers,
         hidden_size=settings.hidden_size,
@@ -54,7 +54,7 @@ def megatron_arguments(settings: Settings, **more) -> argparse.Namespace:
 
 
 def _chunks(settings: Settings) -> list:
-    """Returns this rank's chunks of GPTModel."""
+    """Return this rank's chunks of GPTModel."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
@@ -64,7 +64,7 @@ def _chunks(settings: Settings) -> list:
     seed_everything(settings.seed)
     count = num_virtual_chunks(settings)
     assert padded_vocab_size(settings.vocab_size, settings) == PADDED
-    spec = layer_spec(settings, False)
+    spec, tied = layer_spec(settings, False), not settings.untie_embeddings_and_output_weights
     chunks = []
     for chunk in range(count):
         ends = {"ignore_virtual": count == 1, "vp_stage": chunk if count > 1 else None}
@@ -77,7 +77,7 @@ def _chunks(settings: Settings) -> list:
                 position_embedding_type="rope",
                 pre_process=parallel_state.is_pipeline_first_stage(**ends),
                 post_process=parallel_state.is_pipeline_last_stage(**ends),
-                share_embeddings_and_output_weights=not settings.untie_embeddings_and_output_weights,
+                share_embeddings_and_output_weights=tied,
                 vp_stage=ends["vp_stage"],
             )
         )
@@ -98,7 +98,7 @@ def _sharded(chunks: list, per_layer: bool) -> dict:
 
 
 def _save(state: dict, directory: str) -> None:
-    """Save as Megatron does, but for its queue between processes, which costs each rank a process that imports torch."""
+    """Save as Megatron does, except for its queue, which would start a process for each rank."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -107,8 +107,7 @@ def _save(state: dict, directory: str) -> None:
 
 
 def make_truth(settings: Settings, seed_directory: str) -> dict[str, torch.Tensor]:
-    """Returns all weights of a model on one process, every one random, in GPTModel's own names; saves them for other layouts to load."""
-
+    """Save a model of one process with random weights; return them by GPTModel's own names."""
     (model,) = _chunks(settings)
     generator = torch.Generator().manual_seed(17)
     with torch.no_grad():
@@ -124,10 +123,11 @@ def make_truth(settings: Settings, seed_directory: str) -> dict[str, torch.Tenso
 
 
 def save_as_megatron(settings: Settings, seed_directory: str, root: str, step: int) -> None:
-    """Saves the truth from this layout in every form, each in a directory of its own with a tracker.
+    """Save the reference from this layout in every form, each with a tracker.
 
-    "legacy": ``mp_rank_*``; "stacked" and "per_layer": ``torch_dist`` with one tensor over all layers or one for each;
-    "norms_by_module": norms under the names of their modules instead of those of the linear layers after them.
+    "legacy": ``mp_rank_*``; "stacked" and "per_layer": ``torch_dist`` with one tensor over all
+    layers or one for each; "norms_by_module": norms under the names of their modules instead of
+    those of the linear layers after them.
     """
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state
@@ -144,10 +144,8 @@ def save_as_megatron(settings: Settings, seed_directory: str, root: str, step: i
             (directory.parent / "latest_checkpointed_iteration.txt").write_text(str(step))
     dist.barrier()
 
-    tensor, stage = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-    )
+    tensor = parallel_state.get_tensor_model_parallel_rank()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     name = f"mp_rank_{tensor:02d}" + (
         f"_{stage:03d}" if settings.pipeline_model_parallel_size > 1 else ""
     )

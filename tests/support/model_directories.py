@@ -1,4 +1,4 @@
-"""Tiny random models of every family as Hugging Face directories, written by transformers itself."""
+"""Tiny random models of every family as Hugging Face directories, written by transformers."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ FAMILIES = {
 
 
 def family_model(family: str, tied: bool = False) -> torch.nn.Module:
-    """Returns a random model of one of ``FAMILIES``."""
+    """Return a random model of one of ``FAMILIES``."""
     name, changes = FAMILIES[family]
     return make_model(name, tie_word_embeddings=tied, **changes)
 
@@ -43,8 +43,10 @@ def save_model(
     dtype: torch.dtype = torch.float32,
     **changes,
 ) -> torch.nn.Module:
-    """Returns the model that was written to ``directory`` by transformers, in at least ``num_shards`` files; ``changes`` go into its
-    config.json afterwards."""
+    """Write a model with transformers in at least ``num_shards`` files; return it.
+
+    ``changes`` go into its config.json afterwards.
+    """
     model = family_model(family, tied).to(dtype)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     model.save_pretrained(
@@ -57,5 +59,5 @@ def save_model(
 
 
 def tokens(length: int = 40, rows: int = 2) -> torch.Tensor:
-    """Returns token ids [b, s] of the tiny vocabulary."""
+    """Return token ids [b, s] of the tiny vocabulary."""
     return torch.randint(100, (rows, length), generator=torch.Generator().manual_seed(5))

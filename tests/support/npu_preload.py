@@ -1,9 +1,13 @@
-"""What the fork server imports once for all ranks of all tests on NPUs; no device is touched before the ranks are forked."""
+"""Imports of the fork server for all ranks of all tests on NPUs.
+
+No device is used before the ranks are forked.
+"""
 
 from megatron_sorted.platform.npu.start import start_npu
 
 start_npu()
 
-from tests.support import rank_bodies  # noqa: E402  imports Megatron, which must find the device's names in place
+# It imports Megatron, which needs the device's names.
+from tests.support import rank_bodies  # noqa: E402
 
 __all__ = ["rank_bodies"]

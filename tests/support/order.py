@@ -1,7 +1,8 @@
 """The order of test files, by which two workers seldom wait for each other.
 
-Tests with more ranks than two run alone among those with ranks, so files of one folder alternate with those of another;
-and a worker that begins a long file last would leave the other one idle, so long ones come first.
+Tests with more than two ranks run alone among those with ranks, so files of one folder alternate
+with those of another. A worker that begins a long file last would leave the other one idle, so long
+files come first.
 """
 
 from collections import defaultdict
@@ -16,7 +17,7 @@ LONG_SECONDS = {
     "tests/system/test_kills.py": 60,
     "tests/system/test_round_trip.py": 80,
 }
-"""Of files that take long, about; the other tests take about a second each."""
+"""Approximate seconds of long files; other tests take about a second each."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

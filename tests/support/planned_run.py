@@ -1,4 +1,4 @@
-"""The run file that tests of the planning tool give it."""
+"""The run file of tests of the planning tool."""
 
 RUN = """world-size: {world_size}
 num-layers: 8

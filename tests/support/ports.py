@@ -1,4 +1,4 @@
-"""Servers of tests: ports that nobody listens on, and answers of a server that may still be starting."""
+"""Servers of tests: free ports, and answers of a server that may still be starting."""
 
 import json
 import random
@@ -13,10 +13,10 @@ CHANCE = random.SystemRandom()  # other test runs on this machine must not draw 
 
 
 def free_port() -> int:
-    """Return a port of this host that nobody listens on.
+    """Return a free port of this host.
 
-    It lies below those that the kernel gives to outgoing connections (from 32768 on), so that none takes it before it
-    is used, and below those of SLURM jobs (from 20000 on).
+    It lies below those that the kernel gives to outgoing connections (from 32768 on), so that none
+    takes it before it is used, and below those of SLURM jobs (from 20000 on).
     """
     while True:
         port = CHANCE.randrange(10240, 20000)

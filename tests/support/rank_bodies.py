@@ -1,4 +1,4 @@
-"""What the processes of tests in tests/ranks run. Bodies only: assertions stand in the tests."""
+"""The work of the processes in tests/ranks; assertions stand in the tests."""
 
 import dataclasses
 import os
@@ -17,9 +17,9 @@ from megatron_sorted.checkpoint.sharding import sharded
 from megatron_sorted.model.config import check_platform
 from megatron_sorted.parallel.groups import start_process_groups
 from megatron_sorted.platform.select import choose_platform
+from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.run.checkpoints import Checkpoints, choose_checkpoint
 from megatron_sorted.training.run.describe import description
 from megatron_sorted.training.step.build import build_model, build_optimizer, unwrap
@@ -32,7 +32,7 @@ from tests.support.tiny import init_method, make_samples, micro_batches
 
 
 def start(settings: Settings):
-    """Returns platform, place and model of this rank."""
+    """Return platform, place and model of this rank."""
     platform = choose_platform(settings.device)
     platform.prepare()
     check_platform(settings, platform)
@@ -43,7 +43,7 @@ def start(settings: Settings):
 
 
 def fill_adapters(model) -> None:
-    """Gives the exits' adapters, which begin as nothing, weights under which both their matrices have a gradient."""
+    """Give the exits' adapters, which begin as zero, weights with which both matrices learn."""
     for chunk in model.chunks:
         for depth, adapter in unwrap(chunk).exit_adapters.items():
             generator = torch.Generator().manual_seed(int(depth))
@@ -54,7 +54,7 @@ def fill_adapters(model) -> None:
 
 
 def complete_gradients(model, settings: Settings) -> None:
-    """Puts every gradient on every data parallel rank, where the distributed optimizer left each only its shard."""
+    """Gather the gradients that the distributed optimizer left as shards on data parallel ranks."""
     if not settings.use_distributed_optimizer:
         return
     for chunk in model.chunks:
@@ -75,7 +75,10 @@ def train_and_report(
     packed: bool,
     snapshot_steps: tuple[int, ...] = (0,),
 ) -> dict:
-    """Trains; returns losses by step, and by global name this rank's shards of the initial weights, gradients and final weights."""
+    """Train; return losses by step, and this rank's shards of weights and gradients.
+
+    Shards are by global name: of the initial weights, gradients and final weights.
+    """
     platform, place, model = start(settings)
     fill_adapters(model)
     tied = not settings.untie_embeddings_and_output_weights
@@ -132,7 +135,7 @@ def train_and_report(
 
 
 def moments(model, settings: Settings) -> dict[str, list]:
-    """Returns this rank's shards of Adam's moments by name; the distributed optimizer's are gathered over data ranks first."""
+    """Return this rank's shards of Adam's moments by name, as without a distributed optimizer."""
     result = {}
     for moment in ("exp_avg", "exp_avg_sq"):
         values: dict[int, torch.Tensor] = {}
@@ -184,12 +187,12 @@ def moments(model, settings: Settings) -> dict[str, list]:
 def save_now(
     settings: Settings, root: str, platform, place, model, progress, meanwhile=lambda: None
 ) -> SaveOutcome:
-    """Returns the outcome of a save of the model into ``root``; ``meanwhile`` is called while it is on its way."""
+    """Save the model into ``root``, call ``meanwhile`` during the save, and return the outcome."""
     settings = dataclasses.replace(settings, save=root)
     checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), print)
     checkpoints.open_for_saving({}, lambda: None)
-    said = description(settings, settings.vocab_size, "test", place, None, None)
-    checkpoints.save(progress, said)
+    described = description(settings, settings.vocab_size, "test", place, None, None)
+    checkpoints.save(progress, described)
     meanwhile()
     outcome = checkpoints.finished(wait=True)
     checkpoints.close()
@@ -197,7 +200,7 @@ def save_now(
 
 
 def steps_with_megatrons_form(settings: Settings, *rest) -> dict:
-    """Returns what ``steps_from`` does when the distributed optimizer's state is saved and loaded by Megatron's own functions."""
+    """Return ``steps_from`` with optimizer state saved and loaded by Megatron's own functions."""
     sharded.only_part = lambda optimizer: None  # in this process alone
     return steps_from(settings, *rest)
 
@@ -205,7 +208,7 @@ def steps_with_megatrons_form(settings: Settings, *rest) -> dict:
 def save_under_faults(
     settings: Settings, root: str, fault: str
 ) -> tuple[SaveOutcome, SaveOutcome, SaveOutcome, list[str]]:
-    """Returns the outcomes of three saves, of which the second meets ``fault``, and what was said."""
+    """Return the outcomes of three saves, of which the second meets ``fault``, and the log."""
     platform, place, model = start(settings)
     settings, lines = dataclasses.replace(settings, save=root), []
     Path(root).mkdir(exist_ok=True)
@@ -213,39 +216,39 @@ def save_under_faults(
         settings, platform, place, model, coefficient_rule(settings), lines.append
     )
     checkpoints.open_for_saving({}, lambda: None)
-    said, outcomes = description(settings, settings.vocab_size, "test", place, None, None), []
-    ballast, in_the_way = Path(root, ".ballast"), Path(root, ".iter_0000002.writing")
+    described, outcomes = description(settings, settings.vocab_size, "test", place, None, None), []
+    ballast, obstacle = Path(root, ".ballast"), Path(root, ".iter_0000002.writing")
     for step in (1, 2, 3):
         dist.barrier()
         if step == 2 and fault == "full disk" and place.rank == 0:
             used = os.statvfs(root)
             ballast.write_bytes(bytes(max(0, used.f_bavail * used.f_frsize - 100_000)))
         if step == 2 and fault == "file in the way" and place.rank == 0:
-            in_the_way.write_text("")
+            obstacle.write_text("")
         if step == 2 and fault == f"file limit on {place.rank}":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         dist.barrier()
-        checkpoints.save(Progress(step, 8 * step), said)
+        checkpoints.save(Progress(step, 8 * step), described)
         outcomes.append(checkpoints.finished(wait=True))
-        checkpoints.tell(outcomes[-1], last=False)
+        checkpoints.report(outcomes[-1], last=False)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if step == 2 and place.rank == 0:
             ballast.unlink(missing_ok=True)
             if fault == "file in the way":
-                in_the_way.unlink()
+                obstacle.unlink()
     checkpoints.close()
     return (*outcomes, lines)
 
 
 def load_now(settings: Settings, root: str, platform, place, model) -> tuple[Progress, list[str]]:
-    """Returns how far the newest sound checkpoint of ``root`` is, now loaded, and what was said."""
-    settings, said = dataclasses.replace(settings, load=root), []
+    """Load the newest undamaged checkpoint of ``root``; return its progress and the log."""
+    settings, logged = dataclasses.replace(settings, load=root), []
     checkpoints = Checkpoints(
-        settings, platform, place, model, coefficient_rule(settings), said.append
+        settings, platform, place, model, coefficient_rule(settings), logged.append
     )
     return checkpoints.load(
-        choose_checkpoint(find_candidates(root), settings, None, None, said.append)
-    ), said
+        choose_checkpoint(find_candidates(root), settings, None, None, logged.append)
+    ), logged
 
 
 def steps_from(
@@ -257,15 +260,15 @@ def steps_from(
     save: bool,
     steps_during_save: int = 0,
 ) -> dict:
-    """Loads if asked, trains steps first..last-1, saves if asked; returns losses, weights and moments.
+    """Load if asked, train steps first..last-1, save if asked; return losses, weights and moments.
 
-    With ``steps_during_save`` training goes on for so many steps before anybody looks whether the save has ended.
+    With ``steps_during_save`` training continues for this many steps during the save.
     """
     platform, place, model = start(settings)
     tied = not settings.untie_embeddings_and_output_weights
     report: dict = {"losses": []}
     if load:
-        progress, report["said"] = load_now(settings, root, platform, place, model)
+        progress, report["log"] = load_now(settings, root, platform, place, model)
         assert progress == Progress(first, first * settings.global_batch_size)
         report["loaded_moments"] = moments(model, settings)
     report["loaded_weights"] = shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)
@@ -308,7 +311,7 @@ def steps_from(
 
 
 def evaluate_report(settings: Settings) -> dict:
-    """Returns what evaluation says of every exit on the instruction samples, and this rank's shards of the weights."""
+    """Return the evaluation of exits on instruction samples, and this rank's weight shards."""
     from megatron_sorted.data.samples.dataset import EvaluationSet
     from megatron_sorted.training.run.evaluate import Evaluator
     from tests.support.tiny import InstructionSource
@@ -341,7 +344,7 @@ def evaluate_report(settings: Settings) -> dict:
 
 
 def gpt_model_reads_our_checkpoint(settings: Settings, root: str) -> dict:
-    """Saves our model, loads it into Megatron's GPTModel by global names; returns both last losses on the same tokens."""
+    """Save our model, load it into Megatron's GPTModel by name; return both losses on one batch."""
     from megatron.core import dist_checkpointing
     from megatron.core.models.gpt import GPTModel
 
@@ -386,8 +389,8 @@ def gpt_model_reads_our_checkpoint(settings: Settings, root: str) -> dict:
 
 
 def segments_against_block(settings: Settings, ends: list[int]) -> dict:
-    """Runs a block whole and cut at ``ends``; returns outputs and gradients of both."""
-    from megatron_sorted.model.stage import cut_block
+    """Run a block whole and cut at ``ends``; return outputs and gradients of both."""
+    from megatron_sorted.model.chunk import cut_block
 
     _, _, model = start(settings)
     block = unwrap(model.chunks[0]).decoder
@@ -418,7 +421,7 @@ def segments_against_block(settings: Settings, ends: list[int]) -> dict:
 
 
 def layers_run(settings: Settings, coefficients: dict[int, float]) -> list[int]:
-    """Returns the numbers of this rank's layers that one step ran."""
+    """Return the numbers of this rank's layers that one step ran."""
     platform, place, model = start(settings)
     ran = []
     for chunk in model.chunks:
@@ -440,9 +443,10 @@ def layers_run(settings: Settings, coefficients: dict[int, float]) -> list[int]:
 def train_with_poison(
     settings: Settings, poisoned: dict[int, tuple[int, int, str]], steps: list[int]
 ) -> dict:
-    """Trains on the data of ``steps``; returns results and final weights.
+    """Train on the data of ``steps``; return results and final weights.
 
-    ``poisoned`` names, for some of the steps, (rank, depth, what): that rank's exit says NaN of its loss, or sends infinity down.
+    ``poisoned`` maps steps to (rank, depth, what): that rank's exit has a loss of NaN, or an
+    infinite gradient.
     """
     platform, place, model = start(settings)
     forward_step = ForwardStep(settings, model, platform)
@@ -478,15 +482,15 @@ def train_with_poison(
 
 
 def hang_somewhere(settings: Settings, hanging_rank: int) -> dict[str, object]:
-    """Returns what the watchdog of this rank said when one rank slept while the others waited for it."""
+    """Return the report of this rank's watchdog when one rank sleeps and the others wait for it."""
     platform = choose_platform(settings.device)
     platform.prepare()
     place = start_process_groups(settings, platform, init_method())
-    said, over = {}, threading.Event()
+    report, over = {}, threading.Event()
 
     def on_hang(error, silent):
-        if not said:  # in a run this call does not come back
-            said.update(error=str(error), silent=silent)
+        if not report:  # in a run this call does not come back
+            report.update(error=str(error), silent=silent)
         over.set()
 
     watchdog = Watchdog(1.0, on_hang)
@@ -495,9 +499,9 @@ def hang_somewhere(settings: Settings, hanging_rank: int) -> dict[str, object]:
     watchdog.mark("step 7, data")
     if place.rank == hanging_rank:
         over.wait(30)
-        time.sleep(1)  # until the others have judged as well
+        time.sleep(1)  # until the others have decided too
     else:
         watchdog.mark("step 7, forward and backward")
     dist.barrier()
     watchdog.stop()
-    return said
+    return report

@@ -1,8 +1,9 @@
 """Run a function on several gloo processes and bring the results back to the test.
 
-The processes are forks of the preloaded server that has imported torch and megatron: a test costs tenths of a second, not the ten
-it takes to import everything anew, and each starts from the same untouched state. They find each other through a file; the first
-error of any rank is raised here, and what ranks print is the test's own output.
+The processes are forks of the preloaded server that has imported torch and megatron: a test costs
+tenths of a second, not the ten it takes to import everything anew, and each starts from the same
+untouched state. They find each other through a file; the first error of any rank is raised here,
+and the output of ranks is the test's own output.
 """
 
 import importlib
@@ -85,7 +86,7 @@ class _Forked:
             return _value(stream.read(), rank)
 
     def end(self, kill: bool) -> None:
-        """Close what the test holds of it; without an answer that kills it, with one the server waits for its end."""
+        """Close the connection, which kills a process that has not answered."""
         if not kill:
             session.wait_for_end(self._connection)
         self._connection.close()

@@ -1,7 +1,8 @@
-"""The method in plain PyTorch, on one process: the truth that every parallel layout is compared with.
+"""The method in plain PyTorch, on one process: the reference of every parallel layout.
 
-A LLaMA-style (RMSNorm, rotary, SwiGLU, no bias) network whose every exit is read through a norm and a head. It shares no code
-with megatron_sorted or Megatron. Parameters go by the global names of the sharded checkpoint.
+A LLaMA-style (RMSNorm, rotary, SwiGLU, no bias) network whose every exit is read through a norm and
+a head. It shares no code with megatron_sorted or Megatron. Parameters have the global names of the
+sharded checkpoint.
 """
 
 import torch
@@ -9,7 +10,10 @@ import torch.nn.functional as F
 
 
 def rotate(x, positions, base=10000.0):
-    """Rotary embedding of x [b, n, s, d], halves convention (GPT-NeoX, Su et al. arXiv 2104.09864)."""
+    """Return the rotary embedding of x [b, n, s, d], halves convention.
+
+    Source: GPT-NeoX; Su et al., arXiv 2104.09864.
+    """
     d = x.size(-1)
     angle = positions[:, None] * base ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
     cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
@@ -18,14 +22,14 @@ def rotate(x, positions, base=10000.0):
 
 
 def mlp(x, norm, up, down, eps, post=None):
-    """Normed gated MLP with its residual on x [b, s, h]; its output is normed too where there is ``post``."""
+    """Return x [b, s, h] after a normed gated MLP with residual; ``post`` norms its output."""
     left, right = (F.rms_norm(x, x.shape[-1:], norm, eps) @ up.t()).chunk(2, -1)
     y = (F.silu(left) * right) @ down.t()
     return x + (y if post is None else F.rms_norm(y, x.shape[-1:], post, eps))
 
 
 def layer(p, prefix, x, heads, groups, allowed, eps):
-    """The layer whose parameters begin with ``prefix`` on x [b, s, h]; allowed [b, 1, s, s] says where a token may look."""
+    """Return x [b, s, h] after the layer named ``prefix``; allowed [b, 1, s, s] is its mask."""
     b, s, h = x.shape
     d = h // heads
     w = {
@@ -64,7 +68,7 @@ def layer(p, prefix, x, heads, groups, allowed, eps):
 
 
 def own_parts(p, depth, x, heads, groups, allowed, eps):
-    """What the exit at ``depth`` makes of x before its norm: low-rank adapter, then a layer or an MLP of its own, where it has them."""
+    """Return x after the exit's own parts: low-rank adapter, then a layer or an MLP."""
     if f"exit_adapters.{depth}.down.weight" in p:
         x = (
             x
@@ -97,8 +101,11 @@ def exit_logits(
     read=lambda depth, x: x,
     split=lambda depth, x: (x, x),
 ):
-    """Returns {depth: logits [b, s, v]} over the real vocabulary; ``read`` may put another tensor in place of what an exit reads, and
-    ``split`` one in place of what deeper layers go on with too, as (what they go on with, what the exit reads)."""
+    """Return {depth: logits [b, s, v]} over the real vocabulary.
+
+    ``read`` may replace the tensor that an exit reads; ``split`` returns the input of the deeper
+    layers and that of the exit.
+    """
     s = tokens.size(1)
     allowed = torch.ones(s, s, dtype=torch.bool).tril()[None, None]
     if segments is not None:
@@ -119,7 +126,7 @@ def exit_logits(
 
 
 def exit_losses(p, tokens, labels, mask, segments, depths, heads, groups, vocab_size, eps=1e-5):
-    """Returns {depth: loss of every token [b, s] times its mask}."""
+    """Return {depth: loss of every token [b, s] times its mask}."""
     logits = exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps)
     return {
         depth: F.cross_entropy(values.transpose(1, 2), labels, reduction="none") * mask

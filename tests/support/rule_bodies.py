@@ -1,4 +1,4 @@
-"""What the processes of tests/ranks/test_learned_rules.py run: training in which the rule is told of each step, as in the loop."""
+"""The work of the processes in tests/ranks/test_learned_rules.py: training with a learned rule."""
 
 import dataclasses
 from pathlib import Path
@@ -7,9 +7,9 @@ from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.parallel.groups import start_process_groups
 from megatron_sorted.platform.select import choose_platform
+from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.run.checkpoints import Checkpoints, choose_checkpoint
 from megatron_sorted.training.run.describe import description
 from megatron_sorted.training.step.build import build_model, build_optimizer, unwrap
@@ -22,7 +22,10 @@ from tests.support.tiny import init_method, make_samples, micro_batches
 
 
 def train_each(runs: dict[str, tuple], settings: Settings) -> dict[str, dict]:
-    """Returns what ``train_with_rule`` says of several runs of one layout, that of ``settings``, by name; processes meet only once."""
+    """Return ``train_with_rule`` of several runs by name, all in the layout of ``settings``.
+
+    The processes join their groups only once.
+    """
     platform = choose_platform(settings.device)
     platform.prepare()
     place = start_process_groups(settings, platform, init_method())
@@ -39,14 +42,16 @@ def train_with_rule(
     save: str | None = None,
     poisoned_step: int | None = None,
 ) -> dict:
-    """Loads if asked, trains steps first..last-1, saves if asked; returns per step losses, coefficients, observations, and weights.
+    """Load if asked, train steps first..last-1, save if asked; report each step, and weights.
+
+    A step's report has losses, coefficients and observations.
 
     At ``poisoned_step`` the loss of the last exit is NaN on the first rank that has it.
     """
     model = build_model(settings, platform, place, settings.vocab_size)
     build_optimizer(model, settings, place.world_size)
     tied = not settings.untie_embeddings_and_output_weights
-    rule, said = coefficient_rule(settings), []
+    rule, logged = coefficient_rule(settings), []
     report = {
         "initial": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied),
         "losses": [],
@@ -61,11 +66,13 @@ def train_with_rule(
         place,
         model,
         rule,
-        said.append,
+        logged.append,
     )
     if load:
         checkpoints.load(
-            choose_checkpoint(find_candidates(load), checkpoints.settings, None, None, said.append)
+            choose_checkpoint(
+                find_candidates(load), checkpoints.settings, None, None, logged.append
+            )
         )
     forward_step = ForwardStep(settings, model, platform)
     honest = forward_step.losses.compute

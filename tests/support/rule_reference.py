@@ -1,4 +1,4 @@
-"""The rules that weigh exits once more, in a few lines each, on one process in plain PyTorch; shares no code with megatron_sorted."""
+"""The learned rules in plain PyTorch on one process; shares no code with megatron_sorted."""
 
 import hashlib
 import math
@@ -10,7 +10,7 @@ from tests.support.reference import layer
 
 
 def chance(text):
-    """A number in [0, 1) from a text."""
+    """Return a number in [0, 1) from a text."""
     return (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11) / 2**53
 
 
@@ -19,7 +19,7 @@ def softmax(x):
 
 
 class ReferenceRule:
-    """Lists in the order of depths; ``s`` is the run's settings."""
+    """A rule whose lists are in the order of depths; ``s`` holds the run's settings."""
 
     def __init__(self, name, s, depths):
         self.name, self.s, self.depths, self.e = name, s, depths, len(depths)
@@ -84,7 +84,7 @@ class ReferenceRule:
             for k in range(self.s.exit_simulated_thresholds)
         ]
 
-    def tell(self, step, losses, unit_norms, confidence_ne):
+    def observe(self, step, losses, unit_norms, confidence_ne):
         s, now = self.s, self.base(step)
         if self.name == "uncertainty":
             self.memory = [
@@ -152,7 +152,7 @@ class ReferenceRule:
 
 
 def drops(s, step, num_samples):
-    """[layers, samples], whether a sample passes a layer unchanged."""
+    """Return [layers, samples], whether a sample passes a layer unchanged."""
     grown = (
         math.exp(step * math.log(2) / (s.train_iters - 1)) - 1
         if s.layer_dropout_schedule == "exponential"
@@ -169,7 +169,7 @@ def drops(s, step, num_samples):
 
 
 def reference_step(p, s, samples, step, depths):
-    """Returns per exit: loss of every token [b, s] times its mask, what the exit reads, and the logits."""
+    """Return for each exit: masked loss of every token [b, s], the exit's input, and the logits."""
     allowed = torch.ones(s.seq_length, s.seq_length, dtype=torch.bool).tril()[None, None]
     allowed = allowed & (
         samples["segments"][:, None, :, None] == samples["segments"][:, None, None, :]
@@ -205,7 +205,7 @@ def reference_step(p, s, samples, step, depths):
 
 
 def reference_run(s, weights, steps, depths, make_samples, skipped=()):
-    """Returns losses and coefficients by step, and the final weights; steps in ``skipped`` change nothing."""
+    """Return losses, coefficients and final weights; steps in ``skipped`` change nothing."""
     p = {name: w.clone().requires_grad_() for name, w in weights.items()}
     groups = [
         {"params": [w for w in p.values() if w.dim() > 1], "weight_decay": s.weight_decay},
@@ -240,7 +240,7 @@ def reference_run(s, weights, steps, depths, make_samples, skipped=()):
         sum(coefficients[d] * means[d] for d in depths).backward()
         torch.nn.utils.clip_grad_norm_(p.values(), s.clip_grad)
         optimizer.step()
-        rule.tell(step, [means[d].item() for d in depths], norms, confidence)
+        rule.observe(step, [means[d].item() for d in depths], norms, confidence)
     return (
         seen_losses,
         seen_coefficients,

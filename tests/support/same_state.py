@@ -9,7 +9,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def joined(reports: list[dict], key: str, moment: str | None = None) -> dict[str, torch.Tensor]:
-    """Returns whole tensors by name from all ranks' reports, without the rows that pad the vocabulary."""
+    """Return whole tensors by name from all ranks' reports, without vocabulary padding."""
     whole = join_ranks([r[key] if moment is None else r[key][moment] for r in reports])[0]
     return {
         name: tensor[:VOCABULARY] if "embedding" in name or "output_layer" in name else tensor
@@ -20,7 +20,7 @@ def joined(reports: list[dict], key: str, moment: str | None = None) -> dict[str
 def assert_equal(
     got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str
 ) -> None:
-    """Fails unless both have tensors of the same names and bits, of which there is at least one."""
+    """Check that both have the same tensors, bit for bit, and at least one."""
     assert expected and got.keys() == expected.keys(), (
         f"{what}: {sorted(got.keys() ^ expected.keys())}"
     )
@@ -29,7 +29,7 @@ def assert_equal(
 
 
 def assert_same_moments(got: list[dict], expected: list[dict], loaded: bool = False) -> None:
-    """Fails unless all ranks' reports ``got`` have the moments of ``expected`` after training; with ``loaded``, had loaded them."""
+    """Check that ``got`` has the moments of ``expected``; with ``loaded``, right after loading."""
     for moment in MOMENTS:
         assert_equal(
             joined(got, "loaded_moments" if loaded else "moments", moment),
@@ -44,13 +44,14 @@ def assert_same_state(
     loaded: bool = False,
     weights_as: torch.dtype | None = None,
 ) -> None:
-    """Fails unless weights and moments are the same.
+    """Check that weights and moments are the same.
 
     Args:
         got: All ranks' reports (``rank_bodies.steps_from``).
-        expected: As ``got``, in another layout perhaps.
-        loaded: Compares what ``got`` had loaded, before its first step.
-        weights_as: Compares weights as numbers of this kind: fully sharded ones are kept in fp32, others in the layers' precision.
+        expected: The reports of another run, perhaps in another layout.
+        loaded: Whether to compare the state that ``got`` had loaded, before its first step.
+        weights_as: The dtype in which weights are compared: fully sharded ones are kept in fp32,
+            others in the layers' precision.
     """
     key = "loaded_weights" if loaded else "weights"
     weights, wanted = (

@@ -1,4 +1,4 @@
-"""Sentencepiece files of many settings, trained on this repository's own text, and what their fast tokenizers have to be equal in."""
+"""Sentencepiece files of many settings, trained on this repository, and a check of their copies."""
 
 import functools
 import io
@@ -69,18 +69,25 @@ def train(algorithm: str, **changes) -> bytes:
 
 
 def texts_not_built_in() -> list[str]:
-    """Returns lines of this repository, and every kind of character in random order."""
+    """Return lines of this repository, and every kind of character in random order."""
     chance = random.Random(7)
-    found = [
+    source = [
         path.read_text(encoding="utf-8")
         for path in sorted((ROOT / "tests" / "unit").glob("test_conv*.py"))[:6]
     ]
-    found += [line for text in found for line in text.splitlines()]
-    signs = "ab cdeXYZ   \n\t012.,()<>|_=\"'éüßñжЖλאبनม猫カ한😀👍🏽\u200d\u00a0\u3000\u2028\x00\x07\x7f\ufeff\u2581"
-    found += ["".join(chance.choices(signs, k=chance.randint(1, 40))) for _ in range(2000)]
+    texts = [line for text in source for line in text.splitlines()]
+    signs = (
+        "ab cdeXYZ   \n\t012.,()<>|_=\"'éüßñжЖλאبनม猫カ한😀👍🏽\u200d\u00a0\u3000\u2028"
+        "\x00\x07\x7f\ufeff\u2581"
+    )
+    texts = (
+        source
+        + texts
+        + ["".join(chance.choices(signs, k=chance.randint(1, 40))) for _ in range(2000)]
+    )
     return [
         text
-        for text in found
+        for text in texts
         if "<" not in text
         or not any(name in text for name in ("<s>", "</s>", "<unk>", "<pad>", "<mask>"))
     ]
@@ -93,12 +100,12 @@ def same_score(data: bytes, one: list[int], other: list[int]) -> bool:
 
 
 def check_tokenizer(algorithm: str, name: str, directory: Path) -> None:
-    """Returns nothing if the fast tokenizer of one of SETTINGS cuts and reads texts as sentencepiece does."""
+    """Check that the fast tokenizer of one of SETTINGS agrees with sentencepiece."""
     data = train(algorithm, **SETTINGS[name])
     (directory / "tokenizer.model").write_bytes(data)
     line = add_fast_tokenizer(directory)
     assert line.startswith(
-        "tokenizer.json: made of tokenizer.model, the same ids and texts as sentencepiece on "
+        "tokenizer.json: built from tokenizer.model, the same ids and texts as sentencepiece on "
     ), line
     pieces, ours = SentencePieceProcessor(model_proto=data), open_tokenizer(directory)
     fast = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -110,7 +117,7 @@ def check_tokenizer(algorithm: str, name: str, directory: Path) -> None:
         for text, one, other in zip(texts, wanted, got, strict=True)
         if one != other
     ]
-    if algorithm == "unigram":  # sums in single precision leave equal ways to chance
+    if algorithm == "unigram":  # in single precision, rounding chooses between equal segmentations
         different = [row for row in different if not same_score(data, *row[1:])]
     assert not different
     assert [fast.decode(ids) for ids in wanted] == [pieces.decode(ids) for ids in wanted]

@@ -37,15 +37,15 @@ def read_list(path: Path) -> tuple[AllowedSkip, ...]:
     Raises:
         UsageError: A line has no test id or no reason.
     """
-    found = []
+    listed = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         tests, _, reason = line.partition(": ")
         if not tests.strip() or not reason.strip():
             raise pytest.UsageError(f"{path}, line {number}: {line!r} is not TEST-ID: REASON")
-        found.append(AllowedSkip(tests.strip(), reason.strip()))
-    return tuple(found)
+        listed.append(AllowedSkip(tests.strip(), reason.strip()))
+    return tuple(listed)
 
 
 class NoSkips:

@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on the loop-back of this machine: its daemons, their files in one directory, nothing else touched."""
+"""A real SLURM of two nodes on the loop-back of this machine, with all its files in one folder."""
 
 import os
 import shutil
@@ -38,20 +38,23 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu,npu
 ReturnToService=2
-# a job's number gives the port on which its nodes meet, and other clusters of tests may run here
+# a job's number sets the port of its nodes, and other clusters of tests may run here
 FirstJobId={first_job}
 KillWait=10
 # jobs start soon, as tests wait for them
 SchedulerParameters=bf_interval=1
 RebootProgram=/bin/true
-# a small machine may say it has more
+# a small machine may claim to have more
 SlurmdParameters=config_overrides
-# the warning signal also when a job of a higher tier takes the nodes; PreemptParameters=send_user_signal in newer versions
+# sends the warning signal also when a job of a higher tier takes the nodes
+# (PreemptParameters=send_user_signal in newer versions)
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-NodeName=n[0-1] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node}-{last}] CPUs=4 RealMemory=2000 Gres=gpu:{devices},npu:{devices}
-PartitionName=low Nodes=ALL Default=YES OverSubscribe=NO PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+NodeName=n[0-1] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node}-{last}] CPUs=4 \\
+  RealMemory=2000 Gres=gpu:{devices},npu:{devices}
+PartitionName=low Nodes=ALL Default=YES OverSubscribe=NO PriorityTier=1 \\
+  PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=ALL OverSubscribe=NO PriorityTier=10 PreemptMode=OFF
 """
 # SLURM counts devices that are character files; these open nothing
@@ -63,7 +66,7 @@ NodeName=n[0-1] Name=npu File={folder}/npu[0-{last}]
 
 
 def missing_programs() -> str:
-    """Returns why there can be no such cluster here, or nothing."""
+    """Return why such a cluster is impossible here, or an empty string."""
     absent = [name for name in PROGRAMS if not shutil.which(name)]
     if absent:
         return (
@@ -73,7 +76,7 @@ def missing_programs() -> str:
 
 
 def two_free_ports() -> int:
-    """Returns the first of two neighbouring ports nobody listens on."""
+    """Return the first of two neighbouring free ports."""
     while True:
         port = free_port()
         with socket.socket() as probe:
@@ -102,7 +105,7 @@ class SlurmCluster:
                     ["mknod", str(folder / f"{name}{number}"), "c", "195", str(number)], check=True
                 )
         node = two_free_ports()
-        words = {
+        values = {
             "folder": folder,
             "host": socket.gethostname().split(".")[0],
             "controller": free_port(),
@@ -111,14 +114,14 @@ class SlurmCluster:
             "devices": DEVICES,
             "first_job": CHANCE.randrange(1, 11000),
         }
-        (folder / "slurm.conf").write_text(CONFIGURATION.format(**words))
+        (folder / "slurm.conf").write_text(CONFIGURATION.format(**values))
         (folder / "gres.conf").write_text(GENERIC_RESOURCES.format(folder=folder, last=DEVICES - 1))
         key = folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
 
     def start(self) -> None:
-        """Starts the daemons and waits until both nodes are idle."""
+        """Start the daemons and wait until both nodes are idle."""
         run = self.folder
         subprocess.run(
             [
@@ -146,13 +149,13 @@ class SlurmCluster:
             time.sleep(0.2)
 
     def job_environment(self) -> dict[str, str]:
-        """Return the environment in which to submit a job, which gets it, too."""
+        """Return the environment for submitting a job, which inherits it."""
         return clean_environment(SLURM_CONF=self.folder / "slurm.conf")
 
-    def command(self, *words: object, check: bool = True) -> str:
-        """Returns what a SLURM command printed."""
+    def command(self, *arguments: object, check: bool = True) -> str:
+        """Return what a SLURM command printed."""
         done = subprocess.run(
-            [str(word) for word in words],
+            [str(argument) for argument in arguments],
             env=self.environment,
             text=True,
             capture_output=True,
@@ -160,21 +163,21 @@ class SlurmCluster:
             timeout=60,
         )
         assert not check or done.returncode == 0, (
-            f"{words} ended with {done.returncode}: {done.stdout}{done.stderr}"
+            f"{arguments} ended with {done.returncode}: {done.stdout}{done.stderr}"
         )
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
-        """Returns a job's state, such as PENDING."""
+        """Return a job's state, such as PENDING."""
         return self.fields(job)["JobState"]
 
     def fields(self, job: str) -> dict[str, str]:
-        """Returns what ``scontrol show job`` says."""
-        said = self.command("scontrol", "show", "job", job, check=False)
-        if not said:  # on a crowded machine a question may get no answer once
+        """Return the fields that ``scontrol show job`` prints."""
+        output = self.command("scontrol", "show", "job", job, check=False)
+        if not output:  # on a busy machine the first request may get no answer
             time.sleep(2)
-            said = self.command("scontrol", "show", "job", job)
-        return dict(word.split("=", 1) for word in said.split() if "=" in word)
+            output = self.command("scontrol", "show", "job", job)
+        return dict(word.split("=", 1) for word in output.split() if "=" in word)
 
     def cancel_all(self) -> None:
         """Cancel every job and wait until the nodes are free."""

@@ -1,4 +1,4 @@
-"""Hosts that are reached by ssh: an sshd with keys of its own on several loop-back addresses of this machine."""
+"""Hosts for ssh: an sshd with keys of its own on several loop-back addresses of this machine."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from tests.support.daemons import end_daemons
 from tests.support.ports import free_port
 
 ADDRESSES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
-RUN_DIRECTORY = Path("/run/sshd")  # sshd wants it; its own service makes it
+RUN_DIRECTORY = Path("/run/sshd")  # needed by sshd; its own service creates it
 SERVER = """\
 {listen}
 HostKey {folder}/host_key
@@ -34,15 +34,18 @@ Host *
 
 
 def missing_programs() -> str:
-    """Returns why there can be no such hosts here, or nothing."""
+    """Return why such hosts are impossible here, or an empty string."""
     absent = [name for name in ("sshd", "ssh", "ssh-keygen") if not shutil.which(name)]
     if absent:
-        return f"{', '.join(absent)} missing: apt-get install --no-install-recommends openssh-server openssh-client"
+        return (
+            f"{', '.join(absent)} missing: apt-get install --no-install-recommends openssh-server"
+            " openssh-client"
+        )
     return "" if os.geteuid() == 0 else "an sshd that lets this user in needs root"
 
 
 class SshHosts:
-    """An sshd on each of ``ADDRESSES``; ``options`` are what an ssh needs to get in.
+    """An sshd on each of ``ADDRESSES``; ``options`` are the options an ssh needs to log in.
 
     Args:
         folder: An empty directory.
@@ -60,7 +63,7 @@ class SshHosts:
         self.options = f"-F {folder}/ssh_config"
 
     def start(self) -> None:
-        """Starts sshd and waits until it lets us in."""
+        """Start sshd and wait until a login succeeds."""
         if not RUN_DIRECTORY.exists():
             RUN_DIRECTORY.mkdir()
             self.made_run_directory = True

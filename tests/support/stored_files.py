@@ -1,4 +1,4 @@
-"""Checkpoint files made by hand: ``torch_dist`` from boxes of tensors, and tiny Megatron models with known weights."""
+"""Checkpoint files from parts of tensors, and tiny Megatron models with known weights."""
 
 import argparse
 import io
@@ -25,7 +25,7 @@ def write_torch_dist(
     tensors: dict[str, tuple[torch.Tensor, list]],
     objects: dict[str, Any] | None = None,
 ) -> None:
-    """Writes tensors as boxes [(file, offsets, sizes), ...], and pickled objects."""
+    """Write tensors as rectangles [(file, offsets, sizes), ...], and pickled objects."""
     directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, bytearray] = {}
     described, storage = {}, {}
@@ -42,8 +42,8 @@ def write_torch_dist(
     for name, (whole, rectangles) in tensors.items():
         chunks = []
         for file, offsets, sizes in rectangles:
-            box = whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].clone()
-            storage[MetadataIndex(name, offsets)] = put(file, box)
+            place = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+            storage[MetadataIndex(name, offsets)] = put(file, whole[place].clone())
             chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
         described[name] = TensorStorageMetadata(
             TensorProperties(dtype=whole.dtype), whole.shape, chunks
@@ -57,7 +57,7 @@ def write_torch_dist(
 
 
 def tiny_weights(untied: bool = False) -> dict[str, torch.Tensor]:
-    """Returns the weights of a tiny gated model in the names that readers offer."""
+    """Return the weights of a tiny gated model by the names of a sharded checkpoint."""
     generator = torch.Generator().manual_seed(5)
     shapes = {"embedding.word_embeddings.weight": (ROWS, HIDDEN)}
     for i in range(LAYERS):
@@ -81,7 +81,7 @@ def tiny_weights(untied: bool = False) -> dict[str, torch.Tensor]:
 
 
 def tiny_arguments(tp: int, pp: int, **more) -> argparse.Namespace:
-    """Returns Megatron's arguments of that model."""
+    """Return Megatron's arguments of that model."""
     return argparse.Namespace(
         **{
             **{
@@ -105,7 +105,7 @@ def tiny_arguments(tp: int, pp: int, **more) -> argparse.Namespace:
 
 
 def cut(name: str, whole: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
-    """Returns a tensor parallel rank's part, written out for every kind of weight by Megatron's documentation."""
+    """Return a tensor parallel rank's part of a weight, as Megatron's documentation defines it."""
     if name.endswith("linear_fc1.weight"):
         gate, up = whole.chunk(2)
         return torch.cat((gate.chunk(tp)[rank], up.chunk(tp)[rank]))
@@ -129,7 +129,10 @@ OLD_NAMES = {
 def old_stage(
     weights: dict[str, torch.Tensor], tp: int, rank: int, layers: range, tied: bool
 ) -> dict[str, Any]:
-    """Returns what the older ``language_model`` saves of a stage: nested dicts, layers counted within the stage."""
+    """Return the nested state that the older ``language_model`` saves of a stage.
+
+    Layers are counted within the stage.
+    """
     encoder = {
         f"layers.{n}.{old}": cut(new, weights[f"decoder.layers.{layer}.{new}"], tp, rank)
         for n, layer in enumerate(layers)
@@ -137,18 +140,18 @@ def old_stage(
     }
     first, last = layers.start == 0, layers.stop == LAYERS
     embedding = cut("word_embeddings.weight", weights["embedding.word_embeddings.weight"], tp, rank)
-    found: dict[str, Any] = {"language_model": {"encoder": encoder}}
+    state: dict[str, Any] = {"language_model": {"encoder": encoder}}
     if first:
-        found["language_model"]["embedding"] = {"word_embeddings": {"weight": embedding}}
+        state["language_model"]["embedding"] = {"word_embeddings": {"weight": embedding}}
     if last:
         encoder["final_norm.weight"] = weights["decoder.final_layernorm.weight"].clone()
         if not tied:
-            found["language_model"]["output_layer"] = {
+            state["language_model"]["output_layer"] = {
                 "weight": cut("output_layer.weight", weights["output_layer.weight"], tp, rank)
             }
         elif not first:
-            found["word_embeddings_for_head"] = {"weight": embedding.clone()}
-    return found
+            state["word_embeddings_for_head"] = {"weight": embedding.clone()}
+    return state
 
 
 def write_old(
@@ -159,14 +162,17 @@ def write_old(
     change=lambda state, stage, rank: None,
     **arguments,
 ) -> None:
-    """Writes a legacy checkpoint of the older ``language_model``; ``change`` may alter a rank's state before it is saved."""
+    """Write a legacy checkpoint of the older ``language_model``.
+
+    ``change`` may alter a rank's state before it is saved.
+    """
     tied = "output_layer.weight" not in weights
-    said = tiny_arguments(tp, pp, **{"untie_embeddings_and_output_weights": not tied, **arguments})
+    arguments = {"untie_embeddings_and_output_weights": not tied, **arguments}
     for stage in range(pp):
         for rank in range(tp):
             layers = range(stage * LAYERS // pp, (stage + 1) * LAYERS // pp)
             state = {
-                "args": said,
+                "args": tiny_arguments(tp, pp, **arguments),
                 "checkpoint_version": 3.0,
                 "iteration": 7,
                 "model": old_stage(weights, tp, rank, layers, tied),

@@ -1,6 +1,6 @@
-"""Graphs without a device: what is recorded is done again operation by operation, on the very memory that it was recorded on.
+"""Graphs without a device: recorded operations are repeated one by one, on the same memory.
 
-As in a graph, numbers of the host and addresses are those of the recording, and nothing may ask for a value.
+As in a graph, host numbers and addresses are those of the recording, and no value may be read.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Tape(TorchDispatchMode):
     """A recorder (`Record`) of the CPU's."""
 
     def __call__(self, work: Callable[[], Any]) -> Recording:
-        """Returns the work as a list of operations."""
+        """Return the work as a list of operations."""
         work()
         self.done = done = []
         with self:
@@ -29,7 +29,7 @@ class Tape(TorchDispatchMode):
         return Recording(lambda: self._replay(done), result)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Returns what the operation does, and takes note of it."""
+        """Run the operation, record it and return its result."""
         if any(word in func.__name__ for word in ASKING):
             raise RuntimeError(f"{func.__name__} asks the device")
         result = func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Self-distillation and rules for gradients in plain PyTorch, for ``compare``: what the parallel layouts must equal."""
+"""Self-distillation and gradient rules in plain PyTorch, the reference of parallel layouts."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,10 @@ def divergence(
     temperature: float,
     top_k: int | None,
 ) -> torch.Tensor:
-    """Returns KL(teacher || exit) of every token, both at the temperature; the teacher cut to its ``top_k`` most likely tokens."""
+    """Return KL(teacher || exit) of every token, both at the temperature.
+
+    The teacher is cut to its ``top_k`` most likely tokens.
+    """
     teacher = (teacher_logits_v / temperature).softmax(-1)
     if top_k is not None:
         kept = torch.zeros_like(teacher).scatter(-1, teacher.topk(top_k, dim=-1).indices, 1.0)
@@ -24,7 +27,7 @@ def divergence(
 
 
 class Meet(torch.autograd.Function):
-    """Forward hands a tensor [b, s, h] to deeper layers and to an exit; backward joins what comes back from both by a rule."""
+    """A fork of x [b, s, h] to deeper layers and an exit; backward joins their gradients."""
 
     @staticmethod
     def forward(ctx, x, rule):
@@ -37,7 +40,7 @@ class Meet(torch.autograd.Function):
 
 
 def join_by_rule(settings, num_above: int, own: torch.Tensor, deeper: torch.Tensor) -> torch.Tensor:
-    """Returns the gradient below an exit by the rule of the settings; a micro-batch is ``micro_batch_size`` rows."""
+    """Return the gradient below an exit by the settings' rule, per ``micro_batch_size`` rows."""
     if settings.exit_gradient_rule == "equilibrium":
         n = num_above + 1
         return own / n + deeper * (n - 1) / n
@@ -70,19 +73,21 @@ def join_by_rule(settings, num_above: int, own: torch.Tensor, deeper: torch.Tens
 
 
 class Objective:
-    """What training lowers by the settings, for ``reference_run``; keeps what it measured on the way.
+    """The objective of training, for ``reference_run``; it keeps the numbers it measured.
 
     Attributes:
         kd: Per step {depth: mean divergence from the last exit}, without the temperature's square.
-        teach: Gives the logits of a model that teaches all exits, of tokens and segments; None where the last exit teaches the others.
-        meetings: Per step {depth: (cosine, ratio of norms)} of an exit's own gradient and the deeper exits'; filled by backward.
+        teach: A function that returns a teacher's logits for tokens and segments; None where the
+            last exit teaches the others.
+        meetings: {depth: (cosine, ratio of norms)} between an exit's own gradient and the deeper
+            exits', for each step; filled by backward.
     """
 
     def __init__(self, mean_by_rule, teach=None):
         self.mean_by_rule, self.teach, self.kd, self.meetings = mean_by_rule, teach, [], []
 
     def __call__(self, settings, parameters, samples, segments, coefficients):
-        """Returns the mean cross entropy of every exit, and what training lowers."""
+        """Return the mean cross entropy of every exit, and the objective of training."""
         self.meetings.append({})
         logits = self._logits(
             settings, parameters, samples, segments, coefficients, self.meetings[-1]

@@ -1,4 +1,4 @@
-"""Windows of a stream of text with end-of-document tokens: as plain PyTorch finds documents in them, and as our reader gives them."""
+"""Windows of a stream of documents, cut up by plain PyTorch and by our reader."""
 
 import tempfile
 from itertools import pairwise
@@ -19,23 +19,23 @@ APART = DocumentMasks(
 
 
 def find_documents(tokens_s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return number of the document, position and loss mask of each token of a window, token by token.
+    """Return document number, position and loss mask of each token of a window.
 
-    The rule of Megatron-LM's flags: an end-of-document token belongs to the document it ends, the next token begins one, and where it
-    is the input nothing is trained.
+    They follow Megatron-LM's flags: an end-of-document token belongs to the document it ends, the
+    next token begins another, and a position whose input it is does not train.
     """
-    document, position, found = 0, 0, []
+    document, position, tokens = 0, 0, []
     for token in tokens_s.tolist():
-        found.append((document, position, float(token != EOD)))
+        tokens.append((document, position, float(token != EOD)))
         document, position = (document + 1, 0) if token == EOD else (document, position + 1)
-    documents, positions, mask = zip(*found, strict=True)
+    documents, positions, mask = zip(*tokens, strict=True)
     return torch.tensor(documents), torch.tensor(positions), torch.tensor(mask)
 
 
 def stream_samples(
     num_samples: int, seq_length: int, vocabulary: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return windows [n, s] of one random stream: tokens, labels, loss mask and segments; the next window begins where one ends."""
+    """Return consecutive windows [n, s] of a random stream: tokens, labels, loss mask, segments."""
     generator = torch.Generator().manual_seed(seed)
     stream = torch.randint(0, vocabulary, (num_samples * seq_length + 1,), generator=generator)
     stream[torch.rand(stream.shape, generator=generator) < 0.2] = EOD
@@ -50,7 +50,7 @@ def stream_samples(
 
 
 def write_documents(prefix: str, stream: list[int], eod: int = EOD) -> str:
-    """Write a stream as an indexed file whose documents end after each ``eod``; return the prefix."""
+    """Write a stream as an indexed file, documents ending at ``eod``; return the prefix."""
     ends = [place + 1 for place, token in enumerate(stream) if token == eod]
     lengths = [end - begin for begin, end in pairwise([0, *ends, len(stream)]) if end > begin]
     with IndexedWriter(prefix, np.uint16, with_modes=False) as writer:

@@ -1,4 +1,4 @@
-"""What a test run took, so that growth is seen: time by folder, the slowest tests, numbers of tests and assertions.
+"""The time of a test run by folder, its slowest tests, and numbers of tests and assertions.
 
 Prints a warning, and never fails, where a run took longer than is aimed at: machines are shared.
 """
@@ -22,13 +22,13 @@ AIM_SECONDS = {
     "tests/faults": 60,
     "tests/launch": 60,
 }
-"""CPU seconds that each folder's everyday tests are aimed at: a quarter of an hour on 2 cores in all."""
+"""Target CPU seconds of each folder's everyday tests: a quarter of an hour on 2 cores in all."""
 BEGAN = pytest.StashKey[tuple[float, float]]()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
-    """Measure a test with its fixtures; the figures travel to the process that prints them with the report of its end."""
+    """Measure a test with its fixtures; its report carries the figures to the printing process."""
     item.stash[BEGAN] = time.monotonic(), spent_seconds()
     return (yield)
 
@@ -84,7 +84,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         write(f"{folder:16} {len(spent):6} {wall:8.0f} {cpu:8.0f}{late}")
     files = {config.rootpath / nodeid.split("::")[0] for nodeid in seconds}
     write(
-        f"{len(seconds)} tests in {len(files)} files with {num_assertions(files)} assertions; the slowest, in seconds:"
+        f"{len(seconds)} tests in {len(files)} files with {num_assertions(files)} assertions; "
+        "the slowest, in seconds:"
     )
     for nodeid, (wall, cpu) in sorted(seconds.items(), key=lambda pair: -pair[1][0])[:SLOWEST]:
         write(f"  {wall:6.1f} wall {cpu:6.1f} CPU  {nodeid}")

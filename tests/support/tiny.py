@@ -33,7 +33,8 @@ TINY = Settings(
     lr_decay_style="constant",
     weight_decay=0.1,
     clip_grad=1.0,
-    adam_eps=1e-4,  # a tiny epsilon would turn rounding of near-zero gradients into whole steps and hide real differences
+    # a tiny epsilon would turn rounding of near-zero gradients into whole steps
+    adam_eps=1e-4,
     exit_loss_chunk_tokens=7,
     init_method_std=0.1,
     seed=3,
@@ -41,15 +42,18 @@ TINY = Settings(
 
 
 def tiny(**changes) -> Settings:
-    """Returns the tiny run with other settings."""
+    """Return the tiny run with other settings."""
     return dataclasses.replace(TINY, **changes)
 
 
 def make_samples(
     num_samples: int, seq_length: int, seed: int, unequal: bool = False, packed: bool | str = False
 ) -> dict[str, torch.Tensor]:
-    """Returns samples [n, s]: tokens, labels, loss mask and segments. ``unequal``: very different numbers of trained tokens;
-    ``packed``: several documents in each sample; "text": windows of a stream of documents (``tests.support.text_stream``)."""
+    """Return samples [n, s]: tokens, labels, loss mask and segments.
+
+    ``unequal`` gives them very different numbers of trained tokens, ``packed`` several documents
+    each; "text" makes them windows of a stream of documents (``tests.support.text_stream``).
+    """
     if packed == "text":
         return stream_samples(num_samples, seq_length, VOCABULARY, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -78,7 +82,7 @@ def micro_batches(
     data_size: int,
     packed: bool | str = False,
 ) -> list[Batch]:
-    """Returns a rank's micro-batches of one global batch, in Megatron's order."""
+    """Return a rank's micro-batches of one global batch, in Megatron's order."""
     if packed == "text":
         return stream_batches(samples, settings, data_rank, data_size)
     size, batches = settings.micro_batch_size, []
@@ -92,12 +96,12 @@ def micro_batches(
 
 
 def init_method() -> str:
-    """Returns how the ranks of a test find each other."""
+    """Return how the ranks of a test find each other."""
     return os.environ["TEST_INIT_METHOD"]
 
 
 def instruction_samples(num_samples: int = 11) -> dict[str, torch.Tensor]:
-    """Returns packed samples [n, s] with few trained tokens a document, half of them labelled 7."""
+    """Return packed samples [n, s] with few trained tokens a document, half of them labelled 7."""
     samples = make_samples(num_samples, TINY.seq_length, 77, packed=True)
     generator = torch.Generator().manual_seed(78)
     samples["mask"] = (torch.rand(samples["tokens"].shape, generator=generator) < 0.15).float()
@@ -120,7 +124,7 @@ class InstructionSource(InstructionSamples):
         )
 
     def sample(self, index: int) -> Sample:
-        """Returns one of the samples."""
+        """Return one of the samples."""
         rows = {name: tensor[index].numpy() for name, tensor in self.table.items()}
         return Sample(
             rows["tokens"],

@@ -1,4 +1,4 @@
-"""Tokenizer directories of different make, built by the test itself from the texts below."""
+"""Tokenizer directories of different makes, built by the test itself from the texts below."""
 
 import functools
 import io
@@ -69,18 +69,18 @@ PROBES = (
     "\u2581a",
     "zebra quartz",
 )
-"""Texts in which readings differ; none names a token of any directory here."""
+"""Texts that readers may encode differently; none names a token of any directory here."""
 
 
 @dataclass(frozen=True)
 class Make:
-    """How one directory is made, and what is known of it.
+    """The make of one directory.
 
     Attributes:
-        write: writes the files.
-        bos: the token that texts begin with, or None.
-        is_read_alike: whether AutoTokenizer of transformers 5 cuts texts as the files say.
-        bos_is_read_alike: whether it begins texts alike.
+        write: A function that writes the files.
+        bos: The token that texts begin with, or None.
+        is_read_alike: Whether AutoTokenizer of transformers 5 encodes texts as the files state.
+        bos_is_read_alike: Whether it begins texts with the same token.
     """
 
     write: Callable[[Path], None]
@@ -96,8 +96,8 @@ def make_directory(name: str, directory: Path) -> Path:
     return directory
 
 
-def _settings(directory: Path, **words: Any) -> None:
-    (directory / "tokenizer_config.json").write_text(json.dumps(words))
+def _settings(directory: Path, **settings: Any) -> None:
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def _starts(token: str, number: int) -> processors.TemplateProcessing:
@@ -205,7 +205,7 @@ def _byte_level_added(directory: Path) -> None:
     (directory / "additional_chat_templates" / "tool_use.jinja").write_text("tools: " + CHATML)
 
 
-def _words(scheme: str, nfkc: bool = False) -> Callable[[Path], None]:
+def _word_level(scheme: str, nfkc: bool = False) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         word_pairs(scheme, nfkc).save(str(directory / "tokenizer.json"))
         _settings(directory, tokenizer_class=PLAIN, **NAMED)
@@ -283,12 +283,12 @@ def _gpt2_files(directory: Path) -> None:
 def _qwen2(directory: Path) -> None:
     from tokenizers import Regex
 
-    from megatron_sorted.text.tokenizer.classes import QWEN2_WORDS
+    from megatron_sorted.text.tokenizer.classes import QWEN2_PATTERN
 
     made = byte_level((END, "<|im_start|>", "<|im_end|>"), nfc=True)
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -306,7 +306,7 @@ def _qwen2(directory: Path) -> None:
 
 
 def _llama(prefix: bool) -> Callable[[Path], None]:
-    """Return what writes a file as of Llama-2 (a blank before texts) or Yi (none), named LlamaTokenizer."""
+    """Return a writer of a file like Llama-2's (a blank before texts) or Yi's (none)."""
 
     def write(directory: Path) -> None:
         made = word_pairs("always" if prefix else "never")
@@ -334,9 +334,9 @@ def _dropout(directory: Path) -> None:
 MAKES = {
     "byte_level": Make(_byte_level),
     "byte_level_added": Make(_byte_level_added),
-    "nfkc": Make(_words("always", nfkc=True)),
-    "prefix_on": Make(_words("always")),
-    "prefix_off": Make(_words("never")),
+    "nfkc": Make(_word_level("always", nfkc=True)),
+    "prefix_on": Make(_word_level("always")),
+    "prefix_off": Make(_word_level("never")),
     "pieces_bpe": Make(_pieces(), "<s>", is_read_alike=False, bos_is_read_alike=False),
     "pieces_unigram": Make(_pieces("unigram"), "<s>", is_read_alike=False, bos_is_read_alike=False),
     "pieces_nmt": Make(

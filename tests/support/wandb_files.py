@@ -1,4 +1,4 @@
-"""What wandb wrote into the directories of offline runs, read back with its own messages."""
+"""The directories of wandb's offline runs, read with its own messages."""
 
 import json
 import struct
@@ -12,7 +12,7 @@ HEADER_BYTES = 7  # of the file, and of every piece of a record
 
 @dataclass(frozen=True)
 class WandbRun:
-    """One directory: what one process wrote of a run.
+    """One directory, which one process of a run wrote.
 
     Attributes:
         rows: The history, keys as logged (``_step``, ``_timestamp`` and ``_runtime`` are wandb's).
@@ -34,7 +34,7 @@ class WandbRun:
     exit_code: int | None
 
     def values(self) -> list[dict[str, Any]]:
-        """Returns the rows without wandb's own keys."""
+        """Return the rows without wandb's own keys."""
         return [
             {key: value for key, value in row.items() if not key.startswith("_")}
             for row in self.rows
@@ -42,10 +42,10 @@ class WandbRun:
 
 
 def _records(path: Path) -> list[bytes]:
-    """Returns the records of a .wandb file: LevelDB's log format, pieces in blocks, after a header of wandb's."""
+    """Return the records of a .wandb file: LevelDB's log format after a header of wandb's."""
     data = path.read_bytes()
     assert data[:4] == b":W&B", path
-    found, whole, position = [], b"", HEADER_BYTES
+    records, whole, position = [], b"", HEADER_BYTES
     while position + HEADER_BYTES <= len(data):
         left = BLOCK_BYTES - position % BLOCK_BYTES
         if left < HEADER_BYTES:
@@ -58,8 +58,8 @@ def _records(path: Path) -> list[bytes]:
         whole = (b"" if kind in (1, 2) else whole) + data[position : position + size]
         position += size
         if kind in (1, 4):  # a whole record, or its last piece
-            found.append(whole)
-    return found
+            records.append(whole)
+    return records
 
 
 def _plain(items: Any) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _plain(items: Any) -> dict[str, Any]:
 
 
 def read_wandb_run(directory: Path) -> WandbRun:
-    """Returns what one directory ``offline-run-...`` (or ``run-...``) holds."""
+    """Read one directory ``offline-run-...`` (or ``run-...``)."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = directory.glob("*.wandb")
@@ -105,7 +105,7 @@ def read_wandb_run(directory: Path) -> WandbRun:
 
 
 def read_wandb_runs(root: Path) -> list[WandbRun]:
-    """Returns all runs under a directory (``--wandb-save-dir``, or ``--save``), oldest first."""
+    """Return all runs under a directory (``--wandb-save-dir``, or ``--save``), oldest first."""
     directories = [
         path
         for path in (root / "wandb").glob("*run-*-*")

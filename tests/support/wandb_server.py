@@ -1,4 +1,4 @@
-"""As much of wandb's server as its client needs to open a run, continue it and send its history; nobody of this project is asked."""
+"""The part of wandb's server that a client needs to open and resume a run and send its history."""
 
 import contextlib
 import gzip
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class WandbServer:
-    """What was sent.
+    """The data that clients sent.
 
     Attributes:
         url: For ``WANDB_BASE_URL``.
@@ -26,11 +26,11 @@ class WandbServer:
         self.finished: dict[str, int] = {}
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
-        """Returns the history of a run, in the order of its lines."""
+        """Return the history of a run, in the order of its lines."""
         return [row for _, row in sorted(self.runs[run_id].items())]
 
     def answer(self, operation: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Returns the data of one question."""
+        """Return the data that answers one query."""
         name = values.get("name")
         project = {
             "id": "cA==",
@@ -78,7 +78,7 @@ class WandbServer:
         }
 
     def take(self, run_id: str, sent: dict[str, Any]) -> None:
-        """Keeps the history that was sent."""
+        """Keep the history that was sent."""
         history = sent.get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
         for number, line in enumerate(history["content"], history["offset"]):
             self.runs[run_id][number] = json.loads(line)
@@ -88,7 +88,7 @@ class WandbServer:
 
 @contextlib.contextmanager
 def wandb_server() -> Iterator[WandbServer]:
-    """Yields a server of this host that runs in a thread."""
+    """Yield a server of this host that runs in a thread."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -100,15 +100,15 @@ def wandb_server() -> Iterator[WandbServer]:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
-            found: dict[str, Any] = {}
+            reply: dict[str, Any] = {}
             if self.path == "/graphql":
-                asked = json.loads(body)
-                found = {
-                    "data": server.answer(asked.get("operationName"), asked.get("variables") or {})
+                query = json.loads(body)
+                reply = {
+                    "data": server.answer(query.get("operationName"), query.get("variables") or {})
                 }
             elif self.path.endswith("/file_stream"):
                 server.take(self.path.split("/")[-2], json.loads(body))
-            data = json.dumps(found).encode()
+            data = json.dumps(reply).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))

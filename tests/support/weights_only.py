@@ -1,4 +1,4 @@
-"""A checkpoint of weights only, made of a training checkpoint by taking everything else away: what an import writes."""
+"""A checkpoint of weights only, like an import's, written by stripping a training checkpoint."""
 
 import json
 import pickle
@@ -23,10 +23,10 @@ from megatron_sorted.checkpoint.manifest import (
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Returns the whole tensors of a checkpoint's model, by name."""
+    """Return the whole tensors of a checkpoint's model, by name."""
     stored = pickle.loads(
         (directory / ".metadata").read_bytes()
-    ).state_dict_metadata  # of the test's own making
+    ).state_dict_metadata  # written by the test itself
     weights = {
         name: torch.empty(what.size, dtype=what.properties.dtype)
         for name, what in stored.items()
@@ -37,16 +37,19 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def weights_by_layer(directory: Path) -> dict[str, torch.Tensor]:
-    """Returns the whole tensors of a checkpoint's model with the layer's index in the name; a file has those of all layers in one."""
-    found = {}
+    """Return the whole tensors of a checkpoint's model, with the layer's index in the name.
+
+    A file stacks those of all layers.
+    """
+    tensors = {}
     for name, tensor in read_weights(directory).items():
         inner = name.removeprefix("decoder.layers.")
-        found |= (
+        tensors |= (
             {name: tensor}
             if inner == name
             else {f"decoder.layers.{i}.{inner}": part for i, part in enumerate(tensor)}
         )
-    return found
+    return tensors
 
 
 def strip_to_weights(
@@ -55,13 +58,14 @@ def strip_to_weights(
     dtype: torch.dtype | None = None,
     more_files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Returns a new checkpoint of step 0 under ``root`` with the weights of another, in ``dtype`` if one is given.
+    """Write a checkpoint of step 0 under ``root`` with the weights of another, and return it.
 
     Args:
         directory: The training checkpoint.
         root: Directory of all checkpoints for the new one.
-        dtype: Of the stored weights.
-        more_files: Further small files by name; those of the tokenizer are taken over from the training checkpoint.
+        dtype: The dtype of the stored weights; None to keep it.
+        more_files: Further small files by name; the tokenizer's are copied from the training
+            checkpoint.
     """
     manifest, target = read_manifest(directory), iteration_directory(root, 0)
     weights = {
@@ -82,13 +86,13 @@ def strip_to_weights(
         for path in sorted(target.rglob("*"))
         if path.is_file()
     }
-    said = {
+    described = {
         "run_id": "imported",
         "contents": WEIGHTS_ONLY,
         "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "shape": manifest["shape"],
         "tokenizer": manifest["tokenizer"],
     }
-    (target / MANIFEST).write_text(manifest_text(said, Progress(0, 0), files))
+    (target / MANIFEST).write_text(manifest_text(described, Progress(0, 0), files))
     (root / TRACKER).write_text("0")
     return target

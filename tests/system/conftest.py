@@ -31,7 +31,7 @@ pipeline-model-parallel-size: 2
 
 
 def write_questions(path: Path, first: int, last: int) -> None:
-    """Writes samples ``first``..``last`` - 1 as JSON lines."""
+    """Write samples ``first``..``last`` - 1 as JSON lines."""
     samples = (
         {
             "instruction": f"Add {i % 17} and {i % 11}",
@@ -45,7 +45,7 @@ def write_questions(path: Path, first: int, last: int) -> None:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
-    """Returns a folder with prepared data, two named evaluation sets, a tokenizer and ``run.yaml``."""
+    """Return a folder with prepared data, two evaluation sets, a tokenizer and ``run.yaml``."""
     folder = tmp_path_factory.mktemp("system")
     for name, first, last in (("train", 0, 200), ("first", 1000, 1024), ("second", 2000, 2016)):
         write_questions(folder / f"{name}.jsonl", first, last)
@@ -72,7 +72,7 @@ def prepared(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(prepared) -> tuple[Path, subprocess.CompletedProcess]:
-    """Returns the folder and the finished torchrun of 4 steps on 2 processes, saved in ``whole``."""
+    """Return the folder and the finished torchrun of 4 steps on 2 processes, saved in ``whole``."""
     done = run_command(
         "pretrain_sorted.py",
         "--config",

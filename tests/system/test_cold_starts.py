@@ -1,4 +1,4 @@
-"""Each command in a process of its own, with nothing imported before it: other tests start them as forks of a process that has it all."""
+"""Each command in a new process without earlier imports; other tests fork a preloaded process."""
 
 import json
 import os
@@ -17,7 +17,7 @@ COMMANDS = [
     *sorted(f"tools/{path.name}" for path in ROOT.glob("tools/*.py") if path.stem != "entry"),
 ]
 IMPORTS_OF_TORCH = 6
-"""How many times the CPU seconds of ``import torch`` a command may take to refuse a wrong option. The largest today is 3."""
+"""Largest CPU time to refuse a wrong option, over that of ``import torch``; 3 is reached now."""
 
 
 def ended(command: list[str], folder: Path) -> tuple[int, str, float]:
@@ -30,10 +30,10 @@ def ended(command: list[str], folder: Path) -> tuple[int, str, float]:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        said = process.stderr.read()
+        output = process.stderr.read()
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, said, used.ru_utime + used.ru_stime
+    return process.returncode, output, used.ru_utime + used.ru_stime
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def torch_seconds(tmp_path_factory) -> float:
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_wrong_option_is_refused_before_long(script, tmp_path, torch_seconds):
-    status, said, used = ended(command_line(script, "--no-such-option", "1", cold=True), tmp_path)
-    assert status in (1, 2) and "error: " in said and "Traceback" not in said, said
+    status, output, used = ended(command_line(script, "--no-such-option", "1", cold=True), tmp_path)
+    assert status in (1, 2) and "error: " in output and "Traceback" not in output, output
     assert used < IMPORTS_OF_TORCH * torch_seconds, (
         f"{used:.1f} CPU seconds, import torch {torch_seconds:.1f}"
     )
@@ -53,7 +53,7 @@ def test_a_wrong_option_is_refused_before_long(script, tmp_path, torch_seconds):
 
 @pytest.fixture(scope="module")
 def life(tmp_path_factory) -> Path:
-    """Return a folder with prepared texts, a run of two steps, a model with exits and texts to measure it by."""
+    """Return a folder with prepared texts, a run of two steps, a nested model and test texts."""
     folder = tmp_path_factory.mktemp("life")
     (folder / "train.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 8)
@@ -63,7 +63,7 @@ def life(tmp_path_factory) -> Path:
     (folder / "questions.jsonl").write_text(
         '{"question_id": 1, "category": "writing", "turns": ["a b c"]}\n'
     )
-    for script, *words in (
+    for script, *arguments in (
         (
             "tools/prepare_data.py",
             "--input",
@@ -75,7 +75,7 @@ def life(tmp_path_factory) -> Path:
         ),
         ("pretrain_sorted.py", *TRAINING, "--save", "run", "--save-interval", 2),
     ):
-        done = run_command(script, *words, cwd=folder)
+        done = run_command(script, *arguments, cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -131,10 +131,10 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 def test_a_command_works_with_its_own_imports(use, life):
-    script, words, said = USES[use]
-    done = run_command(script, *words, cwd=life, cold=True)
+    script, arguments, output = USES[use]
+    done = run_command(script, *arguments, cwd=life, cold=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert said in done.stdout + done.stderr, done.stdout + done.stderr
+    assert output in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 def test_a_server_works_with_its_own_imports(life):

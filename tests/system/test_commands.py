@@ -1,4 +1,4 @@
-"""Every command given files that do not exist, with an output in ASCII; some of them interrupted, or with nobody to read them."""
+"""Every command with missing files and output in ASCII; some interrupted or without a reader."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.commands import ROOT, run_command, start_command
 
-MISSING = "\u00e9.gone"
+MISSING = "\u00e9.none"
 GIVEN = {
     "pretrain_sorted.py": ("--config", MISSING),
     "tools/benchmark_decoding.py": (MISSING, "--questions", MISSING),
@@ -45,12 +45,12 @@ GIVEN = {
 def test_a_missing_file_is_one_line_in_any_encoding(script, tmp_path):
     done = run_command(script, *GIVEN[script], cwd=tmp_path, PYTHONIOENCODING="ascii")
     *before, line = done.stderr.strip().splitlines()
-    assert done.returncode in (1, 2) and "error: " in line and r"\xe9.gone" in line, done.stderr
+    assert done.returncode in (1, 2) and "error: " in line and r"\xe9.none" in line, done.stderr
     assert "Traceback" not in done.stderr and (not before or done.returncode == 2), done.stderr
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-def test_nobody_reads_the_output(tmp_path):
+def test_the_reader_of_the_output_has_ended(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     run = ROOT / "examples" / "quickstart.yaml"
@@ -58,15 +58,15 @@ def test_nobody_reads_the_output(tmp_path):
         "tools/plan.py", run, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True
     )
     os.close(writer)
-    _, said = process.communicate(timeout=120)
-    assert (process.returncode, said) == (141, "")
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (141, "")
 
 
 def test_ctrl_c_while_a_command_starts_or_waits_is_one_line(tmp_path):
-    words = ("model", "--prompt-file", "-")
+    arguments = ("model", "--prompt-file", "-")
     process = start_command(
         "tools/generate.py",
-        *words,
+        *arguments,
         cwd=tmp_path,
         cold=True,
         stdin=subprocess.PIPE,
@@ -76,23 +76,25 @@ def test_ctrl_c_while_a_command_starts_or_waits_is_one_line(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and said.strip() == "stopped."
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and errors.strip() == "stopped."
 
 
-def test_a_port_that_cannot_be_had_is_said_before_the_model_is_read(tmp_path):
+def test_an_unusable_port_is_refused_before_the_model_is_read(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        for given, words in ((port, "Address already in use"), (99999, "is not in 0..65535")):
+        for given, message in ((port, "Address already in use"), (99999, "is not in 0..65535")):
             done = run_command("tools/serve.py", "no_model", "--port", given, cwd=tmp_path)
             assert (
-                done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1
+                done.returncode == 1
+                and message in done.stderr
+                and len(done.stderr.splitlines()) == 1
             ), done.stderr
 
 
-def test_workers_of_data_preparation_say_nothing_when_it_is_stopped(tmp_path):
+def test_workers_of_data_preparation_print_nothing_when_it_is_stopped(tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "1 2 3"}\n' * 400_000)
-    words = (
+    arguments = (
         "--input",
         "texts.jsonl",
         "--output-prefix",
@@ -106,7 +108,7 @@ def test_workers_of_data_preparation_say_nothing_when_it_is_stopped(tmp_path):
     )
     process = start_command(
         "tools/prepare_data.py",
-        *words,
+        *arguments,
         cwd=tmp_path,
         cold=True,
         stderr=subprocess.PIPE,
@@ -116,12 +118,12 @@ def test_workers_of_data_preparation_say_nothing_when_it_is_stopped(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(2)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert (
         process.returncode == 130
-        and said.strip().splitlines()[-1] == "stopped."
-        and "Traceback" not in said
-    ), said
+        and errors.strip().splitlines()[-1] == "stopped."
+        and "Traceback" not in errors
+    ), errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl"], (
         "nothing is half written"
     )

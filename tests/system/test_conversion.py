@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from megatron_sorted.conversion.exporting import export_model
 from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.conversion.origins import Exits
+from megatron_sorted.conversion.origins import RequestedExits
 from megatron_sorted.conversion.verifying.comparison import compare
-from megatron_sorted.conversion.writing import Writing
+from megatron_sorted.conversion.writing import WriteOptions
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.training.run.resume import tokenizer_hashes
 from tests.support.hugging_face import exit_logits
@@ -46,7 +46,7 @@ def test_round_trip_is_bitwise(family, tied, num_shards, dtype, tmp_path):
     save_model(tmp_path / "origin", family, tied, num_shards, dtype)
     assert len(list((tmp_path / "origin").glob("*.safetensors"))) >= num_shards
     model = open_model(tmp_path / "origin")
-    inward = import_model(model, tmp_path / "checkpoint", Exits((1, 3))).comparison
+    inward = import_model(model, tmp_path / "checkpoint", RequestedExits((1, 3))).comparison
     shard_bytes = 10**9 if num_shards == 1 else 20_000
     outward = export_model(
         open_model(tmp_path / "checkpoint"), tmp_path / "back", shard_bytes=shard_bytes
@@ -66,7 +66,9 @@ def test_logits_of_the_comparison_are_those_of_transformers_at_every_depth(famil
 
     reference = exit_logits(save_model(tmp_path / "origin", family), tokens())
     model = open_model(tmp_path / "origin")
-    import_model(model, tmp_path / "checkpoint", Exits((1, 2, 3)), Writing(verify=False))
+    import_model(
+        model, tmp_path / "checkpoint", RequestedExits((1, 2, 3)), WriteOptions(verify=False)
+    )
     checkpoint = open_model(tmp_path / "checkpoint")
     pairs = {pair.ours: pair for pair in checkpoint.pairs}
     ours = nested_exits(
@@ -83,24 +85,26 @@ def test_logits_of_the_comparison_are_those_of_transformers_at_every_depth(famil
 @pytest.fixture
 def checkpoint(tmp_path):
     save_model(tmp_path / "origin", "qwen3")
-    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits((2,)))
+    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", RequestedExits((2,)))
     return tmp_path / "checkpoint"
 
 
-def test_what_does_not_match_is_not_written(checkpoint, tmp_path, monkeypatch):
-    # a mapping that swaps gate and up is its own inverse: only the comparison with the origin can find it
+def test_a_conversion_that_fails_verification_is_not_written(checkpoint, tmp_path, monkeypatch):
+    # a mapping that swaps gate and up is its own inverse: only the comparison with the origin can
+    # find it
     from megatron_sorted.conversion.tensors import operations
 
     monkeypatch.setattr(operations.Stack, "split", lambda self, tensor: list(tensor.chunk(2))[::-1])
     with pytest.raises(
         CheckpointError,
-        match=r"the conversion does not match its origin, so nothing was written.*linear_fc1.weight",
+        match=r"the conversion does not match its origin, so nothing was "
+        r"written.*linear_fc1.weight",
     ):
         export_model(open_model(checkpoint), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_a_mapping_wrong_in_both_directions_shows_in_the_logits(tmp_path, monkeypatch):
+def test_an_error_in_both_directions_shows_in_the_logits(tmp_path, monkeypatch):
     from megatron_sorted.conversion.tensors import operations
 
     def join(self, parts, shape):
@@ -110,17 +114,17 @@ def test_a_mapping_wrong_in_both_directions_shows_in_the_logits(tmp_path, monkey
     monkeypatch.setattr(operations.Stack, "split", lambda self, tensor: list(tensor.chunk(2))[::-1])
     save_model(tmp_path / "origin", "llama")
     with pytest.raises(CheckpointError, match=r"exit @1: logits differ by up to"):
-        import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits((1,)))
+        import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", RequestedExits((1,)))
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_a_destination_that_exists_is_kept_unless_told(checkpoint, tmp_path):
+def test_an_existing_destination_is_kept_without_overwrite(checkpoint, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
     with pytest.raises(CheckpointError, match=r"exists and is not empty.*--overwrite"):
         export_model(open_model(checkpoint), tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
-    export_model(open_model(checkpoint), tmp_path / "out", Writing(overwrite=True))
+    export_model(open_model(checkpoint), tmp_path / "out", WriteOptions(overwrite=True))
     assert (
         not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "config.json").exists()
     )
@@ -135,15 +139,18 @@ def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path):
         return count
 
     with pytest.raises(KeyboardInterrupt):
-        export_model(open_model(checkpoint), tmp_path / "out", Writing(watch=watch))
+        export_model(open_model(checkpoint), tmp_path / "out", WriteOptions(watch=watch))
     with pytest.raises(KeyboardInterrupt):
         import_model(
-            open_model(tmp_path / "origin"), tmp_path / "again", Exits(), Writing(watch=watch)
+            open_model(tmp_path / "origin"),
+            tmp_path / "again",
+            RequestedExits(),
+            WriteOptions(watch=watch),
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "origin"]
 
 
-def test_a_disk_without_room_is_seen_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
+def test_a_full_disk_is_detected_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
@@ -158,7 +165,7 @@ def test_new_norms_and_heads_are_copies_of_the_last(tmp_path):
     import_model(
         open_model(tmp_path / "origin"),
         tmp_path / "checkpoint",
-        Exits((1, 3), own_norms=True, own_heads=True),
+        RequestedExits((1, 3), own_norms=True, own_heads=True),
     )
     comparison = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "out").comparison
     assert [row.depth for row in comparison.exits] == [1, 3, 4]
@@ -177,7 +184,7 @@ def test_new_norms_and_heads_are_copies_of_the_last(tmp_path):
         {name: tensor + 0.25 for name, tensor in own.items()},
         tmp_path / "out" / "exits.safetensors",
     )
-    import_model(open_model(tmp_path / "out"), tmp_path / "second", Exits())
+    import_model(open_model(tmp_path / "out"), tmp_path / "second", RequestedExits())
     export_model(open_model(tmp_path / "second"), tmp_path / "third")
     assert same(
         load_file(tmp_path / "third" / "exits.safetensors"),
@@ -185,14 +192,14 @@ def test_new_norms_and_heads_are_copies_of_the_last(tmp_path):
     )
 
 
-def test_other_exits_may_be_given_only_if_they_are_layers(tmp_path):
+def test_requested_exits_must_be_layers(tmp_path):
     save_model(tmp_path / "origin", "llama")
     with pytest.raises(SettingsError, match="9 is not a layer of this model"):
-        import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits((9,)))
+        import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", RequestedExits((9,)))
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_numbers_may_be_written_in_another_kind(checkpoint, tmp_path):
+def test_numbers_may_be_written_in_another_data_type(checkpoint, tmp_path):
     comparison = export_model(
         open_model(checkpoint), tmp_path / "half", dtype="bfloat16"
     ).comparison
@@ -203,7 +210,7 @@ def test_numbers_may_be_written_in_another_kind(checkpoint, tmp_path):
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
 
 
-def test_small_files_travel_there_and_back(tmp_path):
+def test_small_files_are_copied_in_both_directions(tmp_path):
     save_model(tmp_path / "origin", "llama")
     small = {
         "generation_config.json": '{"temperature": 0.6, "eos_token_id": [2, 7]}',
@@ -213,7 +220,7 @@ def test_small_files_travel_there_and_back(tmp_path):
     }
     for name, text in small.items():
         (tmp_path / "origin" / name).write_text(text)
-    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits())
+    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", RequestedExits())
     export_model(open_model(tmp_path / "checkpoint"), tmp_path / "back")
     for name, text in small.items():
         assert (tmp_path / "back" / name).read_text() == text, name
@@ -227,7 +234,7 @@ def test_a_tied_model_whose_stored_head_differs_is_refused(tmp_path):
         open_model(tmp_path / "origin")
 
 
-def test_two_models_that_differ_in_one_number_are_told_apart(tmp_path):
+def test_a_difference_in_one_number_is_detected(tmp_path):
     save_model(tmp_path / "origin", "mistral")
     shutil.copytree(tmp_path / "origin", tmp_path / "other")
     changed = weights(tmp_path / "origin")
@@ -240,7 +247,7 @@ def test_two_models_that_differ_in_one_number_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["nothing", "notes.txt"])
-def test_a_directory_that_is_no_model_says_so(content, tmp_path):
+def test_other_directories_are_refused(content, tmp_path):
     if content != "nothing":
         (tmp_path / content).write_text("x")
     with pytest.raises(
@@ -251,11 +258,11 @@ def test_a_directory_that_is_no_model_says_so(content, tmp_path):
         open_model(tmp_path / "absent")
 
 
-def test_a_sentencepiece_file_of_any_name_goes_out_so_that_transformers_reads_it_rightly(tmp_path):
+def test_transformers_reads_an_exported_sentencepiece_file_of_any_name(tmp_path):
     from sentencepiece import SentencePieceProcessor
 
     from megatron_sorted.conversion.tokenizers.check import TEXTS
-    from megatron_sorted.data.tokenizer import train_sentencepiece
+    from megatron_sorted.data.preparation.train_tokenizer import train_sentencepiece
 
     save_model(tmp_path / "origin", "llama")
     own = tmp_path / "train_tokenizer.model"
@@ -266,14 +273,14 @@ def test_a_sentencepiece_file_of_any_name_goes_out_so_that_transformers_reads_it
         open_model(tmp_path / "origin"), config=None, files={"tokenizer/train_tokenizer.model": own}
     )
     import_model(
-        model, tmp_path / "checkpoint", Exits((2,)), Writing(verify=False)
+        model, tmp_path / "checkpoint", RequestedExits((2,)), WriteOptions(verify=False)
     )  # without a config, as a run's own checkpoint
     assert (
         tmp_path / "checkpoint" / "iter_0000000" / "tokenizer" / "train_tokenizer.model"
     ).read_bytes() == own.read_bytes()
     notes = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "out").notes
     assert len(notes) == 1 and notes[0].startswith(
-        "tokenizer.json: made of tokenizer.model, the same ids"
+        "tokenizer.json: built from tokenizer.model, the same ids"
     )
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == own.read_bytes()
     assert not (tmp_path / "out" / "train_tokenizer.model").exists()
@@ -292,8 +299,8 @@ def test_a_sentencepiece_file_of_any_name_goes_out_so_that_transformers_reads_it
     )
     pieces = SentencePieceProcessor(model_file=str(own))
     assert json.loads(done.stdout) == [[1, *ids] for ids in pieces.encode(list(TEXTS))]
-    # what is made of it again may be trained on with either form of the tokenizer
-    import_model(open_model(tmp_path / "out"), tmp_path / "again", Exits())
+    # An import of the export may continue training with either format of the tokenizer.
+    import_model(open_model(tmp_path / "out"), tmp_path / "again", RequestedExits())
     again = open_model(tmp_path / "again")
     assert tokenizer.sha256 in tokenizer_hashes(again.manifest["tokenizer"])
     assert again.open_tokenizer().sha256 in tokenizer_hashes(again.manifest["tokenizer"])

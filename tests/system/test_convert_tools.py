@@ -1,4 +1,4 @@
-"""The command lines of conversion on bad input: exit code 1, one line that says value, rule and remedy, and nothing left on disk."""
+"""The conversion commands on bad input: exit code 1, one line of error, nothing left on disk."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from megatron_sorted.commands import convert
 from megatron_sorted.commands import extract as extract_submodel
 from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.conversion.origins import Exits
-from megatron_sorted.conversion.writing import Writing
+from megatron_sorted.conversion.origins import RequestedExits
+from megatron_sorted.conversion.writing import WriteOptions
 from megatron_sorted.errors import SortedError
 from tests.support.commands import run_command
 from tests.support.megatron_files import make_truth, save_as_megatron
@@ -31,13 +31,16 @@ Q_PROJ, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_pr
 
 @pytest.fixture(scope="module")
 def origins(tmp_path_factory) -> Path:
-    """Returns a folder with a model in one file, in three, tied, and a checkpoint of the first."""
+    """Return a folder with a model in one file, in three, tied, and a checkpoint of the first."""
     folder = tmp_path_factory.mktemp("origins")
     save_model(folder / "single", "llama3")
     save_model(folder / "sharded", "llama3", num_shards=3)
     save_model(folder / "tied", "qwen2", tied=True)
     import_model(
-        open_model(folder / "single"), folder / "checkpoint", Exits((1, 2)), Writing(verify=False)
+        open_model(folder / "single"),
+        folder / "checkpoint",
+        RequestedExits((1, 2)),
+        WriteOptions(verify=False),
     )
     return folder
 
@@ -48,14 +51,14 @@ def change_config(directory: Path, **changes) -> None:
 
 
 def change_tensors(directory: Path, change) -> None:
-    """Writes the only file of a model again after ``change(tensors)``."""
+    """Rewrite the only file of a model after ``change(tensors)``."""
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
 def name_twice(directory: Path) -> None:
-    """Puts a tensor into a second shard too, whose header the index does not contradict."""
+    """Copy a tensor into a second shard without a contradiction to the index."""
     index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     other = next(file for file in sorted(set(index.values())) if file != index[Q_PROJ])
     first, second = load_file(directory / index[Q_PROJ]), load_file(directory / other)
@@ -93,43 +96,109 @@ def flip_bit_of_embedding(directory: Path) -> None:
     path.write_bytes(content)
 
 
-FAULTS = {  # name: (origin, what is done to it, parts of the message)
+# {name: (origin, the change that makes it faulty, parts of the message)}
+FAULTS = {
     "no model": ("single", only_notes, ["neither a Hugging Face model", "notes.txt"]),
-    "half downloaded": ("sharded", lose_shard, ["and 1 are missing: model-00002-of-", "did not finish; fetch them"]),
-    "unsupported architecture": ("single", lambda d: change_config(d, model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"]),
-                                 ["'gpt_neox' is not supported", "llama (LlamaForCausalLM), mistral", "qwen2", "qwen3"]),
-    "not a language model": ("single", lambda d: change_config(d, architectures=["LlamaForSequenceClassification"]),
-                             ["['LlamaForSequenceClassification'] is not a language model", "Supported are llama"]),
-    "too few layers in the config": ("single", lambda d: change_config(d, num_hidden_layers=3, layer_types=None),
-                                     ["unknown: model.layers.3.input_layernorm.weight", "fetch the files again, or mend"]),
-    "too many layers in the config": ("single", lambda d: change_config(d, num_hidden_layers=5, layer_types=None),
-                                      ["missing: model.layers.4."]),
-    "another hidden size": ("single", lambda d: change_config(d, hidden_size=64, head_dim=16),
-                            ["model.embed_tokens.weight has shape [100, 32]", "config.json makes it [100, 64]"]),
-    "says tied and is not": ("single", lambda d: change_config(d, tie_word_embeddings=True),
-                             ["says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight"]),
-    "says untied and is tied": ("tied", lambda d: change_config(d, tie_word_embeddings=False), ["1 missing: lm_head.weight"]),
-    "pickled weights": ("single", only_pickle, ["pytorch_model.bin", "A pickle can run any program", "safe_serialization=True"]),
-    "unknown tensor": ("single", lambda d: change_tensors(d, lambda t: t.update({"model.extra": torch.ones(3)})),
-                       ["1 unknown: model.extra"]),
-    "missing tensor": ("single", lambda d: change_tensors(d, lambda t: t.pop(UP)), [f"1 missing: {UP}"]),
-    "tensor twice": ("sharded", name_twice, [f"{Q_PROJ} stands twice, in model-0000"]),
-    "wrong shape": ("single", lambda d: change_tensors(d, lambda t: t.update({UP: torch.ones(48, 16)})),
-                    [f"{UP} has shape [48, 16]", "makes it [48, 32]"]),
-    "broken config": ("single", lambda d: (d / "config.json").write_text("{"), ["config.json: not JSON", "Fetch it again"]),
-    "damaged shard of a checkpoint": ("checkpoint", flip_bit_of_embedding,
-                                      ["embedding.word_embeddings.weight in __0_0.distcp", "do not match their checksum", "Copy it again"]),
-    "damaged manifest": ("checkpoint", lambda d: flip_bit(d / "iter_0000000" / "manifest.json", 0.6), ["manifest.json"]),
-    "damaged metadata": ("checkpoint", lambda d: flip_bit(d / "iter_0000000" / ".metadata", 0.5), [".metadata: damaged (sha256"]),
-    "damaged config in a checkpoint": ("checkpoint", lambda d: flip_bit(d / "iter_0000000" / "huggingface" / "config.json", 0.5),
-                                       ["huggingface/config.json: damaged (sha256"]),
-    "cut off checkpoint": ("checkpoint", lambda d: os.truncate(d / "iter_0000000" / "__0_0.distcp", 5000),
-                           ["5000 bytes where", "truncated"]),
-}  # fmt: skip
+    "half downloaded": (
+        "sharded",
+        lose_shard,
+        ["and 1 are missing: model-00002-of-", "did not finish; fetch them"],
+    ),
+    "unsupported architecture": (
+        "single",
+        lambda d: change_config(d, model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"]),
+        ["'gpt_neox' is not supported", "llama (LlamaForCausalLM), mistral", "qwen2", "qwen3"],
+    ),
+    "not a language model": (
+        "single",
+        lambda d: change_config(d, architectures=["LlamaForSequenceClassification"]),
+        ["['LlamaForSequenceClassification'] is not a language model", "Supported are llama"],
+    ),
+    "too few layers in the config": (
+        "single",
+        lambda d: change_config(d, num_hidden_layers=3, layer_types=None),
+        ["unknown: model.layers.3.input_layernorm.weight", "fetch the files again, or correct"],
+    ),
+    "too many layers in the config": (
+        "single",
+        lambda d: change_config(d, num_hidden_layers=5, layer_types=None),
+        ["missing: model.layers.4."],
+    ),
+    "another hidden size": (
+        "single",
+        lambda d: change_config(d, hidden_size=64, head_dim=16),
+        ["model.embed_tokens.weight has shape [100, 32]", "config.json makes it [100, 64]"],
+    ),
+    "says tied and is not": (
+        "single",
+        lambda d: change_config(d, tie_word_embeddings=True),
+        ["says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight"],
+    ),
+    "says untied and is tied": (
+        "tied",
+        lambda d: change_config(d, tie_word_embeddings=False),
+        ["1 missing: lm_head.weight"],
+    ),
+    "pickled weights": (
+        "single",
+        only_pickle,
+        ["pytorch_model.bin", "A pickle can run any program", "safe_serialization=True"],
+    ),
+    "unknown tensor": (
+        "single",
+        lambda d: change_tensors(d, lambda t: t.update({"model.extra": torch.ones(3)})),
+        ["1 unknown: model.extra"],
+    ),
+    "missing tensor": (
+        "single",
+        lambda d: change_tensors(d, lambda t: t.pop(UP)),
+        [f"1 missing: {UP}"],
+    ),
+    "tensor twice": ("sharded", name_twice, [f"{Q_PROJ} occurs twice, in model-0000"]),
+    "wrong shape": (
+        "single",
+        lambda d: change_tensors(d, lambda t: t.update({UP: torch.ones(48, 16)})),
+        [f"{UP} has shape [48, 16]", "makes it [48, 32]"],
+    ),
+    "broken config": (
+        "single",
+        lambda d: (d / "config.json").write_text("{"),
+        ["config.json: not JSON", "Fetch it again"],
+    ),
+    "damaged shard of a checkpoint": (
+        "checkpoint",
+        flip_bit_of_embedding,
+        [
+            "embedding.word_embeddings.weight in __0_0.distcp",
+            "do not match their checksum",
+            "Copy it again",
+        ],
+    ),
+    "damaged manifest": (
+        "checkpoint",
+        lambda d: flip_bit(d / "iter_0000000" / "manifest.json", 0.6),
+        ["manifest.json"],
+    ),
+    "damaged metadata": (
+        "checkpoint",
+        lambda d: flip_bit(d / "iter_0000000" / ".metadata", 0.5),
+        [".metadata: damaged (sha256"],
+    ),
+    "damaged config in a checkpoint": (
+        "checkpoint",
+        lambda d: flip_bit(d / "iter_0000000" / "huggingface" / "config.json", 0.5),
+        ["huggingface/config.json: damaged (sha256"],
+    ),
+    "cut off checkpoint": (
+        "checkpoint",
+        lambda d: os.truncate(d / "iter_0000000" / "__0_0.distcp", 5000),
+        ["5000 bytes where", "truncated"],
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_with_a_model_is_told_and_nothing_written(fault, origins, tmp_path):
+def test_a_faulty_model_is_refused_and_nothing_written(fault, origins, tmp_path):
     origin, spoil, parts = FAULTS[fault]
     shutil.copytree(origins / origin, tmp_path / "model")
     spoil(tmp_path / "model")
@@ -138,9 +207,9 @@ def test_what_is_wrong_with_a_model_is_told_and_nothing_written(fault, origins, 
         (extract_submodel.main, ["--depth", "2"]),
         (convert.main, ["import"]),
     ]
-    for main, words in commands:
+    for main, arguments in commands:
         with pytest.raises(SortedError) as caught:
-            main([*words, str(tmp_path / "model"), str(tmp_path / "out" / "made")])
+            main([*arguments, str(tmp_path / "model"), str(tmp_path / "out" / "made")])
         message = str(caught.value)
         assert "\n" not in message and str(tmp_path / "model") in message
         for part in parts:
@@ -154,7 +223,7 @@ def test_what_is_wrong_with_a_model_is_told_and_nothing_written(fault, origins, 
 
 
 def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
-    """Asserts that a command ended with 1 and one line of error, after at most a progress bar."""
+    """Assert that a command ended with 1 and one line of error, after at most a progress bar."""
     assert done.returncode == 1, done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
@@ -162,7 +231,7 @@ def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
         assert part in last, last
 
 
-def test_a_destination_that_exists_is_kept(origins, tmp_path):
+def test_an_existing_destination_is_kept(origins, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
     assert_one_line(
@@ -177,13 +246,13 @@ def test_a_destination_that_exists_is_kept(origins, tmp_path):
         f"{tmp_path / 'out'}: exists and is not empty",
         "--overwrite",
     )
-    for words in (["import", origins / "single"], ["export", origins / "checkpoint"]):
+    for arguments in (["import", origins / "single"], ["export", origins / "checkpoint"]):
         with pytest.raises(SortedError, match=r"exists and is not empty.*--overwrite"):
-            convert.main([*map(str, words), str(tmp_path / "out")])
+            convert.main([*map(str, arguments), str(tmp_path / "out")])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "out"]
 
 
-def test_a_write_that_fails_leaves_nothing_and_the_old_one(origins, tmp_path):
+def test_a_failed_write_leaves_the_old_directory_and_nothing_new(origins, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "mine.txt").write_text("precious")
     for verb, origin, destination in (("import", "single", "new"), ("export", "checkpoint", "old")):
@@ -195,11 +264,12 @@ def test_a_write_that_fails_leaves_nothing_and_the_old_one(origins, tmp_path):
             "--overwrite",
             "--no-verify",
             cwd=tmp_path,
-            most_bytes_of_a_file=30_000,
+            max_bytes_of_a_file=30_000,
         )
         assert_one_line(
             done,
-            f"{tmp_path / destination}: could not be written (File too large); nothing was left there",
+            f"{tmp_path / destination}: could not be written (File too large); nothing was left "
+            "there",
         )
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "old"]
 
@@ -213,7 +283,9 @@ shutil.disk_usage = lambda path: namedtuple("usage", "total used free")(1 << 40,
 sys.argv[0] = "convert"
 from megatron_sorted.commands import convert
 from megatron_sorted.errors import SortedError
-for verb, origin, place in (("import", "big", "new"), ("export", "runs", "new"), ("export", "runs", "old")):
+for verb, origin, place in (
+    ("import", "big", "new"), ("export", "runs", "new"), ("export", "runs", "old")
+):
     try:
         convert.main([verb, "{origins}/" + origin, "{disk}/" + place, "--overwrite", "--no-verify"])
     except SortedError as error:
@@ -224,13 +296,18 @@ cat {disk}/old/mine.txt
 """
 
 
-def test_a_disk_that_fills_up_meanwhile_is_left_as_it_was(tmp_path):
+def test_a_disk_that_fills_up_is_left_unchanged(tmp_path):
     from tests.support.hugging_face import make_model
 
     make_model("Llama", hidden_size=128, intermediate_size=512, vocab_size=1000).save_pretrained(
         tmp_path / "big"
     )
-    import_model(open_model(tmp_path / "big"), tmp_path / "runs", Exits(), Writing(verify=False))
+    import_model(
+        open_model(tmp_path / "big"),
+        tmp_path / "runs",
+        RequestedExits(),
+        WriteOptions(verify=False),
+    )
     (tmp_path / "disk").mkdir()
     script = FULL_DISK.format(
         megabytes=2, disk=tmp_path / "disk", python=sys.executable, origins=tmp_path
@@ -270,10 +347,10 @@ convert.main(sys.argv[1:])
 """
 
 
-def kill_midway(*words: object) -> None:
-    """Starts a conversion that takes its time and kills it in the middle."""
+def kill_midway(*arguments: object) -> None:
+    """Start a slow conversion and kill it in the middle."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, words)],
+        [sys.executable, "-c", SLOW, *map(str, arguments)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -301,8 +378,9 @@ def test_a_killed_conversion_leaves_a_hidden_directory_that_the_next_one_removes
     ).settings.num_layers == 4
 
 
-def test_what_was_moved_aside_before_a_kill_comes_back(origins, tmp_path):
-    # killed between its two last steps, a conversion with --overwrite leaves the old directory under a hidden name
+def test_a_directory_renamed_before_a_kill_is_restored(origins, tmp_path):
+    # killed between its two last steps, a conversion with --overwrite leaves the old directory
+    # under a hidden name
     (tmp_path / ".out.removing").mkdir()
     (tmp_path / ".out.removing" / "mine.txt").write_text("precious")
     with pytest.raises(SortedError, match="exists and is not empty"):
@@ -312,7 +390,10 @@ def test_what_was_moved_aside_before_a_kill_comes_back(origins, tmp_path):
 
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory) -> Path:
-    """Returns checkpoints of megatron-core's GPTModel of two tensor ranks: 104 rows of embedding for 100 tokens, which they do not say."""
+    """Return checkpoints of megatron-core's GPTModel of two tensor ranks.
+
+    The embedding has 104 rows for 100 tokens, a number that the checkpoints do not hold.
+    """
     folder = tmp_path_factory.mktemp("megatron")
     network = {"untie_embeddings_and_output_weights": True}
     (truth,) = run_ranks(1, make_truth, tiny(**network), str(folder / "seed"))
@@ -323,7 +404,7 @@ def megatron(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("form", ["legacy", "stacked"])
-def test_a_checkpoint_of_megatron_goes_in_and_out(form, megatron, tmp_path, capsys):
+def test_a_checkpoint_of_megatron_is_imported_and_exported(form, megatron, tmp_path, capsys):
     truth = torch.load(megatron / "truth.pt", weights_only=True)
     convert.main(
         [
@@ -347,8 +428,8 @@ def test_a_checkpoint_of_megatron_goes_in_and_out(form, megatron, tmp_path, caps
             "--no-verify",
         ]
     )
-    said = capsys.readouterr().out
-    assert "vocabulary 100" in said and "plain PyTorch against transformers" in said
+    output = capsys.readouterr().out
+    assert "vocabulary 100" in output and "plain PyTorch against transformers" in output
     theirs = load_file(tmp_path / "out" / "model.safetensors")
     direct = load_file(tmp_path / "direct" / "model.safetensors")
     assert theirs.keys() == direct.keys() and all(
@@ -370,7 +451,7 @@ def test_a_checkpoint_of_megatron_goes_in_and_out(form, megatron, tmp_path, caps
     assert (config["vocab_size"], config["exit_layer_indices"]) == (100, [2, 4])
 
 
-def test_a_size_of_vocabulary_must_fit_and_be_needed(megatron, origins, tmp_path):
+def test_a_vocabulary_size_must_fit_and_be_needed(megatron, origins, tmp_path):
     for size in (105, 0):
         with pytest.raises(
             SortedError,
@@ -395,7 +476,7 @@ def test_a_size_of_vocabulary_must_fit_and_be_needed(megatron, origins, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_depth_that_is_no_exit_is_told(origins, tmp_path):
+def test_a_depth_that_is_no_exit_is_refused(origins, tmp_path):
     with pytest.raises(
         SortedError, match=r"--depth: 3 is no exit of this model.*Its exits are 1, 2, 4"
     ):

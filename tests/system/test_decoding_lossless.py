@@ -1,4 +1,4 @@
-"""The long form of what tests/unit/test_decoding_proof.py shows: 50,000 tokens of drawn ways for each family of models."""
+"""The long form of tests/unit/test_decoding_proof.py: 50,000 tokens for each family of models."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.support.decoding import plain_network
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_fifty_thousand_tokens_of_each_family(family):
     _, network = plain_network(family)
-    found = compare(
+    result = compare(
         network,
         [[5, 9, 2], [7], [3, 3, 8, 1, 6], [4, 4]],
         50_000,
@@ -19,4 +19,4 @@ def test_fifty_thousand_tokens_of_each_family(family):
         most_rows=32,
         to_text=lambda tokens: "".join(chr(97 + token % 26) for token in tokens),
     )
-    assert found.num_tokens >= 50_000 and not found.differences, found.differences[:3]
+    assert result.num_tokens >= 50_000 and not result.differences, result.differences[:3]

@@ -1,4 +1,4 @@
-"""The decoding tools as commands: coloured text, tuning that is found later, a benchmark, a server that learns, mistakes in one line."""
+"""The decoding commands: coloured text, tuning, benchmark, adaptive server, errors in one line."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sorted.data.tokenizer import train_sentencepiece
+from megatron_sorted.data.preparation.train_tokenizer import train_sentencepiece
 from tests.support.commands import run_command, start_command
 from tests.support.evaluated import TEXTS, write_model
 from tests.support.ports import free_port, until_it_answers
@@ -40,7 +40,7 @@ def test_texts_are_written_and_coloured_by_exit(place):
         "tools/generate.py", *ask, "--strategy", "tree", "--colour", "always", cwd=place
     )
     assert coloured.returncode == 0, coloured.stderr
-    assert "\x1b[38;5;" in coloured.stdout and "drafts accepted" in coloured.stderr
+    assert "\x1b[38;5;" in coloured.stdout and "drafted tokens accepted" in coloured.stderr
     both = run_command(
         "tools/generate.py", *ask, "--prompt", "c", "--strategy", "self_speculative", cwd=place
     )
@@ -57,7 +57,7 @@ def test_texts_are_written_and_coloured_by_exit(place):
     assert chat.returncode == 0 and chat.stderr.count("full: ") == 2, chat.stderr
 
 
-def test_what_is_tuned_is_found_by_the_others(place):
+def test_tuned_options_are_used_by_other_commands(place):
     few = ("--questions", "questions.jsonl", "--max-new-tokens", 8, "--num-prompts", 2)
     done = run_command("tools/tune_decoding.py", "tiny", "--depths", 1, 2, *few, cwd=place)
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def test_what_is_tuned_is_found_by_the_others(place):
     assert {"full", "self_speculative", "sorted_speculative", "tree"} <= set(
         kept["strategies"]
     ) and kept["best"] in kept["strategies"]
-    told = run_command(
+    tuned = run_command(
         "tools/generate.py",
         "tiny",
         "--depths",
@@ -77,7 +77,7 @@ def test_what_is_tuned_is_found_by_the_others(place):
         4,
         cwd=place,
     )
-    assert told.returncode == 0 and f"way: {kept['best']}]" in told.stderr
+    assert tuned.returncode == 0 and f"strategy: {kept['best']}]" in tuned.stderr
     ask = (
         "--depths",
         1,
@@ -113,7 +113,7 @@ def test_what_is_tuned_is_found_by_the_others(place):
         scores["all"]
     )
     assert all(one["same"] == 1.0 for name, one in scores["all"].items() if name != "early_exit"), (
-        "all ways write the same"
+        "all strategies write the same text"
     )
     page = (place / "out" / "decoding.md").read_text()
     assert measured.stdout.startswith(page), "the page is what is printed"
@@ -135,11 +135,11 @@ def test_what_is_tuned_is_found_by_the_others(place):
     assert (place / "out" / "decoding.png").stat().st_size > 10_000
 
 
-def test_what_is_tuned_with_a_draft_is_found_with_it(place):
+def test_options_tuned_with_a_draft_model_are_used_with_it(place):
     write_model(place / "small", seed=2, num_layers=1, max_position_embeddings=256)
     write_model(
         place / "filled", seed=5, num_layers=2, max_position_embeddings=256, vocab_size=320
-    )  # the same tokenizer, filled up
+    )  # the same tokenizer, padded
     write_model(place / "foreign", seed=5, num_layers=2, max_position_embeddings=256)
     train_sentencepiece(
         lambda: [text[::-1] for text in TEXTS], str(place / "foreign" / "tokenizer.model"), 300
@@ -149,9 +149,10 @@ def test_what_is_tuned_with_a_draft_is_found_with_it(place):
     )
     few = ("--questions", "questions.jsonl", "--max-new-tokens", 6, "--num-prompts", 2)
     done = run_command("tools/tune_decoding.py", "tiny", "--draft", "small", *few, cwd=place)
-    assert done.returncode == 0 and "exits 1 of small, which drafts for 4 layers" in done.stdout, (
-        done.stderr
-    )
+    assert (
+        done.returncode == 0
+        and "exits 1 of small, which drafts for a model with 4 layers" in done.stdout
+    ), done.stderr
     kept = json.loads((place / "tiny" / "decoding.json").read_text())
     [part] = kept.pop("drafts").values()
     assert kept == {"format": 1, "best": "full", "strategies": {"full": {}}}, (
@@ -168,10 +169,10 @@ def test_what_is_tuned_with_a_draft_is_found_with_it(place):
     )
     ask = ("tiny", "--prompt", "a", "--max-new-tokens", 4)
     assert (
-        f"drafts by small; way: {part['best']}]"
+        f"drafts by small; strategy: {part['best']}]"
         in run_command("tools/generate.py", *ask, "--draft", "small", cwd=place).stderr
     )
-    assert "way: full]" in (plain := run_command("tools/generate.py", *ask, cwd=place)).stderr
+    assert "strategy: full]" in (plain := run_command("tools/generate.py", *ask, cwd=place)).stderr
     filled = run_command(
         "tools/generate.py", *ask, "--strategy", "self_speculative", "--draft", "filled", cwd=place
     )
@@ -225,23 +226,26 @@ def test_a_server_adapts_and_keeps_what_it_learned_when_it_is_stopped(place):
         text=True,
     ) as server:
         try:
-            said = next(
-                line for line in iter(server.stdout.readline, "") if "way: " in line
+            opening = next(
+                line for line in iter(server.stdout.readline, "") if "strategy: " in line
             )  # notes come first
-            assert "way: the fastest of full, self_speculative, sorted_speculative, tree" in said
-            asked = json.dumps(
+            assert (
+                "strategy: the fastest of full, self_speculative, sorted_speculative, tree"
+                in opening
+            )
+            request = json.dumps(
                 {"prompt": "a b", "max_tokens": 5, "temperature": 0, "task": "letters"}
             ).encode()
             texts = {
-                until_it_answers(server, port, "/v1/completions", asked)["choices"][0]["text"]
+                until_it_answers(server, port, "/v1/completions", request)["choices"][0]["text"]
                 for _ in range(4)
             }
-            told = until_it_answers(server, port, "/v1/adaptation")
+            learned = until_it_answers(server, port, "/v1/adaptation")
             server.send_signal(signal.SIGTERM)
             server.wait(60)
         finally:
             server.kill()
-    assert len(texts) == 1 and [row["times"] for row in told["tasks"]["letters"]] == [1, 1, 1, 1]
+    assert len(texts) == 1 and [row["times"] for row in learned["tasks"]["letters"]] == [1, 1, 1, 1]
     kept = json.loads((place / "tiny" / "decoding_bandit.json").read_text())
     assert [times for times, _, _ in kept["tasks"]["letters"]] == [1, 1, 1, 1] and kept[
         "draft"
@@ -261,7 +265,7 @@ def test_a_server_adapts_and_keeps_what_it_learned_when_it_is_stopped(place):
         (["tiny"], "Give --prompt, --prompt-file or --chat"),
         (
             ["tiny", "--prompt", "a", "--strategy", "tree"],
-            "the model has no exits before its last layer, so only 'full' can be had",
+            "the model has no exits before its last layer, so only strategy full works",
         ),
         (["tiny", "--depths", 9, "--prompt", "a"], "depth 9 is not a layer of this model"),
         (
@@ -297,7 +301,7 @@ def test_a_server_adapts_and_keeps_what_it_learned_when_it_is_stopped(place):
             "tiny/model.safetensors, line 1: not UTF-8 at byte",
         ),
         (["tiny", "--prompt", "a", "--max-new-tokens", 0], "--max-new-tokens: 0 is not 1 or more"),
-        (["tiny", "--prompt", "a", "--stop", ""], "stop: a stop word is empty"),
+        (["tiny", "--prompt", "a", "--stop", ""], "stop: a stop sequence is empty"),
     ],
 )
 def test_mistakes_are_one_line(place, arguments, message):

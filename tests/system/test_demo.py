@@ -1,4 +1,8 @@
-"""The first hour after the demo: its last lines as they are printed, on a model trained for a few steps on the demo's own data."""
+"""The first hour: the demo's closing commands as printed, and every command of the start page and
+the tutorial as written.
+
+The models are trained for a few steps on the demo's own data.
+"""
 
 import json
 import os
@@ -8,51 +12,71 @@ import pytest
 
 from lab.demo import afterwards, demo_steps, request_of, trained_question, use_commands
 from tests.support.commands import ROOT, run_command, start_command
+from tests.support.documented_commands import commands_of
 from tests.support.ports import free_port, until_it_answers
 
 
-def words_of(command) -> tuple[str, ...]:
+def script_and_arguments(command) -> tuple[str, ...]:
     """Return script and arguments of a command that begins with an interpreter."""
-    _, script, *words = command
+    _, script, *arguments = command
     if script != "-m":
-        return (script, *words)
-    module, *words = words
+        return (script, *arguments)
+    module, *arguments = arguments
     start = f'run("{module}")'
     if module == "megatron_sorted":
-        name, *words = words
+        name, *arguments = arguments
+        if name == "train":
+            return ("pretrain_sorted.py", *arguments)
         start = f'run("megatron_sorted", "{name}")'
     entry = next(
         path for path in ROOT.glob("tools/*.py") if start in path.read_text(encoding="utf-8")
     )
-    return (f"tools/{entry.name}", *words)
+    return (f"tools/{entry.name}", *arguments)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return the demo's folder after its first steps, with a model of one process and 40 steps in place of the demo's own."""
-    path = tmp_path_factory.mktemp("demo")
+    """Return the demo's folder, ``runs/demo`` of a stand-in for a clone, with models of one process
+    and 40 steps.
+    """
+    clone = tmp_path_factory.mktemp("clone")
+    (clone / "examples").symlink_to(ROOT / "examples")
+    path = clone / "runs" / "demo"
+    path.mkdir(parents=True)
     for step in demo_steps(path, quick=True):
-        if step.name == "questions" or step.name.startswith("prepare"):
-            done = run_command(*words_of(step.command), cwd=ROOT)
-            assert done.returncode == 0, done.stderr
-    nested = next(
-        step for step in demo_steps(path, quick=True) if step.name == "train-nested"
-    ).command
-    flags = nested[nested.index("--config") :]
-    done = run_command(
-        "pretrain_sorted.py",
-        *flags,
-        "--pipeline-model-parallel-size",
-        1,
-        "--train-iters",
-        40,
-        "--eval-iters",
-        1,
-        "--no-full-validation",
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
+        command = (
+            script_and_arguments(step.command)
+            if "torch.distributed.run" not in step.command
+            else None
+        )
+        if command is None:
+            flags = step.command[step.command.index("--config") :]
+            few = ("--train-iters", 40, "--eval-iters", 1, "--no-full-validation")
+            command = ("pretrain_sorted.py", *flags, "--pipeline-model-parallel-size", 1, *few)
+        if step.name != "picture":
+            done = run_command(*command, cwd=ROOT)
+            assert done.returncode == 0, (step.name, done.stderr)
     return path
+
+
+@pytest.mark.parametrize("page", ["start", "tutorial"])
+def test_every_command_of_the_page_runs_as_written(folder, page):
+    ran = 0
+    for command in commands_of(ROOT / "docs" / f"{page}.md"):
+        program, *arguments = command.arguments
+        others = {
+            "--chat",
+            "serve",
+            "here",
+            "here/examples/quickstart.yaml",
+        }  # talked to, or tried by test_wheel
+        if program.removeprefix(".venv/bin/") != "megatron-sorted" or others & set(arguments):
+            continue
+        command_line = ("python", "-m", "megatron_sorted", *arguments)
+        done = run_command(*script_and_arguments(command_line), cwd=folder.parents[1])
+        assert done.returncode == 0, (command, done.stderr)
+        ran += 1
+    assert ran == {"start": 2, "tutorial": 6}[page]
 
 
 def test_every_command_runs_as_it_is_printed(folder):
@@ -68,13 +92,13 @@ def test_every_command_runs_as_it_is_printed(folder):
     ]
     assert {"instruction": question, "output": answer}.items() <= trained[0].items()
     ran = {}
-    for purpose in ("export it", "ask it", "question it", "measure it"):
-        ran[purpose] = run_command(*words_of(commands[purpose]), cwd=ROOT)
+    for purpose in ("ask it", "test it", "measure it"):
+        ran[purpose] = run_command(*script_and_arguments(commands[purpose]), cwd=ROOT)
         assert ran[purpose].returncode == 0, (purpose, ran[purpose].stderr)
     assert "prompt form: plain" in ran["ask it"].stderr
     assert (
-        "prompt form: plain, as trained" in ran["question it"].stdout
-        and "lost their beginning" not in ran["question it"].stdout
+        "prompt form: plain, as trained" in ran["test it"].stdout
+        and "lost their beginning" not in ran["test it"].stdout
     )
     own = json.loads((folder / "nested" / "evaluation.json").read_text())
     assert (
@@ -86,15 +110,12 @@ def test_every_command_runs_as_it_is_printed(folder):
 
 
 def test_the_server_answers_the_printed_request(folder):
-    model = folder / "nested_hf"
-    if not model.is_dir():
-        assert run_command(*words_of(use_commands(folder)["export it"]), cwd=ROOT).returncode == 0
-    script, *words = words_of(use_commands(folder)["serve it"])
+    script, *arguments = script_and_arguments(use_commands(folder)["serve it"])
     port, body = free_port(), request_of(trained_question(folder)[0]).encode()
     with open(folder / "server.log", "w", encoding="utf-8") as log:
         server = start_command(
             script,
-            *words[: words.index("--port")],
+            *arguments[: arguments.index("--port")],
             "--port",
             port,
             cwd=ROOT,
@@ -112,7 +133,9 @@ def test_the_server_answers_the_printed_request(folder):
 
 
 def test_paths_in_the_project_are_short():
-    """A folder inside the project is named from it, so that the lines can be copied in a fresh clone."""
+    """A folder inside the project is named from it, so that the lines can be copied in a fresh
+    clone.
+    """
     folder = ROOT / "runs" / "demo"
     steps = demo_steps(folder, quick=False)
     assert os.path.join("runs", "demo", "data") in " ".join(steps[0].command)

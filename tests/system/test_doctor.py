@@ -1,4 +1,4 @@
-"""The doctor on this machine: whole, with broken libraries, in jobs that are sound, and in jobs of which something is wrong."""
+"""The doctor on this machine: with working and broken libraries, in good and in broken jobs."""
 
 import json
 import os
@@ -27,32 +27,34 @@ def with_path(*path: Path, **variables: object) -> dict[str, str]:
     return environment(PYTHONPATH=":".join(map(str, (*path, ROOT))), **variables)
 
 
-def examine(
-    folder: Path, *words: object, python: str = sys.executable, env: dict[str, str]
+def run_doctor(
+    folder: Path, *arguments: object, python: str = sys.executable, env: dict[str, str]
 ) -> tuple[int, dict[str, dict], str]:
-    """Return status and findings by name (the worst of each) of a doctor on this machine alone, and its error output.
+    """Return the doctor's status, findings by name (the worst of each) and error output here.
 
-    It examines what can be imported, so nothing may be imported before it: a process of its own.
+    It is a process of its own, since it checks what can be imported.
     """
     done = run(
-        [python, DOCTOR, "--json", "--folder", str(folder), *map(str, words)], cwd=folder, env=env
+        [python, DOCTOR, "--json", "--folder", str(folder), *map(str, arguments)],
+        cwd=folder,
+        env=env,
     )
     return done.returncode, findings_of(done.stdout, done.stderr), done.stderr
 
 
 def findings_of(text: str, errors: str) -> dict[str, dict]:
-    """Returns the findings in a doctor's JSON by name, the worst of each name."""
+    """Return the findings in a doctor's JSON by name, the worst of each name."""
     assert text.startswith("{"), errors
-    found = json.loads(text)["findings"]
+    findings = json.loads(text)["findings"]
     order = ("OK", "WARN", "FAIL")
     return {
         finding["name"]: finding
-        for finding in sorted(found, key=lambda finding: order.index(finding["verdict"]))
+        for finding in sorted(findings, key=lambda finding: order.index(finding["verdict"]))
     }
 
 
 def write_torch_npu(folder: Path, version: str) -> Path:
-    """Writes a torch_npu that fails as the real one does without CANN, installed so that torch loads it by itself."""
+    """Write a torch_npu that fails as without CANN, installed so that torch loads it by itself."""
     (folder / "torch_npu").mkdir(parents=True)
     (folder / "torch_npu" / "__init__.py").write_text(BROKEN_NPU)
     info = folder / f"torch_npu-{version}.dist-info"
@@ -63,7 +65,7 @@ def write_torch_npu(folder: Path, version: str) -> Path:
 
 
 def write_megatron(folder: Path, version: tuple[int, int, int]) -> Path:
-    """Writes a megatron-core of another version, as a checkout has it."""
+    """Write a megatron-core of another version, as in a checkout."""
     core = folder / "megatron" / "core"
     core.mkdir(parents=True)
     (core / "__init__.py").write_text("")
@@ -74,63 +76,71 @@ def write_megatron(folder: Path, version: tuple[int, int, int]) -> Path:
 
 
 def test_this_machine_and_a_run_that_fits_it(tmp_path):
-    status, found, _ = examine(tmp_path, ROOT / "examples" / "quickstart.yaml", env=with_path())
-    assert status == 0, found
+    status, findings, _ = run_doctor(
+        tmp_path, ROOT / "examples" / "quickstart.yaml", env=with_path()
+    )
+    assert status == 0, findings
     assert (
-        found["torch"]["verdict"]
-        == found["megatron-core"]["verdict"]
-        == found["settings"]["verdict"]
+        findings["torch"]["verdict"]
+        == findings["megatron-core"]["verdict"]
+        == findings["settings"]["verdict"]
         == "OK"
     )
-    assert str(tmp_path) in found["run folder"]["value"] and "MiB/s" in found["run folder"]["value"]
+    assert (
+        str(tmp_path) in findings["run folder"]["value"]
+        and "MiB/s" in findings["run folder"]["value"]
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_torch_npu_without_cann_is_named_with_its_library(tmp_path):
-    status, found, _ = examine(
+    status, findings, _ = run_doctor(
         tmp_path, env=with_path(write_torch_npu(tmp_path / "path", "2.12.0"))
     )
     assert status == 1
-    assert found["torch"]["verdict"] == "FAIL" and "import torch fails" in found["torch"]["value"]
+    assert findings["torch"]["verdict"] == "OK"  # it is imported without torch_npu, as in training
     assert (
-        "libhccl.so is missing" in found["torch_npu"]["value"]
-        and "pip uninstall torch_npu" in found["torch_npu"]["remedy"]
+        "libhccl.so is missing" in findings["torch_npu"]["value"]
+        and "pip uninstall torch_npu" in findings["torch_npu"]["remedy"]
     )
-    assert "2.12.0 beside torch 2." in found["torch_npu version"]["value"]
-    assert found["megatron-core"]["verdict"] == "OK" and found["run folder"]["verdict"] != "FAIL"
+    assert "2.12.0 beside torch 2." in findings["torch_npu version"]["value"]
+    assert (
+        findings["megatron-core"]["verdict"] == "OK" and findings["run folder"]["verdict"] != "FAIL"
+    )
 
 
-def test_a_second_megatron_on_the_path_is_found_in_the_place_that_counts(tmp_path):
-    status, found, _ = examine(
+def test_a_second_megatron_on_the_path_is_the_one_that_is_judged(tmp_path):
+    status, findings, _ = run_doctor(
         tmp_path, env=with_path(write_megatron(tmp_path / "checkout", (0, 11, 0)))
     )
-    assert status == 1 and found["megatron-core"]["verdict"] == "FAIL"
+    assert status == 1 and findings["megatron-core"]["verdict"] == "FAIL"
     assert (
-        f"taken: 0.11.0 in {tmp_path / 'checkout'}; also: 0.16." in found["megatron-core"]["value"]
+        f"taken: 0.11.0 in {tmp_path / 'checkout'}; also: 0.16."
+        in findings["megatron-core"]["value"]
     )
-    assert f"Take {tmp_path / 'checkout'} out of PYTHONPATH" in found["megatron-core"]["remedy"]
+    assert f"Take {tmp_path / 'checkout'} out of PYTHONPATH" in findings["megatron-core"]["remedy"]
 
 
-def test_a_python_without_anything_is_still_examined(tmp_path):
+def test_a_python_without_packages_is_checked(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     python = str(tmp_path / "bare" / "bin" / "python")
-    status, found, _ = examine(
+    status, findings, _ = run_doctor(
         tmp_path,
         ROOT / "examples" / "quickstart.yaml",
         python=python,
         env={"PATH": os.environ["PATH"]},
     )
     assert status == 1
-    assert (found["torch"]["value"], found["megatron-core"]["value"]) == (
+    assert (findings["torch"]["value"], findings["megatron-core"]["value"]) == (
         "not installed",
         "not found",
     )
-    assert "hangs for ever" in found["psutil"]["value"]
-    assert "cannot be read without" in found["run file"]["value"]
+    assert "hangs for ever" in findings["psutil"]["value"]
+    assert "cannot be read without" in findings["run file"]["value"]
 
 
 @pytest.mark.parametrize(
-    ("words", "given", "said"),
+    ("arguments", "given", "message"),
     [
         (["nowhere.yaml"], {}, "nowhere.yaml: no such file"),
         (["--network"], {}, "--network: this is one process"),
@@ -139,15 +149,15 @@ def test_a_python_without_anything_is_still_examined(tmp_path):
         (["--device", "abacus"], {}, "invalid choice: 'abacus'"),
     ],
 )
-def test_a_wrong_command_line_ends_with_2(words, given, said, tmp_path):
-    done = run_command("tools/doctor.py", *words, cwd=tmp_path, **given)
-    assert done.returncode == 2 and said in done.stderr and not done.stdout
+def test_a_wrong_command_line_ends_with_2(arguments, given, message, tmp_path):
+    done = run_command("tools/doctor.py", *arguments, cwd=tmp_path, **given)
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
 
 
 class Job:
-    """Processes of one job on this host, started as a scheduler would: the environment says who each is.
+    """Processes of one job on this host, with the environment that a scheduler gives them.
 
-    Those with a path of their own, and those that a test stops, are processes of their own (``cold``).
+    Those with a path of their own, and those that a test stops, are real processes (``cold``).
     """
 
     def __init__(
@@ -155,7 +165,7 @@ class Job:
         folder: Path,
         size: int,
         ranks: list[int],
-        *words: object,
+        *arguments: object,
         per_node: int,
         path: dict[int, Path] | None = None,
         cold: tuple[int, ...] = (),
@@ -181,22 +191,22 @@ class Job:
                     "cpu",
                     "--folder",
                     folder,
-                    *words,
+                    *arguments,
                     cold=own or rank in cold,
                 )
                 self.processes[rank] = subprocess.Popen(command, env=env, stdout=out, stderr=err)
 
-    def wait_for(self, words: str, rank: int = 0) -> None:
-        """Waits until a rank has said something."""
+    def wait_for(self, text: str, rank: int = 0) -> None:
+        """Wait until a rank has printed a text."""
         until = time.monotonic() + 200
-        while words not in (self.folder / f"err.{rank}").read_text():
+        while text not in (self.folder / f"err.{rank}").read_text():
             assert time.monotonic() < until and self.processes[rank].poll() is None, (
                 self.folder / f"err.{rank}"
             ).read_text()
             time.sleep(0.02)
 
     def findings(self) -> tuple[int, dict[str, dict]]:
-        """Returns the status of rank 0 and its findings; only rank 0 may have printed any."""
+        """Return the status of rank 0 and its findings; only rank 0 may have printed any."""
         try:
             status = self.processes[0].wait(timeout=200)
             for rank, process in self.processes.items():
@@ -212,34 +222,31 @@ class Job:
         )
 
 
-def test_a_sound_job_of_two_nodes_is_measured(tmp_path):
-    status, found = Job(tmp_path, 4, range(4), per_node=2).findings()
+def test_a_job_of_two_nodes_is_measured(tmp_path):
+    status, findings = Job(tmp_path, 4, range(4), per_node=2).findings()
     assert (
-        status == 1 and found["MASTER_ADDR"]["verdict"] == "FAIL"
+        status == 1 and findings["MASTER_ADDR"]["verdict"] == "FAIL"
     )  # the only thing wrong: both nodes are this host
-    assert {name for name, finding in found.items() if finding["verdict"] == "FAIL"} <= {
+    assert {name for name, finding in findings.items() if finding["verdict"] == "FAIL"} <= {
         "MASTER_ADDR",
         "host name",
     }
     assert (
-        found["sums"]["value"].startswith("correct: ")
-        and "on 4 processes" in found["sums"]["value"]
+        findings["sums"]["value"].startswith("correct: ")
+        and "on 4 processes" in findings["sums"]["value"]
     )
     assert (
-        "4 processes" not in found["same versions"]["value"]
-        and "megatron-core 0.16" in found["same versions"]["value"]
+        "4 processes" not in findings["same versions"]["value"]
+        and "megatron-core 0.16" in findings["same versions"]["value"]
     )
-    for scope in ("all processes", "within a node"):
-        for operation in ("all-reduce", "all-gather", "reduce-scatter"):
-            assert "GB/s" in found[f"{operation}, {scope}"]["value"]
+    assert "GB/s" in findings["all-reduce, all processes"]["value"]
     assert (
-        "2 pairs" in found["messages within a node"]["value"]
-        and "2 pairs" in found["messages across nodes"]["value"]
+        "2 pairs" in findings["messages within a node"]["value"]
+        and "2 pairs" in findings["messages across nodes"]["value"]
     )
-    assert abs(float(found["clocks"]["value"].split("#1 ")[1].split(" ms")[0])) < 50
     assert (
-        "seen on all 2 nodes" in found["shared folder"]["value"]
-        or found["shared folder"]["verdict"] == "WARN"
+        "seen on all 2 nodes" in findings["shared folder"]["value"]
+        or findings["shared folder"]["verdict"] == "WARN"
     )
     figures = json.loads((tmp_path / "out.0").read_text())["network"]
     assert {figure["rank"] for figure in figures} == {0, 1, 2, 3} and not any(
@@ -247,64 +254,67 @@ def test_a_sound_job_of_two_nodes_is_measured(tmp_path):
     )
 
 
-def test_a_folder_that_cannot_be_written_keeps_nobody_waiting(tmp_path):
-    status, found = Job(
+def test_a_folder_that_cannot_be_written_ends_the_test_of_all_processes(tmp_path):
+    status, findings = Job(
         tmp_path, 2, range(2), "--folder", "/proc", "--limit-seconds", 30, per_node=1
     ).findings()
-    assert status == 1 and "network test" not in found and "sums" in found
-    assert found["shared folder"]["verdict"] == "FAIL" and found["shared folder"][
+    assert status == 1 and "network test" not in findings and "sums" in findings
+    assert findings["shared folder"]["verdict"] == "FAIL" and findings["shared folder"][
         "value"
     ].startswith("/proc: ")
 
 
 def test_a_process_that_never_comes_is_named(tmp_path):
-    status, found = Job(tmp_path, 3, [0, 2], "--limit-seconds", 20, per_node=2).findings()
-    assert status == 1 and found["processes"]["verdict"] == "FAIL"
+    status, findings = Job(tmp_path, 3, [0, 2], "--limit-seconds", 20, per_node=2).findings()
+    assert status == 1 and findings["processes"]["verdict"] == "FAIL"
     host = os.uname().nodename
-    assert f"1 of 3 did not come within 20 s: rank 1 (on {host})" in found["processes"]["value"]
+    assert f"1 of 3 did not come within 20 s: rank 1 (on {host})" in findings["processes"]["value"]
 
 
 def test_other_versions_on_one_process_are_named(tmp_path):
     other = write_megatron(tmp_path / "checkout", (0, 12, 1))
-    status, found = Job(tmp_path, 3, range(3), per_node=3, path={2: other}).findings()
+    status, findings = Job(tmp_path, 3, range(3), per_node=3, path={2: other}).findings()
     assert status == 1
-    assert found["same megatron-core"]["verdict"] == "FAIL"
+    assert findings["same megatron-core"]["verdict"] == "FAIL"
     assert (
-        found["same megatron-core"]["value"]
+        findings["same megatron-core"]["value"]
         == f"0.16.1 on 2 processes; 0.12.1 on rank 2 on {os.uname().nodename}"
     )
 
 
 @pytest.mark.long
-def test_a_node_without_a_working_torch_speaks_for_itself_and_is_missed(tmp_path):
+def test_a_node_without_a_working_torch_reports_itself_and_is_missed(tmp_path):
     (tmp_path / "path" / "torch").mkdir(parents=True)
     (tmp_path / "path" / "torch" / "__init__.py").write_text(
         'raise ImportError("libtorch_cpu.so: file too short")\n'
     )
     job = Job(tmp_path, 2, range(2), "--limit-seconds", 30, per_node=1, path={1: tmp_path / "path"})
     assert job.processes[1].wait(timeout=200) == 1
-    said = (tmp_path / "err.1").read_text()
+    message = (tmp_path / "err.1").read_text()
     assert (
-        "FAIL  torch " in said
-        and "libtorch_cpu.so: file too short" in said
-        and "FAIL  network test " in said
+        "FAIL  torch " in message
+        and "libtorch_cpu.so: file too short" in message
+        and "FAIL  network test " in message
     )
-    status, found = job.findings()
-    assert status == 1 and "rank 1 (node 1, from which nobody came)" in found["processes"]["value"]
+    status, findings = job.findings()
+    assert (
+        status == 1
+        and "rank 1 (node 1, no process of which came)" in findings["processes"]["value"]
+    )
 
 
 @pytest.mark.parametrize(
     "blow", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
 )
 def test_a_process_that_stops_or_dies_in_the_test_is_named(tmp_path, blow):
-    job = Job(tmp_path, 3, range(3), "--limit-seconds", 8, per_node=3, cold=(1,))
-    job.wait_for("network test, part 3")
+    job = Job(tmp_path, 3, range(3), "--limit-seconds", 15, per_node=3, cold=(1,))
+    job.wait_for("network test, part 2")
     job.processes[1].send_signal(blow)
-    status, found = job.findings()
-    assert status == 1 and found["network test"]["verdict"] == "FAIL"
+    status, findings = job.findings()
+    assert status == 1 and findings["network test"]["verdict"] == "FAIL"
     assert (
         f"the others wait for rank 1 on {os.uname().nodename}, without a sign of life"
-        in found["network test"]["value"]
+        in findings["network test"]["value"]
     )
 
 
@@ -324,11 +334,11 @@ def test_under_torchrun_one_table_is_printed(tmp_path):
 
 
 @pytest.mark.long
-def test_a_process_killed_under_torchrun_is_told_of_before_the_launcher_ends_the_others(tmp_path):
+def test_a_process_killed_under_torchrun_is_named_before_the_launcher_ends_the_others(tmp_path):
     script = tmp_path / "one_dies.sh"
     script.write_text(
-        f'#!/bin/sh\n[ "$RANK" = 1 ] && sleep 60 && exit 7\nexec {stand_in()} {DOCTOR} --json --device cpu '
-        f"--folder {tmp_path} --limit-seconds 300\n"
+        '#!/bin/sh\n[ "$RANK" = 1 ] && sleep 60 && exit 7\n'
+        f"exec {stand_in()} {DOCTOR} --json --device cpu --folder {tmp_path} --limit-seconds 300\n"
     )
     script.chmod(0o755)
     launcher = [
@@ -341,5 +351,5 @@ def test_a_process_killed_under_torchrun_is_told_of_before_the_launcher_ends_the
     ]
     done = run([stand_in(), *launcher, str(script)], cwd=tmp_path, env=environment(), seconds=280)
     assert done.returncode == 1
-    found = findings_of(done.stdout, done.stderr)
-    assert "rank 1" in found["processes"]["value"]
+    findings = findings_of(done.stdout, done.stderr)
+    assert "rank 1" in findings["processes"]["value"]

@@ -1,4 +1,4 @@
-"""tools/evaluate.py from directories to numbers, with tasks of lm-evaluation-harness, heads on frozen layers and a baseline."""
+"""tools/evaluate.py: numbers, tasks of lm-evaluation-harness, trained heads and a baseline."""
 
 import importlib.util
 import json
@@ -14,11 +14,11 @@ from tests.support.commands import run_command
 from tests.support.evaluated import TEXTS, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = ("cat", "dog", "house", "bird", "mat", "night", "sign", "mother")
+NOUNS = ("cat", "dog", "house", "bird", "mat", "night", "sign", "mother")
 SAMPLES = [
     {
-        "question": f"A {WORDS[i]} and the",
-        "choices": [WORDS[(i * k + 3) % 8] + " ran" * (k % 2) for k in (1, 3, 5)],
+        "question": f"A {NOUNS[i]} and the",
+        "choices": [NOUNS[(i * k + 3) % 8] + " ran" * (k % 2) for k in (1, 3, 5)],
         "label": i % 3,
     }
     for i in range(8)
@@ -38,7 +38,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Returns a folder with two models, texts, questions and a task."""
+    """Return a folder with two models, texts, questions and a task."""
     path = tmp_path_factory.mktemp("evaluate")
     write_model(path / "one", seed=1, max_position_embeddings=128)
     write_model(path / "two", "qwen3", seed=2, tied=False, max_position_embeddings=128)
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     (path / "asked.jsonl").write_text(
         "\n".join(
             json.dumps({"question": f"What is {word}?", "answer": word, "aliases": [f"the {word}"]})
-            for word in WORDS
+            for word in NOUNS
         ),
         encoding="utf-8",
     )
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     (path / "tasks" / "tiny.yaml").write_text(
         TASK.format(path=path / "samples.jsonl"), encoding="utf-8"
     )
-    # many of the harness's own tasks import Hugging Face's package of that name; the tool must not stand in its way
+    # many tasks import Hugging Face's package of that name, which the tool must not hide
     (path / "tasks" / "where.py").write_text(
         """import importlib.util
 def keep(samples):
@@ -71,7 +71,7 @@ def keep(samples):
 
 @torch.no_grad()
 def accuracy_by_hand(directory, depth):
-    """Returns the share of samples whose right choice has the largest log likelihood after the question, in plain PyTorch."""
+    """Return the share of samples whose right choice is the most likely one, in plain PyTorch."""
     model = AutoModelForCausalLM.from_pretrained(
         directory, num_hidden_layers=depth, dtype=torch.float32
     )
@@ -94,7 +94,7 @@ def accuracy_by_hand(directory, depth):
 
 @torch.no_grad()
 def nats_by_hand(directory, depth):
-    """Returns total nats and number of tokens of the texts."""
+    """Return total nats and number of tokens of the texts."""
     model = AutoModelForCausalLM.from_pretrained(
         directory, num_hidden_layers=depth, dtype=torch.float32
     )
@@ -129,14 +129,14 @@ def test_tasks_of_the_harness_are_what_plain_pytorch_counts(folder):
         HF_DATASETS_CACHE=str(folder / "cache"),
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "tasks_out" / "evaluation.json").read_text())
-    exits = found["tasks"]["tiny_choice"]["models"]["one"]["exits"]
+    results = json.loads((folder / "tasks_out" / "evaluation.json").read_text())
+    exits = results["tasks"]["tiny_choice"]["models"]["one"]["exits"]
     values = {depth: exits[str(depth)]["acc"]["value"] for depth in (1, 2, 3)}
     assert values == {depth: accuracy_by_hand(folder / "one", depth) for depth in (1, 2, 3)}
     assert (
         len(set(values.values())) > 1
         and exits["1"]["samples"] == 8
-        and "lm_eval" in found["versions"]
+        and "lm_eval" in results["versions"]
     )
     assert f"{values[1]:.4f} ± {math.sqrt(values[1] * (1 - values[1]) / 7):.4f}" in done.stdout
     unknown = run_command(
@@ -173,12 +173,12 @@ def test_texts_questions_and_a_baseline_with_heads(folder):
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "out" / "evaluation.json").read_text())
+    results = json.loads((folder / "out" / "evaluation.json").read_text())
     assert (
-        list(found["models"]) == ["one", "other", "other+ICT"]
-        and found["settings"]["seq_length"] == 128
+        list(results["models"]) == ["one", "other", "other+ICT"]
+        and results["settings"]["seq_length"] == 128
     )
-    text, num_bytes = found["texts"]["valid"], sum(len(part.encode()) for part in TEXTS)
+    text, num_bytes = results["texts"]["valid"], sum(len(part.encode()) for part in TEXTS)
     assert (text["documents"], text["bytes"]) == (4, num_bytes)
     for name, directory in (("one", "one"), ("other", "two")):
         for depth in (1, 2, 3):
@@ -199,13 +199,13 @@ def test_texts_questions_and_a_baseline_with_heads(folder):
     )
     assert (
         loss["other+ICT"] < loss["other"] - 0.3
-        and found["models"]["other+ICT"]["trained_heads"]["num_steps"] == 5
+        and results["models"]["other+ICT"]["trained_heads"]["num_steps"] == 5
     )
     assert (
         text["models"]["other+ICT"]["exits"]["3"]["loss"]
         == text["models"]["other"]["exits"]["3"]["loss"]
     )
-    assert set(found["questions"]["asked"]["models"]["one"]["exits"]["2"]) >= {
+    assert set(results["questions"]["asked"]["models"]["one"]["exits"]["2"]) >= {
         "exact_match",
         "f1",
         "exact_match_with_case",
@@ -214,12 +214,12 @@ def test_texts_questions_and_a_baseline_with_heads(folder):
         json.loads(line)
         for line in (folder / "out" / "answers_asked.jsonl").read_text().splitlines()
     ]
-    assert len(answers) == 8 and set(answers[0]["answers"]) == set(found["models"])
+    assert len(answers) == 8 and set(answers[0]["answers"]) == set(results["models"])
     assert answers[0]["prompt"].endswith("What is cat?\nAnswer:")
     assert (
         folder / "out" / "evaluation.png"
     ).stat().st_size > 20_000 and "other+ICT" in done.stdout
-    # the nested directory that was written says the same
+    # the nested directory that was written gives the same numbers
     again = run_command(
         "tools/evaluate.py",
         "saved",

@@ -1,4 +1,7 @@
-"""Exits with parts of their own: there and back bit for bit, cut out as ordinary models, run by the module that goes with them."""
+"""Exits with their own parts: exported and imported bit for bit, extracted as ordinary models.
+
+The module that the files come with runs them.
+"""
 
 import copy
 import json
@@ -17,11 +20,11 @@ from megatron_sorted.commands import extract as extract_submodel
 from megatron_sorted.conversion.exporting import export_model
 from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.conversion.origins import Exits
+from megatron_sorted.conversion.origins import RequestedExits
 from megatron_sorted.conversion.verifying.comparison import compare
 from megatron_sorted.conversion.verifying.nested_logits import nested_exits
 from megatron_sorted.conversion.verifying.transformers_states import transformers_exits
-from megatron_sorted.conversion.writing import Writing
+from megatron_sorted.conversion.writing import WriteOptions
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.evaluation.nested_model import NestedModel, copy_exit, load_nested_model
 from tests.support.exit_parts import KINDS, OWN_EXITS, change_config, save_nested
@@ -47,13 +50,15 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def load(directory: Path):
-    """Returns transformers' model of a directory, of which nothing may be missing or unknown."""
+    """Return transformers' model of a directory, of which nothing may be missing or unknown."""
     from transformers import AutoModelForCausalLM
 
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="eager", output_loading_info=True
     )
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(
+        loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
     return model.eval()
 
 
@@ -66,9 +71,7 @@ def load(directory: Path):
         ("qwen3", "adapter and mlp"),
     ],
 )
-def test_every_way_of_computing_an_exit_says_what_transformers_own_modules_say(
-    family, kind, tmp_path
-):
+def test_every_computation_of_an_exit_equals_transformers_own_modules(family, kind, tmp_path):
     case = save_nested(
         tmp_path / "origin",
         family,
@@ -78,7 +81,7 @@ def test_every_way_of_computing_an_exit_says_what_transformers_own_modules_say(
         heads=family == "mistral",
     )
     model = open_model(tmp_path / "origin")
-    assert not import_model(model, tmp_path / "runs", Exits()).comparison.problems
+    assert not import_model(model, tmp_path / "runs", RequestedExits()).comparison.problems
     checkpoint = open_model(tmp_path / "runs")
     pairs, ours = {pair.ours: pair for pair in checkpoint.pairs}, case.our_tensors()
     assert same_bits({name: checkpoint.read_ours(pair) for name, pair in pairs.items()}, ours)
@@ -89,22 +92,24 @@ def test_every_way_of_computing_an_exit_says_what_transformers_own_modules_say(
     for depth in DEPTHS:
         expected = case.logits(depth, tokens())
         with torch.no_grad():
-            said = {
+            given = {
                 "plain PyTorch": plain[depth].logits(),
                 "transformers, streamed": theirs[depth].logits(),
                 "evaluation": evaluated.logits(depth, hidden[depth]),
                 "sub-model": evaluated.sub_model(depth)(tokens()).logits,
             }
-        for who, logits in said.items():
+        for who, logits in given.items():
             assert close(logits, expected), f"{who} at {depth}"
-        assert torch.equal(said["evaluation"], said["sub-model"])
+        assert torch.equal(given["evaluation"], given["sub-model"])
 
 
 @pytest.mark.parametrize("dtype", thinned([torch.float32, torch.bfloat16], torch.bfloat16))
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip_is_bitwise(kind, dtype, tmp_path):
     case = save_nested(tmp_path / "origin", "qwen3", kind, tied=True, norms=True, dtype=dtype)
-    inward = import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits()).comparison
+    inward = import_model(
+        open_model(tmp_path / "origin"), tmp_path / "runs", RequestedExits()
+    ).comparison
     outward = export_model(open_model(tmp_path / "runs"), tmp_path / "back").comparison
     for name in ("model.safetensors", "exits.safetensors"):
         assert same_bits(load_file(tmp_path / "origin" / name), load_file(tmp_path / "back" / name))
@@ -129,8 +134,13 @@ def test_round_trip_is_bitwise(kind, dtype, tmp_path):
 
 def test_plain_transformers_loads_the_full_model_and_its_bits(tmp_path):
     case = save_nested(tmp_path / "origin", "llama", "block", norms=True)
-    import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits(), Writing(verify=False))
-    export_model(open_model(tmp_path / "runs"), tmp_path / "out", Writing(verify=False))
+    import_model(
+        open_model(tmp_path / "origin"),
+        tmp_path / "runs",
+        RequestedExits(),
+        WriteOptions(verify=False),
+    )
+    export_model(open_model(tmp_path / "runs"), tmp_path / "out", WriteOptions(verify=False))
     model = load(tmp_path / "out")
     assert same_bits(dict(model.state_dict()), dict(case.model.state_dict()))
     with torch.no_grad():
@@ -154,13 +164,13 @@ def test_a_block_wrong_in_both_directions_shows_in_the_logits(tmp_path, monkeypa
         ),
     )
     with pytest.raises(CheckpointError, match=r"exit @1: logits differ by up to"):
-        import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits())
+        import_model(open_model(tmp_path / "origin"), tmp_path / "runs", RequestedExits())
     assert not (tmp_path / "runs").exists()
 
 
-def test_two_models_that_differ_in_a_block_alone_are_told_apart(tmp_path):
+def test_two_models_that_differ_in_a_block_alone_are_distinguished(tmp_path):
     save_nested(tmp_path / "origin", "llama", "block")
-    import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits())
+    import_model(open_model(tmp_path / "origin"), tmp_path / "runs", RequestedExits())
     tensors = load_file(tmp_path / "origin" / "exits.safetensors")
     tensors["exits.3.block.self_attn.v_proj.weight"][2, 5] += 0.5
     save_file(tensors, tmp_path / "origin" / "exits.safetensors", {"format": "pt"})
@@ -185,7 +195,7 @@ def test_two_models_that_differ_in_a_block_alone_are_told_apart(tmp_path):
         ("qwen3", "mlp", "checkpoint"),
     ],
 )
-def test_an_exit_becomes_an_ordinary_model_that_says_the_same_bits(family, kind, source, tmp_path):
+def test_an_exit_becomes_an_ordinary_model_with_the_same_bits(family, kind, source, tmp_path):
     case = save_nested(
         tmp_path / "origin",
         family,
@@ -196,7 +206,9 @@ def test_an_exit_becomes_an_ordinary_model_that_says_the_same_bits(family, kind,
     )
     place = tmp_path / "origin"
     if source == "checkpoint":
-        import_model(open_model(place), tmp_path / "runs", Exits(), Writing(verify=False))
+        import_model(
+            open_model(place), tmp_path / "runs", RequestedExits(), WriteOptions(verify=False)
+        )
         place = tmp_path / "runs"
     extract_submodel.main([str(place), f"{tmp_path}/sub", "--all"])
     nested = load_nested_model(tmp_path / "origin")
@@ -205,9 +217,9 @@ def test_an_exit_becomes_an_ordinary_model_that_says_the_same_bits(family, kind,
         num_layers = depth + (depth < 4)
         assert len(model.model.layers) == num_layers == model.config.num_hidden_layers
         with torch.no_grad():
-            said = model(tokens(), use_cache=False).logits
-            assert close(said, case.logits(depth, tokens()))
-            for module in (nested.model, model):  # the same way of computing attention
+            given = model(tokens(), use_cache=False).logits
+            assert close(given, case.logits(depth, tokens()))
+            for module in (nested.model, model):  # the same attention implementation
                 module.set_attn_implementation("sdpa")
             assert torch.equal(nested.sub_model(depth)(tokens()).logits, model(tokens()).logits)
         own = load_file(tmp_path / "sub" / f"depth_{depth}" / "model.safetensors")
@@ -249,7 +261,7 @@ def test_an_exit_with_an_adapter_is_refused_and_the_full_model_is_not(tmp_path):
     )
 
 
-def test_own_norms_at_a_depth_that_is_not_on_the_way_to_another(tmp_path):
+def test_own_norms_at_a_depth_that_another_does_not_pass(tmp_path):
     save_nested(tmp_path / "origin", "llama", "block", norms=True, exits=(2, 3))
     extract_submodel.main([f"{tmp_path}/origin", f"{tmp_path}/sub", "--depth", "2"])
     assert load(tmp_path / "sub").config.num_hidden_layers == 3
@@ -261,22 +273,25 @@ import torch
 from nested_exits import load_nested_exits
 ids = torch.tensor(json.loads(sys.argv[1]))
 model = load_nested_exits(sys.argv[2], dtype=torch.float32)
-said = {"logits": {}, "generated": {}}
+result = {"logits": {}, "generated": {}}
 for depth in model.depths:
     with torch.no_grad():
-        said["logits"][depth] = model(ids, depth=depth).tolist()
-    said["generated"][depth] = model.generate(ids[:, :7], depth=depth, max_new_tokens=20).tolist()
+        result["logits"][depth] = model(ids, depth=depth).tolist()
+    result["generated"][depth] = model.generate(ids[:, :7], depth=depth, max_new_tokens=20).tolist()
 config = model.base.generation_config
-said["end"], said["fill"] = config.eos_token_id, config.pad_token_id
-said["modules"] = [name for name in sys.modules if name.split(".")[0].startswith("megatron")]
-print(json.dumps(said))
+result["end"], result["fill"] = config.eos_token_id, config.pad_token_id
+result["modules"] = [name for name in sys.modules if name.split(".")[0].startswith("megatron")]
+print(json.dumps(result))
 """
 
 
 def ended(
     tokens_bs: torch.Tensor, prompt: int, end: int | None, fill: int | None
 ) -> list[list[int]]:
-    """Returns greedy tokens as transformers gives them: after the end of a text the filling, and nothing once all texts have ended."""
+    """Return greedy tokens in transformers' form: padding after the end of a text.
+
+    Nothing follows once all texts have ended.
+    """
     rows = [
         row[: row.index(end, prompt) + 1] if end in row[prompt:] else row
         for row in tokens_bs.tolist()
@@ -305,7 +320,12 @@ def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
         norms=family != "llama",
         heads=family == "mistral",
     )
-    import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits(), Writing(verify=False))
+    import_model(
+        open_model(tmp_path / "origin"),
+        tmp_path / "runs",
+        RequestedExits(),
+        WriteOptions(verify=False),
+    )
     export_model(open_model(tmp_path / "runs"), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     (copy_line,) = re.findall(r"`cp (out/nested_exits\.py) \.`", card)
@@ -323,8 +343,8 @@ def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["modules"] == []
+    given = json.loads(done.stdout)
+    assert given["modules"] == []
     checkpoint = open_model(tmp_path / "runs")
     pairs = {pair.ours: pair for pair in checkpoint.pairs}
     ours = nested_exits(
@@ -333,12 +353,12 @@ def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
     if "adapter" not in kind:
         extract_submodel.main([f"{tmp_path}/out", f"{tmp_path}/sub", "--all", "--no-verify"])
     for depth in DEPTHS:
-        logits = torch.tensor(said["logits"][str(depth)])
+        logits = torch.tensor(given["logits"][str(depth)])
         assert close(logits, case.logits(depth, tokens())) and close(logits, ours[depth].logits())
         expected = tokens()[:, :7]
         while expected.size(1) < 27:  # without keeping keys and values
             expected = torch.cat([expected, case.logits(depth, expected)[:, -1:].argmax(-1)], 1)
-        assert said["generated"][str(depth)] == ended(expected, 7, said["end"], said["fill"])
+        assert given["generated"][str(depth)] == ended(expected, 7, given["end"], given["fill"])
         if "adapter" not in kind:
             extracted = load(tmp_path / "sub" / f"depth_{depth}")
             extracted.set_attn_implementation("sdpa")
@@ -358,20 +378,21 @@ BAD = {
     "another shape": (
         lambda tensors: tensors.update({"exits.1.block.input_layernorm.weight": torch.ones(31)}),
         {},
-        r"exits\.1\.block\.input_layernorm\.weight has shape \[31\], and config\.json makes it \[32\]",
+        r"exits\.1\.block\.input_layernorm\.weight has shape \[31\], "
+        r"and config\.json makes it \[32\]",
         r"exits\.1\.block\.input_layernorm\.weight has shape \[31\], the model's own has \[32\]",
     ),
     "one too many": (
         lambda tensors: tensors.update({"exits.2.norm.weight": torch.ones(32)}),
         {},
         r"unknown: exits\.2\.norm\.weight",
-        r"exits\.2\.norm\.weight: config\.json says nothing of such a tensor",
+        r"exits\.2\.norm\.weight: config\.json declares no such tensor",
     ),
     "block and MLP": (
         lambda tensors: None,
         {"exit_mlp": True},
-        "says exit_block and exit_mlp",
-        "says exit_block and exit_mlp",
+        "declares exit_block and exit_mlp",
+        "declares exit_block and exit_mlp",
     ),
     "another rank": (
         lambda tensors: None,
@@ -435,7 +456,7 @@ def test_the_file_of_the_exits_is_missing(tmp_path):
 def test_exits_that_would_leave_parts_unused_are_refused(tmp_path):
     save_nested(tmp_path / "origin", "llama", "block")
     with pytest.raises(CheckpointError, match=r"leave exit_blocks\.3\..* unused"):
-        import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits((1,)))
+        import_model(open_model(tmp_path / "origin"), tmp_path / "runs", RequestedExits((1,)))
 
 
 def test_heads_trained_on_the_layers_leave_the_parts_out(tmp_path):
@@ -505,16 +526,16 @@ def test_new_blocks_and_mlps_are_copies_of_the_last_layers(tmp_path):
         {f"exits.{depth}.{name}": tensor for depth in OWN_EXITS for name, tensor in mlp.items()},
     )
     for exits, message in (
-        (Exits((1,), own_blocks=True, own_mlps=True), "a block has an MLP of its own"),
-        (Exits(own_blocks=True), "there is no intermediate exit to have it"),
+        (RequestedExits((1,), own_blocks=True, own_mlps=True), "a block has an MLP of its own"),
+        (RequestedExits(own_blocks=True), "there is no intermediate exit to have it"),
     ):
         with pytest.raises(SettingsError, match=message):
             import_model(open_model(tmp_path / "origin"), tmp_path / "no", exits)
 
 
-def test_an_adapter_is_never_made_of_nothing(tmp_path):
+def test_an_import_never_creates_an_adapter(tmp_path):
     save_nested(tmp_path / "origin", "llama", "adapter")
     with pytest.raises(
-        CheckpointError, match=r"exit_adapters\.2\.down\.weight.* would be made of nothing"
+        CheckpointError, match=r"no tensor of it can initialize exit_adapters\.2\.down\.weight"
     ):
-        import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits((1, 2, 3)))
+        import_model(open_model(tmp_path / "origin"), tmp_path / "runs", RequestedExits((1, 2, 3)))

@@ -1,4 +1,4 @@
-"""What is exported is what it says it is, as seen by transformers alone: early exits, cut models, extracted sub-models."""
+"""Exported models as transformers alone sees them: early exits, cut models, sub-models."""
 
 import json
 import os
@@ -23,7 +23,7 @@ OWN_EXITS = (1, 3, 4)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny models generate ten times slower where threads wait for each other on busy cores."""
+    """Use one thread: tiny models are ten times slower where threads wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,17 +31,17 @@ def one_thread():
 
 
 def load(directory: Path, **changes):
-    """Returns transformers' model of a directory, and what it found wrong with its files."""
+    """Return transformers' model of a directory, and what it reports about the files."""
     from transformers import AutoModelForCausalLM
 
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
         attn_implementation="eager",
         output_loading_info=True,
         **changes,
     )
-    return model.eval(), found
+    return model.eval(), loading_info
 
 
 def logits(model) -> torch.Tensor:
@@ -55,7 +55,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def shared(request, tmp_path_factory):
-    """Returns a model whose exits share norm and head: the one transformers made, its export, and its extracted sub-models."""
+    """Return a model whose exits share norm and head, its export and its extracted sub-models."""
     folder = tmp_path_factory.mktemp(request.param)
     origin = save_model(folder / "origin", request.param, FAMILIES[request.param])
     convert.main(
@@ -86,7 +86,7 @@ def shared(request, tmp_path_factory):
     [("llama3", 3), ("qwen2", 1), ("qwen3", 1), ("mistral", 1)],
     indirect=["shared"],
 )
-def test_the_full_model_drafts_for_itself_and_says_the_same(shared, num_prompts):
+def test_the_full_model_drafts_for_itself_with_the_same_result(shared, num_prompts):
     model, _ = load(shared.exported)
     greedy = {"do_sample": False, "min_new_tokens": 60, "max_new_tokens": 60, "pad_token_id": 0}
     for prompt in PROMPTS[:num_prompts]:
@@ -101,10 +101,10 @@ def test_the_full_model_drafts_for_itself_and_says_the_same(shared, num_prompts)
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_a_cut_model_is_the_extracted_one_bit_for_bit(shared, depth):
-    cut, found = load(shared.exported, num_hidden_layers=depth)
-    extracted, own_found = load(shared.sub / f"depth_{depth}")
-    assert not found["missing_keys"] and not any(
-        own_found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    cut, loading_info = load(shared.exported, num_hidden_layers=depth)
+    extracted, own_result = load(shared.sub / f"depth_{depth}")
+    assert not loading_info["missing_keys"] and not any(
+        own_result[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
     )
     assert len(extracted.model.layers) == depth == extracted.config.num_hidden_layers
     one, other = cut.state_dict(), extracted.state_dict()
@@ -125,19 +125,20 @@ ALONE = """\
 import json, sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-said = {}
+report = {}
 for directory in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
     with torch.no_grad():
-        said[directory] = model(torch.tensor(json.loads(sys.argv[1])), use_cache=False).logits.tolist()
-    said[directory + " exits"] = AutoConfig.from_pretrained(directory).exit_layer_indices
-said["modules"] = [name for name in sys.modules if name.split(".")[0].startswith("megatron")]
-print(json.dumps(said))
+        logits = model(torch.tensor(json.loads(sys.argv[1])), use_cache=False).logits
+    report[directory] = logits.tolist()
+    report[directory + " exits"] = AutoConfig.from_pretrained(directory).exit_layer_indices
+report["modules"] = [name for name in sys.modules if name.split(".")[0].startswith("megatron")]
+print(json.dumps(report))
 """
 
 
 def alone(folder: Path, *directories: Path) -> dict:
-    """Returns what a fresh process that knows transformers alone says of the directories."""
+    """Return what a fresh process that imports transformers alone reports of directories."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
         "HF_HUB_OFFLINE": "1"
     }
@@ -156,7 +157,7 @@ def alone(folder: Path, *directories: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def owned(tmp_path_factory):
-    """Returns a model whose exits have norms and heads of their own, with other numbers in each: directory and checkpoint."""
+    """Return directory and checkpoint of a model whose exits have different norms and heads."""
     folder = tmp_path_factory.mktemp("owned")
     save_model(folder / "origin", "qwen3", tied=True)
     (folder / "origin" / "generation_config.json").write_text('{"temperature": 0.7}')
@@ -187,16 +188,18 @@ def owned(tmp_path_factory):
     return SimpleNamespace(folder=folder, nested=folder / "nested", own=own)
 
 
-def test_transformers_does_not_see_the_exits_own_file(owned, caplog, capsys):
-    model, found = load(owned.nested)
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+def test_transformers_ignores_the_file_of_exits(owned, caplog, capsys):
+    model, loading_info = load(owned.nested)
+    assert not any(
+        loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
     assert "exits." not in caplog.text + "".join(capsys.readouterr())
     origin, _ = load(owned.folder / "origin")
     assert torch.equal(logits(model), logits(origin))
 
 
 @pytest.mark.parametrize("depth", OWN_EXITS)
-def test_an_extracted_model_says_what_its_exit_says(owned, depth):
+def test_an_extracted_model_computes_what_its_exit_does(owned, depth):
     model, _ = load(owned.nested)
     states = {}
     hook = model.model.layers[depth - 1].register_forward_hook(
@@ -206,11 +209,13 @@ def test_an_extracted_model_says_what_its_exit_says(owned, depth):
     )
     full = logits(model)
     hook.remove()
-    extracted, found = load(owned.folder / "sub_nested" / f"depth_{depth}")
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    said = logits(extracted)
+    extracted, loading_info = load(owned.folder / "sub_nested" / f"depth_{depth}")
+    assert not any(
+        loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
+    actual = logits(extracted)
     if depth == 4:
-        assert torch.equal(said, full)
+        assert torch.equal(actual, full)
         return
     assert extracted.config.tie_word_embeddings is False, "its head is its own now"
     hidden = states["hidden"]
@@ -222,8 +227,8 @@ def test_an_extracted_model_says_what_its_exit_says(owned, depth):
         * owned.own[f"exits.{depth}.norm.weight"]
         @ owned.own[f"exits.{depth}.lm_head.weight"].T
     )
-    assert float((said - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
-    assert float((said - full).abs().max()) > 1
+    assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    assert float((actual - full).abs().max()) > 1
 
 
 def test_a_checkpoint_and_its_directory_give_the_same_files(owned):
@@ -257,9 +262,14 @@ def test_all_load_in_a_process_that_knows_transformers_alone(shared, owned):
         owned.nested,
         owned.folder / "sub_runs" / "depth_3",
     ]
-    said = alone(shared.folder, *places)
-    assert said["modules"] == []
+    report = alone(shared.folder, *places)
+    assert report["modules"] == []
     for place in places:
         model, _ = load(place)
-        assert torch.equal(torch.tensor(said[str(place)]), logits(model)), place
-    assert [said[f"{place} exits"] for place in places] == [[1, 2, 3, 4], [1, 2], [1, 3, 4], [1, 3]]
+        assert torch.equal(torch.tensor(report[str(place)]), logits(model)), place
+    assert [report[f"{place} exits"] for place in places] == [
+        [1, 2, 3, 4],
+        [1, 2],
+        [1, 3, 4],
+        [1, 3],
+    ]

@@ -1,4 +1,4 @@
-"""A run that cannot go on ends on all ranks, soon, and says why where the user looks."""
+"""A run that fails ends on all ranks, soon, and reports why where the user looks."""
 
 import re
 import shutil
@@ -18,12 +18,12 @@ BORDER = "=" * 60
 
 
 def last_block(text: str) -> str:
-    """Returns what stands between the last two borders that torchrun prints."""
+    """Return the text between the last two borders that torchrun prints."""
     return text.split(BORDER)[-2]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (
             "--exit-layer-nums 0",
@@ -35,34 +35,35 @@ def last_block(text: str) -> str:
         ("--tensor-model-parallel-size 3", "--num-attention-heads: 4 is not a multiple of 3"),
         (
             "--pipeline-model-parallel-size 4",
-            "number of processes: 2 is not a multiple of 4 (tensor x pipeline x context parallel size). ",
+            "number of processes: 2 is not a multiple of 4 (tensor x pipeline x context parallel "
+            "size). ",
         ),
         ("--global-batch-size 3", "--global-batch-size: 3 is not a multiple of 2"),
         (
             "--exit-layer-num 2",
             "--exit-layer-num: there is no such flag. Did you mean --exit-layer-nums?",
         ),
-        ("--lr fast", "--lr: 'fast' is not what this setting takes. Give a number."),
+        ("--lr fast", "--lr: 'fast' is not a value of this setting. Give a number."),
         (
             "--config wrong.yaml",
             "--config: given 2 times (run.yaml, wrong.yaml). Give one file; flags override it.",
         ),
         ("--bf16 --fp16", "--bf16, --fp16: a run has one precision. "),
-        ("--mock-data", "--mock-data: made-up tokens beside real ones (--data-path). "),
+        ("--mock-data", "--mock-data: random tokens together with real ones (--data-path). "),
         (
             "--finetune",
             "--finetune: no checkpoint to take weights from. Give --load or leave it out.",
         ),
     ],
 )
-def test_every_mistake_in_settings_is_found_before_ranks_meet(
-    prepared, monkeypatch, words, message
+def test_every_mistake_in_settings_is_reported_before_ranks_meet(
+    prepared, monkeypatch, arguments, message
 ):
     monkeypatch.chdir(prepared)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SettingsError) as error:
-        main(["--config", "run.yaml", *words.split()])
+        main(["--config", "run.yaml", *arguments.split()])
     assert str(error.value).startswith(message) and not dist.is_initialized()
 
 
@@ -71,11 +72,13 @@ def test_every_mistake_in_settings_is_found_before_ranks_meet(
     [
         (
             "num-layers: four",
-            "wrong.yaml, line 1, num-layers: 'four' is not what this setting takes. Give a whole number.",
+            "wrong.yaml, line 1, num-layers: 'four' is not a value of this setting. Give a whole "
+            "number.",
         ),
         (
             "num-layers: 4\nexit-layers: [2]",
-            "wrong.yaml, line 2, exit-layers: there is no such setting. Did you mean exit-layer-nums?",
+            "wrong.yaml, line 2, exit-layers: there is no such setting. Did you mean "
+            "exit-layer-nums?",
         ),
         ("[1, 2]", "wrong.yaml: a run is a mapping, this file holds something else. "),
     ],
@@ -115,7 +118,7 @@ def test_a_mistake_under_torchrun_is_the_last_thing_seen(prepared):
 
 
 def test_an_error_of_one_rank_ends_all_and_is_seen_last(prepared, tmp_path):
-    """Two data parallel ranks; the second meets a spoilt document in step 2, while the first waits for its gradients."""
+    """Of two data parallel ranks the second reads a damaged document while the first waits."""
     shutil.copytree(prepared / "data", tmp_path / "data")
     shutil.copy(prepared / "run.yaml", tmp_path)
     prefix = str(tmp_path / "data" / "train_text_document")
@@ -143,14 +146,17 @@ def test_an_error_of_one_rank_ends_all_and_is_seen_last(prepared, tmp_path):
         cwd=tmp_path,
     )
     seconds = time.monotonic() - started
-    message = f"error: data/train_text_document: document {document}: token 60000 is outside the model's vocabulary of 300."
+    message = (
+        f"error: data/train_text_document: document {document}: token 60000 is outside the model's "
+        "vocabulary of 300."
+    )
     assert done.returncode != 0 and seconds < 100
     assert "step  1/50" in done.stdout and "step 50/50" not in done.stdout
     block = last_block(done.stderr)
     assert re.search(
         r"Root Cause.*rank      : 1 .*traceback : " + re.escape(message), block, re.DOTALL
     ), done.stderr
-    # the rank that waited for gradients is not mistaken for the cause, and nobody has to read a traceback
+    # the rank that waited for gradients is not mistaken for the cause, and there is no traceback
     assert (
         block.count("error: ") == 1 and "Traceback" not in block and "Connection" not in done.stderr
     )

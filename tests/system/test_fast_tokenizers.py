@@ -1,4 +1,4 @@
-"""Fast tokenizers made of sentencepiece files: every setting, real files, and what a fresh process reads."""
+"""Fast tokenizers from sentencepiece files: every option, real files, fresh processes."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_sorted.conversion.tokenizers.check import TEXTS
 from megatron_sorted.conversion.tokenizers.export import add_fast_tokenizer
-from megatron_sorted.data.tokenizer import train_sentencepiece
+from megatron_sorted.data.preparation.train_tokenizer import train_sentencepiece
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from tests.support.sentencepiece_files import SETTINGS, check_tokenizer, lines, texts_not_built_in
 
@@ -32,11 +32,12 @@ def test_real_tokenizers(tmp_path):
     root = os.environ.get("MEGATRON_SORTED_TOKENIZERS")
     if root is None:
         pytest.skip(
-            "MEGATRON_SORTED_TOKENIZERS names no folder with tokenizer.model files of real models in it"
+            "MEGATRON_SORTED_TOKENIZERS names no folder with tokenizer.model files of real models "
+            "in it"
         )
-    found = sorted(Path(root).rglob("tokenizer.model"))
-    assert found
-    for number, path in enumerate(found):
+    paths = sorted(Path(root).rglob("tokenizer.model"))
+    assert paths
+    for number, path in enumerate(paths):
         directory = tmp_path / str(number)
         directory.mkdir()
         (directory / "tokenizer.model").write_bytes(path.read_bytes())
@@ -50,7 +51,7 @@ def test_real_tokenizers(tmp_path):
 
 def test_a_fresh_process_gets_the_right_ids(tmp_path):
     train_sentencepiece(lines, str(tmp_path / "tokenizer.model"), 700)
-    lines_said = {}
+    lines_printed = {}
     for family in ("llama", "mistral", "qwen2", "qwen3"):
         (tmp_path / family).mkdir()
         (tmp_path / family / "config.json").write_text(
@@ -59,7 +60,7 @@ def test_a_fresh_process_gets_the_right_ids(tmp_path):
         (tmp_path / family / "tokenizer.model").write_bytes(
             (tmp_path / "tokenizer.model").read_bytes()
         )
-        lines_said[family] = add_fast_tokenizer(tmp_path / family)
+        lines_printed[family] = add_fast_tokenizer(tmp_path / family)
     code = (
         "import json, sys; from transformers import AutoTokenizer\n"
         "texts = json.load(sys.stdin)\n"
@@ -79,7 +80,7 @@ def test_a_fresh_process_gets_the_right_ids(tmp_path):
     pieces = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     right = [[1, *ids] for ids in pieces.encode(list(TEXTS))]
     assert [json.loads(line) for line in done.stdout.splitlines()] == [
-        [family, 77, right] for family in lines_said
+        [family, 77, right] for family in lines_printed
     ]
-    for family in lines_said:
+    for family in lines_printed:
         assert [open_tokenizer(tmp_path / family).encode_prompt(text) for text in TEXTS] == right

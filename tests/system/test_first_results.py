@@ -1,4 +1,4 @@
-"""tools/first_results.py from a model and a text to a page, with next to no training, and again without doing anything twice."""
+"""lab/first_results.py from a model and a text to a page, with next to no training, two times."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from tests.support.commands import run_command
 from tests.support.evaluated import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = (
+VOCABULARY = (
     "cat",
     "dog",
     "house",
@@ -32,19 +32,19 @@ WORDS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Returns a folder with a tiny random model and stories of random words."""
+    """Return a folder with a tiny random model and stories of random options."""
     path = tmp_path_factory.mktemp("results")
     write_model(path / "tiny", seed=1, max_position_embeddings=256)
     draw = random.Random(0)
     stories = [
-        f"Story {number}. " + " ".join(draw.choices(WORDS, k=40)) + "." for number in range(60)
+        f"Story {number}. " + " ".join(draw.choices(VOCABULARY, k=40)) + "." for number in range(60)
     ]
     (path / "stories.txt").write_text("\n###\n".join([*stories, stories[7]]), encoding="utf-8")
     return path
 
 
 def test_a_quick_run_writes_a_page_and_does_nothing_twice(folder):
-    words = (
+    options = (
         "stories",
         "--model",
         "tiny",
@@ -60,7 +60,7 @@ def test_a_quick_run_writes_a_page_and_does_nothing_twice(folder):
         "--output",
         "out",
     )
-    done = run_command("tools/first_results.py", *words, cwd=folder)
+    done = run_command("tools/first_results.py", *options, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (folder / "out" / "docs" / "results" / "tiny.md").read_text()
     assert str(folder) not in page.replace(str(folder / "out"), ""), (
@@ -71,13 +71,15 @@ def test_a_quick_run_writes_a_page_and_does_nothing_twice(folder):
     assert [
         split[name] for name in ("samples", "copies_dropped", "held_out", "tuning", "train")
     ] == [61, 1, 8, 4, 48]
-    found = json.loads((folder / "out" / "evaluation" / "1" / "evaluation.json").read_text())
-    assert list(found["models"]) == ["before", "nested", "ordinary", "ordinary+ICT"]
-    models = found["texts"]["held_out"]["models"]
+    evaluation = json.loads((folder / "out" / "evaluation" / "1" / "evaluation.json").read_text())
+    assert list(evaluation["models"]) == ["before", "nested", "ordinary", "ordinary+ICT"]
+    models = evaluation["texts"]["held_out"]["models"]
     for depth in ("1", "2", "3"):
         cells = [
-            f"{models[name]['exits'][depth]['loss']:.3f} ± {models[name]['exits'][depth]['loss_standard_error']:.3f}"
-            for name in ("before", "ordinary", "ordinary+ICT", "nested")
+            f"{exits[depth]['loss']:.3f} ± {exits[depth]['loss_standard_error']:.3f}"
+            for exits in (
+                models[name]["exits"] for name in ("before", "ordinary", "ordinary+ICT", "nested")
+            )
         ]
         (row,) = [
             line
@@ -86,7 +88,7 @@ def test_a_quick_run_writes_a_page_and_does_nothing_twice(folder):
         ]
         assert row.split(" | ")[3:] == [*cells[:3], f"{cells[3]} |"]
     assert models["ordinary"]["exits"]["3"] != models["nested"]["exits"]["3"]
-    again = run_command("tools/first_results.py", *words, cwd=folder)
+    again = run_command("tools/first_results.py", *options, cwd=folder)
     assert (
         again.returncode == 0
         and again.stdout.count("finished before, skipped") == 7

@@ -1,4 +1,4 @@
-"""A run that starts from a Hugging Face directory and ends in one: nothing of the network is typed, and nothing is lost on the way."""
+"""Runs from one Hugging Face directory to another, without any setting of the network."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ TENSOR_AND_PIPELINE = ("--tensor-model-parallel-size", 2, "--pipeline-model-para
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory) -> Path:
-    """Returns a folder with Hugging Face directories ``qwen3`` (untied) and ``llama3`` (tied), with files that travel."""
+    """Return a folder with directories ``qwen3`` (untied) and ``llama3`` (tied) of small files."""
     folder = tmp_path_factory.mktemp("hugging_face")
     save_model(folder / "qwen3", "qwen3")
     save_model(folder / "llama3", "llama3", tied=True)
@@ -52,30 +52,32 @@ def origin(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(origin, tmp_path) -> Path:
-    """Returns an empty folder in which the directories can be named."""
+    """Return an empty folder in which the directories can be named."""
     for name in ("qwen3", "llama3"):
         (tmp_path / name).symlink_to(origin / name)
     return tmp_path
 
 
 def losses_at_first_step(folder: Path, save: str) -> dict[int, float]:
-    """Returns {depth: loss} of a run's first step, before the weights changed."""
+    """Return {depth: loss} of a run's first step, before the weights changed."""
     first = next(iter(read_json_lines(folder / save / "metrics.jsonl")))
     return {int(depth): numbers["loss"] for depth, numbers in first["exits"].items()}
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3"])
 def test_the_first_losses_are_the_same_in_every_layout_and_after_an_import(name, folder):
-    words = (*RUN, "--exit-layer-nums", 1, 3)
-    pretrain(1, folder, *words, "--load", name, "--save", "alone")
-    lines = pretrain(4, folder, *words, *TENSOR_AND_PIPELINE, "--load", name, "--save", "spread")
+    arguments = (*RUN, "--exit-layer-nums", 1, 3)
+    pretrain(1, folder, *arguments, "--load", name, "--save", "alone")
+    lines = pretrain(
+        4, folder, *arguments, *TENSOR_AND_PIPELINE, "--load", name, "--save", "spread"
+    )
     assert f"loaded {name}: weights only (it holds nothing else), starting at step 0" in lines
     one, other = losses_at_first_step(folder, "alone"), losses_at_first_step(folder, "spread")
     assert one.keys() == {1, 3, 4} and one == pytest.approx(other, rel=1e-5)
     assert len(set(one.values())) == 3, "exits that say the same were not read apart"
 
 
-def test_what_is_trained_goes_out_and_says_what_the_trained_checkpoint_says(folder):
+def test_a_trained_model_is_exported_and_computes_what_its_checkpoint_does(folder):
     from transformers import AutoModelForCausalLM
 
     lines = pretrain(
@@ -125,8 +127,8 @@ def test_what_is_trained_goes_out_and_says_what_the_trained_checkpoint_says(fold
     assert one.keys() == {2, 4} and one == pytest.approx(other, rel=1e-6)
 
 
-def test_a_job_that_is_started_again_goes_on_from_its_own_checkpoints(folder):
-    words = (
+def test_a_restarted_job_resumes_from_its_own_checkpoints(folder):
+    arguments = (
         *RUN,
         "--pretrained-checkpoint",
         "llama3",
@@ -137,17 +139,17 @@ def test_a_job_that_is_started_again_goes_on_from_its_own_checkpoints(folder):
         "--save-hf",
         "out",
     )
-    lines = pretrain(1, folder, *words, "--exit-interval", 1)
+    lines = pretrain(1, folder, *arguments, "--exit-interval", 1)
     assert (
         "loaded llama3: weights only, starting at step 0" in lines and not (folder / "out").exists()
     )
-    lines = pretrain(1, folder, *words)
+    lines = pretrain(1, folder, *arguments)
     assert (
         any(line.startswith("loaded own/iter_0000001: step 1") for line in lines)
         and (folder / "out" / "config.json").exists()
     )
-    # once more, to train longer: its own export may be replaced, and what travels is still there
-    pretrain(1, folder, *words, "--train-iters", 3)
+    # Once more, to train longer: its own export may be replaced, and small files are still there.
+    pretrain(1, folder, *arguments, "--train-iters", 3)
     assert json.loads((folder / "out" / "export.json").read_text())["step"] == 3
     manifest = read_manifest(folder / "own" / "iter_0000003")
     assert {
@@ -157,14 +159,14 @@ def test_a_job_that_is_started_again_goes_on_from_its_own_checkpoints(folder):
     } <= set(manifest["files"])
 
 
-def test_the_same_line_twice_goes_on_from_what_it_saved(folder):
-    words = (*RUN, "--load", "llama3", "--exit-layer-nums", 1, "--save", "run")
+def test_the_same_command_again_resumes_from_its_checkpoints(folder):
+    arguments = (*RUN, "--load", "llama3", "--exit-layer-nums", 1, "--save", "run")
     assert "loaded llama3: weights only (it holds nothing else), starting at step 0" in pretrain(
-        1, folder, *words, "--exit-interval", 1
+        1, folder, *arguments, "--exit-interval", 1
     )
-    lines = pretrain(1, folder, *words)
+    lines = pretrain(1, folder, *arguments)
     assert (
-        "--save run holds checkpoints of this run up to step 1: going on from them, not from llama3"
+        "--save run holds checkpoints of this run up to step 1: resuming from them, not from llama3"
         in lines
     )
     assert any(line.startswith("loaded run/iter_0000001: step 1") for line in lines)
@@ -200,30 +202,26 @@ def test_new_norms_and_heads_begin_as_the_last_exits(folder):
         losses_at_first_step(folder, "shared"), rel=1e-5
     )
     assert (folder / "out" / "exits.safetensors").exists()
-    pretrain(
-        1, folder, *RUN, "--load", "out", "--save", "again"
-    )  # own parts are the model's now: nothing need be said of them
+    # The model brings its exits' own norms and heads, so no option is needed for them.
+    pretrain(1, folder, *RUN, "--load", "out", "--save", "again")
     assert losses_at_first_step(folder, "again").keys() == {1, 3, 4}
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (("--hidden-size", 64), r"--hidden-size: 32 in the checkpoint, 64 in this run"),
         (("--rotary-base", 7), r"--rotary-base: 500000 in the checkpoint, 7 in this run"),
         (("--exit-layer-nums", 9), r"--exit-layer-nums: 9 is not a layer of this model"),
         (("--save", "run", "--save-hf", "taken"), r"--save-hf: taken: exists and is not empty"),
-        (
-            ("--save-hf", "out"),
-            r"--save-hf: it is made of the last checkpoint. Give --save as well",
-        ),
+        (("--save-hf", "out"), r"--save-hf: it exports the last checkpoint. Give --save as well"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_starts(words, message, folder):
+def test_contradictory_options_are_refused_before_anything_starts(arguments, message, folder):
     (folder / "taken").mkdir()
     (folder / "taken" / "mine").write_text("x")
     with pytest.raises(AssertionError, match=message):
-        pretrain(1, folder, *RUN, "--load", "llama3", *words)
+        pretrain(1, folder, *RUN, "--load", "llama3", *arguments)
 
 
 def test_a_network_no_family_has_is_refused_before_training(folder):

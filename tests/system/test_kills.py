@@ -1,4 +1,4 @@
-"""The fault test: a run killed with SIGKILL again and again ends bit for bit as the run that was never killed."""
+"""The fault test: a run that is killed again and again ends bit for bit as an unbroken one."""
 
 import json
 import time
@@ -19,7 +19,10 @@ from tests.support.preloaded.session import stand_in
     ],
 )
 def test_kills_change_nothing(tmp_path, kills, steps):
-    """The moments differ from day to day; the seed is printed. The long form stands in docs/reliability.md."""
+    """Kill at moments that differ each time; the seed is printed.
+
+    docs/reliability.md has the long form.
+    """
     seed = int(time.time()) % 10_000
     done = run_command(
         "tools/kill_test.py",

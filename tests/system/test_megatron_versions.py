@@ -1,4 +1,4 @@
-"""The oldest megatron-core that is taken trains and goes on exactly, in an environment of its own beside this one."""
+"""The oldest supported megatron-core trains and resumes exactly, in a separate environment."""
 
 import os
 import subprocess
@@ -15,12 +15,12 @@ VERSION = ".".join(map(str, OLDEST))
 ROWS = (
     "tests/ranks/test_layouts.py::test_layout_equals_reference[pp2 chunks2 own selective]",
     "tests/ranks/test_layouts.py::test_layout_equals_reference[tp2 sequence parallel untied own]",
-    "tests/ranks/test_checkpoint.py::test_continued_run_equals_uninterrupted_bit_for_bit[pp2]",
+    "tests/ranks/test_checkpoint.py::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit[pp2]",
 )
 
 
 def run(*command: object, **environment: object) -> subprocess.CompletedProcess:
-    """Returns the finished command, with what it said."""
+    """Return the finished command, with its output."""
     environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     return subprocess.run(
         list(map(str, command)),

@@ -1,4 +1,4 @@
-"""Weights & Biases with its real package: runs written offline and read back, and everything that can go wrong with it."""
+"""Weights & Biases with its real package: runs written offline and read back, and all failures."""
 
 import dataclasses
 import os
@@ -72,13 +72,13 @@ def _no_account(tmp_path, monkeypatch):
 
 
 def opened(folder: Path, resumed: int = 0, **settings) -> tuple[Writers, list[str]]:
-    said = []
+    logged = []
     values = dataclasses.replace(SETTINGS, save=str(folder), **settings)
-    return open_writers(values, "run7", resumed, DESCRIPTION, said.append), said
+    return open_writers(values, "run7", resumed, DESCRIPTION, logged.append), logged
 
 
 def process_of(writers: Writers) -> subprocess.Popen:
-    """Returns wandb's process, once the run is open."""
+    """Return wandb's process, once the run is open."""
     writer = writers._writers[-1]
     deadline = time.monotonic() + 30
     while writer._process.started is None and time.monotonic() < deadline:
@@ -88,23 +88,23 @@ def process_of(writers: Writers) -> subprocess.Popen:
 
 
 def wandb_processes() -> list[str]:
-    """Returns the command lines of the processes of wandb that this test started."""
-    found = []
+    """Return the command lines of the processes of wandb that this test started."""
+    command_lines = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            arguments = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
             ours = f"HOME={os.environ['HOME']}".encode() in (path / "environ").read_bytes().split(
                 b"\0"
             )
         except OSError:
             continue
-        if ours and any(word.endswith(("wandb-core", "wandb_process")) for word in words):
-            found.append(" ".join(words))
-    return found
+        if ours and any(one.endswith(("wandb-core", "wandb_process")) for one in arguments):
+            command_lines.append(" ".join(arguments))
+    return command_lines
 
 
 def test_an_offline_run_holds_every_report(tmp_path):
-    writers, said = opened(
+    writers, logged = opened(
         tmp_path / "save",
         wandb_entity="team",
         wandb_group="g",
@@ -116,7 +116,7 @@ def test_an_offline_run_holds_every_report(tmp_path):
     writers.write(evaluation(3, "second"))
     writers.close()
     (run,) = read_wandb_runs(tmp_path / "save")
-    assert said == [f"wandb: offline. Send the run later: wandb sync {run.directory}"]
+    assert logged == [f"wandb: offline. Send the run later: wandb sync {run.directory}"]
     assert (
         run.run_id,
         run.project,
@@ -181,12 +181,12 @@ def test_online_runs_are_sent_and_continued(tmp_path, monkeypatch):
     with wandb_server() as server:
         online(monkeypatch, server.url)
         for resumed, steps, mark in ((0, range(1, 6), 0.0), (3, range(4, 8), 0.5)):
-            writers, said = opened(tmp_path, resumed, wandb_mode="online")
+            writers, logged = opened(tmp_path, resumed, wandb_mode="online")
             for number in steps:
                 writers.write(step(number, mark))
             writers.close()
             continued = " continued" if resumed else ""
-            assert said == [
+            assert logged == [
                 f"wandb: run {tmp_path.name} (run7){continued}, {server.url}/team/nested/runs/run7"
             ]
         assert list(server.runs) == ["run7"] and server.finished == {"run7": 0}
@@ -235,7 +235,7 @@ def test_offline_runs_are_joined_by_wandb_sync(tmp_path, monkeypatch):
 def test_a_server_that_breaks_wandb_leaves_an_offline_run(tmp_path, monkeypatch):
     with wandb_server() as server:
         online(monkeypatch, server.url)
-        writers, said = opened(tmp_path, wandb_mode="online")
+        writers, logged = opened(tmp_path, wandb_mode="online")
         process = process_of(writers)
         writers.write(step(1))
         time.sleep(2.0)
@@ -249,28 +249,29 @@ def test_a_server_that_breaks_wandb_leaves_an_offline_run(tmp_path, monkeypatch)
         "run",
         "offline",
     )
-    assert said[1:] == [
+    assert logged[1:] == [
         f"wandb: stopped (its process ended). Send the rest later: wandb sync {first.directory}",
-        f"wandb: going on offline. Send the run later: wandb sync {second.directory}",
+        f"wandb: continuing offline. Send the run later: wandb sync {second.directory}",
     ]
-    # a report that was handed to the process before it was found gone is in the JSON lines alone
+    # a report sent to the process before its end was noticed is in the JSON lines alone
     assert [row["iteration"] for row in second.rows] in (
         [2, 3, 4, 5],
         [3, 4, 5],
     ) and second.exit_code == 0
 
 
-def test_online_without_a_key_goes_on_offline_and_asks_nobody(tmp_path):
+def test_online_without_a_key_continues_offline_without_a_prompt(tmp_path):
     started = time.monotonic()
-    writers, said = opened(tmp_path, wandb_mode="online")
+    writers, logged = opened(tmp_path, wandb_mode="online")
     process_of(writers)
     assert time.monotonic() - started < 15
     for number in (1, 2):
         writers.write(step(number))
     writers.close()
     (run,) = read_wandb_runs(tmp_path)
-    assert said == [
-        "wandb: not online (No API key configured. Use `wandb login` to log in.), going on offline. "
+    assert logged == [
+        "wandb: not online (No API key configured. Use `wandb login` to log in.), continuing "
+        "offline. "
         f"Send the run later: wandb sync {run.directory}"
     ]
     assert [row["iteration"] for row in run.rows] == [1, 2] and run.directory.name.startswith(
@@ -290,7 +291,7 @@ def test_without_network_nothing_waits(tmp_path, monkeypatch, server):
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         started = time.perf_counter()
-        writers, said = opened(tmp_path, wandb_mode="online")
+        writers, logged = opened(tmp_path, wandb_mode="online")
         seconds = [time.perf_counter() - started]
         for number in range(1, 201):
             started = time.perf_counter()
@@ -300,26 +301,26 @@ def test_without_network_nothing_waits(tmp_path, monkeypatch, server):
         started = time.monotonic()
         writers.close()
         assert time.monotonic() - started < wandb_writer.CLOSE_SECONDS + 1.0
-    (run,) = read_wandb_runs(tmp_path)  # what the failed try left behind is gone
+    (run,) = read_wandb_runs(tmp_path)  # the files of the failed attempt are removed
     assert [row["iteration"] for row in run.rows] == list(range(1, 201)) and run.exit_code == 0
     assert (
-        len(said) == 1
-        and said[0].startswith("wandb: not online (")
-        and said[0].endswith(f"wandb sync {run.directory}")
+        len(logged) == 1
+        and logged[0].startswith("wandb: not online (")
+        and logged[0].endswith(f"wandb sync {run.directory}")
     )
-    assert KEY not in said[0]
+    assert KEY not in logged[0]
     assert not [
         path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()
     ]
 
 
-def test_wandb_not_installed_is_said_once(tmp_path, monkeypatch):
+def test_wandb_not_installed_is_logged_once(tmp_path, monkeypatch):
     (tmp_path / "blocked" / "wandb").mkdir(parents=True)
     (tmp_path / "blocked" / "wandb" / "__init__.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'wandb'\")\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocked"), prepend=os.pathsep)
-    writers, said = opened(tmp_path / "save", wandb_mode="online")
+    writers, logged = opened(tmp_path / "save", wandb_mode="online")
     writers.write(step(1))
     deadline = time.monotonic() + 20
     while writers._writers[-1]._process is not None and time.monotonic() < deadline:
@@ -327,8 +328,9 @@ def test_wandb_not_installed_is_said_once(tmp_path, monkeypatch):
         time.sleep(0.05)
     writers.write(step(2))
     writers.close()
-    assert said == [
-        "wandb: not used (No module named 'wandb'; `pip install wandb` installs it). Training goes on without it."
+    assert logged == [
+        "wandb: not used (No module named 'wandb'; `pip install wandb` installs it). Training "
+        "continues without it."
     ]
     assert (
         len(read_json_lines(tmp_path / "save" / "metrics.jsonl")) == 2
@@ -338,10 +340,11 @@ def test_wandb_not_installed_is_said_once(tmp_path, monkeypatch):
 
 def test_a_mode_that_wandb_does_not_know_is_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "sometimes")
-    writers, said = opened(tmp_path)
+    writers, logged = opened(tmp_path)
     writers.close()
-    assert said[0].startswith(
-        "wandb: not online (WANDB_MODE: 'sometimes' is none of offline, online, disabled), going on offline."
+    assert logged[0].startswith(
+        "wandb: not online (WANDB_MODE: 'sometimes' is none of offline, online, disabled), "
+        "continuing offline."
     )
 
 
@@ -379,8 +382,8 @@ def test_signals_of_a_scheduler_do_not_end_wandb(tmp_path):
     assert [row["iteration"] for row in run.rows] == [1, 2, 3, 4, 5] and run.exit_code == 0
 
 
-def test_training_goes_on_when_wandb_dies(tmp_path):
-    writers, said = opened(tmp_path)
+def test_training_continues_when_wandb_dies(tmp_path):
+    writers, logged = opened(tmp_path)
     process = process_of(writers)
     for number in range(1, 6):
         writers.write(step(number))
@@ -390,9 +393,10 @@ def test_training_goes_on_when_wandb_dies(tmp_path):
         time.sleep(0.2)
     writers.close()
     (directory,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert said == [
+    assert logged == [
         f"wandb: offline. Send the run later: wandb sync {directory}",
-        f"wandb: stopped (its process ended). Training goes on without it. Send the rest later: wandb sync {directory}",
+        "wandb: stopped (its process ended). Training continues without it. Send the rest later: "
+        f"wandb sync {directory}",
     ]
     assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 5
     assert [row["iteration"] for row in read_wandb_run(directory).rows] == [
@@ -404,7 +408,7 @@ def test_training_goes_on_when_wandb_dies(tmp_path):
 def test_a_stuck_wandb_costs_the_oldest_reports_only(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb_writer, "CLOSE_SECONDS", 2.0)
     monkeypatch.setattr(wandb_writer, "QUEUED_REPORTS", 50)
-    writers, said = opened(tmp_path)
+    writers, logged = opened(tmp_path)
     process = process_of(writers)
     process.send_signal(signal.SIGSTOP)
     slowest = 0.0
@@ -418,9 +422,10 @@ def test_a_stuck_wandb_costs_the_oldest_reports_only(tmp_path, monkeypatch):
     assert time.monotonic() - started < 4
     (directory,) = (tmp_path / "wandb").glob("offline-run-*")
     assert (
-        said[1] == f"wandb: did not finish within 2 s. Send the rest later: wandb sync {directory}"
+        logged[1]
+        == f"wandb: did not finish within 2 s. Send the rest later: wandb sync {directory}"
     )
-    assert said[-1].startswith("wandb: it was too slow, ") and len(said) in (3, 4)
+    assert logged[-1].startswith("wandb: it was too slow, ") and len(logged) in (3, 4)
     assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 1000
 
 

@@ -1,4 +1,4 @@
-"""A run is one run of Weights & Biases, whatever the number of ranks and however often it is resumed."""
+"""A run is one run of Weights & Biases, for any number of ranks and resumes."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_one_run_from_one_rank_whatever_the_layout_and_after_a_resume(
 ):
     for name in ("data", "run.yaml"):
         (tmp_path / name).symlink_to(prepared / name)
-    words = (
+    arguments = (
         "--config",
         "run.yaml",
         "--save",
@@ -34,8 +34,8 @@ def test_one_run_from_one_rank_whatever_the_layout_and_after_a_resume(
         *LAYOUTS[world_size],
         *WANDB,
     )
-    pretrain(world_size, tmp_path, *words, "--exit-interval", 2)
-    pretrain(world_size, tmp_path, *words)
+    pretrain(world_size, tmp_path, *arguments, "--exit-interval", 2)
+    pretrain(world_size, tmp_path, *arguments)
     run_id = json.loads((tmp_path / "save" / "run.json").read_text())["run_id"]
     manifests = [
         json.loads((tmp_path / "save" / f"iter_000000{step}" / "manifest.json").read_text())
@@ -50,7 +50,7 @@ def test_one_run_from_one_rank_whatever_the_layout_and_after_a_resume(
         "tiny",
     )
     assert before.config["settings"]["num_layers"] == 4 and before.exit_code == after.exit_code == 0
-    said = {
+    reports = {
         line["step"]: line
         for line in read_json_lines(tmp_path / "save" / "metrics.jsonl")
         if line["kind"] == "train"
@@ -58,8 +58,8 @@ def test_one_run_from_one_rank_whatever_the_layout_and_after_a_resume(
     rows = {}
     for row in (*before.rows, *after.rows):
         rows.setdefault(row["iteration"], {}).update(row)
-    assert sorted(rows) == sorted(said) == [1, 2, 3, 4]
-    for step, line in said.items():
+    assert sorted(rows) == sorted(reports) == [1, 2, 3, 4]
+    for step, line in reports.items():
         assert (
             rows[step]["lm loss"] == line["exits"]["4"]["loss"]
             and rows[step]["learning-rate"] == line["learning_rate"]

@@ -1,4 +1,4 @@
-"""Where torch_npu is missing, tests/npu is skipped with a reason, unless it was asked for: then that is an error."""
+"""Without torch_npu, tests/npu is skipped with a reason; if it is requested, that is an error."""
 
 import subprocess
 import sys
@@ -8,11 +8,14 @@ import pytest
 from tests.support.npu_simulation.environment import ROOT
 
 # whatever this interpreter has
-WITHOUT_TORCH_NPU = "import sys; sys.modules['torch_npu'] = None; import pytest; raise SystemExit(pytest.main(sys.argv[1:]))"
+WITHOUT_TORCH_NPU = (
+    "import sys; sys.modules['torch_npu'] = None; "
+    "import pytest; raise SystemExit(pytest.main(sys.argv[1:]))"
+)
 
 
 def pytest_of(folder_or_file: str) -> subprocess.CompletedProcess:
-    """Returns the finished session."""
+    """Return the finished session."""
     command = [
         sys.executable,
         "-c",
@@ -25,9 +28,9 @@ def pytest_of(folder_or_file: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_without_torch_npu_tests_are_skipped_and_say_why(monkeypatch):
+def test_without_torch_npu_tests_are_skipped_with_a_reason(monkeypatch):
     monkeypatch.delenv("NPU_TESTS_ON", raising=False)
-    done = pytest_of("tests/npu/test_mends.py")
+    done = pytest_of("tests/npu/test_patches.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
         "torch_npu is not installed for" in done.stdout
@@ -37,19 +40,19 @@ def test_without_torch_npu_tests_are_skipped_and_say_why(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["simulation", "devices"])
-def test_tests_that_are_asked_for_are_never_skipped(kind, monkeypatch):
+def test_requested_tests_are_never_skipped(kind, monkeypatch):
     monkeypatch.setenv("NPU_TESTS_ON", kind)
     done = pytest_of("tests/npu")
     assert done.returncode != 0, done.stdout
     assert "NPU_TESTS_ON asks for tests/npu: torch_npu is not installed for" in done.stderr
 
 
-def test_make_test_npu_asks_for_them(monkeypatch):
+def test_make_test_npu_requests_them(monkeypatch):
     for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of the make that runs this test
         monkeypatch.delenv(name, raising=False)
-    said = subprocess.run(
+    output = subprocess.run(
         ["make", "-n", "test-npu"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert "NPU_TESTS_ON=simulation" in said.splitlines()[-1] and said.rstrip().endswith(
+    assert "NPU_TESTS_ON=simulation" in output.splitlines()[-1] and output.rstrip().endswith(
         "tests/npu"
     )

@@ -1,7 +1,8 @@
-"""What version 0.6.0 wrote loads unchanged: a YAML file, prepared data, a checkpoint, an export with decoding.json.
+"""Files of version 0.6.0 load unchanged: YAML, prepared data, a checkpoint, an export.
 
-`tests/support/old_files` was made by that version's own tools (a network of 2 layers of width 16 with a norm of its own
-at exit 1, trained for 2 of 4 steps and, for the export, to the end); `said.json` is what that version then said of it.
+`tests/support/old_files` was made by that version's own tools (a network of 2 layers of width 16
+with a norm of its own at exit 1, trained for 2 of 4 steps and, for the export, to the end);
+`results.json` holds the numbers and texts that version computed.
 """
 
 import json
@@ -17,7 +18,7 @@ from tests.support.command_line import pretrain
 from tests.support.commands import run_command
 
 FILES = Path(__file__).resolve().parents[1] / "support" / "old_files"
-SAID = json.loads((FILES / "said.json").read_text())
+RESULTS = json.loads((FILES / "results.json").read_text())
 ROUNDING = 1e-4
 """Relative; other processors and versions of torch round otherwise."""
 
@@ -28,7 +29,7 @@ def folder(tmp_path) -> Path:
     return shutil.copytree(FILES, tmp_path / "old")
 
 
-def test_a_run_goes_on_from_its_checkpoint(folder):
+def test_a_run_resumes_from_its_checkpoint(folder):
     lines = pretrain(
         1, folder, "--config", "run.yaml", "--load", "save", "--metrics-file", "again.jsonl"
     )
@@ -40,15 +41,15 @@ def test_a_run_goes_on_from_its_checkpoint(folder):
         for line in read_json_lines(folder / "again.jsonl")
         if line["kind"] == "train"
     }
-    assert steps.keys() == SAID["steps"].keys() == {"3", "4"}
-    for step, said in SAID["steps"].items():
-        assert steps[step]["data_checksum"] == said["data_checksum"], "other samples"
-        assert steps[step]["learning_rate"] == pytest.approx(said["learning_rate"])
+    assert steps.keys() == RESULTS["steps"].keys() == {"3", "4"}
+    for step, expected in RESULTS["steps"].items():
+        assert steps[step]["data_checksum"] == expected["data_checksum"], "other samples"
+        assert steps[step]["learning_rate"] == pytest.approx(expected["learning_rate"])
         losses = {depth: numbers["loss"] for depth, numbers in steps[step]["exits"].items()}
-        assert losses == pytest.approx(said["losses"], rel=ROUNDING)
+        assert losses == pytest.approx(expected["losses"], rel=ROUNDING)
 
 
-def test_prepared_data_open(folder):
+def test_prepared_data_can_be_opened(folder):
     texts, questions = (
         open_indexed(str(folder / "data" / f"{name}_text_document"))
         for name in ("texts", "questions")
@@ -60,7 +61,7 @@ def test_prepared_data_open(folder):
     assert stored_options(str(folder / "data" / "texts_text_document"))["seq_length"] == 32
 
 
-def test_an_export_is_read_as_it_was(folder):
+def test_an_export_is_read_unchanged(folder):
     done = run_command(
         "tools/evaluate.py",
         "model",
@@ -77,15 +78,15 @@ def test_an_export_is_read_as_it_was(folder):
         "models"
     ]["model"]["exits"]
     losses = {depth: numbers["loss"] for depth, numbers in exits.items()}
-    assert losses == pytest.approx(SAID["evaluation"], rel=ROUNDING)
+    assert losses == pytest.approx(RESULTS["evaluation"], rel=ROUNDING)
 
 
-def test_a_tuned_model_generates_as_its_decoding_json_says(folder):
+def test_a_tuned_model_generates_with_its_decoding_json(folder):
     done = run_command(
         "tools/generate.py",
         "model",
         "--prompt",
-        SAID["prompt"],
+        RESULTS["prompt"],
         "--max-new-tokens",
         16,
         "--colour",
@@ -93,10 +94,10 @@ def test_a_tuned_model_generates_as_its_decoding_json_says(folder):
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    assert "self_speculative" in done.stderr and done.stdout == SAID["generated"]
+    assert "self_speculative" in done.stderr and done.stdout == RESULTS["generated"]
 
 
-def test_a_checkpoint_becomes_the_same_model(folder):
+def test_a_checkpoint_is_converted_to_the_same_model(folder):
     done = run_command("tools/convert.py", "export", "save", "again", cwd=folder)
     assert done.returncode == 0 and "verified" in done.stdout, done.stderr
     config, old = (

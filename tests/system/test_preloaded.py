@@ -1,4 +1,4 @@
-"""Commands from preloaded servers end, fail, print and obey signals as processes of their own do, and no child harms its server."""
+"""Commands from preloaded servers behave as real processes, and no child harms its server."""
 
 import os
 import signal
@@ -22,9 +22,9 @@ def script(tmp_path):
     """Return what runs lines of Python: in the real interpreter, or as a fork of a server."""
 
     def run_lines(
-        text: str, cold: bool, *words: str, **variables: object
+        text: str, cold: bool, *arguments: str, **variables: object
     ) -> subprocess.CompletedProcess:
-        command = [sys.executable if cold else stand_in(), "-c", text, *words]
+        command = [sys.executable if cold else stand_in(), "-c", text, *arguments]
         return run(command, cwd=tmp_path, env=environment(**variables, **({} if cold else FORK)))
 
     return run_lines
@@ -42,7 +42,8 @@ def script(tmp_path):
         ("raise SystemExit", 0, "", ""),
         ("import atexit; atexit.register(print, 'end')", 0, "end\n", ""),
         (
-            "import threading, time; threading.Thread(target=lambda: (time.sleep(0.2), print('late'))).start()",
+            "import threading, time\n"
+            "threading.Thread(target=lambda: (time.sleep(0.2), print('late'))).start()",
             0,
             "late\n",
             "",
@@ -51,7 +52,7 @@ def script(tmp_path):
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, "", ""),
         ("raise KeyboardInterrupt", -signal.SIGINT, "", "KeyboardInterrupt"),
         (
-            "import os; print(os.environ['SAID'], os.getcwd() == os.environ['PLACE'])",
+            "import os; print(os.environ['SENT'], os.getcwd() == os.environ['PLACE'])",
             0,
             "heard True\n",
             "",
@@ -59,13 +60,15 @@ def script(tmp_path):
         ("import sys; print(sys.stdin.read(), sys.argv[1:])", 0, " ['a', 'b c']\n", ""),
         ("print('\\u00e9')", 0, "\u00e9\n", ""),
         (
-            "import multiprocessing as m; m.set_start_method('spawn'); print(m.Pool(1).apply(abs, (-3,)))",
+            "import multiprocessing as m; m.set_start_method('spawn')\n"
+            "print(m.Pool(1).apply(abs, (-3,)))",
             0,
             "3\n",
             "",
         ),
         (
-            "import concurrent.futures as f\nwith f.ProcessPoolExecutor(1) as pool: print(pool.submit(abs, -4).result())",
+            "import concurrent.futures as f\n"
+            "with f.ProcessPoolExecutor(1) as pool: print(pool.submit(abs, -4).result())",
             0,
             "4\n",
             "",
@@ -73,7 +76,7 @@ def script(tmp_path):
     ],
 )
 def test_a_fork_is_as_a_process(script, tmp_path, cold, text, status, out, err):
-    done = script(text, cold, "a", "b c", SAID="heard", PLACE=tmp_path)
+    done = script(text, cold, "a", "b c", SENT="heard", PLACE=tmp_path)
     assert (done.returncode, done.stdout) == (status, out), done.stderr
     assert err in done.stderr and bool(done.stderr) == bool(err), done.stderr
 
@@ -87,7 +90,8 @@ def test_encodings_are_those_of_the_environment(script, cold):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_a_fork(tmp_path, number):
     text = (
-        f"import os, signal, time\nsignal.signal({int(number)}, lambda *_: (os.write(1, b'got\\n'), exit(5)))\n"
+        "import os, signal, time\n"
+        f"signal.signal({int(number)}, lambda *_: (os.write(1, b'got\\n'), exit(5)))\n"
         "print('ready', flush=True)\ntime.sleep(60)"
     )
     with subprocess.Popen(
@@ -122,7 +126,7 @@ def test_a_command_that_hangs_or_floods_fails_its_test_with_its_output(script, t
         ("print('before', flush=True)\nwhile True: print('x' * 100000)", "64 MB"),
     ):
         began = time.monotonic()
-        with pytest.raises(AssertionError, match=f"went over {limit}; its output ends"):
+        with pytest.raises(AssertionError, match=f"exceeded {limit}; its output ends"):
             run(
                 [stand_in(), "-c", text],
                 cwd=tmp_path,
@@ -134,7 +138,7 @@ def test_a_command_that_hangs_or_floods_fails_its_test_with_its_output(script, t
 
 
 def crash(how: str) -> None:
-    """End a rank in a way of its own."""
+    """Raise in rank 1, or kill it by a signal."""
     print("last words", flush=True)
     if os.environ["RANK"] == "0":
         time.sleep(60)

@@ -1,4 +1,4 @@
-"""tools/prepare_data.py from JSON lines to samples ready to train on."""
+"""tools/prepare_data.py, from JSON lines to samples ready to train on."""
 
 import gzip
 import json
@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_sorted.data.preparation.train_tokenizer import train_sentencepiece
 from megatron_sorted.data.samples.corpus import Corpus
 from megatron_sorted.data.samples.dataset import open_samples
-from megatron_sorted.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_sorted.data.tokenizer import load_tokenizer
 from tests.support.commands import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
-# 400 samples with some of 300 kB, and 40 huge ones without a response: 15 blocks of unequal work, which workers finish out of order.
+# 400 samples with some of 300 kB, and 40 huge ones without a response: 15 blocks of unequal work,
+# which workers finish out of order.
 SAMPLES = [
     {
         "instruction": f"Count to {i} in größer 猫",
@@ -27,7 +29,7 @@ SAMPLES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Returns a folder with samples, plain and gzipped, and a tokenizer."""
+    """Return a folder with samples, plain and gzipped, and a tokenizer."""
     path = tmp_path_factory.mktemp("prepare")
     empty = "\n" + json.dumps({"instruction": "huge " * 64000, "output": ""})
     lines = [

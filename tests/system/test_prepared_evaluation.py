@@ -1,4 +1,7 @@
-"""evaluate --data-path beside the run's own evaluation: prepared by one command, trained by another, measured by a third."""
+"""evaluate --data-path against the run's own evaluation.
+
+One command prepares the data, another trains, a third measures.
+"""
 
 import json
 
@@ -10,7 +13,9 @@ from tests.support.layouts import thinned
 from tests.support.tokenizer_directories import LINES, make_directory
 
 LENGTH = 24
-ROWS = {  # tokenizer directory: format of the data, flags of the run, those that a Hugging Face directory does not know of its run
+# {tokenizer directory: (format of the data, flags of the run)}; a Hugging Face directory does not
+# record the flags
+ROWS = {
     "byte_level": ("text", ()),
     "byte_level_added": ("instruction", ()),
     "nfkc": ("text", ("--no-reset-attention-mask",)),
@@ -64,10 +69,10 @@ def write_model(directory, name: str) -> None:
 
 
 def losses(path, *keys: str) -> dict[str, float]:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
     for key in keys:
-        found = found[key]
-    return {depth: numbers["loss"] for depth, numbers in found.items()}
+        content = content[key]
+    return {depth: numbers["loss"] for depth, numbers in content.items()}
 
 
 @pytest.mark.parametrize("name", thinned(ROWS, *EVERYDAY))
@@ -118,9 +123,9 @@ def test_losses_equal_those_of_the_run(name, tmp_path):
     assert done.returncode == 0, done.stderr
     own = losses(tmp_path / "run" / "evaluation.json", "sets", "d")
     assert len(own) == 3
-    asked = ("--data-path", "d_text_document", "--split", "70,30", "--output", "out")
+    arguments = ("--data-path", "d_text_document", "--split", "70,30", "--output", "out")
     done = run_command(
-        "tools/evaluate.py", "run", "other=hf", *asked, cwd=tmp_path
+        "tools/evaluate.py", "run", "other=hf", *arguments, cwd=tmp_path
     )  # the run's own length and masks
     assert done.returncode == 0, done.stderr
     for model in ("run", "other"):
@@ -128,7 +133,9 @@ def test_losses_equal_those_of_the_run(name, tmp_path):
             tmp_path / "out" / "evaluation.json", "data", "d", "models", model, "exits"
         ) == pytest.approx(own, abs=1e-4)
     if flags:
-        done = run_command("tools/evaluate.py", "hf", *asked, "--seq-length", LENGTH, cwd=tmp_path)
+        done = run_command(
+            "tools/evaluate.py", "hf", *arguments, "--seq-length", LENGTH, cwd=tmp_path
+        )
         others = losses(tmp_path / "out" / "evaluation.json", "data", "d", "models", "hf", "exits")
         assert max(abs(others[depth] - own[depth]) for depth in own) > 1e-3, (
             "the flags made no difference, so this row shows nothing"
@@ -137,7 +144,10 @@ def test_losses_equal_those_of_the_run(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with a model, data of another tokenizer, and questions longer than the context."""
+    """Return a folder with a model, data of another tokenizer, and long questions.
+
+    The questions are longer than the model's context.
+    """
     path = tmp_path_factory.mktemp("prepared")
     write_model(path / "m", "byte_level")
     make_directory("prefix_on", path / "other")
@@ -155,15 +165,15 @@ def folder(tmp_path_factory):
         cwd=path,
     )
     assert done.returncode == 0, done.stderr
-    asked = [{"question": f"{line} {line}?", "answer": line} for line in LINES[:6]]
+    arguments = [{"question": f"{line} {line}?", "answer": line} for line in LINES[:6]]
     (path / "q.jsonl").write_text(
-        "".join(json.dumps(question) + "\n" for question in asked), encoding="utf-8"
+        "".join(json.dumps(question) + "\n" for question in arguments), encoding="utf-8"
     )
     return path
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (
             ("m", "--data-path", "d_text_document"),
@@ -172,11 +182,11 @@ def folder(tmp_path_factory):
         (("m", "--data-path", "none_text_document"), "none_text_document"),
         (
             ("m", "--split", "9,1", "--questions", "q.jsonl"),
-            "--split: says how prepared data are read. Give --data-path as well",
+            "--split: applies to prepared data. Give --data-path as well",
         ),
         (
             ("m", "--no-eod-mask-loss", "--questions", "q.jsonl"),
-            "--eod-mask-loss: says how prepared data are read",
+            "--eod-mask-loss: applies to prepared data",
         ),
         (
             ("m", "--data-path", "d_text_document", "--split", "x"),
@@ -184,8 +194,8 @@ def folder(tmp_path_factory):
         ),
     ],
 )
-def test_mistakes_are_one_line(folder, words, message):
-    done = run_command("tools/evaluate.py", *words, cwd=folder)
+def test_mistakes_are_one_line(folder, arguments, message):
+    done = run_command("tools/evaluate.py", *arguments, cwd=folder)
     assert (
         done.returncode == 1
         and done.stderr.splitlines()[-1].startswith("error: ")
@@ -193,7 +203,7 @@ def test_mistakes_are_one_line(folder, words, message):
     ), done.stderr
 
 
-def test_eight_models_have_a_table_and_cut_prompts_are_told_before_the_numbers(folder):
+def test_eight_models_have_a_table_and_truncated_prompts_are_reported_first(folder):
     models = [f"n{number}=m" for number in range(8)]
     done = run_command(
         "tools/evaluate.py",

@@ -1,4 +1,4 @@
-"""pretrain_sorted.py from prepared data to checkpoints and results; continued, evaluated, fine-tuned."""
+"""pretrain_sorted.py from prepared data to results; resumed, evaluated, fine-tuned."""
 
 import hashlib
 import json
@@ -10,7 +10,8 @@ from tests.support.command_line import pretrain
 from tests.support.commands import run_command
 
 STEP = (
-    r"step {}/4  loss @1 \d\.\d{{3}}  @2 \d\.\d{{3}}  @3 \d\.\d{{3}}  @4 \d\.\d{{3}}  lr \d\.\d\de-\d\d  grad norm \d+\.\d\d  "
+    r"step {}/4  loss @1 \d\.\d{{3}}  @2 \d\.\d{{3}}  @3 \d\.\d{{3}}  @4 \d\.\d{{3}}  "
+    r"lr \d\.\d\de-\d\d  grad norm \d+\.\d\d  "
     r"\d+ ms/step  [\d,]+ tokens/s  \w+ left  \d\S* TFLOP/s  \d+\.\d GiB"
 )
 SAVED = r"saved whole/iter_000000{} in \d+\.\d s \(\d+\.\d MB, training held up for \d+\.\d\d s\)"
@@ -31,7 +32,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def untimed(line: dict) -> dict:
-    """Returns a line of metrics without what the clock and the machine decide."""
+    """Return a line of metrics without the values that depend on clock and machine."""
     clock = (
         "time",
         "seconds",
@@ -45,7 +46,7 @@ def untimed(line: dict) -> dict:
     return {key: value for key, value in line.items() if key not in clock}
 
 
-def test_console_says_each_thing_once(trained):
+def test_the_console_prints_each_fact_once(trained):
     folder, done = trained
     first, second = (
         json.loads((folder / f"data/{name}.json").read_text())["train"]["trained_tokens"]
@@ -59,8 +60,10 @@ def test_console_says_each_thing_once(trained):
         for step in (2, 4)
     }
     patterns = [
-        r"2 processes on cpu: tp 1 x pp 2 x dp 1, fp32, 4 samples of 64 tokens a step \(2 micro-batches of 2 on each data parallel rank\)",
-        "4 layers, hidden 32, vocabulary 300; parameters of the sub-model at each exit: @1 26.1K, @2 42.5K, @3 59.0K, @4 75.4K",
+        r"2 processes on cpu: tp 1 x pp 2 x dp 1, fp32, 4 samples of 64 tokens a step \(2 "
+        r"micro-batches of 2 on each data parallel rank\)",
+        "4 layers, hidden 32, vocabulary 300; parameters of the sub-model at each exit: @1 26.1K, "
+        "@2 42.5K, @3 59.0K, @4 75.4K",
         "stage 0: layers 1-2, exits 1 2",
         "stage 1: layers 3-4, exits 3 4",
         "note: prompt form: plain; answers end with </s>",
@@ -74,9 +77,8 @@ def test_console_says_each_thing_once(trained):
         "wrote whole/evaluation.json",
     ]
     lines = [line for line in done.stdout.splitlines() if not line.startswith("saved")]
-    saved = [
-        line for line in done.stdout.splitlines() if line.startswith("saved")
-    ]  # in the background: between any lines that follow
+    # saves end in the background, so their lines stand between any lines that follow
+    saved = [line for line in done.stdout.splitlines() if line.startswith("saved")]
     assert len(saved) == 2 and all(
         re.fullmatch(SAVED.format(step), line) for step, line in zip((2, 4), saved, strict=True)
     ), saved
@@ -106,15 +108,14 @@ def test_files_of_a_run(trained):
     for step in (2, 4):
         names = {path.name for path in (save / f"iter_{step:07d}").iterdir()}
         assert {".metadata", "metadata.json", "common.pt", "manifest.json", "tokenizer"} < names
-        assert {name.split("_")[2] for name in names if name.startswith("__")} == {
-            "0",
-            "1",
-        }  # shards of both ranks
-        said = json.loads((save / f"iter_{step:07d}" / "manifest.json").read_text())
+        ranks = {name.split("_")[2] for name in names if name.startswith("__")}
+        assert ranks == {"0", "1"}, "shards of both ranks"
+        manifest = json.loads((save / f"iter_{step:07d}" / "manifest.json").read_text())
         assert (
-            said["progress"] == {"step": step, "samples": 4 * step} and said["samples_a_step"] == 4
+            manifest["progress"] == {"step": step, "samples": 4 * step}
+            and manifest["samples_a_step"] == 4
         )
-        assert said["layout"] == {
+        assert manifest["layout"] == {
             "world_size": 2,
             "tensor": 1,
             "stages": 2,
@@ -123,20 +124,20 @@ def test_files_of_a_run(trained):
             "random_place": [2, 1],
         }
         assert (
-            said["shape"]["exit_layer_nums"] == [1, 2, 3, 4] == said["exits"]["depths"]
-            and said["settings"]["train_iters"] == 4
+            manifest["shape"]["exit_layer_nums"] == [1, 2, 3, 4] == manifest["exits"]["depths"]
+            and manifest["settings"]["train_iters"] == 4
         )
-        assert set(said["exits"]["coefficients"].values()) == {0.25}
-        assert said["run_id"] == json.loads((save / "run.json").read_text())["run_id"]
-        assert set(said["versions"]) == {"megatron_sorted", "megatron_core", "torch", "python"}
+        assert set(manifest["exits"]["coefficients"].values()) == {0.25}
+        assert manifest["run_id"] == json.loads((save / "run.json").read_text())["run_id"]
+        assert set(manifest["versions"]) == {"megatron_sorted", "megatron_core", "torch", "python"}
         tokenizer = save / f"iter_{step:07d}" / "tokenizer" / "tokenizer.model"
         assert tokenizer.read_bytes() == (folder / "data" / "train_tokenizer.model").read_bytes()
-        assert said["tokenizer"] == {
+        assert manifest["tokenizer"] == {
             "type": "SentencePieceTokenizer",
             "name": "train_tokenizer.model",
             "sha256": sha256(tokenizer),
         }
-        for name, of_file in said["files"].items():
+        for name, of_file in manifest["files"].items():
             path = save / f"iter_{step:07d}" / name
             assert of_file == {"bytes": path.stat().st_size, "sha256": sha256(path)}
     lines = read_lines(save / "metrics.jsonl")
@@ -176,7 +177,7 @@ def test_files_of_a_run(trained):
             }
 
 
-def test_continued_run_repeats_the_uninterrupted_one(trained):
+def test_a_resumed_run_repeats_the_uninterrupted_one(trained):
     folder, _ = trained
     shutil.copytree(folder / "whole" / "iter_0000002", folder / "half" / "iter_0000002")
     (folder / "half" / "latest_checkpointed_iteration.txt").write_text("2")
@@ -187,7 +188,8 @@ def test_continued_run_repeats_the_uninterrupted_one(trained):
     # cosine over --lr-decay-iters 6: (1 + cos(pi / 3)) / 2 of 1e-2 after two steps
     assert (
         loaded
-        == "loaded half/iter_0000002: step 2, 8 samples consumed, learning rate 7.500e-03; nothing changed"
+        == "loaded half/iter_0000002: step 2, 8 samples consumed, learning rate 7.500e-03; nothing "
+        "changed"
     )
     whole, rest = (read_lines(folder / name) for name in ("whole/metrics.jsonl", "rest.jsonl"))
     assert [untimed(line) for line in rest] == [untimed(line) for line in whole[4:]]

@@ -1,4 +1,4 @@
-"""What a run does with a checkpoint that is damaged, of another run, or locked; and what may change on the way."""
+"""Resuming from a checkpoint that is damaged, locked, or of a run with other settings."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ RUN = ("--config", "run.yaml", "--eval-interval", "none", "--valid-data-path", "
 
 @pytest.fixture
 def folder(trained, tmp_path) -> Path:
-    """Returns a folder of its own with data, settings and the checkpoints of steps 2 and 4 in ``save``."""
+    """Return a folder with data, settings and the checkpoints of steps 2 and 4 in ``save``."""
     source, _ = trained
     shutil.copytree(source / "data", tmp_path / "data")
     shutil.copy(source / "run.yaml", tmp_path)
@@ -58,14 +58,15 @@ DAMAGE = {
         lambda d: (d / MANIFEST).write_text(
             (d / MANIFEST).read_text().replace('"format": 2', '"format": 3')
         ),
-        "manifest.json: format 3, but this version reads format 2. A newer megatron_sorted wrote it: update",
+        "manifest.json: format 3, but this version reads format 2. A newer megatron_sorted wrote "
+        "it: update",
     ),
     "no manifest": (lambda d: (d / MANIFEST).unlink(), ": manifest.json is missing"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_found_by_name_and_the_checkpoint_before_is_taken(folder, kind):
+def test_damage_is_reported_and_the_previous_checkpoint_is_taken(folder, kind):
     spoil, message = DAMAGE[kind]
     newest = folder / "save" / "iter_0000004"
     size = (newest / "__0_0.distcp").stat().st_size
@@ -97,7 +98,7 @@ def test_damage_is_found_by_name_and_the_checkpoint_before_is_taken(folder, kind
     ]
 
 
-def test_nothing_sound_left_is_an_error_not_a_fresh_start(folder):
+def test_without_an_undamaged_checkpoint_a_run_fails_and_does_not_start_afresh(folder):
     flip(folder / "save" / "iter_0000004" / "__0_0.distcp")
     flip(folder / "save" / "iter_0000002" / "__0_0.distcp")
     with pytest.raises(AssertionError) as error:
@@ -116,20 +117,21 @@ def test_nothing_sound_left_is_an_error_not_a_fresh_start(folder):
         )
     message = str(error.value).splitlines()[-1]
     assert message.startswith(
-        "megatron_sorted.errors.CheckpointError: --load: save holds no sound checkpoint: save/iter_0000004/__0_0."
+        "megatron_sorted.errors.CheckpointError: --load: save holds no sound checkpoint: "
+        "save/iter_0000004/__0_0."
     )
     assert "save/iter_0000002/__0_0.distcp: damaged" in message and message.endswith(
         "Restore one, or give another directory."
     )
 
 
-def test_without_verification_the_hash_of_shards_is_not_looked_at(folder):
+def test_without_verification_the_hash_of_shards_is_not_read(folder):
     manifest = folder / "save" / "iter_0000004" / MANIFEST
-    said = json.loads(manifest.read_text())
-    said["files"]["__0_0.distcp"]["sha256"] = "0" * 64  # of a shard that can be loaded
-    del said["sha256"]
-    said["sha256"] = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    manifest.write_text(json.dumps(said))
+    content = json.loads(manifest.read_text())
+    content["files"]["__0_0.distcp"]["sha256"] = "0" * 64  # of a shard that can be loaded
+    del content["sha256"]
+    content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps(content))
     lines = pretrain(
         1,
         folder,
@@ -162,17 +164,19 @@ def test_a_step_of_choice(folder):
     assert any(line.startswith("loaded save/iter_0000002: step 2") for line in lines)
 
 
-def test_changed_data_is_refused_unless_told(folder):
+def test_changed_data_is_refused_unless_allowed(folder):
     one_process = (*RUN, "--pipeline-model-parallel-size", 1, "--load", "save", "--train-iters", 5)
     tokens = np.memmap(folder / "data" / "train_text_document.bin", np.uint16, "r+")
     tokens[100] = 5 + (tokens[100] == 5)
     tokens.flush()
     done = run_command("pretrain_sorted.py", *one_process, cwd=folder)
     assert done.returncode == 1 and done.stderr.startswith(
-        "error: save/iter_0000004: trained on other data than this run names: train_text_document.bin"
+        "error: save/iter_0000004: trained on other data than this run names: "
+        "train_text_document.bin"
     )
     assert done.stderr.endswith(
-        "Sample 16 would not be the next one. Give the data back, continue with --allow-changed-data, or start at "
+        "Sample 16 would not be the next one. Give the data back, continue with "
+        "--allow-changed-data, or start at "
         "step 0 with --finetune.\n"
     )
     lines = pretrain(1, folder, *one_process, "--allow-changed-data")
@@ -188,8 +192,8 @@ def test_changed_data_is_refused_unless_told(folder):
 
 def test_another_tokenizer_is_refused(folder):
     manifest = folder / "save" / "iter_0000004" / MANIFEST
-    said = json.loads(manifest.read_text())
-    assert said["tokenizer"]["name"] == "train_tokenizer.model"
+    content = json.loads(manifest.read_text())
+    assert content["tokenizer"]["name"] == "train_tokenizer.model"
     samples = (
         {"instruction": f"Subtract {i:x} from {i * 7919:b}", "output": oct(i)} for i in range(300)
     )
@@ -228,7 +232,7 @@ def test_another_tokenizer_is_refused(folder):
     )
 
 
-def test_changed_length_batch_and_layout_are_said_and_continued_rightly(folder):
+def test_changed_length_batch_and_layout_are_reported_and_resumed_correctly(folder):
     whole = read_json_lines(folder / "save" / "metrics.jsonl")
     lines = pretrain(
         2,
@@ -250,11 +254,13 @@ def test_changed_length_batch_and_layout_are_said_and_continued_rightly(folder):
     (loaded,) = [line for line in lines if line.startswith("loaded ")]
     assert loaded == (
         "loaded save/iter_0000002: step 2, 8 samples consumed, learning rate 7.500e-03; changed: "
-        "pipeline-model-parallel-size 1 -> 2; micro-batch-size 2 -> 1; global-batch-size 4 -> 8; train-iters 4 -> 5"
+        "pipeline-model-parallel-size 1 -> 2; micro-batch-size 2 -> 1; global-batch-size 4 -> 8; "
+        "train-iters 4 -> 5"
     )
     changed = read_json_lines(folder / "changed.jsonl")
     assert [line["samples"] for line in changed] == [16, 24, 32]
-    # the learning rate follows steps, whatever a step holds; and one step of 8 sees the samples that two of 4 saw
+    # the learning rate follows steps, whatever their batch size; and one step of 8 sees the samples
+    # that two of 4 saw
     assert [line["learning_rate"] for line in changed[:2]] == [
         line["learning_rate"] for line in whole[2:4]
     ]
@@ -288,7 +294,7 @@ time.sleep(100)
         holder.wait()
 
 
-def test_a_run_goes_on_after_its_first_checkpoint_was_not_named_yet(folder):
+def test_a_run_resumes_if_the_tracker_does_not_name_its_first_checkpoint_yet(folder):
     """Killed between the rename of the first checkpoint and the tracker."""
     (folder / "save" / "latest_checkpointed_iteration.txt").unlink()
     lines = pretrain(
@@ -297,7 +303,7 @@ def test_a_run_goes_on_after_its_first_checkpoint_was_not_named_yet(folder):
     assert any(line.startswith("loaded save/iter_0000004: step 4") for line in lines)
 
 
-def test_damaged_small_files_are_found_also_where_shards_are_not_read(folder):
+def test_damaged_small_files_are_detected_even_if_shards_are_not_read(folder):
     flip(folder / "save" / "iter_0000004" / ".metadata")
     lines = pretrain(
         1,

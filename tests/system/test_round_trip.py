@@ -1,4 +1,7 @@
-"""From `messages` to a model that answers them: in transformers, `generate` and `serve`, in the tokens it was trained on, to its end."""
+"""From `messages` to a model that answers them in transformers, `generate` and `serve`.
+
+Prompts have the tokens of training, and answers end by themselves.
+"""
 
 import json
 import signal
@@ -38,7 +41,7 @@ ROWS = [
 
 
 def own_template(family: str, kind: str) -> str:
-    """Return which template a family's tokenizer brings."""
+    """Return the chat template of a family's tokenizer."""
     return OWN.get((family, kind), OWN.get((family, ""), "inst"))
 
 
@@ -58,7 +61,7 @@ def trained(prefix: Path) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def of_transformers(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the prompts that plain transformers asks an exported model in, and what it writes."""
+    """Return prompts and answers of an exported model in plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,7 +81,7 @@ def of_transformers(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def of_server(cwd: Path) -> list[dict]:
-    """Return what the server answers to every question."""
+    """Return the server's answer to every question."""
     port = free_port()
     with (
         open(cwd / "serve.log", "w") as log,
@@ -167,8 +170,8 @@ def test_answers_as_trained_and_stops_by_itself(tmp_path, family, kind, form):
     )
 
     prompts, answers = trained(tmp_path / "d_text_document")
-    asked, written = of_transformers(tmp_path / "hf")
-    assert asked == prompts and written == answers
+    used_prompts, written = of_transformers(tmp_path / "hf")
+    assert used_prompts == prompts and written == answers
     texts = [
         as_written(own, {"content": answer})
         .removesuffix("<|im_end|>")
@@ -191,11 +194,11 @@ def test_answers_as_trained_and_stops_by_itself(tmp_path, family, kind, form):
         LONGEST,
         cwd=tmp_path,
     ).stdout
-    found = dict(zip(ANSWERS, [""] * len(ANSWERS), strict=True))
+    answers_by_prompt = dict(zip(ANSWERS, [""] * len(ANSWERS), strict=True))
     for part in shown.split("--- prompt ")[1:]:
         head, _, text = part.partition("\n")
-        found[list(ANSWERS)[int(head.split(":")[0])]] = text.strip()
-    assert list(found.values()) == texts
+        answers_by_prompt[list(ANSWERS)[int(head.split(":")[0])]] = text.strip()
+    assert list(answers_by_prompt.values()) == texts
     for reply, prompt, text, ids in zip(of_server(tmp_path), prompts, texts, answers, strict=True):
         assert (
             reply["choices"][0]["message"]["content"].strip() == text

@@ -1,4 +1,4 @@
-"""A server among clients that are idle, slow, gone or many, and one that is told to stop; clients that other people wrote."""
+"""A server with idle, slow, leaving and many clients, its stop, and clients of other projects."""
 
 import json
 import os
@@ -34,9 +34,9 @@ def model(tmp_path_factory) -> Path:
 
 @contextmanager
 def serving(
-    model: Path, *words: object, cold: bool = False
+    model: Path, *arguments: object, cold: bool = False
 ) -> Iterator[tuple[subprocess.Popen, int]]:
-    """Yields a server that can be reached, and its port; it is ended afterwards."""
+    """Yield a server that can be reached, and its port; it is ended afterwards."""
     process = start_command(
         "tools/serve.py",
         model.name,
@@ -45,7 +45,7 @@ def serving(
         2,
         "--port",
         0,
-        *words,
+        *arguments,
         cwd=model.parent,
         cold=cold,
         stdout=subprocess.PIPE,
@@ -73,30 +73,30 @@ def ask(port: int, path: str = "/v1/completions", **body: object) -> dict:
 
 
 def fire(port: int, **body: object) -> socket.socket:
-    """Returns a connection on which a completion was asked for, and nothing was read."""
+    """Return a connection on which a completion was requested and not read."""
     data = json.dumps(body).encode()
     client = socket.create_connection(("127.0.0.1", port))
     client.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-        % (len(data), data)
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: "
+        b"application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data)
     )
     return client
 
 
 def everything(client: socket.socket) -> bytes:
     client.settimeout(PATIENCE)
-    said = b""
+    received = b""
     try:
         while part := client.recv(1 << 16):
-            said += part
+            received += part
     except ConnectionError:
         pass
     client.close()
-    return said
+    return received
 
 
 def memory_and_cpu(pid: int) -> tuple[float, float]:
-    """Returns the most memory that a process has had [MB], and its CPU seconds."""
+    """Return the most memory that a process has had [MB], and its CPU seconds."""
     status = Path(f"/proc/{pid}/status").read_text()
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024, (
@@ -104,7 +104,7 @@ def memory_and_cpu(pid: int) -> tuple[float, float]:
     ) / os.sysconf("SC_CLK_TCK")
 
 
-def test_clients_that_lock_nobody_out(model):
+def test_idle_and_slow_clients_lock_no_one_out(model):
     with serving(model, cold=True) as (process, port):  # whose memory is its own
         ask(port, prompt="a", max_tokens=2)
         idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
@@ -148,7 +148,7 @@ def test_clients_that_lock_nobody_out(model):
     [([signal.SIGTERM], 0), ([signal.SIGINT, signal.SIGINT], 130)],
     ids=["SIGTERM", "Ctrl-C twice"],
 )
-def test_a_server_under_load_stops_in_time_with_a_word_to_its_clients(model, signals, status):
+def test_a_server_under_load_stops_in_time_with_errors_to_its_clients(model, signals, status):
     with serving(model, "--shutdown-timeout", 6) as (process, port):
         long = {"prompt": ["a"] * 16, "n": 4, "max_tokens": 480, "temperature": 1}
         clients = [fire(port, **long), fire(port, **long), fire(port, **long, stream=True)]
@@ -160,7 +160,7 @@ def test_a_server_under_load_stops_in_time_with_a_word_to_its_clients(model, sig
             time.sleep(0.3)
         process.wait(PATIENCE)
         took = time.monotonic() - began
-        said = [everything(client) for client in clients]
+        received = [everything(client) for client in clients]
         unread.close()
         output = process.stdout.read()
     assert (
@@ -169,13 +169,13 @@ def test_a_server_under_load_stops_in_time_with_a_word_to_its_clients(model, sig
         and "CancelledError" not in output
     ), output
     assert took < 6 + 3, "a busy machine may need a moment more"
-    assert sum(b"the server is stopping" in one for one in said) >= 2, (
-        "all that were not over are told so"
+    assert sum(b"the server is stopping" in one for one in received) >= 2, (
+        "clients of unfinished texts get an error"
     )
 
 
 @pytest.mark.faults
-def test_clients_that_other_people_wrote_work_as_they_come(model, monkeypatch):
+def test_clients_of_other_projects_work_unchanged(model, monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network
     openai, litellm, langchain = (
         pytest.importorskip(name) for name in ("openai", "litellm", "langchain_openai")
@@ -222,16 +222,16 @@ def test_lm_evaluation_harness_measures_a_server_as_the_model_itself(model, tmp_
 
     from megatron_sorted.exported.tokenizer import for_transformers, open_tokenizer
 
-    for_transformers(open_tokenizer(model)).save_pretrained(tmp_path / "words")
+    for_transformers(open_tokenizer(model)).save_pretrained(tmp_path / "tokenizer")
     with serving(model) as (_, port):
         api = LocalCompletionsAPI(
             base_url=f"http://127.0.0.1:{port}/v1/completions",
             model=model.name,
-            tokenizer=str(tmp_path / "words"),
+            tokenizer=str(tmp_path / "tokenizer"),
         )
         pairs = [("Once upon a", " time"), ("The cat", " sat on a mat")]
-        asked = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)]
-        found = api.loglikelihood(asked)
+        requests = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)]
+        likelihoods = api.loglikelihood(requests)
         texts = api.generate_until(
             [Instance("generate_until", {}, ("Once", {"until": ["\n"], "max_gen_toks": 8}), 0)]
         )
@@ -239,15 +239,15 @@ def test_lm_evaluation_harness_measures_a_server_as_the_model_itself(model, tmp_
             base_url=f"http://127.0.0.1:{port}/v1/chat/completions", model=model.name
         )
         turns = JsonChatStr(json.dumps([{"role": "user", "content": "hi"}]))
-        said = chat.generate_until(
+        answers = chat.generate_until(
             [Instance("generate_until", {}, (turns, {"until": ["\n"], "max_gen_toks": 8}), 0)]
         )
     network = AutoModelForCausalLM.from_pretrained(model).float().eval()
-    for (context, rest), (logprob, is_greedy) in zip(pairs, found, strict=True):
+    for (context, rest), (logprob, is_greedy) in zip(pairs, likelihoods, strict=True):
         before, after = api._encode_pair(context, rest)
         with torch.no_grad():
             scores = network(torch.tensor([before + after])).logits[0].log_softmax(-1)
         rows = scores[len(before) - 1 : -1]
         assert abs(float(rows.gather(-1, torch.tensor(after)[:, None]).sum()) - logprob) < 1e-3
         assert is_greedy == (rows.argmax(-1).tolist() == after)
-    assert isinstance(texts[0], str) and isinstance(said[0], str)
+    assert isinstance(texts[0], str) and isinstance(answers[0], str)

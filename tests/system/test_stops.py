@@ -1,4 +1,4 @@
-"""Runs that are told to stop, that run out of time, whose launcher or peer dies: under torchrun, with real signals."""
+"""Runs that are stopped, run out of time, or lose their launcher or a peer; with real signals."""
 
 import json
 import signal
@@ -33,15 +33,20 @@ RUN = (
 )
 
 
-def start(folder: Path, *words: object, processes: int = 2, cold: bool = False) -> subprocess.Popen:
-    """Return a run of many steps that has done its first ones; a torchrun is a process of its own, with ranks as its children."""
+def start(
+    folder: Path, *arguments: object, processes: int = 2, cold: bool = False
+) -> subprocess.Popen:
+    """Start a run of many steps and return it once it has done its first ones.
+
+    torchrun is a process of its own, with the ranks as its children.
+    """
     with open(folder / "log", "w") as log:
         process = start_command(
             "pretrain_sorted.py",
             *RUN,
             "--train-iters",
             100000,
-            *words,
+            *arguments,
             cwd=folder,
             processes=processes,
             cold=cold or processes > 0,
@@ -73,10 +78,10 @@ def folder(prepared, tmp_path) -> Path:
 
 
 def check_stopped(folder: Path, reason: str) -> int:
-    """Returns the step at which the run has saved and stopped, saying why."""
-    word = json.loads((folder / "save" / "stopped.json").read_text())
-    step = word["step"]
-    assert word == {"step": step, "train_iters": 100000, "reason": reason} and step >= 3
+    """Check that the run has saved, stopped and reported why; return the step."""
+    stop = json.loads((folder / "save" / "stopped.json").read_text())
+    step = stop["step"]
+    assert stop == {"step": step, "train_iters": 100000, "reason": reason} and step >= 3
     assert (folder / "save" / "latest_checkpointed_iteration.txt").read_text() == str(step)
     lines = (folder / "log").read_text().splitlines()
     assert lines.count(f"stopping at step {step} of 100000: {reason}") == 1
@@ -88,14 +93,13 @@ def check_stopped(folder: Path, reason: str) -> int:
 def test_usr1_to_the_ranks_saves_and_ends_well_under_torchrun(folder):
     launcher = start(folder)
     for number, rank in enumerate(ranks_of(launcher)):
-        time.sleep(
-            0.2 * number
-        )  # a scheduler does not reach all at one time, nor does everyone need a signal of their own
+        # a scheduler does not reach all ranks at one time, and not every rank needs a signal
+        time.sleep(0.2 * number)
         if rank.is_running():
             rank.send_signal(signal.SIGUSR1)
     assert launcher.wait(timeout=60) == 0, (folder / "log").read_text()
     step = check_stopped(folder, "SIGUSR1")
-    # the same command goes on from there
+    # the same command resumes from there
     lines = pretrain(2, folder, *RUN, "--train-iters", step + 1)
     assert any(line.startswith(f"loaded save/iter_{step:07d}: step {step}, ") for line in lines)
     assert not (folder / "save" / "stopped.json").exists()
@@ -108,7 +112,7 @@ def test_term_to_torchrun_saves(folder):
     check_stopped(folder, "SIGTERM")
 
 
-def test_term_without_a_launcher_ends_with_a_code_to_requeue_on(folder):
+def test_term_without_a_launcher_ends_with_the_requeue_status(folder):
     process = start(folder, "--pipeline-model-parallel-size", 1, processes=0)
     process.terminate()
     assert process.wait(timeout=60) == 75, (folder / "log").read_text()
@@ -116,13 +120,15 @@ def test_term_without_a_launcher_ends_with_a_code_to_requeue_on(folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "step", "reason"),
+    ("arguments", "step", "reason"),
     [
         (("--exit-interval", 3), 3, "--exit-interval 3"),
         (("--exit-duration-in-mins", 0.0001), 1, "--exit-duration-in-mins 0.0001"),
     ],
 )
-def test_a_run_stops_where_it_is_told_to_and_goes_on_as_if_it_had_not(folder, words, step, reason):
+def test_a_run_stops_as_its_settings_require_and_resumes_as_if_it_had_not(
+    folder, arguments, step, reason
+):
     whole = (
         *RUN,
         "--train-iters",
@@ -135,7 +141,7 @@ def test_a_run_stops_where_it_is_told_to_and_goes_on_as_if_it_had_not(folder, wo
         "whole",
     )
     pretrain(2, folder, *whole)
-    printed = pretrain(2, folder, *RUN, "--train-iters", 4, *words)
+    printed = pretrain(2, folder, *RUN, "--train-iters", 4, *arguments)
     assert f"stopping at step {step} of 4: {reason}" in printed
     assert json.loads((folder / "save" / "stopped.json").read_text()) == {
         "step": step,
@@ -143,10 +149,10 @@ def test_a_run_stops_where_it_is_told_to_and_goes_on_as_if_it_had_not(folder, wo
         "reason": reason,
     }
     pretrain(2, folder, *RUN, "--train-iters", 4)
-    expected, got = (
+    expected, resumed = (
         read_json_lines(folder / name) for name in ("whole.jsonl", "save/metrics.jsonl")
     )
-    assert [untimed(line) for line in got] == [untimed(line) for line in expected]
+    assert [untimed(line) for line in resumed] == [untimed(line) for line in expected]
 
 
 def test_a_frozen_rank_is_named_and_ends_the_job(folder):
@@ -155,7 +161,8 @@ def test_a_frozen_rank_is_named_and_ends_the_job(folder):
     victim.suspend()
     began = time.monotonic()
     assert launcher.wait(timeout=120) != 0
-    # 12 s until it counts as a hang, 5 s to judge, up to 30 s of torchrun's patience with a frozen process
+    # 12 s until it counts as a hang, 5 s to judge, and up to 30 s that torchrun waits for a frozen
+    # process
     assert time.monotonic() - began < 90
     log = (folder / "log").read_text()
     block = last_block(log)
@@ -173,7 +180,7 @@ def test_ranks_do_not_outlive_their_launcher(folder):
     _, alive = psutil.wait_procs(ranks, timeout=30)
     for process in alive:
         process.kill()
-    assert not alive, "they would go on saving beside the job that was started in their place"
+    assert not alive, "they would still save beside the job that was started in their place"
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run_and_save_nothing(folder):
@@ -211,8 +218,6 @@ def test_too_many_steps_that_are_not_finite_stop_the_run_and_save_nothing(folder
         and "--nonfinite-steps-allowed is 2" in done.stderr
     )
     saved = sorted(path.name for path in (folder / "save").glob("iter_*"))
-    assert saved == [
-        f"iter_{number:07d}" for number in range(1, step)
-    ]  # nothing from the first bad step on
+    assert saved == [f"iter_{number:07d}" for number in range(1, step)], "before the first bad step"
     metrics = read_json_lines(folder / "save" / "metrics.jsonl")
     assert sum(line["nonfinite"] for line in metrics) == 2 and metrics[step - 2]["nonfinite"] == 0

@@ -1,4 +1,7 @@
-"""The prompt form goes with a model through every command; models of 0.6.0 have none, and a line says so."""
+"""The prompt form is stored with a model by every command.
+
+Models of 0.6.0 have none, and a line reports it.
+"""
 
 import json
 import shutil
@@ -11,7 +14,7 @@ from tests.support.chat_models import ANSWERS, done, write_model, write_talks, w
 from tests.support.chat_templates import CHATML
 
 STORED = "prompt form: chat, as trained"
-NONE = "carries no prompt form (it was made by megatron_sorted 0.6.0 or before, or by another tool)"
+NONE = "has no prompt form (it was made by megatron_sorted 0.6.0 or before, or by another tool)"
 TRAIN = (
     "--load",
     "m",
@@ -36,7 +39,10 @@ TRAIN = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Return a folder with a model ``hf`` with two exits that answers in ChatML, its run, and questions."""
+    """Return a folder with a model ``hf`` that answers in ChatML, its run, and questions.
+
+    The model has two exits.
+    """
     place = tmp_path_factory.mktemp("stored_form")
     write_tokenizer(place / "m", "tokenizer.json", CHATML)
     write_model(place / "m", "llama")
@@ -76,7 +82,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def answers(place: Path, model: str, *more: object) -> tuple[dict[str, str], str]:
-    """Return what a model answers to every question, and what generate says beside."""
+    """Return the answers of a model to every question, and what generate prints beside."""
     shown = done(
         "tools/generate.py",
         model,
@@ -92,26 +98,26 @@ def answers(place: Path, model: str, *more: object) -> tuple[dict[str, str], str
 
 
 def ends_of(directory: Path) -> list[int]:
-    """Return the end tokens that generation_config.json says."""
-    said = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
-    return said if isinstance(said, list) else [said]
+    """Return the end tokens in generation_config.json."""
+    ids = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+    return ids if isinstance(ids, list) else [ids]
 
 
 def template_of(directory: Path) -> str:
-    """Return the template that plain transformers takes."""
+    """Return the template that plain transformers reads."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory).chat_template
 
 
-def test_a_sub_model_is_asked_as_the_whole_one_was_trained(folder):
+def test_a_sub_model_is_prompted_as_the_whole_one_was_trained(folder):
     done("tools/extract_submodel.py", "hf", "sub", "--depth", 1, cwd=folder)
     assert read_form(folder / "sub").as_dict() == read_form(folder / "hf").as_dict() and ends_of(
         folder / "sub"
     ) == ends_of(folder / "hf")
     assert template_of(folder / "sub") == template_of(folder / "hf") == CHATML
-    found, said = answers(folder, "sub", "--prompt-template", "chat")
-    assert found == ANSWERS and STORED in said
+    replies, printed = answers(folder, "sub", "--prompt-template", "chat")
+    assert replies == ANSWERS and STORED in printed
 
 
 def test_an_adapter_for_peft_brings_the_form_it_was_trained_in(folder):
@@ -137,7 +143,7 @@ def test_an_adapter_for_peft_brings_the_form_it_was_trained_in(folder):
 
 
 @pytest.mark.parametrize(
-    ("tool", "words"),
+    ("tool", "arguments"),
     [
         (
             "tools/tune_decoding.py",
@@ -159,8 +165,8 @@ def test_an_adapter_for_peft_brings_the_form_it_was_trained_in(folder):
         ),
     ],
 )
-def test_tuning_and_the_benchmark_ask_in_the_stored_form(folder, tool, words):
-    shown = done(tool, "hf", "--questions", "questions.jsonl", *words, cwd=folder)
+def test_tuning_and_the_benchmark_use_the_stored_form(folder, tool, arguments):
+    shown = done(tool, "hf", "--questions", "questions.jsonl", *arguments, cwd=folder)
     assert STORED in shown.stdout + shown.stderr
     other = done(
         tool,
@@ -169,7 +175,7 @@ def test_tuning_and_the_benchmark_ask_in_the_stored_form(folder, tool, words):
         "questions.jsonl",
         "--prompt-template",
         "plain",
-        *words,
+        *arguments,
         cwd=folder,
     )
     assert (
@@ -178,7 +184,7 @@ def test_tuning_and_the_benchmark_ask_in_the_stored_form(folder, tool, words):
     )
 
 
-def test_sampling_defaults_of_a_directory_are_taken_unless_told_otherwise(folder):
+def test_sampling_defaults_of_a_directory_apply_unless_options_override_them(folder):
     shutil.copytree(folder / "hf", folder / "sampled")
     path = folder / "sampled" / "generation_config.json"
     path.write_text(
@@ -192,7 +198,7 @@ def test_sampling_defaults_of_a_directory_are_taken_unless_told_otherwise(folder
     assert answers(folder, "sampled", "--prompt-template", "chat", "--temperature", 0)[0] == ANSWERS
 
 
-def test_exports_checkpoints_and_data_of_0_6_carry_no_form_and_a_line_says_so(folder):
+def test_exports_checkpoints_and_data_of_0_6_have_no_form_and_a_line_reports_it(folder):
     shutil.copytree(folder / "hf", folder / "old")
     (folder / "old" / FILE).unlink()
     assert (

@@ -1,4 +1,4 @@
-"""tools/study.py from a model and a text to a page, with next to no training, and more ways added without doing anything twice."""
+"""lab/study.py from a model and a text to a page, with next to no training; variants are added."""
 
 import random
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.commands import run_command
 from tests.support.evaluated import write_model
-from tests.system.test_first_results import WORDS
+from tests.system.test_first_results import VOCABULARY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,10 +16,11 @@ def test_a_quick_study_writes_a_page_and_can_be_added_to(tmp_path):
     write_model(tmp_path / "tiny", seed=1, max_position_embeddings=256)
     draw = random.Random(0)
     stories = [
-        f"Story {number}. " + " ".join(draw.choices(WORDS, k=40)) + "." for number in range(320)
+        f"Story {number}. " + " ".join(draw.choices(VOCABULARY, k=40)) + "."
+        for number in range(320)
     ]
     (tmp_path / "stories.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
-    words = (
+    options = (
         "stories",
         "--model",
         "tiny",
@@ -35,9 +36,9 @@ def test_a_quick_study_writes_a_page_and_can_be_added_to(tmp_path):
         "--teach-separate",
         "--variants",
     )
-    first = run_command("tools/study.py", *words, "excess-loss", cwd=tmp_path)
+    first = run_command("tools/study.py", *options, "excess-loss", cwd=tmp_path)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    added = run_command("tools/study.py", *words, "excess-loss", "start-1", cwd=tmp_path)
+    added = run_command("tools/study.py", *options, "excess-loss", "start-1", cwd=tmp_path)
     assert added.returncode == 0, added.stdout[-3000:] + added.stderr[-3000:]
     trained = [line for line in added.stdout.splitlines() if "done after" in line]
     assert len(trained) == 1 and "start-1-1" in trained[0]

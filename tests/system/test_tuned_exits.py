@@ -1,4 +1,4 @@
-"""From a trained model to exits with layers of their own: the base in, only the exits trained, one of two stages training nothing."""
+"""Exits with layers of their own, trained on a frozen base; one of two stages trains nothing."""
 
 from megatron_sorted.checkpoint.layout import iteration_directory
 from megatron_sorted.monitoring.json_lines import read_json_lines
@@ -72,9 +72,8 @@ def test_a_base_gets_exits_and_keeps_its_bits(tmp_path):
         "exit_adapters",
     }
     for name, weight in base.items():
-        real = slice(
-            100 if "embedding" in name else None
-        )  # rows that pad the vocabulary belong to nobody
+        # rows that pad the vocabulary are not compared
+        real = slice(100 if "embedding" in name else None)
         assert (weight[real] == tuned[name][real]).all(), name
     assert all((first[name] != tuned[name]).any() for name in own)
     steps = [

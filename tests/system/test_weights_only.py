@@ -1,4 +1,4 @@
-"""A run that starts from weights alone: what it says, what travels on, and that it then goes on from its own checkpoints."""
+"""A run that starts from weights alone: its log, its carried files, and how it resumes."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ STARTED = "weights only (it holds nothing else), starting at step 0"
 
 @pytest.fixture
 def folder(trained, tmp_path) -> Path:
-    """Returns a folder of its own with data, settings, and weights alone in ``imported``."""
+    """Return a folder of its own with data, settings, and weights alone in ``imported``."""
     source, _ = trained
     shutil.copytree(source / "data", tmp_path / "data")
     shutil.copy(source / "run.yaml", tmp_path)
@@ -42,8 +42,8 @@ def folder(trained, tmp_path) -> Path:
     return tmp_path
 
 
-def travelling(directory: Path) -> dict[str, bytes]:
-    """Returns the small files of a checkpoint that travel, as its manifest knows them."""
+def carried(directory: Path) -> dict[str, bytes]:
+    """Return the small files of a checkpoint that are carried on, as its manifest lists them."""
     names = [
         name
         for name in read_manifest(directory)["files"]
@@ -58,14 +58,14 @@ def form_of(directory: Path) -> dict:
 
 
 def expected(folder: Path) -> dict[str, bytes]:
-    """Returns what every checkpoint of a run of that folder carries."""
+    """Return what every checkpoint of a run of that folder carries."""
     return {
         **FILES,
         "tokenizer/tokenizer.model": (folder / "data" / "train_tokenizer.model").read_bytes(),
     }
 
 
-def test_a_run_starts_from_weights_and_goes_on_from_its_own_checkpoints(folder):
+def test_a_run_starts_from_weights_and_resumes_from_its_own_checkpoints(folder):
     lines = pretrain(
         1,
         folder,
@@ -86,15 +86,16 @@ def test_a_run_starts_from_weights_and_goes_on_from_its_own_checkpoints(folder):
         3,
         4,
     ]
-    # --save-retain took the checkpoint of step 2 away, but not what was imported
+    # --save-retain removed the checkpoint of step 2, but not the import
     assert sorted(path.name for path in (folder / "imported").glob("iter_*")) == [
         "iter_0000000",
         "iter_0000004",
     ]
     own = folder / "imported" / "iter_0000004"
-    assert travelling(own) == expected(folder) and "contents" not in read_manifest(own)
+    assert carried(own) == expected(folder) and "contents" not in read_manifest(own)
     assert form_of(own) == json.loads((folder / "data" / "train.json").read_text())["prompt_form"]
-    # the same command again, twice: its own checkpoints, and what travels is still there when the import is gone
+    # the same command again, two times: it resumes from its own checkpoints, and the carried files
+    # are still there after the import was removed
     lines = pretrain(
         1, folder, *RUN, "--load", "imported", "--save", "./imported/", "--train-iters", 6
     )
@@ -105,7 +106,7 @@ def test_a_run_starts_from_weights_and_goes_on_from_its_own_checkpoints(folder):
     assert not any(line.startswith("passed over") for line in lines)
     shutil.rmtree(folder / "imported" / "iter_0000000")
     pretrain(1, folder, *RUN, "--load", "imported", "--save", "elsewhere", "--train-iters", 8)
-    assert travelling(folder / "elsewhere" / "iter_0000008") == expected(folder)
+    assert carried(folder / "elsewhere" / "iter_0000008") == expected(folder)
     run_ids = {
         read_manifest(folder / place)["run_id"]
         for place in ("imported/iter_0000006", "elsewhere/iter_0000008")
@@ -114,16 +115,16 @@ def test_a_run_starts_from_weights_and_goes_on_from_its_own_checkpoints(folder):
 
 
 def test_pretrained_weights_and_restarts_of_the_same_command(folder):
-    words = (*RUN, "--pretrained-checkpoint", "imported", "--load", "own", "--save", "own")
-    lines = pretrain(1, folder, *words, "--exit-interval", 2)
+    arguments = (*RUN, "--pretrained-checkpoint", "imported", "--load", "own", "--save", "own")
+    lines = pretrain(1, folder, *arguments, "--exit-interval", 2)
     assert "loaded imported/iter_0000000: weights only, starting at step 0" in lines
-    lines = pretrain(1, folder, *words)
+    lines = pretrain(1, folder, *arguments)
     assert any(line.startswith("loaded own/iter_0000002: step 2") for line in lines)
-    assert travelling(folder / "own" / "iter_0000004") == expected(folder)
+    assert carried(folder / "own" / "iter_0000004") == expected(folder)
 
 
-def test_nothing_of_the_optimizer_the_data_or_the_precision_is_asked_for(folder):
-    """Where a training checkpoint would be refused."""
+def test_optimizer_data_and_precision_may_differ(folder):
+    """A training checkpoint would be refused for each of these changes."""
     lines = pretrain(
         1,
         folder,
@@ -149,7 +150,7 @@ def test_nothing_of_the_optimizer_the_data_or_the_precision_is_asked_for(folder)
         pretrain(1, folder, *RUN, "--load", "imported", "--rotary-base", 500000)
 
 
-def test_weights_alone_say_what_the_checkpoint_they_are_from_said(folder, trained):
+def test_weights_alone_evaluate_like_their_checkpoint(folder, trained):
     evaluate = (
         "--config",
         "run.yaml",

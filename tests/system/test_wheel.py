@@ -1,4 +1,4 @@
-"""What an installation from a wheel brings: every command, examples and launchers, and nothing of the clone it was built in."""
+"""An installation from a wheel has every command, examples and launchers, and needs no clone."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(wheel, tmp_path_factory):
-    """Return a function that runs words in an empty folder, with the Python of a virtual environment that has the wheel."""
+    """Return a function that runs commands in an empty folder, in an environment with the wheel."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv" / "bin" / "python"
@@ -102,14 +102,15 @@ def run(wheel, tmp_path_factory):
     ]
     subprocess.run(command, check=True, env=env, timeout=240)
     [packages] = (folder / "venv" / "lib").glob("python*/site-packages")
-    # dependencies are those of this interpreter, after the venv's own; .pth files there, as of an editable clone, are not read
+    # dependencies of this interpreter come after the venv's own; .pth files there, such as that of
+    # an editable clone, are not read
     others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (packages / "dependencies.pth").write_text("\n".join(others) + "\n")
     (folder / "empty").mkdir()
 
-    def started(*words: object, status: int = 0) -> str:
+    def started(*arguments: object, status: int = 0) -> str:
         done = subprocess.run(
-            [str(word) for word in words],
+            [str(word) for word in arguments],
             cwd=folder / "empty",
             env=env,
             capture_output=True,
@@ -150,7 +151,8 @@ def test_a_life_in_an_empty_folder(run):
     where = run(
         "python",
         "-c",
-        "import megatron_sorted.launching.files as f; print(f.__file__, f.shipped('slurm'), f.shipped('examples'))",
+        "import megatron_sorted.installation as f; print(f.__file__, f.shipped_folder('slurm'), "
+        "f.shipped_folder('examples'))",
     )
     assert (
         str(ROOT) not in where.replace(str(run.folder.parent), "")
@@ -179,8 +181,12 @@ def test_a_life_in_an_empty_folder(run):
     assert "[full: 4 tokens in" in run(
         "megatron-sorted", "generate", "exported", "--prompt", "a b", "--max-new-tokens", 4
     )
-    assert "memory of one rank" in run("megatron-sorted", "plan", "here/examples/quickstart.yaml")
-    told = run(
+    planned = run("megatron-sorted", "plan", "here/examples/quickstart.yaml")
+    assert "memory of one rank" in planned
+    assert planned.splitlines()[-1].startswith(
+        "torchrun --nproc-per-node 1 -m megatron_sorted train "
+    )
+    message = run(
         "megatron-sorted",
         "launch",
         "slurm",
@@ -191,7 +197,7 @@ def test_a_life_in_an_empty_folder(run):
         "here/examples/llama3_8b.yaml",
     )
     assert (
-        "-m torch.distributed.run" in told
-        and " -m megatron_sorted train --config " in told
-        and str(ROOT) not in told
+        "-m torch.distributed.run" in message
+        and " -m megatron_sorted train --config " in message
+        and str(ROOT) not in message
     )

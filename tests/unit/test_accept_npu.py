@@ -1,4 +1,4 @@
-"""Judgements of the acceptance of NPUs."""
+"""The verdicts of the acceptance of NPUs."""
 
 import argparse
 import importlib.metadata
@@ -14,7 +14,7 @@ EXPECTED = {1: [4.0, 5.0], 2: [2.0, 4.0]}
 
 
 @pytest.mark.parametrize(
-    ("got", "passed", "said"),
+    ("got", "passed", "text"),
     [
         ({1: [4.0, 5.0], 2: [2.0, 4.002]}, True, "losses differ by up to 5.00e-04 (at most 0.001)"),
         ({1: [4.0, 5.0], 2: [2.0, 4.008]}, False, "losses differ by up to 2.00e-03"),
@@ -24,9 +24,9 @@ EXPECTED = {1: [4.0, 5.0], 2: [2.0, 4.0]}
         ({1: [4.0, 5.0], 2: [2.0]}, False, "or other exits"),
     ],
 )
-def test_losses_of_npus_are_those_of_the_cpu(got, passed, said):
+def test_losses_of_npus_are_those_of_the_cpu(got, passed, text):
     judged, figure = accept_npu.compared(got, EXPECTED, 1e-3)
-    assert judged is passed and said in figure
+    assert judged is passed and text in figure
 
 
 def test_a_loss_that_is_not_finite_fails(tmp_path):
@@ -61,7 +61,7 @@ def test_torch_and_torch_npu_must_be_there_in_one_version(torch, torch_npu, pass
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(
-        accept_npu, "run", lambda words: subprocess.CompletedProcess(words, 1, "", "no")
+        accept_npu, "run", lambda arguments: subprocess.CompletedProcess(arguments, 1, "", "no")
     )
     lines = {
         name: (judged, figure) for name, judged, figure in accept_npu.versions(argparse.Namespace())

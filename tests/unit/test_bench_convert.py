@@ -1,4 +1,4 @@
-"""The measurement of conversions: sizes, ratios, verdicts and the page, with numbers chosen by hand; and a tiny model that is opened."""
+"""The measurement of conversions: sizes, ratios, verdicts, the page, and a tiny model."""
 
 import json
 
@@ -12,7 +12,7 @@ from megatron_sorted.conversion.open_model import open_model
 
 
 def entry(seconds: float, plain: float, **verified: float) -> dict:
-    """Returns one round, the same for both directions."""
+    """Return one round, the same for both directions."""
     run = {
         "seconds": seconds,
         "imported_bytes": 300_000_000,
@@ -72,6 +72,7 @@ def test_targets_hold_or_do_not():
 def test_the_page_is_written(tmp_path):
     text = write_convert_page({"22 layers": model(600_000_000)}, tmp_path, {"date": "today"})
     assert (tmp_path / "convert.md").read_text() == text
+    assert "\n\n> **What this is for**: what conversions cost in time and memory." in text
     assert "| 22 layers | import | 2,200 | 12.0 | 10.0 | 1.20 | 3 | 20.0 |" in text
     assert "| 22 layers | export | 300 | 450 | 600 | 131 | 862 |" in text
     assert "- holds: peak memory does not grow with the model" in text
@@ -98,10 +99,10 @@ def test_a_made_model_is_one_and_its_bytes_are_copied_plainly(tmp_path):
     write_model(tmp_path / "model", shape)
     opened = open_model(tmp_path / "model")
     assert opened.num_bytes == shape.num_bytes and opened.settings.num_layers == shape.num_layers
-    found = copy_plainly(tmp_path / "model", tmp_path / "plain")
+    result = copy_plainly(tmp_path / "model", tmp_path / "plain")
     (one,), (other,) = weight_files(tmp_path / "model"), weight_files(tmp_path / "plain")
     assert (
         other.read_bytes() == one.read_bytes()
-        and found["bytes"] == one.stat().st_size
-        and found["seconds"] > 0
+        and result["bytes"] == one.stat().st_size
+        and result["seconds"] > 0
     )

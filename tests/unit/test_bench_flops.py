@@ -5,7 +5,8 @@ from megatron_sorted.settings.run import Settings
 
 
 def test_by_hand():
-    # h 4, 2 heads of 2, one group: projections 2*4*(4+4) + 2*4*4 = 96; attention 4*3*4 = 48; SwiGLU 3 products of 2*4*10 = 240
+    # h 4, 2 heads of 2, one group: projections 2*4*(4+4) + 2*4*4 = 96; attention 4*3*4 = 48;
+    # SwiGLU 3 products of 2*4*10 = 240
     settings = Settings(
         num_layers=5,
         hidden_size=4,

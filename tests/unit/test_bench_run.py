@@ -8,10 +8,10 @@ import pytest
 
 from lab.benchmarks.bounds import measure_bounds
 from lab.benchmarks.checkpoint_page import parameters_of, write_checkpoint_page
+from lab.benchmarks.jobs import CaseResult, run_arguments
 from lab.benchmarks.loop_page import verdicts, write_loop_page
 from lab.benchmarks.pages import rounded
 from lab.benchmarks.run_cases import RunCase, checkpoint_cases, loop_cases
-from lab.benchmarks.run_jobs import CaseResult, command_words
 from lab.benchmarks.run_numbers import (
     checkpoint_row,
     cost_of_comparing,
@@ -25,7 +25,7 @@ from megatron_sorted.settings.rules import check_settings
 
 
 class Clock:
-    """A clock that moves when told; CPU time at half the pace."""
+    """A clock that `works` advances; CPU time runs at half the speed."""
 
     def __init__(self):
         self.now = 0.0
@@ -79,7 +79,7 @@ def test_a_function_that_raises_is_booked_and_left():
 
 
 def loop_step(number: int, interval: int, schedule: float, **causes: float) -> dict:
-    """Returns a step of ``measure_loop``: milliseconds on the wall by cause; CPU time is half of it."""
+    """Return a step of ``measure_loop`` with wall milliseconds by cause; CPU time is half."""
     seconds = {
         "forward and backward": schedule,
         "gradients set to zero": 8.0,
@@ -104,7 +104,8 @@ def test_overhead_of_the_busiest_rank_without_waits():
     ]
     other = [loop_step(1, 1, 800, exits_compared=2), loop_step(2, 1, 900), loop_step(3, 10, 1)]
     row = loop_row([other, one], 1)
-    # rank 1: steps of 800 + 8 + 100 + 1 + 13 and 900 + 8 + 100 + 1 + 5 ms; it waits 10 - 2 ms in the first
+    # rank 1: steps of 800 + 8 + 100 + 1 + 13 and 900 + 8 + 100 + 1 + 5 ms, a wait of 10 - 2 ms in
+    # the first
     assert row["rank"] == 1 and row["steps"] == 2
     assert row["step_ms"] == pytest.approx((922 + 1014) / 2)
     assert row["with_waits_ms"] == pytest.approx((14 + 6) / 2) and row["waits_ms"] == pytest.approx(
@@ -128,16 +129,16 @@ def test_comparing_is_measured_on_pairs_of_steps():
         8: 220.0,
     }  # steps 6 and 8 have one before them that does not compare
     steps = [loop_step(number, 2, ms) for number, ms in schedule.items()]
-    found = cost_of_comparing([steps, [loop_step(number, 2, 50.0) for number in schedule]])
-    assert found["pairs"] == 2
-    assert found["wall_ratio"] == pytest.approx((1.3 + 1.1) / 2) and found[
+    result = cost_of_comparing([steps, [loop_step(number, 2, 50.0) for number in schedule]])
+    assert result["pairs"] == 2
+    assert result["wall_ratio"] == pytest.approx((1.3 + 1.1) / 2) and result[
         "wall_ms"
     ] == pytest.approx((30 + 20) / 2)
-    assert found["cpu_ratio"] == pytest.approx(1.2) and found["cpu_ms"] == pytest.approx(12.5)
+    assert result["cpu_ratio"] == pytest.approx(1.2) and result["cpu_ms"] == pytest.approx(12.5)
 
 
 def entry(save: float, write: float, core: float) -> dict:
-    """Returns a round of one rank."""
+    """Return a round of one rank."""
     return {
         "save": save,
         "save_unverified": save - 1,
@@ -150,7 +151,7 @@ def entry(save: float, write: float, core: float) -> dict:
 
 
 def rank_numbers(slower: float = 0.0) -> dict:
-    """Returns what ``CheckpointTimes.measure`` returns for one rank."""
+    """Return what ``CheckpointTimes.measure`` returns for one rank."""
     steps = [
         {"seconds": 1.0, "saving": False},
         {"seconds": 9.0, "saving": None},
@@ -198,8 +199,8 @@ def test_checkpoint_numbers_by_hand():
 
 
 def test_steps_beside_saves_leave_out_those_in_which_one_begins_or_ends():
-    found = steps_beside_saves(rank_numbers()["training"]["steps"])
-    assert found == {
+    result = steps_beside_saves(rank_numbers()["training"]["steps"])
+    assert result == {
         "quiet_steps": 2,
         "saving_steps": 2,
         "quiet_step": 1.1,
@@ -212,7 +213,7 @@ def test_steps_beside_saves_leave_out_those_in_which_one_begins_or_ends():
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_case_is_a_run_that_can_start(quick):
     for case in [*loop_cases(quick), *checkpoint_cases(quick)]:
-        settings = load_settings(command_words(case, Path("folder")))
+        settings = load_settings(run_arguments(case, Path("folder")))
         check_settings(settings, case.num_processes)
         assert settings.device == "cpu" and settings.save_interval is None and settings.async_save
 
@@ -231,6 +232,9 @@ def test_pages_are_written(tmp_path):
     ]
     write_loop_page([CaseResult(loop_case, [steps], 0.5, 1.5, 10.0)], tmp_path)
     page = (tmp_path / "run_loop.md").read_text()
+    assert page.startswith(
+        "# The loop's overhead outside forward, backward and optimizer\n\n> **What this is for**: "
+    )
     assert "| 1 process | 1 | 210 | 2.00 | 1.00 | 0.95% | 0.20% | 0.00 |" in page
     assert "- holds: 1 process, a report every 10: at most 2% of a step of 1 s" in page
     assert "load of the machine: 0.5 before the first run, 1.5 to 1.5 after each" in page
@@ -238,6 +242,7 @@ def test_pages_are_written(tmp_path):
         [CaseResult(checkpoint_case, [rank_numbers()], 0.5, 1.5, 10.0)], tmp_path, "ext4 on a disk"
     )
     page = (tmp_path / "run_checkpoint.md").read_text()
+    assert "\n\n> **What this is for**: what checkpoints cost. **Read first**: " in page
     assert "file system: ext4 on a disk" in page and "| 1.45 (2 / 2) |" in page
     numbers = json.loads((tmp_path / "run_checkpoint.json").read_text())
     assert numbers["runs"][0]["ranks"][0]["training"]["save_interval"] == 4
@@ -251,9 +256,9 @@ def test_numbers_are_kept_to_the_microsecond():
 
 
 def test_bounds_leave_nothing_behind(tmp_path):
-    found = measure_bounds(tmp_path, 3 << 20)
-    assert set(found) == {"write", "read", "memcpy", "sha256"} and all(
-        seconds > 0 for seconds in found.values()
+    result = measure_bounds(tmp_path, 3 << 20)
+    assert set(result) == {"write", "read", "memcpy", "sha256"} and all(
+        seconds > 0 for seconds in result.values()
     )
     assert not list(tmp_path.iterdir())
 

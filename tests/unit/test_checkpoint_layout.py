@@ -61,7 +61,7 @@ def test_only_finished_directories_are_checkpoints(tmp_path):
     ]
 
 
-def test_a_removed_checkpoint_is_gone_at_once(tmp_path):
+def test_a_removed_checkpoint_disappears_at_once(tmp_path):
     directory = iteration_directory(tmp_path, 5)
     (directory / "tokenizer").mkdir(parents=True)
     (tmp_path / ".iter_0000005.removing").mkdir()  # of a run killed while it removed the same step

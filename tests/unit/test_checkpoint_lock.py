@@ -25,7 +25,7 @@ time.sleep(60)
 
 @pytest.fixture
 def holder(tmp_path):
-    """Returns a process that holds the directory."""
+    """Return a process that holds the directory."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
@@ -43,12 +43,12 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_the_second_is_refused_and_told_who_holds_it(tmp_path, holder):
+def test_the_second_is_refused_with_the_name_of_the_holder(tmp_path, holder):
     with pytest.raises(CheckpointError) as error:
         DirectoryLock(tmp_path).acquire(patience_seconds=0.3)
     assert str(error.value).startswith(f"--save: another run is saving into {tmp_path} (")
-    said = json.loads(re.search(r"\((\{.*\})\)", str(error.value))[1])
-    assert said["process"] == holder.pid and said["job"] == "4711"
+    holder_record = json.loads(re.search(r"\((\{.*\})\)", str(error.value))[1])
+    assert holder_record["process"] == holder.pid and holder_record["job"] == "4711"
 
 
 def test_a_killed_holder_holds_no_longer(tmp_path, holder):

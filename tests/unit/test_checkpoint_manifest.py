@@ -38,7 +38,7 @@ def directory(tmp_path):
     return tmp_path
 
 
-def test_a_manifest_comes_back_as_it_was_written(directory):
+def test_a_manifest_reads_back_as_written(directory):
     manifest = read_manifest(directory)
     assert (manifest["format"], manifest["run_id"], manifest["name"]) == (2, "ab", "Ö")
     assert manifest["progress"] == {"step": 7, "samples": 56}
@@ -108,15 +108,18 @@ def test_files_of_another_size_are_named_without_reading_them(directory, spoil, 
     assert str(error.value) == f"{directory / '__0_0.distcp'}: {message}"
 
 
-def test_a_flipped_bit_is_found(directory):
+def test_a_flipped_bit_is_detected(directory):
     manifest, path = read_manifest(directory), directory / "__0_0.distcp"
     content = bytearray(path.read_bytes())
     content[3500] ^= 1
     path.write_bytes(content)
     check_sizes(directory, manifest)
     (problem,) = find_damage(directory, manifest, CONTENT)
-    found, said = hashlib.sha256(content).hexdigest(), manifest["files"]["__0_0.distcp"]["sha256"]
-    assert problem == f"{path}: damaged (sha256 {found[:12]}, the manifest says {said[:12]})"
+    on_disk, stated = (
+        hashlib.sha256(content).hexdigest(),
+        manifest["files"]["__0_0.distcp"]["sha256"],
+    )
+    assert problem == f"{path}: damaged (sha256 {on_disk[:12]}, the manifest says {stated[:12]})"
     (directory / "tokenizer" / "t.model").unlink()
     assert find_damage(directory, manifest, ["tokenizer/t.model"]) == [
         f"{directory / 'tokenizer/t.model'}: not readable (No such file or directory)"
@@ -175,9 +178,9 @@ def test_the_own_hash_is_that_of_plain_json(directory):
 
 
 def test_a_manifest_that_lists_no_files_is_none(directory):
-    said = json.loads((directory / MANIFEST).read_text())
-    del said["files"], said["sha256"]
-    said["sha256"] = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    (directory / MANIFEST).write_text(json.dumps(said))
+    stated = json.loads((directory / MANIFEST).read_text())
+    del stated["files"], stated["sha256"]
+    stated["sha256"] = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+    (directory / MANIFEST).write_text(json.dumps(stated))
     with pytest.raises(CheckpointError, match="files is missing or not of its kind"):
         read_manifest(directory)

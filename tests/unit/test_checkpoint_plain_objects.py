@@ -60,7 +60,7 @@ def test_metadata_that_runs_something_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_object_cut_off_is_told(tmp_path):
+def test_an_object_that_is_cut_off_is_reported(tmp_path):
     write_torch_dist(tmp_path, {}, {"random_state/shard_0.0_1.1": RANDOM})
     path = tmp_path / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:-10])

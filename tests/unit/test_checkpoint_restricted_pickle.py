@@ -25,7 +25,7 @@ from megatron_sorted.errors import CheckpointError
 
 
 def metadata(**changes) -> Metadata:
-    """Returns metadata of one bfloat16 tensor in two pieces."""
+    """Return metadata of one bfloat16 tensor in two pieces."""
     chunks = [
         ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((2, 3))),
         ChunkStorageMetadata(torch.Size((2, 0)), torch.Size((2, 3))),
@@ -55,22 +55,25 @@ def write(tmp_path, content) -> None:
     )
 
 
-def test_what_torch_writes_is_read(tmp_path):
+def test_metadata_that_torch_writes_is_read(tmp_path):
     write(tmp_path, metadata())
-    found = read_stored_names(tmp_path)
+    stored = read_stored_names(tmp_path)
     pieces = (StoredPiece("__0_0.distcp", 0, 12), StoredPiece("__1_0.distcp", 10, 12))
     chunks = (StoredChunk((0, 0), (2, 3), pieces[0]), StoredChunk((2, 0), (2, 3), pieces[1]))
     assert (
-        found.tensors == {"w": StoredTensor(torch.bfloat16, (4, 3), chunks)} and found.objects == {}
+        stored.tensors == {"w": StoredTensor(torch.bfloat16, (4, 3), chunks)}
+        and stored.objects == {}
     )
 
 
 @pytest.mark.parametrize(("function", "arguments", "name"), [
-    (os.system, ("touch {}",), f"{os.system.__module__}.system"), (eval, ("open('{}', 'w')",), "builtins.eval"),
+    (os.system, ("touch {}",), f"{os.system.__module__}.system"),
+    (eval, ("open('{}', 'w')",), "builtins.eval"),
     (os.mkdir, ("{}",), f"{os.mkdir.__module__}.mkdir"),
-    (torch.load, ("{}",), "torch.serialization.load"), (getattr, (torch, "load"), "builtins.getattr"),
+    (torch.load, ("{}",), "torch.serialization.load"),
+    (getattr, (torch, "load"), "builtins.getattr"),
 ])  # fmt: skip
-def test_a_call_is_refused_by_name_and_not_made(function, arguments, name, tmp_path):
+def test_a_call_is_refused_by_name_and_does_not_run(function, arguments, name, tmp_path):
     trace = tmp_path / "ran"
     call = Calls(
         function,
@@ -88,7 +91,7 @@ def test_a_call_is_refused_by_name_and_not_made(function, arguments, name, tmp_p
 
 
 def test_a_permitted_class_cannot_be_changed(tmp_path):
-    # c: class, then state (None, {"x": 1}), then BUILD: what would set an attribute of the class itself
+    # c: class, then state (None, {"x": 1}), then BUILD, which would set an attribute of the class
     write(
         tmp_path,
         b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}(X\x01\x00\x00\x00xK\x01utb.",
@@ -97,18 +100,24 @@ def test_a_permitted_class_cannot_be_changed(tmp_path):
         read_stored_names(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "told"), [
-    (b"", "not readable"), (b"\x80\x04garbage", "damaged"), (pickle.dumps({"a": 1}), "not readable"),
+def stored_at(info):
+    """Return a pickled metadata whose only piece is at ``info``."""
+    return pickle.dumps(metadata(storage_data={MetadataIndex("w", (0, 0)): info}))
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "not readable"), (b"\x80\x04garbage", "damaged"),
+    (pickle.dumps({"a": 1}), "not readable"),
     (pickle.dumps(metadata())[:-40], "damaged"),
-    (pickle.dumps(metadata(storage_data={MetadataIndex("w", (0, 0)): _StorageInfo("../secret", 0, 1)})), "not a file of this directory"),
-    (pickle.dumps(metadata(storage_data={MetadataIndex("w", (0, 0)): _StorageInfo("a", 0, 1, ["zstd"])})), "transformed"),
+    (stored_at(_StorageInfo("../secret", 0, 1)), "not a file of this directory"),
+    (stored_at(_StorageInfo("a", 0, 1, ["zstd"])), "transformed"),
 ])  # fmt: skip
-def test_damage_is_told(content, told, tmp_path):
+def test_damage_is_reported(content, message, tmp_path):
     write(tmp_path, content)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         read_stored_names(tmp_path)
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match="is missing"):
         read_stored_names(tmp_path)

@@ -26,7 +26,7 @@ def test_records_are_those_of_the_files_on_disk(tmp_path):
     files.verify()
 
 
-def test_what_comes_back_otherwise_is_found(tmp_path):
+def test_a_file_that_reads_back_differently_is_detected(tmp_path):
     files = HashingFileSystem()
     files.write_bytes(tmp_path / "a", b"0123456789")
     with open(tmp_path / "a", "r+b") as file:
@@ -34,13 +34,14 @@ def test_what_comes_back_otherwise_is_found(tmp_path):
         file.write(b"x")
     with pytest.raises(
         OSError,
-        match=r"a: 10 bytes with sha256 84d89877f0d4 were written, 10 bytes with [0-9a-f]{12} came back",
+        match=r"a: 10 bytes with sha256 84d89877f0d4 were written, "
+        r"10 bytes with [0-9a-f]{12} came back",
     ):
         files.verify()
 
 
 def test_the_reason_of_a_failed_write_is_kept_through_torch(tmp_path):
-    """torch.save answers a stream that fails in the middle with "unexpected pos" instead of the error."""
+    """For a stream that fails in the middle torch.save reports "unexpected pos", not the error."""
     files = HashingFileSystem()
     os.symlink("/dev/full", tmp_path / "full")
     with (

@@ -1,4 +1,4 @@
-"""Questions made of CLDR facts: capacity, no leakage, the same whatever the count, and the three files."""
+"""Questions about CLDR facts: capacity, no leakage, stable sets, and the three files."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ LOCALES = ("de", "fi", "fr", "pl", "zh")
 
 @pytest.fixture(scope="module")
 def plan() -> QuestionPlan:
-    """A plan of a size that all its questions are made in about a second."""
+    """Return a plan whose questions are all made in about a second."""
     return plan_questions(
         LOCALES,
         ("en", "de", "zh"),
@@ -26,7 +26,7 @@ def plan() -> QuestionPlan:
 
 
 def question(sample) -> tuple[str, str]:
-    """What the model is shown."""
+    """Return what the model is shown."""
     return sample.instruction, sample.input
 
 
@@ -105,21 +105,22 @@ def test_exact_questions() -> None:
     )
 
 
-def test_who_may_be_asked_in_which_language() -> None:
-    def asked_in(fact: Fact) -> set[str]:
+def test_languages_of_questions_about_a_fact() -> None:
+    def languages_of(fact: Fact) -> set[str]:
         return {locale for locale, _ in phrasings(fact, ASKING_LOCALES)}
 
-    assert "fr" not in asked_in(Fact("territory", "DE", "fr")) and {"en", "de", "zh"} <= asked_in(
-        Fact("territory", "DE", "fr")
-    )
+    assert "fr" not in languages_of(Fact("territory", "DE", "fr")) and {
+        "en",
+        "de",
+        "zh",
+    } <= languages_of(Fact("territory", "DE", "fr"))
     assert (
-        asked_in(Fact("script", "Cyrl", "de"))
-        == asked_in(Fact("territory_code", "DE", "fr"))
+        languages_of(Fact("script", "Cyrl", "de"))
+        == languages_of(Fact("territory_code", "DE", "fr"))
         == {"en"}
     )
-    assert {"sv", "da"}.isdisjoint(
-        asked_in(Fact("territory", "DE", "no"))
-    )  # "Tyskland" in all three: copying would answer it
+    # "Tyskland" in all three: copying would answer it
+    assert {"sv", "da"}.isdisjoint(languages_of(Fact("territory", "DE", "no")))
 
 
 def test_enough_phrasings_and_none_on_both_sides() -> None:

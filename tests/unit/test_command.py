@@ -1,11 +1,13 @@
-"""How commands begin and end: closed and broken streams, any encoding, Ctrl-C, mistakes in one line; faults of ours in full."""
+"""The start and end of commands: streams, encodings, Ctrl-C, one line for a mistake."""
 
 import ast
+import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,13 +22,15 @@ ENTRIES = sorted(
         ROOT / "pretrain_sorted.py",
     ]
 )
-MOST_LINES, MOST_COLUMNS = 50, 104
+MAX_LINES, MAX_COLUMNS = 50, 104
 WATCHED = """\
 import atexit, os, sys
 heavy = {"torch", "transformers", "megatron", "numpy", "fastapi", "matplotlib"}
-tell = atexit.register(lambda: print(*["imported", *sorted(heavy & set(sys.modules))], file=sys.stderr, flush=True))
-end = os._exit  # what training ends with
-os._exit = lambda status: (tell(), end(status))
+def report():
+    print(*["imported", *sorted(heavy & set(sys.modules))], file=sys.stderr, flush=True)
+atexit.register(report)
+end = os._exit  # the end of training
+os._exit = lambda status: (report(), end(status))
 from megatron_sorted.__main__ import main
 main()
 """
@@ -47,12 +51,15 @@ NEAREST = {
     "launch": (["slurm", "--hlep"], "--help"),
     "examples": (["a", "--overwirte"], "--overwrite"),
 }
-"""Command -> words with an option that there is not, and the one that is meant."""
-BEGIN = "from megatron_sorted.command_line import run_main, start_command; start_command(); import sys, time, os\n"
+"""Command -> arguments with a misspelled option, and the option that is meant."""
+BEGIN = (
+    "from megatron_sorted.command_line import run_main, start_command; start_command(); "
+    "import sys, time, os\n"
+)
 
 
-def started(body: str, *words: str, stdout=subprocess.PIPE, **variables) -> subprocess.Popen:
-    """Returns a process that runs ``body`` as a command's main."""
+def started(body: str, *arguments: str, stdout=subprocess.PIPE, **variables) -> subprocess.Popen:
+    """Return a process that runs ``body`` as a command's main."""
     source = (
         BEGIN
         + "def main():\n"
@@ -60,7 +67,7 @@ def started(body: str, *words: str, stdout=subprocess.PIPE, **variables) -> subp
         + "run_main(main, 'Nothing was written.')"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", source, *words],
+        [sys.executable, "-c", source, *arguments],
         env=environment(**variables),
         stdin=subprocess.DEVNULL,
         stdout=stdout,
@@ -75,7 +82,7 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("path", LAB, ids=lambda path: path.name)
-def test_every_command_of_the_lab_begins_before_its_slow_imports_and_ends_the_same_way(path):
+def test_every_command_of_the_lab_starts_before_its_slow_imports_and_ends_like_others(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     guards = [
         node
@@ -108,15 +115,47 @@ def test_every_entry_point_is_a_few_lines_that_start_a_command(path):
         assert (module, command) == (None, "megatron_sorted.launching.facts") or command in COMMANDS
 
 
+@pytest.mark.parametrize("options", [[], ["-P"], ["-I"], ["-u", "-X", "dev"], ["-Wignore", "-EsB"]])
+def test_entry_points_import_nothing_of_the_current_folder(options, tmp_path):
+    if sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 has no -P")
+    for name in ("entry", "json", "megatron_sorted", "runpy", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__file__} was imported')")
+    command = [sys.executable, *options, ROOT / "tools" / "plan.py", "--help"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage:"), (
+        done.stderr
+    )
+
+
+def test_entry_points_keep_the_options_of_python():
+    path = str(ROOT / "tools" / "plan.py")
+    source = (
+        "import os, runpy, sys; os.execve = lambda _, arguments, __: print(arguments[1:3]); "
+        f"sys.argv = [{path!r}]; sys.orig_argv = ['python', '-u', '-Iq', '-Wignore', {path!r}]; "
+        f"runpy.run_path({path!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "['-u', '-Wignore']\n", done.stderr
+
+
 def test_every_command_has_its_file_and_every_file_its_command():
     files = {path.stem for path in (ROOT / "megatron_sorted" / "commands").glob("[a-z]*.py")}
     assert files == {*COMMANDS, "parser"}
 
 
-def run_watched(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command, whose last line of error output then names the slow packages that it imported."""
+def run_watched(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command; its last line of error output names the slow packages that it imported."""
     return subprocess.run(
-        [sys.executable, "-c", WATCHED, *words],
+        [sys.executable, "-c", WATCHED, *arguments],
         env=environment(),
         capture_output=True,
         text=True,
@@ -134,8 +173,8 @@ def test_help_fits_a_screen_ends_with_an_example_and_is_quick(name):
         f"example: {example}"
     )
     if name != "train":  # 196 settings
-        assert len(lines) <= MOST_LINES and max(map(len, lines)) <= MOST_COLUMNS, [
-            line for line in lines if len(line) > MOST_COLUMNS
+        assert len(lines) <= MAX_LINES and max(map(len, lines)) <= MAX_COLUMNS, [
+            line for line in lines if len(line) > MAX_COLUMNS
         ]
 
 
@@ -143,19 +182,19 @@ def test_help_fits_a_screen_ends_with_an_example_and_is_quick(name):
 def test_a_wrong_option_names_the_nearest_and_is_quick(name):
     wrong, meant = NEAREST[name]
     done = run_watched(name, *wrong)
-    *said, imported = done.stderr.splitlines()
+    *lines, imported = done.stderr.splitlines()
     assert done.returncode == (1 if name in ("train", "plan") else 2) and imported == "imported", (
         done.stderr
     )
     assert (
-        len(said) == 1
-        and said[0].startswith("error: ")
-        and said[0].endswith(f" Did you mean {meant}?")
+        len(lines) == 1
+        and lines[0].startswith("error: ")
+        and lines[0].endswith(f" Did you mean {meant}?")
     ), done.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (("convert", "exprot", "a", "b"), "invalid choice: 'exprot'. Did you mean export?"),
         (
@@ -163,6 +202,11 @@ def test_a_wrong_option_names_the_nearest_and_is_quick(name):
             "--tasks: lm-evaluation-harness knows no 'no_such_task'",
         ),
         (("evaluate", "model"), "nothing to measure"),
+        (("generate", "absent", "--prompt", "a"), "absent: no such directory. Give"),
+        (("convert", "export", "absent", "b"), "absent: no such directory. Give"),
+        (("convert", "verify", "/", "absent"), "absent: no such directory. Give"),
+        (("extract", "absent", "b", "--all"), "absent: no such directory. Give"),
+        (("tune", "absent", "--prompt-file", "a"), "absent: no such directory. Give"),
         (("generate", "model"), "Give --prompt, --prompt-file or --chat."),
         (
             ("generate", "model", "--prompt", "a", "--temperature", "-1"),
@@ -175,28 +219,109 @@ def test_a_wrong_option_names_the_nearest_and_is_quick(name):
         ),
         (
             ("split", "--input", "a", "--output", "b", "--num-tokens", "3"),
-            "--num-tokens: which tokens?",
+            "--num-tokens: needs a tokenizer to count tokens.",
         ),
-        (("report", "a", "b", "c", "d", "e", "f", "g"), "more than one picture can tell apart"),
+        (("report", "a", "b", "c", "d", "e", "f", "g"), "more than one picture can distinguish"),
         (("launch", "slum", "gpu"), "Did you mean slurm?"),
         (("plan",), "no run. Give its YAML file"),
         (("train", "--config", "missing.yaml"), "missing.yaml: cannot be read"),
     ],
 )
-def test_what_can_be_refused_early_is(words, message):
-    if "--tasks" in words:
+def test_early_refusals(arguments, message):
+    if "--tasks" in arguments:
         pytest.importorskip("lm_eval", reason="lm-eval is an extra")
-    done = run_watched(*words)
-    *said, imported = done.stderr.splitlines()
+    done = run_watched(*arguments)
+    *lines, imported = done.stderr.splitlines()
     assert (
         done.returncode in (1, 2)
         and imported == "imported"
-        and len(said) == 1
-        and message in said[0]
+        and len(lines) == 1
+        and message in lines[0]
     ), done.stderr
 
 
-def test_a_command_that_goes_well():
+REQUIRED = (
+    "pydantic",
+    "pydantic_core",
+    "annotated_types",
+    "typing_extensions",
+    "typing_inspection",
+    "yaml",
+    "tqdm",
+    "jinja2",
+    "markupsafe",
+)
+"""What an installation without extras has, with what these need."""
+
+
+@pytest.fixture(scope="module")
+def run_alone(tmp_path_factory):
+    """Return a function that runs a command where only the required packages are installed."""
+    folder = tmp_path_factory.mktemp("required")
+    for name in REQUIRED:
+        spec = importlib.util.find_spec(name)
+        place = Path(
+            spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin
+        )
+        (folder / place.name).symlink_to(place)
+
+    def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", "-m", "megatron_sorted", *arguments]
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{folder}"),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_needs_no_extra(name, run_alone, tmp_path):
+    done = run_alone(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (("train", "--config", str(ROOT / "examples" / "quickstart.yaml")), None),
+        (
+            ("prepare", "--input", "a.jsonl", "--output-prefix", "b", "--tokenizer-model", "t"),
+            "train",
+        ),
+        (("plan", str(ROOT / "examples" / "quickstart.yaml"), "--dry-run", "all"), "train"),
+        (("convert", "export", "a", "b"), "convert"),
+        (("extract", "a", "b", "--all"), "convert"),
+        (("generate", "a", "--prompt", "b"), "convert"),
+        (("serve", "a"), "serve"),
+        (("tune", "a", "--prompt-file", "a.jsonl"), "convert"),
+        (("evaluate", "a", "--text", "a.jsonl"), "evaluate"),
+        (("benchmark", "a", "--questions", "q.jsonl"), "evaluate"),
+        (("report", "run"), "monitoring"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(arguments, extra, run_alone, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "category": "writing", "turns": ["a"]}\n')
+    (tmp_path / "a").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 1, "time": 1.0, "exits": {"2": {"loss": 1.0}}}\n'
+    )
+    done = run_alone(*arguments, cwd=tmp_path)
+    printed = (
+        f"pip install 'megatron_sorted[{extra}]'." if extra else "megatron-core: not installed."
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and printed in done.stderr, (
+        done.stderr
+    )
+
+
+def test_a_successful_command():
     assert ended(started("print('done')")) == (0, "done\n", "")
     assert ended(started("print('judged'); return 3")) == (3, "judged\n", "")
     assert ended(started("raise SystemExit('error: this')")) == (1, "", "error: this\n")
@@ -221,7 +346,8 @@ def test_the_version_has_one_place():
         ),
         (
             "open('/nowhere/a')",
-            "error: /nowhere/a: No such file or directory. Check the path, its permissions and the free space.",
+            "error: /nowhere/a: No such file or directory. Check the path, its permissions and "
+            "the free space.",
         ),
         (
             "open('/')",
@@ -237,7 +363,8 @@ def test_the_version_has_one_place():
         ),
         (
             "open('a' * 300)",
-            f"error: {'a' * 300}: File name too long. Check the path, its permissions and the free space.",
+            f"error: {'a' * 300}: File name too long. "
+            "Check the path, its permissions and the free space.",
         ),
         (
             "open('/dev/null', 'w').write('\\udcff')",
@@ -253,19 +380,22 @@ def test_a_mistake_is_one_line(body, line):
     ("body", "line"),
     [
         (
-            r"from megatron_sorted.errors import DataError; raise DataError('a\x1b[2J\nerror: \u202eforged')",
+            "from megatron_sorted.errors import DataError; "
+            r"raise DataError('a\x1b[2J\nerror: \u202eforged')",
             r"error: a\x1b[2J\nerror: \u202eforged",
         ),
         (
             r"open('/nowhere\n/\x1b[2J')",
-            r"error: /nowhere\n/\x1b[2J: No such file or directory. Check the path, its permissions and the free space.",
+            r"error: /nowhere\n/\x1b[2J: No such file or directory. "
+            "Check the path, its permissions and the free space.",
         ),
         (
             r"raise SystemExit('error: one\x1b[2J\nand a line of ours')",
             "error: one\\x1b[2J\nand a line of ours",
         ),
         (
-            r"import argparse; argparse.ArgumentParser(usage='x').parse_args(['\x1b[2J\nerror: forged'])",
+            "import argparse; "
+            r"argparse.ArgumentParser(usage='x').parse_args(['\x1b[2J\nerror: forged'])",
             "usage: x\n-c: error: unrecognized arguments: \\x1b[2J\\nerror: forged",
         ),
     ],
@@ -275,7 +405,7 @@ def test_names_cannot_clear_the_screen_or_forge_a_line(body, line):
     assert (status, out, err) == (2 if "usage" in line else 1, "", line + "\n")
 
 
-def test_a_fault_of_the_program_is_told_in_full():
+def test_a_fault_of_the_program_prints_its_traceback():
     for body in (
         "raise ValueError('broken')",
         "raise ConnectionResetError(104, 'reset')",
@@ -294,7 +424,7 @@ def test_a_fault_of_the_program_is_told_in_full():
         "raise SystemExit(print('help'))",
     ],
 )
-def test_nobody_reads_the_output(body):
+def test_the_reader_of_the_output_has_ended(body):
     reader, writer = os.pipe()
     os.close(reader)
     process = started(body, stdout=writer)
@@ -331,7 +461,10 @@ def test_any_text_can_be_printed_in_any_encoding(encoding, text):
 
 
 def test_closed_streams_are_not_taken_by_files(tmp_path):
-    body = f"open({str(tmp_path / 'a')!r}, 'w').write('mine'); print('not into it'); os.system('echo nor this'); sys.stdin.read()"
+    body = (
+        f"open({str(tmp_path / 'a')!r}, 'w').write('mine'); print('not into it'); "
+        "os.system('echo nor this'); sys.stdin.read()"
+    )
     source = f"{BEGIN}\ndef main():\n    {body}\nrun_main(main)"
     line = f'{sys.executable} -c "$0" <&- >&- 2>&-'
     assert (
@@ -340,7 +473,7 @@ def test_closed_streams_are_not_taken_by_files(tmp_path):
     assert (tmp_path / "a").read_text() == "mine"
 
 
-def test_words_that_are_no_text_are_refused_unless_they_name_a_file(tmp_path):
+def test_arguments_that_are_not_text_are_refused_unless_they_name_a_file(tmp_path):
     odd = os.fsdecode(b"\xff")
     assert ended(started("print('read')", odd)) == (
         1,
@@ -376,7 +509,7 @@ def test_ctrl_c_is_one_line(body, begin, line):
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "out", "err"),
+    ("arguments", "status", "out", "err"),
     [
         ([], 0, "usage: megatron-sorted COMMAND ...", ""),
         (["--help"], 0, "usage: megatron-sorted COMMAND ...", ""),
@@ -386,6 +519,13 @@ def test_ctrl_c_is_one_line(body, begin, line):
             "",
             "error: 'generat': there is no such command. Did you mean generate?\n",
         ),
+        (["help"], 2, "", "error: 'help': there is no such command. Did you mean --help?\n"),
+        (
+            ["version"],
+            2,
+            "",
+            "error: 'version': there is no such command. Did you mean --version?\n",
+        ),
         (
             ["qqq"],
             2,
@@ -394,13 +534,15 @@ def test_ctrl_c_is_one_line(body, begin, line):
         ),
     ],
 )
-def test_commands_are_listed_and_a_wrong_one_names_the_nearest(words, status, out, err):
+def test_commands_are_listed_and_a_wrong_one_names_the_nearest(arguments, status, out, err):
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_sorted", *words],
+        [sys.executable, "-m", "megatron_sorted", *arguments],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    code, printed, told = ended(process)
-    assert (code, told) == (status, err) and printed.startswith(out) and bool(printed) == bool(out)
+    code, printed, errors = ended(process)
+    assert (
+        (code, errors) == (status, err) and printed.startswith(out) and bool(printed) == bool(out)
+    )

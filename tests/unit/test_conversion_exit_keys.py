@@ -18,7 +18,7 @@ CONFIG = {"num_hidden_layers": 4, "hidden_size": 32}
         ((False, True, 8), {"use_exit_block": False, "use_exit_mlp": True, "exit_adapter_rank": 8}),
     ],
 )
-def test_what_is_written_is_read(parts, settings):
+def test_written_keys_are_read_back(parts, settings):
     keys = keys_of_exits((1, 3, 4), True, False, *parts)
     assert exits_of_config({**CONFIG, **keys}, "config.json") == {
         "exit_layer_nums": (1, 3, 4),
@@ -48,11 +48,11 @@ def test_what_is_written_is_read(parts, settings):
             {"exit_adapter_rank": 33},
             r"exit_adapter_rank is 33; only 0 \(none\) to the hidden size \(32\)",
         ),
-        ({"exit_block": True, "exit_mlp": True}, "says exit_block and exit_mlp"),
+        ({"exit_block": True, "exit_mlp": True}, "declares exit_block and exit_mlp"),
         ({"exit_block": True, "exit_layer_indices": None}, "has no exit_layer_indices"),
         ({"exit_adapter_rank": 2, "exit_layer_indices": [4]}, "holds the last layer alone"),
     ],
 )
-def test_what_contradicts_itself_or_is_not_known_is_refused(keys, message):
+def test_contradictory_and_unknown_keys_are_refused(keys, message):
     with pytest.raises(CheckpointError, match=message):
         exits_of_config({**CONFIG, "exit_layer_indices": [1, 4], **keys}, "config.json")

@@ -44,7 +44,7 @@ LLAMA3 = {  # as Llama-3.2-1B's file has it
 }
 
 
-def test_llama_3_in_our_words():
+def test_settings_of_llama_3():
     settings = settings_of_config(LLAMA3, "config.json")
     assert settings == Settings(
         num_layers=16,
@@ -69,7 +69,7 @@ def test_llama_3_in_our_words():
     )
 
 
-def test_what_came_in_one_files_words_goes_out_in_them():
+def test_an_exported_config_keeps_the_keys_of_its_origin():
     settings = settings_of_config(LLAMA3, "config.json")
     out = config_of_settings(settings, "bfloat16", LLAMA3)
     added = {
@@ -82,7 +82,7 @@ def test_what_came_in_one_files_words_goes_out_in_them():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_own_file_keeps_its_words(family):
+def test_a_config_of_transformers_keeps_its_keys(family):
     model = family_model(family)
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     settings = settings_of_config(config, "config.json")
@@ -94,9 +94,7 @@ def test_transformers_own_file_keeps_its_words(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_made_from_settings_alone_is_understood_by_transformers_as_the_same_network(
-    family,
-):
+def test_transformers_reads_a_config_from_settings_alone_as_the_same_network(family):
     import transformers
 
     original = family_model(family).config
@@ -126,7 +124,7 @@ def test_a_config_made_from_settings_alone_is_understood_by_transformers_as_the_
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(family):
+def test_missing_keys_have_the_defaults_of_transformers(family):
     import transformers
 
     shortest = {
@@ -142,7 +140,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(family):
     assert settings_of_config(shortest, "config.json") == settings_of_config(full, "config.json")
 
 
-def test_exits_are_named_in_the_config_and_read_back():
+def test_exits_are_written_to_the_config_and_read_back():
     settings = dataclasses.replace(
         settings_of_config(LLAMA3, "config.json"), exit_layer_nums=(4, 8), use_exit_norm=True
     )
@@ -165,7 +163,8 @@ def test_exits_are_named_in_the_config_and_read_back():
     [
         (
             {"model_type": "gpt2"},
-            r"model_type 'gpt2' is not supported. Supported are llama \(LlamaForCausalLM\), mistral .* qwen3",
+            r"model_type 'gpt2' is not supported. Supported are llama \(LlamaForCausalLM\), "
+            r"mistral .* qwen3",
         ),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
@@ -191,12 +190,12 @@ def test_exits_are_named_in_the_config_and_read_back():
         ({"head_dim": None, "num_attention_heads": 24}, "does not divide"),
     ],
 )
-def test_what_is_not_understood_is_named(changes, message):
+def test_unsupported_values_are_named(changes, message):
     with pytest.raises(CheckpointError, match=message):
         settings_of_config({**LLAMA3, **changes}, "config.json")
 
 
-def test_sliding_layers_among_others_are_refused():
+def test_a_mix_of_sliding_and_other_layers_is_refused():
     config = family_model("qwen2").config.to_dict()
     with pytest.raises(CheckpointError, match="use_sliding_window"):
         settings_of_config({**config, "use_sliding_window": True}, "config.json")

@@ -1,4 +1,4 @@
-"""Legacy checkpoints: old names, EE-LLM's exits, and every way in which files can be wrong."""
+"""Legacy checkpoints: old names, EE-LLM's exits, and every kind of faulty file."""
 
 import enum
 import os
@@ -28,7 +28,7 @@ def test_old_names_give_the_same_weights(tp, pp, untied, tmp_path):
     assert same(files, weights) and files.step == 7
 
 
-def test_names_of_before_2023_and_module_prefixes_are_known(tmp_path):
+def test_names_before_2023_and_module_prefixes_are_translated(tmp_path):
     def older(state, stage, rank):
         model = state["model"]["language_model"]
         encoder = {
@@ -46,7 +46,7 @@ def test_names_of_before_2023_and_module_prefixes_are_known(tmp_path):
 
 
 @pytest.mark.parametrize(("pre_exit", "depths"), [(False, (1, 3)), (True, (0, 2))])
-def test_exits_of_ee_llm_get_the_depth_after_which_they_stand(pre_exit, depths, tmp_path):
+def test_exits_of_ee_llm_get_their_depth(pre_exit, depths, tmp_path):
     weights, own = tiny_weights(), {}
 
     def with_exits(state, stage, rank):
@@ -135,7 +135,7 @@ FAULTS = {
         "checkpoint version 1.0",
     ),
     "experts": (lambda state, stage, rank: setattr(state["args"], "num_experts", 4), "experts"),
-    "other layout said": (
+    "another layout in the arguments": (
         lambda state, stage, rank: setattr(state["args"], "tensor_model_parallel_size", 4),
         "saved with tensor_model_parallel_size 4, but files of 2",
     ),
@@ -144,14 +144,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_files_that_do_not_fit_are_told(fault, tmp_path):
-    change, told = FAULTS[fault]
+def test_inconsistent_files_are_refused(fault, tmp_path):
+    change, message = FAULTS[fault]
     write_old(tmp_path, tiny_weights(), 2, 2, change)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         LegacyFiles(tmp_path)
 
 
-def test_copies_that_differ_are_told_when_read(tmp_path):
+def test_copies_that_differ_are_refused_when_read(tmp_path):
     write_old(tmp_path, tiny_weights(), 2, 2, other_norm)
     files = LegacyFiles(tmp_path)
     name = "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
@@ -159,7 +159,7 @@ def test_copies_that_differ_are_told_when_read(tmp_path):
         files.read(name)
 
 
-def test_lost_and_damaged_files_are_told(tmp_path):
+def test_missing_and_damaged_files_are_refused(tmp_path):
     write_old(tmp_path, tiny_weights(), 2, 2)
     lost = tmp_path / "mp_rank_01_001" / "model_optim_rng.pt"
     content = lost.read_bytes()
@@ -175,7 +175,7 @@ def test_lost_and_damaged_files_are_told(tmp_path):
         LegacyFiles(tmp_path)
 
 
-def test_a_flipped_bit_of_a_weight_is_told(tmp_path):
+def test_a_flipped_bit_of_a_weight_is_detected(tmp_path):
     weights = tiny_weights(True)
     write_old(tmp_path, weights)
     path, name = (
@@ -193,7 +193,7 @@ def test_a_flipped_bit_of_a_weight_is_told(tmp_path):
         files.read(name)
 
 
-def test_enumerations_of_megatron_need_no_megatron(tmp_path):
+def test_enumerations_of_megatron_are_read_without_megatron(tmp_path):
     """Arguments hold enumerations, and files random state, of packages that may not be there."""
     import numpy
 
@@ -227,7 +227,7 @@ def test_enumerations_of_megatron_need_no_megatron(tmp_path):
     )
 
 
-def test_views_of_shared_storage_are_read_as_they_were(tmp_path):
+def test_views_of_shared_storage_are_read_unchanged(tmp_path):
     weights = tiny_weights()
 
     def shared(state, stage, rank):

@@ -1,4 +1,4 @@
-"""Which checkpoint a path means, and what is told where there is none."""
+"""The checkpoint that a path names, and errors where there is none."""
 
 import json
 
@@ -31,7 +31,25 @@ def test_the_tracker_is_followed(tracker, name, tmp_path):
         assert isinstance(source, LegacyFiles) and (source.step, settings["num_layers"]) == (7, 4)
 
 
-def test_torch_dist_says_arguments(tmp_path):
+def test_a_given_step_is_taken_instead_of_the_trackers(tmp_path):
+    for step, rows in ((7, 3), (20, 5)):
+        weights = {**tiny_weights()}
+        weights["decoder.final_layernorm.weight"] = torch.full((8,), float(rows))
+        write_torch_dist(tmp_path / f"iter_{step:07d}", rectangles(weights))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
+    for step, value in ((None, 5.0), (20, 5.0), (7, 3.0)):
+        source, _ = open_megatron(tmp_path, step)
+        assert source.read("decoder.final_layernorm.weight")[0] == value
+    assert open_megatron(tmp_path / "iter_0000007", 7)
+    with pytest.raises(
+        CheckpointError, match=r"holds no iter_0000008.* iter_0000007, iter_0000020"
+    ):
+        open_megatron(tmp_path, 8)
+    with pytest.raises(CheckpointError, match=r"--ckpt-step: 8, but .* is one checkpoint"):
+        open_megatron(tmp_path / "iter_0000007", 8)
+
+
+def test_torch_dist_files_hold_arguments(tmp_path):
     write_torch_dist(tmp_path / "iter_0000012", rectangles(tiny_weights()))
     source, settings = open_megatron(tmp_path / "iter_0000012")
     assert (settings, len(source.tensors)) == (None, 26)
@@ -42,25 +60,34 @@ def test_torch_dist_says_arguments(tmp_path):
     assert settings["num_layers"] == 4 and isinstance(source, TorchDistFiles)
 
 
-@pytest.mark.parametrize(("files", "told"), [
-    ({}, "holds neither latest_checkpointed_iteration.txt nor a checkpoint"),
-    ({"config.json": "{}"}, "looks like a Hugging Face directory"),
-    ({"iter_0000005/x": "", "release/x": ""}, "Give one of those in it: iter_0000005, release"),
-    ({"latest_checkpointed_iteration.txt": "seven"}, "says 'seven', which is neither a number"),
-    ({"latest_checkpointed_iteration.txt": "7"}, "iter_0000007: is missing"),
-    ({"latest_checkpointed_iteration.txt": "7", "iter_0000007/x": ""}, "holds neither .metadata nor mp_rank"),
-    ({".metadata": "", "metadata.json": json.dumps({"sharded_backend": "zarr"})}, "stored as 'zarr'"),
-    ({".metadata": "", "metadata.json": "{"}, "metadata.json: not JSON"),
-])  # fmt: skip
-def test_a_path_that_is_no_checkpoint_is_told(files, told, tmp_path):
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds neither latest_checkpointed_iteration.txt nor a checkpoint"),
+        ({"config.json": "{}"}, "looks like a Hugging Face directory"),
+        ({"iter_0000005/x": "", "release/x": ""}, "Give one of those in it: iter_0000005, release"),
+        ({"latest_checkpointed_iteration.txt": "seven"}, "says 'seven', which is neither a number"),
+        ({"latest_checkpointed_iteration.txt": "7"}, "iter_0000007: is missing"),
+        (
+            {"latest_checkpointed_iteration.txt": "7", "iter_0000007/x": ""},
+            "holds neither .metadata nor mp_rank",
+        ),
+        (
+            {".metadata": "", "metadata.json": json.dumps({"sharded_backend": "zarr"})},
+            "stored as 'zarr'",
+        ),
+        ({".metadata": "", "metadata.json": "{"}, "metadata.json: not JSON"),
+    ],
+)
+def test_a_path_without_a_checkpoint_is_refused(files, message, tmp_path):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         open_megatron(tmp_path)
 
 
-def test_a_missing_path_and_another_model_are_told(tmp_path):
+def test_a_missing_path_and_another_model_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is no directory"):
         open_megatron(tmp_path / "none")
     write_torch_dist(tmp_path, rectangles({"encoder.weight": torch.ones(2)}))

@@ -1,4 +1,4 @@
-"""Memory of tensors that are read: right shapes, all of it writable, and bits compared as bits."""
+"""Memory of tensors: shapes, write access, and comparison bit for bit."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from megatron_sorted.conversion.tensors.memory import LARGE_BYTES, bytes_of, new
 @pytest.mark.parametrize(
     "rows", [0, 3, LARGE_BYTES // 16 - 1, LARGE_BYTES // 16, LARGE_BYTES // 16 + 1]
 )
-def test_a_tensor_of_any_size_is_like_any_other(rows):
+def test_tensors_of_any_size_are_writable(rows):
     tensor = new_tensor((rows, 8), torch.bfloat16)
     assert (tensor.shape, tensor.dtype, tensor.untyped_storage().nbytes()) == (
         (rows, 8),
@@ -27,7 +27,7 @@ def test_a_tensor_of_any_size_is_like_any_other(rows):
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 1001])
-def test_bits_are_compared(length):
+def test_every_bit_is_compared(length):
     one = torch.arange(length).to(torch.uint8)
     assert same_bits(one, one.clone())
     for at in {0, length // 2, length - 1}:
@@ -36,7 +36,7 @@ def test_bits_are_compared(length):
         assert not same_bits(one, other)
 
 
-def test_numbers_that_are_equal_may_have_other_bits():
+def test_equal_numbers_may_differ_in_bits():
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert same_bits(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
     backing = torch.arange(40, dtype=torch.int16)

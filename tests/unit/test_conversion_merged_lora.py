@@ -1,4 +1,4 @@
-"""Adapters read as part of the matrices they are on, with numbers made by hand."""
+"""Adapters merged into their matrices, with numbers computed by hand."""
 
 from dataclasses import replace
 
@@ -74,7 +74,7 @@ def test_the_product_of_the_ranks_used_is_added(rank_used, expected, block_bytes
 
 
 def test_half_precision_is_rounded_once():
-    """1 + 2**-8 + 2**-9 rounds to 1 + 2**-7 in bf16; the product alone, or a sum in bf16 first, would give another."""
+    """Round 1 + 2**-8 + 2**-9 to 1 + 2**-7 in bf16; summing in bf16 would give another number."""
     held = Held(
         {
             f"{NAME}.weight": torch.ones(1, 1, dtype=torch.bfloat16),
@@ -114,28 +114,30 @@ def test_settings_become_those_of_an_ordinary_model():
 
 
 @pytest.mark.parametrize(
-    ("changes", "rank_used", "told"),
+    ("changes", "rank_used", "message"),
     [
         (
             {},
             2,
-            r"--lora-rank-used: 2, but the adapters of here .* at all 3 ranks together \(no --dylora\)\. Use one of 0, 3",
+            r"--lora-rank-used: 2, but the adapters of here .* at all 3 ranks together \(no "
+            r"--dylora\)\. Use one of 0, 3",
         ),
         ({"dylora": True}, 4, r"at the ranks 1, 2, 3\. Use one of 0, 1, 2, 3"),
         ({"dylora": True, "dylora_ranks": (1, 3)}, 2, r"at the ranks 1, 3\. Use one of 0, 1, 3"),
     ],
 )
-def test_a_rank_that_was_not_trained_is_refused(changes, rank_used, told):
-    with pytest.raises(CheckpointError, match=told):
+def test_a_rank_that_was_not_trained_is_refused(changes, rank_used, message):
+    with pytest.raises(CheckpointError, match=message):
         merge_adapters(Held(complete(SETTINGS)), replace(SETTINGS, **changes), rank_used, "here")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             lambda held: held.pop(f"{NAME}.lora_b"),
-            r"linear_proj\.lora_b has shape none, for it is missing, and its settings make it \[4, 3\]",
+            r"linear_proj\.lora_b has shape none, for it is missing, and its settings make it "
+            r"\[4, 3\]",
         ),
         (
             lambda held: held.update({f"{NAME}.lora_a": torch.zeros(2, 4)}),
@@ -147,8 +149,8 @@ def test_a_rank_that_was_not_trained_is_refused(changes, rank_used, told):
         ),
     ],
 )
-def test_adapters_that_are_not_those_of_the_settings_are_refused(change, told):
+def test_adapters_that_differ_from_the_settings_are_refused(change, message):
     held = complete(SETTINGS)
     change(held)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         merge_adapters(Held(held), SETTINGS, None, "here")

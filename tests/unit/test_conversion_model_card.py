@@ -65,7 +65,7 @@ def test_the_card_states_origin_depth_and_sizes():
     )
 
 
-def test_measured_quality_stands_beside_the_full_models(tmp_path):
+def test_the_card_compares_quality_with_the_full_model(tmp_path):
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps(EVALUATED))
     card = model_card("small", Origin("big", FULL), PART, read_quality(path))
@@ -98,7 +98,7 @@ def test_files_that_are_no_evaluation_are_refused(tmp_path):
         read_quality(path)
     both = {**EVALUATED, "models": {name: {"is_baseline": False} for name in ("mine", "other")}}
     path.write_text(json.dumps(both))
-    with pytest.raises(DataError, match=r"holds mine, other\. Say which"):
+    with pytest.raises(DataError, match=r"holds mine, other\. Name the one"):
         read_quality(path)
     with pytest.raises(DataError, match="holds no 'third'"):
         read_quality(path, "third")

@@ -1,4 +1,4 @@
-"""One opener: whatever a directory holds, convert, evaluate and decoding read the same of it or refuse it in the same words."""
+"""Convert, evaluate and decoding read the same of a directory or refuse it with one message."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sorted.conversion.exporting import export_model
 from megatron_sorted.conversion.importing import import_model
-from megatron_sorted.conversion.network import network_to_start_from
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.conversion.origins import Exits
-from megatron_sorted.conversion.writing import Writing
+from megatron_sorted.conversion.origins import RequestedExits
+from megatron_sorted.conversion.starting_settings import starting_settings
+from megatron_sorted.conversion.writing import WriteOptions
 from megatron_sorted.decoding.network import load_network
 from megatron_sorted.errors import CheckpointError, SortedError
+from megatron_sorted.exported.checkpoint_as_directory import as_hugging_face_directory
 from megatron_sorted.exported.load import load_with_exits
-from megatron_sorted.exported.model_directory import open_model_directory
 from tests.support.commands import run_command
 from tests.support.evaluated import write_tokenizer
 from tests.support.model_directories import family_model, save_model, tokens
@@ -34,8 +34,8 @@ ROOT_COMMANDS = (
 EMBEDDING, INDEX = "model.embed_tokens.weight", "model.safetensors.index.json"
 STRATEGIES = {
     "convert": open_model,
-    "evaluate": lambda path: load_with_exits(open_model_directory(path), torch.float32),
-    "decode": lambda path: load_network(open_model_directory(path)),
+    "evaluate": lambda path: load_with_exits(as_hugging_face_directory(path), torch.float32),
+    "decode": lambda path: load_network(as_hugging_face_directory(path)),
 }
 
 
@@ -58,19 +58,19 @@ def change(directory: Path, **values: object) -> None:
 
 
 def refusals(directory: Path) -> set[str]:
-    """Return what each way in says; each must refuse."""
-    said = set()
+    """Return the error messages of all readers; each must refuse the directory."""
+    message_of = set()
     for strategy, read in STRATEGIES.items():
         with pytest.raises(SortedError) as caught:
             read(directory)
         assert type(caught.value) is CheckpointError and str(caught.value).isprintable(), strategy
-        said.add(str(caught.value))
-    return said
+        message_of.add(str(caught.value))
+    return message_of
 
 
-def embedding_of_every_way(directory: Path) -> torch.Tensor:
-    """Return the embedding that all ways read; they and transformers must agree."""
-    found = [
+def embedding_of_all_readers(directory: Path) -> torch.Tensor:
+    """Return the embedding that all readers and transformers read alike."""
+    embeddings = [
         open_model(directory).source.read(EMBEDDING),
         load_with_exits(directory, torch.float32)[0].model.embed_tokens.weight,
         load_network(directory).embedding,
@@ -78,8 +78,8 @@ def embedding_of_every_way(directory: Path) -> torch.Tensor:
             directory, dtype=torch.float32
         ).model.embed_tokens.weight,
     ]
-    assert all(torch.equal(found[0], other) for other in found)
-    return found[0]
+    assert all(torch.equal(embeddings[0], other) for other in embeddings)
+    return embeddings[0]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,8 @@ def embedding_of_every_way(directory: Path) -> torch.Tensor:
         ({"dtype": "org/repo"}, "dtype is 'org/repo'"),
         (
             {"num_hidden_layers": 10**9},
-            r"num_hidden_layers is 1,000,000,000, .* hold 39 tensors .*layers\.4\.input_layernorm\.weight",
+            r"num_hidden_layers is 1,000,000,000, .* hold 39 tensors "
+            r".*layers\.4\.input_layernorm\.weight",
         ),
         (
             {"vocab_size": 10**9},
@@ -126,21 +127,21 @@ def embedding_of_every_way(directory: Path) -> torch.Tensor:
         ({"model_type": []}, r"model_type \[\]"),
     ],
 )
-def test_every_way_refuses_a_value_in_the_same_words(directory, values, message):
+def test_all_readers_refuse_a_value_with_the_same_message(directory, values, message):
     change(directory, **values)
-    (said,) = refusals(directory)
-    assert re.search(message, said), said
+    (message_of,) = refusals(directory)
+    assert re.search(message, message_of), message_of
 
 
 @pytest.mark.parametrize("command", ROOT_COMMANDS)
-def test_commands_end_in_one_sentence(directory, command):
+def test_commands_print_one_line_of_error(directory, command):
     change(directory, pad_token_id=[2])
     write_tokenizer(directory)
     (directory.parent / "text.txt").write_text("hi\n")
     done = run_command(*command, cwd=directory.parent)
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
     assert (
-        "config.json: pad_token_id is [2] where a token's number or null is needed. Mend"
+        "config.json: pad_token_id is [2] where a token's number or null is needed. Correct"
         in done.stderr.splitlines()[-1]
     )
 
@@ -154,14 +155,14 @@ def test_commands_end_in_one_sentence(directory, command):
         (INDEX, "{", "not JSON"),
         (INDEX, '{"weight_map": {"a": "../x"}}', "lies outside"),
         (INDEX, '{"weight_map": {"a": "/etc/passwd"}}', "lies outside"),
-        (INDEX, '{"weight_map": {"a": "x", "a": "y"}}', "a stands twice"),
+        (INDEX, '{"weight_map": {"a": "x", "a": "y"}}', "a occurs twice"),
         (INDEX, '{"weight_map": {"a": "model.safetensors"}}', "is unknown to"),
     ],
 )
-def test_every_way_refuses_a_damaged_file_beside_the_weights(directory, name, content, message):
+def test_all_readers_refuse_a_damaged_file_beside_the_weights(directory, name, content, message):
     (directory / name).write_text(content)
-    (said,) = refusals(directory)
-    assert message in said and name in said
+    (message_of,) = refusals(directory)
+    assert message in message_of and name in message_of
 
 
 def header(text: str, size: int = 0) -> bytes:
@@ -176,14 +177,14 @@ ENTRY = '"%s":{"dtype":"F32","shape":%s,"data_offsets":[%d,%d]}'
     [
         (
             header("{" + ENTRY % ("x", "[1]", 0, 4) + "," + ENTRY % ("x", "[1]", 4, 8) + "}", 8),
-            "x stands twice",
+            "x occurs twice",
         ),
-        (header("{" + ENTRY % ("x", "[2]", 0, 4) + "}", 4), "8 bytes from 0 on are its place"),
+        (header("{" + ENTRY % ("x", "[2]", 0, 4) + "}", 4), "which should be 8 bytes from 0 on"),
         (
             header("{" + ENTRY % ("x", "[1]", 0, 4) + "," + ENTRY % ("y", "[1]", 0, 4) + "}", 4),
-            "is said to lie from byte 0 to 4",
+            "has bytes 0 to 4 by its header",
         ),
-        (header("{" + ENTRY % ("x", "[1]", 4, 8) + "}", 8), "4 bytes from 0 on are its place"),
+        (header("{" + ENTRY % ("x", "[1]", 4, 8) + "}", 8), "which should be 4 bytes from 0 on"),
         (
             header("{" + ENTRY % ("x", "[4611686018427387904,4]", 0, 4) + "}", 4),
             "which no tensor has",
@@ -193,19 +194,19 @@ ENTRY = '"%s":{"dtype":"F32","shape":%s,"data_offsets":[%d,%d]}'
         (header("{" + ENTRY % ("\\u001b[2Jx", "[1]", 0, 8) + "}", 8), r"\x1b[2Jx"),
     ],
 )
-def test_every_way_refuses_a_header_that_lies(directory, content, message):
+def test_all_readers_refuse_a_contradictory_header(directory, content, message):
     (directory / "model.safetensors").write_bytes(content)
-    (said,) = refusals(directory)
-    assert message in said
+    (message_of,) = refusals(directory)
+    assert message in message_of
 
 
-def test_a_sparse_file_that_says_it_is_one_header_is_not_read(directory):
+def test_a_sparse_file_with_a_huge_header_is_not_read(directory):
     size = 12 << 30
     with open(directory / "model.safetensors", "wb") as file:
         file.write((size - 8).to_bytes(8, "little"))
         file.truncate(size)
-    (said,) = refusals(directory)
-    assert "12,884,901,880 bytes, more than the format allows (100,000,000)" in said
+    (message_of,) = refusals(directory)
+    assert "12,884,901,880 bytes, more than the format allows (100,000,000)" in message_of
 
 
 HOSTILE = {
@@ -229,7 +230,7 @@ HOSTILE = {
 }
 
 
-def test_no_key_reaches_code_or_the_network(directory, monkeypatch):
+def test_no_key_runs_code_or_opens_a_connection(directory, monkeypatch):
     calls = []
 
     def recorded(self, address, *_):
@@ -263,7 +264,7 @@ def test_no_key_reaches_code_or_the_network(directory, monkeypatch):
     assert [
         key for key, value in HOSTILE.items() if getattr(model.config, key, None) == value
     ] == []
-    import_model(open_model(directory), directory.parent / "runs", Exits((2,)))
+    import_model(open_model(directory), directory.parent / "runs", RequestedExits((2,)))
     export_model(open_model(directory.parent / "runs"), directory.parent / "out")
     assert not {"attn_implementation", "auto_map", "text_config", "trust_remote_code"} & set(
         json.loads((directory.parent / "out/config.json").read_text())
@@ -271,7 +272,7 @@ def test_no_key_reaches_code_or_the_network(directory, monkeypatch):
     assert calls == []
 
 
-def test_of_a_file_and_shards_transformers_choice_is_read_and_said(intact, directory, capsys):
+def test_a_whole_file_is_preferred_to_shards_with_a_note(intact, directory, capsys):
     for path in (intact / "many").glob("model*"):
         shutil.copy(path, directory)
     tensors = load_file(directory / "model.safetensors")
@@ -280,18 +281,18 @@ def test_of_a_file_and_shards_transformers_choice_is_read_and_said(intact, direc
         directory / "model.safetensors",
         {"format": "pt"},
     )
-    assert torch.equal(embedding_of_every_way(directory), tensors[EMBEDDING] + 1)
+    assert torch.equal(embedding_of_all_readers(directory), tensors[EMBEDDING] + 1)
     (line,) = capsys.readouterr().err.splitlines()
     assert (
-        "holds model.safetensors and model.safetensors.index.json of 4 other files; model.safetensors is read"
-        in line
+        "holds model.safetensors and model.safetensors.index.json of 4 other files; "
+        "model.safetensors is read" in line
     )
 
 
-def test_an_index_whose_shards_are_gone_leaves_the_whole_file(intact, directory):
+def test_a_whole_file_is_read_if_the_shards_are_missing(intact, directory):
     shutil.copy(intact / "many" / INDEX, directory)
     assert torch.equal(
-        embedding_of_every_way(directory), load_file(directory / "model.safetensors")[EMBEDDING]
+        embedding_of_all_readers(directory), load_file(directory / "model.safetensors")[EMBEDDING]
     )
 
 
@@ -306,7 +307,7 @@ def test_an_index_whose_shards_are_gone_leaves_the_whole_file(intact, directory)
     ],
 )
 @pytest.mark.parametrize("kind", ["one", "many"])
-def test_what_else_lies_there_is_not_read(kind, name, intact, tmp_path, capsys):
+def test_other_weight_files_are_not_read(kind, name, intact, tmp_path, capsys):
     directory = Path(shutil.copytree(intact / kind, tmp_path / "m"))
     (directory / name).write_bytes(b"damaged")
     model = open_model(directory)
@@ -321,34 +322,34 @@ def test_what_else_lies_there_is_not_read(kind, name, intact, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["x" * 3000, "\\ud800", "none"])
-def test_a_shard_that_is_not_there_is_named(name, directory):
+def test_a_missing_shard_is_named(name, directory):
     (directory / "model.safetensors").unlink()
     (directory / INDEX).write_text(f'{{"weight_map": {{"a": "{name}"}}}}')
-    (said,) = refusals(directory)
-    assert "names 1 files and 1 are missing" in said
+    (message_of,) = refusals(directory)
+    assert "names 1 files and 1 are missing" in message_of
 
 
-def test_layers_that_the_files_of_load_cannot_hold(directory):
+def test_more_layers_than_the_files_of_load_can_hold_are_refused(directory):
     change(directory, num_hidden_layers=10**9)
     with pytest.raises(
         CheckpointError,
         match=r"num_hidden_layers is 1,000,000,000 \(of 32 channels\), and its weight files have",
     ):
-        network_to_start_from({"load": str(directory)})
+        starting_settings({"load": str(directory)})
 
 
 def test_an_adapter_alone_is_no_model(directory):
     (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
-    (said,) = refusals(directory)
-    assert "holds an adapter and no model" in said
+    (message_of,) = refusals(directory)
+    assert "holds an adapter and no model" in message_of
 
 
-def test_an_index_stands_beside_exits_and_all_readers_take_the_model(directory):
+def test_models_with_exits_have_an_index_and_all_readers_read_them(directory):
     import_model(
         open_model(directory),
         directory.parent / "runs",
-        Exits((2,), own_norms=True),
-        Writing(verify=False),
+        RequestedExits((2,), own_norms=True),
+        WriteOptions(verify=False),
     )
     out = directory.parent / "out"
     export_model(open_model(directory.parent / "runs"), out)
@@ -359,14 +360,14 @@ def test_an_index_stands_beside_exits_and_all_readers_take_the_model(directory):
     )
     assert index["weight_map"].keys() == load_file(out / "model.safetensors").keys()
     assert torch.equal(
-        embedding_of_every_way(out), load_file(directory / "model.safetensors")[EMBEDDING]
+        embedding_of_all_readers(out), load_file(directory / "model.safetensors")[EMBEDDING]
     )
     assert open_model(out).settings.exit_layer_nums == (2, 4)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "llama_linear", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_that_is_filled_here_says_what_transformers_own_does(family, tied, tmp_path):
+def test_a_model_loaded_here_computes_what_transformers_does(family, tied, tmp_path):
     save_model(tmp_path, family, tied)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ours, _ = load_with_exits(tmp_path, torch.float32)

@@ -16,7 +16,7 @@ SETTINGS = Settings(
 LAYER = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64
 
 
-def test_models_without_parts_get_nothing():
+def test_models_without_parts_get_no_files():
     assert (
         nested_files("m", SETTINGS)
         == {}
@@ -34,7 +34,7 @@ def test_the_card_names_parts_sizes_and_the_module():
     assert sorted(files) == ["README.md", "nested_exits.py"]
     card = files["README.md"]
     assert (
-        "speaks after 2, 4 layers" in card
+        "predicts after 2, 4 layers" in card
         and "has a layer (block), a norm of its own" in card
         and "and shares head" in card
     )

@@ -1,4 +1,4 @@
-"""The module that goes beside a model: alone, small errors with names, greedy decoding."""
+"""The module beside exported models: stands alone, names what is wrong, decodes greedily."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.support.exit_parts import change_config, save_nested
 from tests.support.model_directories import tokens
 
 
-def test_it_stands_alone_and_says_what_it_is():
+def test_the_module_stands_alone_and_names_its_project():
     source = Path(nested_exits.__file__).read_text()
     imported = {
         alias.name.split(".")[0]
@@ -40,13 +40,13 @@ def test_it_stands_alone_and_says_what_it_is():
     )
 
 
-def test_exits_say_what_they_must_and_share_what_is_shared(tmp_path):
+def test_exits_compute_expected_logits_and_share_parameters(tmp_path):
     case = save_nested(tmp_path, "llama", "adapter and block", norms=True)
     model = nested_exits.load_nested_exits(tmp_path)
     assert model.depths == (1, 3, 4)
     for depth in (None, 1, 3, 4):
-        expected, said = case.logits(depth or 4, tokens()), model(tokens(), depth=depth)
-        assert float((said - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+        expected, logits_of = case.logits(depth or 4, tokens()), model(tokens(), depth=depth)
+        assert float((logits_of - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     assert (
         model.model_at(1).lm_head is model.base.lm_head
         and model.model_at(3).model.norm is not model.base.model.norm
@@ -61,7 +61,7 @@ def test_exits_say_what_they_must_and_share_what_is_shared(tmp_path):
     assert half(tokens(), depth=1).dtype == torch.bfloat16
 
 
-def test_a_prompt_filled_at_the_left_goes_on_as_if_it_were_alone(tmp_path):
+def test_a_left_padded_prompt_continues_as_without_padding(tmp_path):
     save_nested(tmp_path, "mistral", "block")
     model = nested_exits.load_nested_exits(tmp_path)
     prompt, more = tokens()[:1, :9], {"max_new_tokens": 8, "pad_token_id": 0}
@@ -81,6 +81,6 @@ def test_errors_name_the_tensor(tmp_path):
     change_config(tmp_path, exit_adapter_rank=None, exit_mlp=None)
     with pytest.raises(
         ValueError,
-        match=r"exits\.1\.mlp\.down_proj\.weight, .*config\.json says nothing of such a tensor",
+        match=r"exits\.1\.mlp\.down_proj\.weight, .*config\.json declares no such tensor",
     ):
         nested_exits.load_nested_exits(tmp_path)

@@ -66,14 +66,14 @@ def test_splitting_gives_back_what_was_joined(heads, groups, width):
     assert all(torch.equal(*pair) for pair in zip(operation.split(fused), parts, strict=True))
 
 
-def test_gate_stands_above_up():
+def test_gate_rows_come_before_up_rows():
     gate, up = rows(1, 2), rows(3, 4)
     stacked = Stack().join(iter((gate, up)), Stack().joined_shape([(2, 2), (2, 2)]))
     assert stacked[:, 0].tolist() == [1, 2, 3, 4]
     assert [part[:, 0].tolist() for part in Stack().split(stacked)] == [[1, 2], [3, 4]]
 
 
-def test_padding_of_the_vocabulary_is_cut():
+def test_padding_of_the_vocabulary_is_removed():
     assert [part.tolist() for part in Vocabulary(2).split(rows(1, 2, 0, 0))] == [
         rows(1, 2).tolist()
     ]

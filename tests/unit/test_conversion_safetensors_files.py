@@ -30,9 +30,9 @@ def write(directory, max_shard_bytes):
     writer.close()
 
 
-def same(found, expected=TENSORS):
-    return found.keys() == expected.keys() and all(
-        found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name])
+def same(tensors, expected=TENSORS):
+    return tensors.keys() == expected.keys() and all(
+        tensors[name].dtype == expected[name].dtype and torch.equal(tensors[name], expected[name])
         for name in expected
     )
 
@@ -60,7 +60,7 @@ def test_we_read_what_the_library_writes(tmp_path):
     assert same({name: source.read(name) for name in source.tensors})
 
 
-def test_a_view_is_written_as_the_numbers_it_shows(tmp_path):
+def test_a_view_is_written_without_the_rest_of_its_storage(tmp_path):
     whole = torch.arange(24.0).view(4, 6)
     writer = SafetensorsWriter(tmp_path, {"x": TensorInfo((6, 2), torch.float32)}, 1000)
     writer.write("x", whole[1:3].t())
@@ -68,7 +68,7 @@ def test_a_view_is_written_as_the_numbers_it_shows(tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")["x"], whole[1:3].t())
 
 
-def test_tensors_must_come_as_announced(tmp_path):
+def test_tensors_must_be_written_as_announced(tmp_path):
     writer = SafetensorsWriter(tmp_path, INFOS, 1000)
     with pytest.raises(AssertionError, match="b came where a was announced"):
         writer.write("b", TENSORS["b"])
@@ -111,7 +111,7 @@ def test_a_name_in_two_shards_is_named(tmp_path):
     save_file({**load_file(shards[1]), "a": torch.ones(3, 4)}, shards[1], {"format": "pt"})
     with pytest.raises(
         CheckpointError,
-        match=r"a stands twice, in model-00001-of-00002\.safetensors and in model-00002-of-00002",
+        match=r"a occurs twice, in model-00001-of-00002\.safetensors and in model-00002-of-00002",
     ):
         HuggingFaceFiles(tmp_path)
 
@@ -122,11 +122,11 @@ def test_a_name_twice_in_one_header_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(
         len(header).to_bytes(8, "little") + header + b"\0" * 8
     )
-    with pytest.raises(CheckpointError, match=r"model.safetensors: .*x stands twice"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: .*x occurs twice"):
         HuggingFaceFiles(tmp_path)
 
 
-def test_a_tensor_the_index_does_not_know_and_one_it_promises_are_named(tmp_path):
+def test_tensors_unknown_to_the_index_or_missing_are_named(tmp_path):
     shards = shards_of(tmp_path)
     content = load_file(shards[0])
     save_file({**content, "other": torch.ones(2)}, shards[0], {"format": "pt"})
@@ -143,7 +143,7 @@ def test_a_tensor_the_index_does_not_know_and_one_it_promises_are_named(tmp_path
         HuggingFaceFiles(tmp_path)
 
 
-def test_an_index_cannot_lead_out_of_the_directory(tmp_path):
+def test_an_index_cannot_name_files_outside_the_directory(tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()
     save_file({"a": torch.ones(1)}, tmp_path / "secret.safetensors")
@@ -160,12 +160,12 @@ def test_pickles_are_refused_with_the_reason(tmp_path):
         HuggingFaceFiles(tmp_path)
 
 
-def test_kinds_of_numbers_that_are_not_known_are_named(tmp_path):
+def test_unknown_data_types_are_named(tmp_path):
     save_file({"a": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="a is of kind F8_E4M3"):
         HuggingFaceFiles(tmp_path)
 
 
-def test_a_directory_without_weights_says_what_to_give(tmp_path):
+def test_the_error_for_a_directory_without_weights_names_the_remedy(tmp_path):
     with pytest.raises(CheckpointError, match="holds no weights"):
         HuggingFaceFiles(tmp_path)

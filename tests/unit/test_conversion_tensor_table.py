@@ -69,12 +69,12 @@ def changed(**changes):
         ({"lm_head.weight": None}, "1 missing: lm_head.weight"),
     ],
 )
-def test_every_tensor_must_be_there_once_and_fit(changes, message):
+def test_every_tensor_must_occur_once_with_its_shape(changes, message):
     with pytest.raises(CheckpointError, match=message):
         check_theirs(PAIRS, changed(**changes), "model")
 
 
-def test_what_is_computed_from_the_config_may_lie_beside():
+def test_tensors_computed_from_the_config_may_be_stored():
     stored = changed(
         **{"model.layers.0.self_attn.rotary_emb.inv_freq": TensorInfo((4,), torch.float32)}
     )
@@ -105,7 +105,7 @@ def test_own_parts_of_exits_are_in_the_table():
     }
 
 
-def test_our_side_may_have_padding_and_nothing_else():
+def test_only_padding_may_differ_on_our_side():
     ours = {pair.ours: TensorInfo(pair.shape, torch.float32) for pair in PAIRS}
     check_ours(
         PAIRS, {**ours, "output_layer.weight": TensorInfo((128, 32), torch.float32)}, "checkpoint"

@@ -1,4 +1,4 @@
-"""Fast tokenizers made of sentencepiece files: ids and texts are sentencepiece's own."""
+"""Fast tokenizers from sentencepiece files: ids and texts are sentencepiece's own."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from megatron_sorted.conversion.tokenizers import export
 from megatron_sorted.conversion.tokenizers.export import add_fast_tokenizer
 from megatron_sorted.conversion.tokenizers.sentencepiece_file import read_sentencepiece
-from megatron_sorted.data.tokenizer import train_sentencepiece
+from megatron_sorted.data.preparation.train_tokenizer import train_sentencepiece
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from tests.support.sentencepiece_files import SETTINGS, check_tokenizer, lines, train
 
@@ -37,7 +37,7 @@ def directory(tmp_path):
     return tmp_path
 
 
-def test_names_of_control_pieces_are_these_pieces_and_split_no_text_wrongly(directory):
+def test_names_of_control_pieces_are_encoded_as_these_pieces(directory):
     add_fast_tokenizer(directory)
     fast, pieces = (
         open_tokenizer(directory),
@@ -59,8 +59,8 @@ def test_names_of_control_pieces_are_these_pieces_and_split_no_text_wrongly(dire
     assert fast.decode([1, *pieces.encode("one two"), 2], skip_special_tokens=True) == "one two"
 
 
-def test_what_a_tokenizer_config_says_stays_in_force(directory):
-    said = {
+def test_the_options_of_a_tokenizer_config_are_kept(directory):
+    config = {
         "add_bos_token": False,
         "add_eos_token": True,
         "eos_token": {"content": "</s>"},
@@ -75,7 +75,7 @@ def test_what_a_tokenizer_config_says_stays_in_force(directory):
             "701": {"content": "<extra>", "special": False},
         },
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(said))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
     assert add_fast_tokenizer(directory)
     written = json.loads((directory / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in written
@@ -100,7 +100,7 @@ def test_what_a_tokenizer_config_says_stays_in_force(directory):
     )
 
 
-def test_nothing_to_do(directory):
+def test_other_directories_are_left_unchanged(directory):
     (directory / "tokenizer.json").write_text("mine")
     assert (
         add_fast_tokenizer(directory) is None
@@ -111,13 +111,13 @@ def test_nothing_to_do(directory):
     assert add_fast_tokenizer(directory) is None and list(directory.iterdir()) == []
 
 
-def test_what_differs_is_refused(directory, monkeypatch):
+def test_a_tokenizer_that_differs_is_refused(directory, monkeypatch):
     rebuild = export.rebuild
 
-    def wrong(said, data, blank_before):
+    def wrong(file, data, space_before):
         from tokenizers import normalizers
 
-        fast = rebuild(said, data, "always")
+        fast = rebuild(file, data, "always")
         fast.normalizer = normalizers.Replace(
             " ", "\u2581"
         )  # as transformers does: no blank before the text
@@ -125,7 +125,7 @@ def test_what_differs_is_refused(directory, monkeypatch):
 
     monkeypatch.setattr(export, "rebuild", wrong)
     line = add_fast_tokenizer(directory)
-    assert line.startswith("tokenizer.model goes alone, without tokenizer.json: ' ' is cut into")
+    assert line.startswith("tokenizer.model is exported without tokenizer.json: ' ' is split into")
     assert [path.name for path in directory.iterdir()] == ["tokenizer.model"]
 
 
@@ -133,7 +133,7 @@ def test_what_differs_is_refused(directory, monkeypatch):
     ("changes", "reason"),
     [
         ({"treat_whitespace_as_suffix": True}, "it writes blanks behind words"),
-        ({"model_type": "word", "byte_fallback": False}, "neither of BPE nor of unigram"),
+        ({"model_type": "word", "byte_fallback": False}, "neither BPE nor unigram"),
     ],
 )
 def test_kinds_that_cannot_be_rebuilt(tmp_path, changes, reason):
@@ -149,7 +149,7 @@ def test_damaged_files(directory, content):
     path = directory / "tokenizer.model"
     path.write_bytes(path.read_bytes()[:300] if content is None else content)
     assert add_fast_tokenizer(directory).startswith(
-        "tokenizer.model goes alone, without tokenizer.json: "
+        "tokenizer.model is exported without tokenizer.json: "
     )
     assert [path.name for path in directory.iterdir()] == ["tokenizer.model"]
 
@@ -157,8 +157,8 @@ def test_damaged_files(directory, content):
 def test_added_tokens_that_leave_a_gap_are_refused(directory):
     (directory / "added_tokens.json").write_text('{"<pad>": 705}')
     assert (
-        "'<pad>' is to be token 705, but the vocabulary of tokenizer.model and the tokens before it make it 700"
-        in add_fast_tokenizer(directory)
+        "'<pad>' should be token 705, but the vocabulary of tokenizer.model and the tokens before "
+        "it make it 700" in add_fast_tokenizer(directory)
     )
     (directory / "added_tokens.json").write_text('{"<pad>": 700}')
     assert "the same ids" in add_fast_tokenizer(directory)
@@ -171,25 +171,25 @@ def test_without_the_library(directory, monkeypatch):
     assert "tokenizers" in line and not (directory / "tokenizer.json").exists()
 
 
-def test_the_file_is_read_as_protobuf_reads_it():
+def test_the_parser_agrees_with_protobuf():
     for algorithm, name in (
         ("bpe", "nmt_nfkc"),
         ("unigram", "symbols"),
         ("char", "special_tokens"),
     ):
         data = train(algorithm, **SETTINGS[name])
-        said, theirs = read_sentencepiece(data), sentencepiece_model_pb2.ModelProto.FromString(data)
-        assert [(p.text, p.score, p.kind) for p in said.pieces] == [
+        file, theirs = read_sentencepiece(data), sentencepiece_model_pb2.ModelProto.FromString(data)
+        assert [(p.text, p.score, p.kind) for p in file.pieces] == [
             (p.piece, p.score, p.type) for p in theirs.pieces
         ]
         trainer, rules = theirs.trainer_spec, theirs.normalizer_spec
-        assert (said.algorithm, said.byte_fallback, said.suffix_blank, said.unknown_text) == (
+        assert (file.algorithm, file.byte_fallback, file.suffix_blank, file.unknown_text) == (
             trainer.model_type,
             trainer.byte_fallback,
             trainer.treat_whitespace_as_suffix,
             trainer.unk_surface,
         )
-        assert (said.charsmap, said.adds_blank, said.removes_blanks, said.escapes_blanks) == (
+        assert (file.charsmap, file.adds_blank, file.removes_blanks, file.escapes_blanks) == (
             rules.precompiled_charsmap,
             rules.add_dummy_prefix,
             rules.remove_extra_whitespaces,

@@ -1,4 +1,4 @@
-"""Tensors of torch_dist checkpoints from any boxes; what is missing is told with its name."""
+"""Tensors of torch_dist checkpoints from any partition; errors name what is missing."""
 
 import argparse
 import pickle
@@ -14,25 +14,45 @@ EMBEDDING = torch.arange(48.0).reshape(8, 6)
 STACKED = torch.arange(3 * 4 * 6, dtype=torch.int32).reshape(3, 4, 6)
 NORMS = torch.arange(18.0).reshape(3, 6).bfloat16()
 TENSORS = {
-    "embedding.word_embeddings.weight": (EMBEDDING, [("__1_0.distcp", (4, 0), (4, 6)), ("__0_0.distcp", (0, 0), (4, 6))]),
-    "decoder.layers.mlp.linear_fc2.weight": (STACKED, [  # layer 0 in quarters, 1 and 2 in one box for each half of the columns
-        *((f"__{n}_1.distcp", (0, 2 * (n // 2), 3 * (n % 2)), (1, 2, 3)) for n in range(4)),
-        ("__0_0.distcp", (1, 0, 0), (2, 4, 3)), ("__1_0.distcp", (1, 0, 3), (2, 4, 3))]),
-    "decoder.layers.input_layernorm.weight": (NORMS, [("__0_0.distcp", (n, 0), (1, 6)) for n in range(3)]),
+    "embedding.word_embeddings.weight": (
+        EMBEDDING,
+        [("__1_0.distcp", (4, 0), (4, 6)), ("__0_0.distcp", (0, 0), (4, 6))],
+    ),
+    # Layer 0 in quarters, 1 and 2 together in one part for each half of the columns.
+    "decoder.layers.mlp.linear_fc2.weight": (
+        STACKED,
+        [
+            *((f"__{n}_1.distcp", (0, 2 * (n // 2), 3 * (n % 2)), (1, 2, 3)) for n in range(4)),
+            ("__0_0.distcp", (1, 0, 0), (2, 4, 3)),
+            ("__1_0.distcp", (1, 0, 3), (2, 4, 3)),
+        ],
+    ),
+    "decoder.layers.input_layernorm.weight": (
+        NORMS,
+        [("__0_0.distcp", (n, 0), (1, 6)) for n in range(3)],
+    ),
     "decoder.layers.2.pre_mlp_layernorm.weight": (NORMS[2], [("__0_0.distcp", (0,), (6,))]),
     "decoder.final_layernorm.weight": (NORMS[1], [("__0_0.distcp", (0,), (6,))]),
     "exit_norms.2.weight": (NORMS[0], [("__0_0.distcp", (0,), (6,))]),
-    "optimizer.state.exp_avg.embedding.word_embeddings.weight": (EMBEDDING, [("__1_1.distcp", (0, 0), (8, 6))]),
-}  # fmt: skip
+    "optimizer.state.exp_avg.embedding.word_embeddings.weight": (
+        EMBEDDING,
+        [("__1_1.distcp", (0, 0), (8, 6))],
+    ),
+}
 OFFERED = {
-    "embedding.word_embeddings.weight": EMBEDDING, **{f"decoder.layers.{n}.mlp.linear_fc2.weight": STACKED[n] for n in range(3)},
-    **{f"decoder.layers.{n}.self_attention.linear_qkv.layer_norm_weight": NORMS[n] for n in range(3)},
-    "decoder.layers.2.mlp.linear_fc1.layer_norm_weight": NORMS[2], "decoder.final_layernorm.weight": NORMS[1],
+    "embedding.word_embeddings.weight": EMBEDDING,
+    **{f"decoder.layers.{n}.mlp.linear_fc2.weight": STACKED[n] for n in range(3)},
+    **{
+        f"decoder.layers.{n}.self_attention.linear_qkv.layer_norm_weight": NORMS[n]
+        for n in range(3)
+    },
+    "decoder.layers.2.mlp.linear_fc1.layer_norm_weight": NORMS[2],
+    "decoder.final_layernorm.weight": NORMS[1],
     "exit_norms.2.weight": NORMS[0],
-}  # fmt: skip
+}
 
 
-def test_tensors_are_whole_whatever_the_boxes(tmp_path):
+def test_tensors_are_whole_for_every_partition(tmp_path):
     write_torch_dist(
         tmp_path,
         TENSORS,
@@ -55,7 +75,7 @@ def test_tensors_are_whole_whatever_the_boxes(tmp_path):
         )
 
 
-def test_order_is_that_of_the_files(tmp_path):
+def test_tensors_are_listed_in_the_order_of_the_files(tmp_path):
     write_torch_dist(tmp_path, TENSORS)
     order = list(TorchDistFiles(tmp_path).tensors)
     assert (
@@ -68,24 +88,27 @@ def test_order_is_that_of_the_files(tmp_path):
     ]
 
 
-def without(name: str, box: int) -> dict:
+def without(name: str, rectangle: int) -> dict:
     whole, rectangles = TENSORS[name]
-    return {**TENSORS, name: (whole, rectangles[:box] + rectangles[box + 1 :])}
+    return {**TENSORS, name: (whole, rectangles[:rectangle] + rectangles[rectangle + 1 :])}
 
 
-@pytest.mark.parametrize(("name", "box", "offered"), [
-    ("embedding.word_embeddings.weight", 1, "embedding.word_embeddings.weight"),
-    ("decoder.layers.mlp.linear_fc2.weight", 2, "decoder.layers.0.mlp.linear_fc2.weight"),
-    ("decoder.layers.mlp.linear_fc2.weight", 5, "decoder.layers.1.mlp.linear_fc2.weight"),
-])  # fmt: skip
-def test_a_hole_is_told(name, box, offered, tmp_path):
-    write_torch_dist(tmp_path, without(name, box))
+@pytest.mark.parametrize(
+    ("name", "rectangle", "offered"),
+    [
+        ("embedding.word_embeddings.weight", 1, "embedding.word_embeddings.weight"),
+        ("decoder.layers.mlp.linear_fc2.weight", 2, "decoder.layers.0.mlp.linear_fc2.weight"),
+        ("decoder.layers.mlp.linear_fc2.weight", 5, "decoder.layers.1.mlp.linear_fc2.weight"),
+    ],
+)
+def test_a_missing_part_is_refused(name, rectangle, offered, tmp_path):
+    write_torch_dist(tmp_path, without(name, rectangle))
     files = TorchDistFiles(tmp_path)
     with pytest.raises(CheckpointError, match=f"{offered}: parts of it are in no file"):
         files.read(offered)
 
 
-def test_a_missing_layer_is_told_at_once(tmp_path):
+def test_a_missing_layer_is_refused_on_opening(tmp_path):
     write_torch_dist(tmp_path, without("decoder.layers.input_layernorm.weight", 1))
     with pytest.raises(
         CheckpointError,
@@ -94,7 +117,7 @@ def test_a_missing_layer_is_told_at_once(tmp_path):
         TorchDistFiles(tmp_path)
 
 
-def test_boxes_that_overlap_do_not_hide_a_hole(tmp_path):
+def test_overlapping_parts_do_not_hide_a_missing_one(tmp_path):
     rectangles = [("__0_0.distcp", (0, 0), (4, 6)), ("__0_0.distcp", (3, 0), (4, 6))]
     write_torch_dist(tmp_path, {"embedding.word_embeddings.weight": (EMBEDDING, rectangles)})
     files = TorchDistFiles(tmp_path)
@@ -102,14 +125,15 @@ def test_boxes_that_overlap_do_not_hide_a_hole(tmp_path):
         files.read("embedding.word_embeddings.weight")
 
 
-def test_lost_short_and_strange_files_are_told(tmp_path):
+def test_missing_short_and_foreign_files_are_refused(tmp_path):
     write_torch_dist(tmp_path, TENSORS)
     path = tmp_path / "__1_0.distcp"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
     with pytest.raises(
         CheckpointError,
-        match=r"__1_0\.distcp has \d+ bytes, but decoder\.layers\.mlp\.linear_fc2\.weight lies up to",
+        match=r"__1_0\.distcp has \d+ bytes, but decoder\.layers\.mlp\.linear_fc2\.weight lies up "
+        r"to",
     ):
         TorchDistFiles(tmp_path)
     path.write_bytes(bytes(len(content)))
@@ -125,7 +149,7 @@ def test_lost_short_and_strange_files_are_told(tmp_path):
         TorchDistFiles(tmp_path)
 
 
-def test_files_of_another_save_are_told(tmp_path):
+def test_files_of_another_save_are_refused(tmp_path):
     write_torch_dist(tmp_path, TENSORS)
     other = {
         **TENSORS,
@@ -143,7 +167,7 @@ def test_files_of_another_save_are_told(tmp_path):
         TorchDistFiles(tmp_path).read("embedding.word_embeddings.weight")
 
 
-def test_both_dialects_at_once_are_told(tmp_path):
+def test_two_names_of_one_weight_are_refused(tmp_path):
     twice = {
         **TENSORS,
         "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (
@@ -157,13 +181,13 @@ def test_both_dialects_at_once_are_told(tmp_path):
 
 
 class Runs:
-    """Runs something when a plain pickle reads it."""
+    """An object that prints when a plain pickle reads it."""
 
     def __reduce__(self):
         return print, ("never",)
 
 
-def test_common_part_takes_plain_values_only(tmp_path, capsys):
+def test_common_files_may_hold_plain_values_only(tmp_path, capsys):
     write_torch_dist(tmp_path, TENSORS)
     files = TorchDistFiles(tmp_path)
     torch.save({"args": argparse.Namespace(a=1), "iteration": 3}, tmp_path / "common.pt")
@@ -180,13 +204,13 @@ def test_common_part_takes_plain_values_only(tmp_path, capsys):
     )  # a plain pickle does run it
 
 
-def test_an_empty_checkpoint_is_told(tmp_path):
+def test_an_empty_checkpoint_is_refused(tmp_path):
     write_torch_dist(tmp_path, {"optimizer.x": TENSORS["exit_norms.2.weight"]})
     with pytest.raises(CheckpointError, match="holds no weights"):
         TorchDistFiles(tmp_path)
 
 
-def test_a_flipped_bit_is_told_with_the_name_of_its_tensor(tmp_path):
+def test_a_flipped_bit_is_reported_with_the_name_of_its_tensor(tmp_path):
     write_torch_dist(tmp_path, TENSORS)
     path = tmp_path / "__1_0.distcp"
     content = bytearray(path.read_bytes())
@@ -197,7 +221,8 @@ def test_a_flipped_bit_is_told_with_the_name_of_its_tensor(tmp_path):
         files.read(name)
     with pytest.raises(
         CheckpointError,
-        match=r"word_embeddings.weight in __1_0.distcp: the bytes from \d+ on do not match their checksum",
+        match=r"word_embeddings.weight in __1_0.distcp: the bytes from \d+ on do not match their "
+        r"checksum",
     ):
         files.read("embedding.word_embeddings.weight")
 

@@ -26,7 +26,10 @@ from megatron_sorted.settings.run import Settings
 
 @pytest.fixture
 def settings(tmp_path):
-    """Returns settings for 24 documents of 5 tokens, one per window of 4 positions, that start with their number."""
+    """Return settings for 24 documents of 5 tokens, whose first token is their number.
+
+    One document fills a window of 4 positions.
+    """
     count, prefix = 24, str(tmp_path / "numbers_text_document")
     tokens = np.stack([np.arange(count), *[np.full(count, 30 + i) for i in range(4)]], axis=1)
     with IndexedWriter(prefix, np.uint16, with_modes=True) as writer:
@@ -52,7 +55,8 @@ def firsts(batches, count):
 def test_ranks_take_their_part_of_each_global_batch(settings):
     order = [i for batch in firsts(make_train_batches(settings, None, 0, 1), 12) for i in batch]
     assert sorted(order) == list(range(24)) and order != list(range(24))
-    # Global batch 8, micro-batch 2, two ranks: rank 0 gets samples 0 1, 4 5, then 8 9, 12 13; rank 1 the others.
+    # Global batch 8, micro-batch 2, two ranks: rank 0 gets samples 0 1, 4 5, then 8 9, 12 13; rank
+    # 1 the others.
     assert firsts(make_train_batches(settings, None, 0, 2), 4) == [
         order[0:2],
         order[4:6],
@@ -82,7 +86,7 @@ def test_global_batches_do_not_depend_on_the_layout(settings, dp_size):
         assert sorted(union) == sorted(reference[g * 8 : (g + 1) * 8])
 
 
-def test_a_resume_goes_on_where_it_stopped(settings):
+def test_a_resumed_run_continues_at_the_next_sample(settings):
     straight = firsts(make_train_batches(settings, None, 1, 2), 20)
     assert firsts(make_train_batches(settings, None, 1, 2, start_sample=5 * 8), 10) == straight[10:]
 
@@ -97,7 +101,7 @@ def test_contents_of_a_batch(settings):
         33,
     ]
     assert batch.loss_mask_bs.tolist() == [[0, 1, 1, 1]] * 2 and batch.num_tokens == 6
-    assert batch.segments_bs is None and batch.positions_bs.tolist() == [[0, 1, 2, 3]] * 2
+    assert batch.pieces_bs is None and batch.positions_bs.tolist() == [[0, 1, 2, 3]] * 2
     assert (
         batch.tokens_bs.dtype,
         batch.labels_bs.dtype,
@@ -120,10 +124,10 @@ def test_positions_start_again_with_each_piece():
     batch = collate(samples)
     assert batch.positions_bs.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]]
     assert (
-        batch.segments_bs.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 1]]
-        and batch.segments_bs.dtype == torch.int32
+        batch.pieces_bs.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 1]]
+        and batch.pieces_bs.dtype == torch.int32
     )
-    assert collate(samples[1:]).segments_bs is None and collate(
+    assert collate(samples[1:]).pieces_bs is None and collate(
         samples[1:]
     ).positions_bs.tolist() == [[0, 1, 2, 3, 4, 5]]
 
@@ -241,7 +245,7 @@ def test_mock_data():
         eval_iters=3,
     )
     batch = next(make_train_batches(settings, None, 1, 2))
-    assert batch.tokens_bs.shape == (2, 4) and batch.num_tokens == 8 and batch.segments_bs is None
+    assert batch.tokens_bs.shape == (2, 4) and batch.num_tokens == 8 and batch.pieces_bs is None
     assert (
         len(make_eval_sets(settings, None)["mock"]) == 12 and make_test_sets(settings, None) == {}
     )

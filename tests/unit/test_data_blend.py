@@ -1,4 +1,4 @@
-"""A blend's samples are its sources' own, in given shares; kinds of data may stand side by side."""
+"""The samples of a blend: those of its sources, in given shares and of different kinds."""
 
 from dataclasses import replace
 
@@ -15,7 +15,10 @@ from megatron_sorted.settings.run import Settings
 
 @pytest.fixture
 def files(tmp_path):
-    """Returns an instruction file (10 documents of 5 tokens, two of which fill a window of 8) and a text of 41 tokens."""
+    """Return an instruction file and a text of 41 tokens.
+
+    The first holds 10 documents of 5 tokens, two of which fill a window of 8.
+    """
     with IndexedWriter(str(tmp_path / "i"), np.uint16, with_modes=True) as writer:
         writer.append(
             Documents(np.arange(50), np.tile([2, 3], 10), np.tile([0, 1], 10), np.full(10, 2))
@@ -25,9 +28,9 @@ def files(tmp_path):
     return {name: str(tmp_path / name) for name in "it"}
 
 
-def run_of(*words, **changes):
+def run_of(*arguments, **changes):
     return replace(
-        Settings(data_path=words, seq_length=8, vocab_size=100, split="1", seed=7), **changes
+        Settings(data_path=arguments, seq_length=8, vocab_size=100, split="1", seed=7), **changes
     )
 
 
@@ -71,9 +74,10 @@ def test_description_names_every_source(files):
     blend = open_train_samples(run_of("0.5", files["i"], "1.5", files["t"]), None)
     assert blend.describe().splitlines() == [
         "blend of 2 sources, 100.0 % filled; one pass is about 8 samples",
-        f"  25 % {files['i']} (weight 0.5): 10 documents in 5 samples of 8 positions, 100.0 % filled",
+        f"  25 % {files['i']} (weight 0.5): 10 documents in 5 samples of 8 positions, 100.0 % "
+        "filled",
         f"  75 % {files['t']} (weight 1.5): 1 documents, 41 tokens in 5 samples of 8 positions; "
-        "documents of a sample are kept apart",
+        "documents of a sample are separate",
     ]
     half = open_train_samples(run_of("1", files["i"], "1", files["t"], seq_length=7), None)
     assert half.fill == (40 / 70 + 1) / 2  # one document of 4 positions a window of 7
@@ -85,17 +89,17 @@ def test_one_batch_of_both_kinds(files):
     packed = 0 if samples[0].num_pieces == 2 else 1
     batch = collate(samples)
     assert (
-        batch.segments_bs[packed].tolist() == [0] * 4 + [1] * 4
+        batch.pieces_bs[packed].tolist() == [0] * 4 + [1] * 4
         and batch.positions_bs[packed].tolist() == [0, 1, 2, 3] * 2
     )
     assert batch.loss_mask_bs[packed].tolist() == [0, 1, 1, 1] * 2
     # running text: one piece, all of it trained on, as in a batch of text alone
-    assert batch.segments_bs[1 - packed].tolist() == [0] * 8 and batch.positions_bs[
+    assert batch.pieces_bs[1 - packed].tolist() == [0] * 8 and batch.positions_bs[
         1 - packed
     ].tolist() == list(range(8))
     assert batch.loss_mask_bs[1 - packed].tolist() == [1] * 8
     alone = collate([samples[1 - packed]])
-    assert alone.segments_bs is None and alone.positions_bs[0].tolist() == list(range(8))
+    assert alone.pieces_bs is None and alone.positions_bs[0].tolist() == list(range(8))
 
 
 def test_without_weights_kinds_do_not_mix(files):

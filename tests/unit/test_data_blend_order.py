@@ -1,4 +1,7 @@
-"""The order of a blend against a plain walk from the first sample, and the promise of less than one sample."""
+"""The order of a blend against a plain simulation from the first sample.
+
+Each source stays within one sample of its share.
+"""
 
 import random
 from fractions import Fraction
@@ -10,7 +13,7 @@ from megatron_sorted.data.samples.blend_order import BlendOrder, whole_parts
 
 
 def walk(parts, num_samples):
-    """Yields (source, counts before) slot by slot, in the textbook's words: of what may be given, what must be given soonest."""
+    """Yield (source, counts before) slot by slot, by the textbook: the earliest deadline first."""
     shares, counts = [Fraction(part, sum(parts)) for part in parts], [0] * len(parts)
     for slot in range(num_samples):
         allowed = [i for i in range(len(parts)) if counts[i] < (slot + 1) * shares[i]]
@@ -21,7 +24,7 @@ def walk(parts, num_samples):
 
 
 def weights(case):
-    """Returns made-up weights of four kinds."""
+    """Return random weights of four kinds."""
     rng = random.Random(case)
     count = rng.choice([1, 2, 3, 5, 9])
     return [
@@ -45,7 +48,8 @@ def test_weights_are_read_as_decimals():
 
 
 def test_three_to_seven_by_hand():
-    # due: A's first by slot 4, B's by 2, 3, 5 (its third may not be given before slot 2), then A's first, ...
+    # due: A's first by slot 4, B's by 2, 3, 5 (its third may not be given before slot 2), then A's
+    # first, ...
     assert [BlendOrder([0.3, 0.7]).locate(i) for i in range(11)] == [
         (1, 0),
         (1, 1),
@@ -82,8 +86,8 @@ def test_order_is_that_of_the_walk_and_within_one_sample(monkeypatch, case, peri
     assert backwards[::-1] == [fresh.locate(index) for index in range(200)]
 
 
-def test_the_furthest_behind_would_not_do():
-    """The usual greedy rule on the weights of the module's docstring, to say why this is not it."""
+def test_choosing_the_source_furthest_behind_exceeds_one_sample():
+    """The usual greedy rule, on the weights of the module's docstring, is not good enough."""
     parts, worst = [1] * 6 + [20] * 2, 0
     total, counts = sum(parts), [0] * 8
     for n in range(1, total + 1):

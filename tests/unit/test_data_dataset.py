@@ -1,4 +1,4 @@
-"""Samples of tiny corpora, worked out by hand."""
+"""Samples of tiny corpora, computed by hand."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from megatron_sorted.errors import DataError
 
 
 def write(prefix, documents, with_modes):
-    """Writes documents given as lists of (tokens, mode)."""
+    """Write documents given as lists of (tokens, mode)."""
     parts = [part for document in documents for part in document]
     with IndexedWriter(str(prefix), np.uint16, with_modes) as writer:
         writer.append(
@@ -78,12 +78,13 @@ def test_longest_document_that_fits(instructions):
     )  # {5}, {4}, {2}
     with pytest.raises(
         DataError,
-        match=r"few: document 1 has 6 tokens, but --seq-length 4 holds at most 5 \(1 such.*longest 6",
+        match=r"few: document 1 has 6 tokens, but --seq-length 4 holds at most 5 "
+        r"\(1 such.*longest 6",
     ):
         InstructionSamples(Corpus([instructions]), 4, 50, 0, 0)
 
 
-def test_token_outside_the_vocabulary_is_found(instructions):
+def test_token_outside_the_vocabulary_is_an_error(instructions):
     source = InstructionSamples(Corpus([instructions]), 8, 31, 0, 0)
     with pytest.raises(
         DataError, match="few: document 2: token 31 is outside the model's vocabulary of 31"
@@ -165,7 +166,7 @@ def test_too_little_text(text):
         TextSamples(Corpus([text]), 9, 50, 0, 0)
 
 
-def test_corpora_are_numbered_through_and_split_per_file(text, tmp_path):
+def test_corpora_are_numbered_consecutively_and_split_per_file(text, tmp_path):
     other = write(tmp_path / "other", [[([21], 1)], [([22, 23], 1)]], with_modes=False)
     corpus = Corpus([text, other])
     assert [corpus.document(i).tolist() for i in range(5)] == [

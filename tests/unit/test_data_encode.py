@@ -1,4 +1,7 @@
-"""From lines of JSON to documents: templates, formats, broken lines, cutting; with a tokenizer of one id per character."""
+"""Lines of JSON as documents: templates, formats, broken lines, truncation.
+
+The tokenizer has one id per character.
+"""
 
 import json
 
@@ -17,7 +20,7 @@ BOS, EOS = 1, 2
 
 
 class Letters(Tokenizer):
-    """One id per character: its code point; 1 is bos, 2 eos."""
+    """A tokenizer with one id per character: its code point; 1 is bos, 2 eos."""
 
     vocab_size, bos_id, eos_id, pad_id, adds_bos, name, sha256 = (
         1 << 16,
@@ -69,7 +72,7 @@ def run(lines, first_line=1, tokenizer=None, **options):
 
 
 def listed(documents):
-    """Returns documents as lists of (text with ^ for bos and $ for eos, mode)."""
+    """Return documents as lists of (text with ^ for bos and $ for eos, mode)."""
     text = "".join({BOS: "^", EOS: "$"}.get(int(t), chr(t)) for t in documents.tokens)
     ends = np.cumsum(documents.lengths)
     sequences = [
@@ -125,7 +128,7 @@ def test_messages_train_on_every_answer():
     ]
 
 
-def test_text_is_one_sequence_and_never_cut():
+def test_text_is_one_sequence_and_never_truncated():
     encoded = run([{"text": "One\ntwo"}, {"text": "x" * 50}], data_format="text", seq_length=8)
     assert (
         listed(encoded.train) == [[("^One\ntwo$", 1)], [("^" + "x" * 50 + "$", 1)]]
@@ -158,10 +161,10 @@ def test_alpaca():
         {"role": role, "content": content}
         for role, content in (("system", "S"), ("user", "Q"), ("assistant", "A"))
     ]
-    found = listed(
+    result = listed(
         run([{"messages": messages}], data_format="messages", prompt_template="alpaca").train
     )
-    assert found == [[("^S\n\n### Instruction:\nQ\n\n### Response:\n", 0), ("A$", 1)]]
+    assert result == [[("^S\n\n### Instruction:\nQ\n\n### Response:\n", 0), ("A$", 1)]]
 
 
 def test_broken_lines_are_counted_with_their_numbers():
@@ -233,7 +236,7 @@ def test_empty_text():
 
 
 def test_strict_stops_at_the_first_broken_line():
-    with pytest.raises(DataError, match=r"dir/some.jsonl:12: missing_field\. Mend the line"):
+    with pytest.raises(DataError, match=r"dir/some.jsonl:12: missing_field\. Correct the line"):
         run(
             [{"instruction": "Q", "output": "A"}, b"", {"instruction": "Q"}, b"{"],
             first_line=10,
@@ -241,7 +244,7 @@ def test_strict_stops_at_the_first_broken_line():
         )
 
 
-def test_cutting_to_what_a_sample_holds():
+def test_truncation_to_the_length_of_a_sample():
     # "^ab\n" + "cdef$" is 9 tokens: a sample of 8 positions holds it whole.
     line = {"instruction": "ab", "output": "cdef"}
     assert run([line], seq_length=8).num_truncated == 0
@@ -263,7 +266,7 @@ def test_cutting_to_what_a_sample_holds():
     }
 
 
-def test_cutting_drops_later_turns():
+def test_truncation_drops_later_turns():
     line = {
         "messages": [
             {"role": role, "content": content}
@@ -336,7 +339,7 @@ def test_detect_format():
 TALK = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 
-def test_a_field_that_is_null_is_not_there():
+def test_a_null_field_counts_as_absent():
     nulls = {
         "messages": None,
         "instruction": None,
@@ -375,8 +378,8 @@ def test_messages_with_nulls():
         "function": {"name": "f", "arguments": {"unit": None}, "strict": None},
     }
     called = {"role": "assistant", "content": None, "tool_calls": [call]}
-    found = conversation_of({"messages": [TALK[0], called], "tools": None}, "messages")
-    assert found.messages == [
+    result = conversation_of({"messages": [TALK[0], called], "tools": None}, "messages")
+    assert result.messages == [
         TALK[0],
         {
             "role": "assistant",
@@ -386,10 +389,10 @@ def test_messages_with_nulls():
             ],
         },
     ]
-    assert found.tools is None
+    assert result.tools is None
 
 
-def test_each_row_is_judged_by_what_it_has():
+def test_each_row_is_read_by_its_own_fields():
     rows = [
         {"messages": TALK, "instruction": None},
         {"messages": None, "instruction": "I", "output": "O"},
@@ -417,7 +420,8 @@ def test_a_plain_text_is_refused_with_the_command_that_splits_it(tmp_path, data_
     )
     with pytest.raises(
         DataError,
-        match=rf"Of a plain text, megatron-sorted split --input .*{name} --separator .* --output ",
+        match=r"To convert a plain text, use megatron-sorted split "
+        rf"--input .*{name} --separator .* --output ",
     ):
         prepare(PrepareOptions((str(tmp_path / name),), str(tmp_path / "out"), encode))
     assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of its data: every change is seen and said, moving files is none."""
+"""The data's identity in a checkpoint: every change is detected and described, moving is none."""
 
 import hashlib
 import json
@@ -30,18 +30,18 @@ def write(prefix, tokens, lengths):
 
 @pytest.fixture
 def run(tmp_path):
-    """Returns a run on a blend of two files."""
+    """Return a run on a blend of two files."""
     a, b = write(tmp_path / "a", range(9), [4, 5]), write(tmp_path / "b", range(20, 26), [6])
     return Settings(data_path=("0.3", a, "0.7", b), seq_length=4, vocab_size=99)
 
 
 def changes(before: Settings, after: Settings) -> list[str]:
-    """Returns the differences, with the first one kept as a checkpoint keeps it."""
+    """Return the differences, with the first identity stored as in a checkpoint."""
     return describe_changes(json.loads(json.dumps(data_identity(before))), data_identity(after))
 
 
-def test_what_is_kept(run, tmp_path):
-    found = data_identity(run)
+def test_content_of_the_identity(run, tmp_path):
+    identity = data_identity(run)
     contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     prints = {
         name: {
@@ -50,7 +50,7 @@ def test_what_is_kept(run, tmp_path):
         }
         for name, data in contents.items()
     }
-    assert found == {
+    assert identity == {
         "sample_order": 1,
         "mock": False,
         "seed": 1234,
@@ -83,11 +83,11 @@ def test_moving_renaming_or_scaling_weights_changes_nothing(run, tmp_path):
     for name in ("a.idx", "a.bin"):
         shutil.copy(tmp_path / name, moved / name)
         shutil.copy(tmp_path / name, moved / name.replace("a", "c"))
-    for words in (
+    for data_path in (
         ("3", str(moved / "a"), "7", run.data_path[3]),
         ("30", str(moved / "c"), "70", run.data_path[3]),
     ):
-        assert describe_changes(before, data_identity(replace(run, data_path=words))) == []
+        assert describe_changes(before, data_identity(replace(run, data_path=data_path))) == []
     assert (
         changes(
             run,
@@ -99,7 +99,7 @@ def test_moving_renaming_or_scaling_weights_changes_nothing(run, tmp_path):
     )
 
 
-def test_each_change_in_words(run, tmp_path):
+def test_each_change_is_described(run, tmp_path):
     _, a, _, b = run.data_path
     c = write(tmp_path / "c", range(30, 40), [10])
     assert changes(run, replace(run, seed=1, seq_length=8)) == [
@@ -140,23 +140,23 @@ def test_each_change_in_words(run, tmp_path):
     assert describe_changes(older, data_identity(run)) == ["sample order of version 0 -> 1"]
 
 
-def test_changed_content_in_words(run, tmp_path):
+def test_changed_content_is_described(run, tmp_path):
     before = data_identity(run)
     write(tmp_path / "a", [0, 1, 2, 3, 4, 5, 6, 7, 99], [4, 5])
     now = data_identity(run)
-    old, new = (found["files"][0]["bin"]["sha256"][:8] for found in (before, now))
+    old, new = (identity["files"][0]["bin"]["sha256"][:8] for identity in (before, now))
     assert (
         describe_changes(before, now)
         == [f"a.bin: content differs (fingerprint {old}.. -> {new}..)"]
         and old != new
     )
     write(tmp_path / "a", range(9), [5, 4])
-    assert [words[:23] for words in describe_changes(before, data_identity(run))] == [
+    assert [line[:23] for line in describe_changes(before, data_identity(run))] == [
         "a.idx: content differs "
     ]
     write(tmp_path / "a", range(10), [5, 5])
-    words = describe_changes(before, data_identity(run))
-    assert len(words) == 2 and words[1].startswith(
+    lines = describe_changes(before, data_identity(run))
+    assert len(lines) == 2 and lines[1].startswith(
         "a.bin: content differs (18 -> 20 bytes, fingerprint "
     )
 

@@ -1,4 +1,4 @@
-"""Indexed files: byte equality with Megatron's builder, and every way a file can be damaged."""
+"""Indexed files: byte equality with Megatron's builder, and every kind of damage."""
 
 import struct
 from pathlib import Path
@@ -17,7 +17,8 @@ from megatron_sorted.data.indexed import (
 )
 from megatron_sorted.errors import DataError
 
-# Three documents: prompt 5 6 7 / response 8 9; prompt 1 / response 2 2 / prompt 3 / response 4; response 11 only.
+# Three documents: prompt 5 6 7 / response 8 9; prompt 1 / response 2 2 / prompt 3 / response 4;
+# response 11 only.
 TOKENS = [5, 6, 7, 8, 9, 1, 2, 2, 3, 4, 11]
 LENGTHS, MODES, NUM_SEQUENCES = [3, 2, 1, 2, 1, 1, 1], [0, 1, 0, 1, 0, 1, 1], [2, 4, 1]
 

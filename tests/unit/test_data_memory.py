@@ -1,4 +1,4 @@
-"""A month of samples takes the memory of an hour, and a million documents open in a moment."""
+"""A month of samples takes the memory of an hour, and a million documents open at once."""
 
 import time
 import tracemalloc
@@ -30,9 +30,9 @@ def write(prefix, num_documents, mean, with_modes):
 @pytest.mark.parametrize("kind", ["instructions", "text", "blend"])
 def test_memory_does_not_grow_with_epochs(tmp_path, kind):
     a, b = write(tmp_path / "a", 250, 12, True), write(tmp_path / "b", 200, 20, False)
-    words = {"instructions": (a,), "text": (b,), "blend": ("0.123456789", a, "1", b)}[kind]
+    arguments = {"instructions": (a,), "text": (b,), "blend": ("0.123456789", a, "1", b)}[kind]
     run = Settings(
-        data_path=words,
+        data_path=arguments,
         seq_length=128,
         vocab_size=1000,
         micro_batch_size=4,
@@ -43,7 +43,7 @@ def test_memory_does_not_grow_with_epochs(tmp_path, kind):
     per_epoch = source.samples_per_epoch
 
     def peak_of(first_epoch: int, num_epochs: int) -> int:
-        """Returns the most bytes held at a time over some epochs, a step at a time."""
+        """Return the peak of allocated bytes over some epochs, a step at a time."""
         tracemalloc.reset_peak()
         batches = make_train_batches(run, None, 0, 1, first_epoch * per_epoch, source)
         for batch in islice(batches, num_epochs * per_epoch // 4):

@@ -1,4 +1,7 @@
-"""Which samples a run sees: the same for every number of processes, after every restart, and as in version 0.1.0."""
+"""The samples that a run sees: the same for every number of processes and after every restart.
+
+They are also those of earlier versions.
+"""
 
 from dataclasses import replace
 from itertools import islice
@@ -16,7 +19,7 @@ SEQ_LENGTH = 32
 
 
 def write(prefix, first, count, with_modes):
-    """Writes ``count`` documents of 3 to 30 tokens, the first token of each its number."""
+    """Write ``count`` documents of 3 to 30 tokens, the first token of each its number."""
     lengths = 3 + shuffled(count, first, 99) % 28
     tokens = np.concatenate(
         [
@@ -36,7 +39,7 @@ def write(prefix, first, count, with_modes):
 
 @pytest.fixture
 def files(tmp_path):
-    """Returns prefixes of two instruction files and a text file."""
+    """Return prefixes of two instruction files and a text file."""
     return {
         "a": write(tmp_path / "a", 0, 60, True),
         "b": write(tmp_path / "b", 100, 25, True),
@@ -44,9 +47,9 @@ def files(tmp_path):
     }
 
 
-def run_of(*words, **changes):
+def run_of(*arguments, **changes):
     base = Settings(
-        data_path=words,
+        data_path=arguments,
         seq_length=SEQ_LENGTH,
         vocab_size=2000,
         micro_batch_size=2,
@@ -57,11 +60,11 @@ def run_of(*words, **changes):
 
 
 def rows(batches, count):
-    """Returns the rows of the first ``count`` micro-batches."""
+    """Return the rows of the first ``count`` micro-batches."""
     return [row.tolist() for batch in islice(batches, count) for row in batch.tokens_bs]
 
 
-# the second column was written down from version 0.1.0, whose runs must go on with the same data
+# the second column was recorded with version 0.1.0, whose runs must continue with the same data
 @pytest.mark.parametrize(
     ("names", "pinned"), [("a", 3120363750), ("ab", 835877626), ("t", 222950771)]
 )
@@ -85,7 +88,7 @@ BLENDS = [("a",), ("0.3", "a", "0.7", "b"), ("2", "a", "1", "b", "0.123456789", 
 
 @pytest.fixture(params=BLENDS, ids=" ".join)
 def run(request, files):
-    """Returns a run on one of the blends, one of them of both kinds of data."""
+    """Return a run on one of the blends, one of them of both kinds of data."""
     return run_of(*(files.get(word, word) for word in request.param))
 
 
@@ -117,7 +120,7 @@ def test_order_depends_on_neither_processes_nor_restarts(run):
         )
 
 
-def test_another_batch_size_goes_on_at_the_right_sample(run):
+def test_another_batch_size_continues_at_the_right_sample(run):
     source = open_train_samples(run, None)
     order = [source.sample(index).tokens_s.tolist() for index in range(96)]
     for batch, micro in ((12, 2), (6, 3), (1, 1), (24, 4)):
@@ -139,14 +142,14 @@ def test_checksum_of_a_step_does_not_depend_on_the_grouping(run):
     ]
     for dp_size, micro in ((1, 1), (1, 2), (1, 8), (2, 2), (4, 1)):
         settings = replace(run, micro_batch_size=micro)
-        found = [0] * 6
+        sums = [0] * 6
         for rank in range(dp_size):
             per_step = 8 // micro // dp_size
             for number, batch in enumerate(
                 islice(make_train_batches(settings, None, rank, dp_size), 6 * per_step)
             ):
-                found[number // per_step] += batch.to("cpu").checksum
-        assert found == expected
+                sums[number // per_step] += batch.to("cpu").checksum
+        assert sums == expected
     sample = source.sample(0)
     flipped = replace(sample, labels_s=sample.labels_s + (np.arange(SEQ_LENGTH) == 3))
     assert collate([sample]).checksum != collate([flipped]).checksum

@@ -1,4 +1,4 @@
-"""Packing: hand-made layouts, a brute-force reference, and what an epoch promises."""
+"""Packing: layouts made by hand, a brute-force reference, and the guarantees of an epoch."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from megatron_sorted.data.samples.packing import (
 
 
 def first_fit_decreasing(lengths, capacity):
-    """Returns the number of windows of the textbook method, quadratic."""
+    """Return the number of windows of the textbook method, quadratic."""
     rooms = []
     for length in sorted(lengths, reverse=True):
         for window, room in enumerate(rooms):
@@ -29,22 +29,25 @@ def first_fit_decreasing(lengths, capacity):
 def test_by_hand():
     # 10: longest first 7, 6, 4, 3, then 2 goes where it fits tightest: windows {7, 3}, {6, 4}, {2}.
     layout = lay_out(np.array([2, 3, 4, 6, 7]), 10)
-    assert layout.window_of_place.tolist() == [0, 1, 1, 0, 2] and layout.num_windows == 3
+    assert layout.window_of_slot.tolist() == [0, 1, 1, 0, 2] and layout.num_windows == 3
 
 
 def test_tightest_window_is_taken():
-    # 6 and 6 open two windows, 3 leaves one of them a room of 1, and 1 must go there, not into the room of 4.
+    # 6 and 6 open two windows, 3 leaves one of them a room of 1, and 1 must go there, not into the
+    # room of 4.
     layout = lay_out(np.array([6, 6, 3, 1]), 10)
     rooms = [
-        10
-        - sum(n for n, w in zip([6, 6, 3, 1], layout.window_of_place, strict=True) if w == window)
+        10 - sum(n for n, w in zip([6, 6, 3, 1], layout.window_of_slot, strict=True) if w == window)
         for window in range(2)
     ]
     assert sorted(rooms) == [0, 4]
 
 
 def one_by_one(lengths, capacity):
-    """Returns the windows of best-fit decreasing, document by document, the newest of the tightest windows first."""
+    """Return the windows of best-fit decreasing, document by document.
+
+    Of equally tight windows the newest is used.
+    """
     rooms, windows, turn = [], [], []
     for step, length in enumerate(sorted(lengths, reverse=True)):
         fitting = [(room, -turn[w], w) for w, room in enumerate(rooms) if room >= length]
@@ -83,7 +86,7 @@ def test_never_more_windows_than_first_fit_decreasing(name, capacity):
     for count, seed in ((800, 0), (25, 1), (26, 2), (27, 3)):
         lengths = made_up_lengths(name, capacity, count, seed)
         layout = lay_out(lengths, capacity)
-        used = np.bincount(layout.window_of_place, weights=np.sort(lengths)[::-1])
+        used = np.bincount(layout.window_of_slot, weights=np.sort(lengths)[::-1])
         assert len(used) == layout.num_windows and used.max() <= capacity and used.min() > 0
         plain = first_fit_decreasing(lengths.tolist(), capacity)
         assert lower_bound(lengths, capacity) <= layout.num_windows <= plain
@@ -94,7 +97,7 @@ def test_never_more_windows_than_first_fit_decreasing(name, capacity):
 def test_best_fit_as_document_by_document(name):
     for capacity, count in ((12, 40), (50, 60), (300, 120)):
         lengths = made_up_lengths(name, capacity, count)
-        assert best_fit_decreasing(lengths, capacity).window_of_place.tolist() == one_by_one(
+        assert best_fit_decreasing(lengths, capacity).window_of_slot.tolist() == one_by_one(
             lengths.tolist(), capacity
         )
 
@@ -145,7 +148,7 @@ def test_where_best_fit_needs_more_the_other_is_taken():
         and first_fit_decreasing(lengths.tolist(), 50) == 6
     )
     layout = lay_out(lengths, 50)
-    used = np.bincount(layout.window_of_place, weights=np.sort(lengths)[::-1])
+    used = np.bincount(layout.window_of_slot, weights=np.sort(lengths)[::-1])
     assert layout.num_windows == 6 and used.max() <= 50 and used.sum() == lengths.sum()
 
 
@@ -185,6 +188,7 @@ def test_neighbours_change_between_epochs():
 
 
 def test_shuffle_never_changes():
-    # Written down from the first version: another order would let a resumed run read some documents twice and others never.
+    # Written down from the first version: another order would let a resumed run read some documents
+    # twice and others never.
     assert shuffled(8, 1234, 0).tolist() == [5, 6, 3, 7, 4, 1, 2, 0]
     assert shuffled(0, 1).tolist() == []

@@ -1,4 +1,7 @@
-"""Documents of text in windows: who sees whom, where positions start, what is trained, against plain PyTorch and by hand."""
+"""Documents of text in windows, against plain PyTorch and by hand.
+
+Attention between documents, positions, and what is trained.
+"""
 
 from itertools import product
 
@@ -24,11 +27,14 @@ def stream_of(seed: int, tokens: int = 400) -> list[int]:
 
 
 @pytest.mark.parametrize("flags", product((False, True), repeat=3))
-@pytest.mark.parametrize("written_apart", [True, False])
-def test_every_combination_of_flags_equals_megatrons_rule(tmp_path, flags, written_apart):
-    """``written_apart`` False: the whole stream is one document of the file, and its ends are found by the token alone."""
+@pytest.mark.parametrize("separate_documents", [True, False])
+def test_every_combination_of_flags_equals_megatrons_rule(tmp_path, flags, separate_documents):
+    """Compare with Megatron's rule; with ``separate_documents`` False the stream is one document.
+
+    Its ends are then the end tokens inside.
+    """
     stream = stream_of(seed=4)
-    prefix = write_documents(str(tmp_path / "stream"), stream, EOD if written_apart else -1)
+    prefix = write_documents(str(tmp_path / "stream"), stream, EOD if separate_documents else -1)
     source = TextSamples(
         Corpus([prefix]), S, 50, 3, 0, evaluation=True, masks=DocumentMasks(*flags, eod_id=EOD)
     )
@@ -53,7 +59,7 @@ def test_every_combination_of_flags_equals_megatrons_rule(tmp_path, flags, writt
             batch.positions_bs[0, :count].tolist()
             == (position if positions else torch.arange(S)).tolist()[:count]
         )
-        sees = make_attention_mask(batch.tokens_bs, batch.segments_bs, None, torch.float32)
+        sees = make_attention_mask(batch.tokens_bs, batch.pieces_bs, None, torch.float32)
         sees = torch.ones(S, S).tril().bool() if sees is None else sees[0, 0] == 0
         expected = torch.ones(S, S).tril().bool()
         for end in (
@@ -97,9 +103,9 @@ def test_documents_without_an_end_token_end_where_the_file_says(tmp_path):
         and two.loss_mask_s.tolist() == [1, 1, 1, 1]
     )
     assert (
-        collate([two]).segments_bs is None
+        collate([two]).pieces_bs is None
     )  # one document in the window: plain causal attention, at its cost
-    assert collate([two, one]).segments_bs.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1]]
+    assert collate([two, one]).pieces_bs.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1]]
 
 
 def test_an_end_token_at_the_border_of_windows(tmp_path):
@@ -125,22 +131,23 @@ def test_an_end_token_at_the_border_of_windows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("masks", "words"),
+    ("masks", "text"),
     [
         (DocumentMasks(), "documents see those before them"),
-        (DocumentMasks(True, True, True), "documents of a sample are kept apart"),
+        (DocumentMasks(True, True, True), "documents of a sample are separate"),
         (
             DocumentMasks(True, False, False),
-            "kept apart, positions run through the sample, the next one's first token is predicted",
+            "separate, positions run through the sample, the next one's first token is predicted",
         ),
         (
             DocumentMasks(False, True, True),
-            "see those before them, positions start again with each, the next one's first token is not",
+            "see those before them, positions start again with each, the next one's first token "
+            "is not",
         ),
     ],
 )
-def test_the_log_says_how_documents_share_a_sample(tmp_path, masks, words):
+def test_the_log_states_how_documents_share_a_sample(tmp_path, masks, text):
     source = TextSamples(
         Corpus([write(tmp_path / "few", [[10, 11, 12, 13]])]), 3, 50, 3, 0, masks=masks
     )
-    assert words in source.describe()
+    assert text in source.describe()

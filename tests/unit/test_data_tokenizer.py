@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
-from megatron_sorted.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_sorted.data.preparation.train_tokenizer import train_sentencepiece
+from megatron_sorted.data.tokenizer import load_tokenizer
 from megatron_sorted.errors import DataError
 
 TEXTS = [
@@ -28,7 +29,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def directory(tmp_path):
-    """Returns a Hugging Face directory with three words and two special tokens."""
+    """Return a Hugging Face directory with three words and two special tokens."""
     fast = HuggingFaceTokenizer(
         models.WordLevel(
             {"<s>": 0, "</s>": 1, "?": 2, "one": 3, "two": 4, "three": 5}, unk_token="?"
@@ -97,6 +98,14 @@ def test_vocabulary_too_large_for_the_texts(tmp_path):
     with pytest.raises(DataError, match=r"--train-tokenizer 5000: .*Choose another"):
         train_sentencepiece(lambda: TEXTS[:3], str(tmp_path / "m.model"), 5000)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1, 60, 260])
+def test_vocabulary_too_small_for_bytes(size, tmp_path):
+    with pytest.raises(
+        DataError, match=f"--train-tokenizer {size}: .* alone are 259, .* Give more."
+    ):
+        train_sentencepiece(lambda: TEXTS, str(tmp_path / "m.model"), size)
 
 
 def test_hugging_face_directory(directory):

@@ -1,4 +1,4 @@
-"""A server that adapts: each way is tried, the fastest is kept, by task; what was learned outlives it; texts stay those of `full`."""
+"""A server that adapts: it learns the fastest strategy of each task; texts stay those of `full`."""
 
 import json
 import os
@@ -11,7 +11,7 @@ pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
 from megatron_sorted.commands.serve import read_arguments
-from megatron_sorted.decoding.choice import StrategyChoice
+from megatron_sorted.decoding.requested_strategy import RequestedStrategy
 from megatron_sorted.decoding.strategies import (
     Full,
     SamplingParameters,
@@ -20,7 +20,11 @@ from megatron_sorted.decoding.strategies import (
     TreeSpeculative,
 )
 from megatron_sorted.decoding.text_generator import TextGenerator
-from megatron_sorted.decoding.tuning.choices import CHOICES, LEARNED, write_choices
+from megatron_sorted.decoding.tuning.tuned_options import (
+    LEARNED_FILE,
+    TUNED_FILE,
+    write_tuned_options,
+)
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.serving import adaptation as adaptation_module
 from megatron_sorted.serving.adaptation import Adaptation, candidate_strategies
@@ -28,7 +32,7 @@ from megatron_sorted.serving.api import make_app
 from megatron_sorted.serving.worker import GenerationWorker, Job
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_server import expected
-from tests.unit.test_decoding_writer import Letters
+from tests.unit.test_decoding_text_generator import Letters
 
 STRATEGIES = [
     Full(),
@@ -41,12 +45,12 @@ ORIGIN = {"machine": {"device": "cpu"}, "draft": None}
 
 
 class Timed(TextGenerator):
-    """A writer whose clock says what each way takes for a token.
+    """A text generator whose clock advances by a fixed time per token of each strategy.
 
     Attributes:
-        seconds: By way, for a token.
-        taken: Ways that were gone, in order.
-        now: What the clock says.
+        seconds: Seconds per token of each strategy.
+        taken: Names of the strategies used so far, in order.
+        now: The clock's time.
     """
 
     def __init__(self, seconds: dict[str, float]):
@@ -62,7 +66,7 @@ class Timed(TextGenerator):
 
 @contextmanager
 def serving(path: Path, seconds=None, strategies=STRATEGIES, origin=ORIGIN):
-    """Yields a client, the writer and the worker."""
+    """Yield a client, the text generator and the worker."""
     writer = Timed(seconds or dict(zip(NAMES, (4.0, 3.0, 1.0, 2.0), strict=True)))
     worker = GenerationWorker(writer, Adaptation(strategies, path, origin), lambda: writer.now)
     by_name = {strategy.name: strategy for strategy in strategies}
@@ -83,8 +87,8 @@ def times_of(client, task: str = "default") -> list[int]:
     return [row["times"] for row in client.get("/v1/adaptation").json()["tasks"][task]]
 
 
-def test_each_way_is_tried_and_the_fastest_kept_and_the_text_is_fulls(tmp_path):
-    with serving(tmp_path / LEARNED) as (client, writer, _):
+def test_each_strategy_is_tried_the_fastest_kept_and_the_text_is_fulls(tmp_path):
+    with serving(tmp_path / LEARNED_FILE) as (client, writer, _):
         for number in range(60):
             prompt = "ab"[number % 2] * (number % 5 + 1)
             sampling = SamplingParameters(0.8, seed=number) if number % 3 else None
@@ -93,17 +97,17 @@ def test_each_way_is_tried_and_the_fastest_kept_and_the_text_is_fulls(tmp_path):
                 writer, writer.encode(prompt), 6, sampling
             )
         assert writer.taken[:4] == NAMES and writer.taken[30:].count("sorted_speculative") > 24
-        told = client.get("/v1/adaptation").json()
-        assert told["strategies"] == NAMES and list(told["tasks"]) == ["default"]
-        rows = told["tasks"]["default"]
+        learned = client.get("/v1/adaptation").json()
+        assert learned["strategies"] == NAMES and list(learned["tasks"]) == ["default"]
+        rows = learned["tasks"]["default"]
         assert [row["strategy"] for row in rows] == NAMES and sum(
             row["times"] for row in rows
         ) == 60
         assert [row["tokens_per_second"] for row in rows] == [0.25, 0.33, 1.0, 0.5]
 
 
-def test_tasks_are_kept_apart_and_a_way_that_is_named_is_taken_and_not_learned(tmp_path):
-    with serving(tmp_path / LEARNED) as (client, writer, _):
+def test_tasks_are_separate_and_a_named_strategy_is_used_and_not_learned(tmp_path):
+    with serving(tmp_path / LEARNED_FILE) as (client, writer, _):
         for number in range(40):
             writer.seconds = {name: 1.0 + ((name == "tree") != (number % 2 == 0)) for name in NAMES}
             ask(client, task="odd" if number % 2 else "even")
@@ -121,8 +125,8 @@ def test_tasks_are_kept_apart_and_a_way_that_is_named_is_taken_and_not_learned(t
         assert chat["finish_reason"] == "length" and sum(times_of(client, "chat")) == 1
 
 
-def test_what_was_learned_outlives_the_server(tmp_path):
-    path = tmp_path / LEARNED
+def test_learned_speeds_outlive_the_server(tmp_path):
+    path = tmp_path / LEARNED_FILE
     with serving(path) as (client, _, worker):
         for number in range(16):
             assert json.loads(path.read_text())["tasks"] == {"default": [[0, 0, 0]] * 4}, (
@@ -145,8 +149,8 @@ def test_what_was_learned_outlives_the_server(tmp_path):
         )
 
 
-def test_what_was_learned_with_other_ways_or_elsewhere_is_set_aside(tmp_path, capsys):
-    path = tmp_path / LEARNED
+def test_a_file_of_other_strategies_or_another_machine_is_renamed(tmp_path, capsys):
+    path = tmp_path / LEARNED_FILE
     for number, (strategies, origin) in enumerate(
         [
             (STRATEGIES, ORIGIN),
@@ -159,7 +163,7 @@ def test_what_was_learned_with_other_ways_or_elsewhere_is_set_aside(tmp_path, ca
             assert list(client.get("/v1/adaptation").json()["tasks"]) == [str(number)]
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == bool(number) and (
-            not number or f"it is decoding_bandit_{number}.json now" in lines[0]
+            not number or f"it is now decoding_bandit_{number}.json" in lines[0]
         )
     kept = [
         json.loads((tmp_path / f"decoding_bandit{name}.json").read_text())["tasks"]
@@ -186,8 +190,8 @@ def test_what_was_learned_with_other_ways_or_elsewhere_is_set_aside(tmp_path, ca
     ],
     ids=lambda damage: str(damage)[:40].encode("unicode_escape").decode(),
 )
-def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, damage):
-    path = tmp_path / LEARNED
+def test_a_damaged_file_is_refused_and_unchanged(tmp_path, damage):
+    path = tmp_path / LEARNED_FILE
     Adaptation(STRATEGIES, path, ORIGIN)
     text = (
         damage
@@ -200,17 +204,17 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, damage):
         DataError, match=r"decoding_bandit\.json: .*Remove it, or name another with --adapt-file"
     ):
         Adaptation(STRATEGIES, path, ORIGIN)
-    assert path.read_bytes() == content and os.listdir(tmp_path) == [LEARNED]
+    assert path.read_bytes() == content and os.listdir(tmp_path) == [LEARNED_FILE]
 
 
-def test_a_file_that_cannot_be_written_is_told_at_the_start_and_survived_later(tmp_path, capsys):
+def test_a_file_that_cannot_be_written_is_an_error_at_the_start_and_a_line_later(tmp_path, capsys):
     with pytest.raises(
         SettingsError, match=r"--adapt: .* cannot be written \(No such file or directory\)"
     ):
-        Adaptation(STRATEGIES, tmp_path / "none" / LEARNED, ORIGIN)
+        Adaptation(STRATEGIES, tmp_path / "none" / LEARNED_FILE, ORIGIN)
     (tmp_path / "some").mkdir()
-    with serving(tmp_path / "some" / LEARNED) as (client, *_):
-        (tmp_path / "some" / LEARNED).unlink()
+    with serving(tmp_path / "some" / LEARNED_FILE) as (client, *_):
+        (tmp_path / "some" / LEARNED_FILE).unlink()
         (tmp_path / "some").rmdir()
         for _ in range(18):
             ask(client)
@@ -218,20 +222,20 @@ def test_a_file_that_cannot_be_written_is_told_at_the_start_and_survived_later(t
 
 
 def test_further_tasks_count_as_the_default_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(adaptation_module, "MOST_TASKS", 3)
-    with serving(tmp_path / LEARNED) as (client, *_):
+    monkeypatch.setattr(adaptation_module, "MAX_TASKS", 3)
+    with serving(tmp_path / LEARNED_FILE) as (client, *_):
         for task in ("a", "b", "c", "d", "b"):
             ask(client, task=task)
-        told = client.get("/v1/adaptation").json()["tasks"]
-        assert {task: sum(row["times"] for row in rows) for task, rows in told.items()} == {
+        tasks = client.get("/v1/adaptation").json()["tasks"]
+        assert {task: sum(row["times"] for row in rows) for task, rows in tasks.items()} == {
             "a": 1,
             "b": 2,
             "default": 2,
         }
 
 
-def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path, monkeypatch):
-    with serving(tmp_path / LEARNED) as (client, writer, worker):
+def test_failed_jobs_teach_nothing_and_cancelled_ones_do(tmp_path, monkeypatch):
+    with serving(tmp_path / LEARNED_FILE) as (client, writer, worker):
         with monkeypatch.context() as patch:
             patch.setattr(writer, "write", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 500
@@ -243,13 +247,13 @@ def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 400
         assert client.get("/v1/adaptation").json()["tasks"] == {}
         job = Job([writer.encode("a")], None, SamplingParameters(), 200, [])
-        job.told = job.gone.set
+        job.notify = job.cancelled.set
         worker.submit(job)
-        gone = Job([writer.encode("a")], None, SamplingParameters(), 200, [])
-        gone.gone.set()
-        assert list(worker.submit(gone).results()) == [] and len(list(job.results())) == 1
+        late = Job([writer.encode("a")], None, SamplingParameters(), 200, [])
+        late.cancelled.set()
+        assert list(worker.submit(late).results()) == [] and len(list(job.results())) == 1
         assert writer.taken == ["self_speculative"], (
-            "full failed and waits, who was gone before the start took nothing"
+            "full failed and waits, the job cancelled before its start used no strategy"
         )
         assert (
             times_of(client) == [0, 1, 0, 0]
@@ -257,18 +261,18 @@ def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path
         )
 
 
-def test_ways_to_try_are_the_tuned_lossless_ones_else_the_usual_ones(tmp_path):
+def test_candidate_strategies_are_the_tuned_lossless_ones_else_the_default_ones(tmp_path):
     _, network = plain_network("llama")
-    writer, choice = TextGenerator(network, Letters()), StrategyChoice(tmp_path)
+    writer, choice = TextGenerator(network, Letters()), RequestedStrategy(tmp_path)
     assert [strategy.name for strategy in candidate_strategies(choice, writer)] == NAMES
     tuned = {
         "full": {},
         "self_speculative": {"depth": 3, "num_draft_tokens": 2},
         "early_exit": {"depths": [1], "thresholds": [0.9]},
     }
-    write_choices(tmp_path / CHOICES, {"best": "full", "strategies": tuned})
+    write_tuned_options(tmp_path / TUNED_FILE, {"best": "full", "strategies": tuned})
     assert candidate_strategies(choice, writer) == [Full(), SelfSpeculative(3, 2)]
-    (tmp_path / CHOICES).write_text("{")
+    (tmp_path / TUNED_FILE).write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         candidate_strategies(choice, writer)
 
@@ -276,9 +280,9 @@ def test_ways_to_try_are_the_tuned_lossless_ones_else_the_usual_ones(tmp_path):
 def test_options_that_contradict_each_other():
     read_arguments(["m", "--adapt"])
     read_arguments(["m", "--strategy", "tree"])
-    with pytest.raises(SettingsError, match="--adapt beside --strategy tree: it chooses the way"):
+    with pytest.raises(SettingsError, match="--adapt beside --strategy tree: it chooses the str"):
         read_arguments(["m", "--adapt", "--strategy", "tree"])
-    with pytest.raises(SettingsError, match="Leave out options of ways, or --adapt"):
+    with pytest.raises(SettingsError, match="Leave out the options of strategies, or"):
         read_arguments(["m", "--adapt", "--num-nodes", "3"])
-    with pytest.raises(SettingsError, match="--adapt-file: x is of no use without --adapt"):
+    with pytest.raises(SettingsError, match="--adapt-file: x has no effect without --adapt"):
         read_arguments(["m", "--adapt-file", "x"])

@@ -1,4 +1,4 @@
-"""Clients that come many at once, leave early, send too much, or ask for what fails: none holds up the others."""
+"""Many clients at once that leave early, send too much or cause errors: none delays the others."""
 
 import asyncio
 import json
@@ -10,13 +10,13 @@ import pytest
 pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
-from megatron_sorted.decoding.generate import Added
+from megatron_sorted.decoding.generate import AddedTokens
 from megatron_sorted.decoding.strategies import Full, SamplingParameters
 from megatron_sorted.decoding.text_generator import StreamedText, TextGenerator
 from megatron_sorted.errors import MemoryExhaustedError
 from megatron_sorted.serving import body
 from megatron_sorted.serving.api import make_app
-from megatron_sorted.serving.worker import MOST_WAITING, GenerationWorker, Job
+from megatron_sorted.serving.worker import MAX_WAITING, GenerationWorker, Job
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_server import NamedLetters as Letters
 
@@ -25,7 +25,7 @@ PATIENCE = 60
 
 
 class Gated:
-    """A writer's `write` whose texts are five pieces, each written when the test lets it."""
+    """A replacement of `write`: texts of five pieces, each of which waits for the test."""
 
     def __init__(self):
         self.turns, self.written = threading.Semaphore(0), []
@@ -36,13 +36,13 @@ class Gated:
             self.written.append(len(prompts[0]))
             finish = "length" if number == 4 else None
             yield StreamedText(
-                0, [(f"<{number}>", 4)], Added(0, [number], [4], 0, 0, finish), finish
+                0, [(f"<{number}>", 4)], AddedTokens(0, [number], [4], 0, 0, finish), finish
             )
 
 
 @pytest.fixture
 def gated(monkeypatch):
-    """Returns a worker that writes what it is let, and its gate."""
+    """Return a worker whose pieces wait for a gate, and the gate."""
     writer = TextGenerator(plain_network("llama")[1], Letters())
     gate = Gated()
     monkeypatch.setattr(writer, "write", gate)
@@ -56,7 +56,7 @@ class Client:
     """One request to an application, without a network."""
 
     def __init__(self, app, **body):
-        self.gone, self.texts, self.status = asyncio.Event(), "", None
+        self.disconnected, self.texts, self.status = asyncio.Event(), "", None
         self.body, self.begun, self.headers = (
             json.dumps({"max_tokens": 5, **body}).encode(),
             False,
@@ -86,7 +86,7 @@ class Client:
         if not self.begun:
             self.begun = True
             return {"type": "http.request", "body": self.body, "more_body": False}
-        await self.gone.wait()
+        await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: dict) -> None:
@@ -96,21 +96,21 @@ class Client:
 
 
 async def until(holds) -> None:
-    """Returns when it holds."""
+    """Wait until a condition holds."""
     async with asyncio.timeout(PATIENCE):
         while not holds():
             await asyncio.sleep(0.005)
 
 
 async def busy(worker) -> tuple:
-    """Returns a server whose worker has taken up the request of a first client, and that client."""
+    """Return a server whose worker is busy with a first client's request, and that client."""
     app = make_app(worker, "tiny", lambda name: Full())
     first = Client(app, prompt="a")
-    await until(lambda: not worker.line and worker.running and first.begun)
+    await until(lambda: not worker.waiting and worker.running and first.begun)
     return app, first
 
 
-def test_a_text_streams_while_more_wait_than_there_are_threads(gated):
+def test_a_text_streams_while_more_clients_wait_than_there_are_threads(gated):
     worker, gate = gated
 
     async def scene() -> None:
@@ -120,7 +120,7 @@ def test_a_text_streams_while_more_wait_than_there_are_threads(gated):
         gate.turns.release()
         await until(lambda: "<0>" in first.texts)
         others = [Client(app, prompt="bc") for _ in range(8)]
-        await until(lambda: len(worker.line) == 8)
+        await until(lambda: len(worker.waiting) == 8)
         for number in range(1, 5):
             gate.turns.release()
             await until(lambda number=number: f"<{number}>" in first.texts)
@@ -131,22 +131,22 @@ def test_a_text_streams_while_more_wait_than_there_are_threads(gated):
     asyncio.run(scene())
 
 
-def test_clients_that_leave_while_they_wait_make_room_at_once_and_are_not_written_for(gated):
+def test_clients_that_leave_while_waiting_free_their_place_at_once(gated):
     worker, gate = gated
 
     async def scene() -> None:
         app, first = await busy(worker)
         waiting = [
-            Client(app, prompt="bcd", stream=bool(number % 2)) for number in range(MOST_WAITING)
+            Client(app, prompt="bcd", stream=bool(number % 2)) for number in range(MAX_WAITING)
         ]
-        await until(lambda: len(worker.line) == MOST_WAITING)
+        await until(lambda: len(worker.waiting) == MAX_WAITING)
         late = Client(app, prompt="bcd")
         await until(lambda: late.status)
         assert late.status == 503 and "64 requests wait already" in late.texts
         assert 1 <= int(late.headers[b"retry-after"]) <= 60
         for client in waiting:
-            client.gone.set()
-        await until(lambda: not worker.line)
+            client.disconnected.set()
+        await until(lambda: not worker.waiting)
         await asyncio.wait_for(asyncio.gather(*(client.task for client in waiting)), PATIENCE)
         new = Client(app, prompt="bc")
         gate.turns.release(10)
@@ -158,27 +158,27 @@ def test_clients_that_leave_while_they_wait_make_room_at_once_and_are_not_writte
     asyncio.run(scene())
 
 
-def test_a_client_that_is_gone_before_its_stream_begins_ends_its_job(gated):
+def test_a_client_that_leaves_before_its_stream_begins_ends_its_job(gated):
     worker, _ = gated
 
     async def scene() -> None:
         app, first = await busy(worker)
         client = Client(app, prompt="bcd", stream=True)
-        client.gone.set()  # the answer finds nobody
+        client.disconnected.set()  # the response has no receiver
         await asyncio.wait_for(client.task, PATIENCE)
-        await until(lambda: not worker.line)
+        await until(lambda: not worker.waiting)
         first.task.cancel()
 
     asyncio.run(scene())
 
 
-def test_a_worker_that_is_stopped_tells_those_that_are_written_for_and_those_that_wait(gated):
+def test_a_stopped_worker_sends_errors_to_running_and_waiting_clients(gated):
     worker, gate = gated
 
     async def scene() -> None:
         app, first = await busy(worker)
         stream, whole = Client(app, prompt="bc", stream=True), Client(app, prompt="bc")
-        await until(lambda: len(worker.line) == 2)
+        await until(lambda: len(worker.waiting) == 2)
         worker.stop()
         await asyncio.wait_for(asyncio.gather(first.task, stream.task, whole.task), PATIENCE)
         assert [first.status, stream.status, whole.status] == [503, 200, 503]
@@ -229,7 +229,7 @@ def test_a_body_that_is_too_large_is_read_to_its_end_but_not_kept(gated, monkeyp
     ("error", "is_shown"),
     [(RuntimeError("broken"), True), (MemoryExhaustedError("out of memory."), False)],
 )
-def test_a_failure_keeps_no_memory_and_one_that_nobody_caused_is_shown(
+def test_a_failure_keeps_no_memory_and_one_of_the_program_is_shown(
     gated, monkeypatch, capsys, error, is_shown
 ):
     worker, _ = gated
@@ -240,12 +240,12 @@ def test_a_failure_keeps_no_memory_and_one_that_nobody_caused_is_shown(
         except ValueError as first:
             raise error from first
 
-    monkeypatch.setattr(worker.writer, "write", fail)
-    found = worker.submit(Job([[1]], Full(), SamplingParameters(), 5, [])).pieces.get(
+    monkeypatch.setattr(worker.generator, "write", fail)
+    output = worker.submit(Job([[1]], Full(), SamplingParameters(), 5, [])).outputs.get(
         timeout=PATIENCE
     )
-    assert found is error
-    assert (found.__traceback__, found.__cause__, found.__context__) == (None, None, None), (
+    assert output is error
+    assert (output.__traceback__, output.__cause__, output.__context__) == (None, None, None), (
         "frames hold the tensors of the text"
     )
     assert ("in fail" in capsys.readouterr().err) is is_shown

@@ -1,11 +1,11 @@
-"""Records hold what exits say of the full model's texts; forecasts count what running counts, and add up measured costs."""
+"""Traces hold the exits' choices in the full model's texts; forecasts equal counts of real runs."""
 
 import pytest
 
-from megatron_sorted.decoding.cache.state import State
-from megatron_sorted.decoding.choice import check_strategy
+from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import Network
+from megatron_sorted.decoding.requested_strategy import check_strategy
 from megatron_sorted.decoding.strategies import (
     EarlyExit,
     Fixed,
@@ -42,7 +42,7 @@ def recorded():
     return case, network, texts, record(network, texts, DEPTHS, limits=Limits(LENGTH))
 
 
-def test_records_are_what_the_exits_say(recorded):
+def test_traces_are_the_exits_choices(recorded):
     case, _, texts, traces = recorded
     for text, trace in zip(texts, traces, strict=True):
         for at in (0, 7, LENGTH - 1):
@@ -50,10 +50,10 @@ def test_records_are_what_the_exits_say(recorded):
                 logits = last_logits(case, depth, [*text, *trace.tokens[:at]])
                 assert trace.same_dn[index][at] == (int(logits.argmax()) == trace.tokens[at])
                 p = logits.softmax(-1).sort(descending=True).values
-                assert trace.sure_dn["probability"][index][at] == pytest.approx(
+                assert trace.confidence_dn["probability"][index][at] == pytest.approx(
                     float(p[0]), rel=1e-3
                 )
-                assert trace.sure_dn["margin"][index][at] == pytest.approx(
+                assert trace.confidence_dn["margin"][index][at] == pytest.approx(
                     float(p[0] - p[1]), abs=1e-4
                 )
 
@@ -66,12 +66,12 @@ def test_steps_and_drafts_are_those_of_a_run(recorded, strategy, temperature):
     _, network, texts, _ = recorded
     sampling = SamplingParameters(temperature, seed=2)
     traces = record(network, texts, DEPTHS, sampling, Limits(LENGTH))
-    found = forecast(strategy, traces, DEPTHS, UNIT, 4)
+    total = forecast(strategy, traces, DEPTHS, UNIT, 4)
     runs = [generate(network, [text], strategy, sampling, Limits(LENGTH))[0] for text in texts]
-    assert found.num_tokens == 3 * LENGTH == found.num_same
-    assert found.num_steps == sum(run.counts.num_steps for run in runs)
-    assert found.num_drafted == sum(run.counts.num_drafted for run in runs)
-    assert found.num_accepted == sum(run.counts.num_accepted for run in runs)
+    assert total.num_tokens == 3 * LENGTH == total.num_same
+    assert total.num_steps == sum(run.counts.num_steps for run in runs)
+    assert total.num_drafted == sum(run.counts.num_drafted for run in runs)
+    assert total.num_accepted == sum(run.counts.num_accepted for run in runs)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -85,33 +85,34 @@ def test_steps_and_drafts_are_those_of_a_run_where_another_model_drafts(
     _, draft = plain_network("llama", 0.2)
     sampling = SamplingParameters(temperature, seed=2)
     traces = record(network, texts, draft.depths, sampling, Limits(LENGTH), draft)
-    found = forecast(strategy, traces, draft.depths, TARGET, 4, UNIT)
+    total = forecast(strategy, traces, draft.depths, TARGET, 4, UNIT)
     runs = [
         generate(network, [text], strategy, sampling, Limits(LENGTH), draft)[0] for text in texts
     ]
     assert [trace.tokens for trace in traces] == [
         run.tokens for run in runs
-    ] and found.num_same == 3 * LENGTH
-    assert found.num_steps == sum(run.counts.num_steps for run in runs)
-    assert found.num_drafted == sum(run.counts.num_drafted for run in runs)
-    assert found.num_accepted == sum(run.counts.num_accepted for run in runs)
-    assert 0 < found.num_accepted < found.num_drafted, "all drafts are alike: the test shows little"
+    ] and total.num_same == 3 * LENGTH
+    assert total.num_steps == sum(run.counts.num_steps for run in runs)
+    assert total.num_drafted == sum(run.counts.num_drafted for run in runs)
+    assert total.num_accepted == sum(run.counts.num_accepted for run in runs)
+    assert 0 < total.num_accepted < total.num_drafted, "all drafts are alike: the test shows little"
 
 
 def test_steps_of_another_models_drafts_are_counted_by_hand():
     trace = Trace([5, 6, 7, 8, 9], [[True, True, False, False, True], [True] * 5], {})
-    found = forecast(SelfSpeculative(1, 2), [trace], [1, 2], TARGET, 4, UNIT)
-    # the draft reads 1 + 1 tokens, both right; then the one it has not read and the full model's own, and 1; both wrong; then 1 + 1
+    total = forecast(SelfSpeculative(1, 2), [trace], [1, 2], TARGET, 4, UNIT)
+    # the draft model processes 1 + 1 tokens, both right; then the one it lacks and the full model's
+    # own, and 1, both wrong; then 1 + 1
     drafting = (1 + 1 + 2 * 0.5) + (2 + 1 + 2 * 0.5) + (1 + 1 + 2 * 0.5)
-    # each time the full model reads the last token of the text and both drafts
-    assert found.seconds == pytest.approx(drafting + 3 * (3 * 100 + 7))
-    assert (found.num_steps, found.num_drafted, found.num_accepted, found.num_same) == (3, 6, 3, 5)
+    # each time the full model processes the last token of the text and both drafts
+    assert total.seconds == pytest.approx(drafting + 3 * (3 * 100 + 7))
+    assert (total.num_steps, total.num_drafted, total.num_accepted, total.num_same) == (3, 6, 3, 5)
     sure = {"probability": [[0.9, 0.1, 0.1], [0.9, 0.2, 0.9]]}
     trace = Trace([5, 6, 7], [[True, False, True], [True, True, True]], sure)
-    found = forecast(SortedSpeculative((1, 2), (0.5, 0.5), 4), [trace], [1, 2], TARGET, 4, UNIT)
-    # exit 1 is sure of the first; of the second neither is, for which exit 2 reads both
-    assert found.seconds == pytest.approx((1 + 0.5) + (1 + 0.5) + (2 + 0.5) + (3 * 100 + 7))
-    assert (found.num_steps, found.num_drafted, found.num_accepted) == (1, 2, 2)
+    total = forecast(SortedSpeculative((1, 2), (0.5, 0.5), 4), [trace], [1, 2], TARGET, 4, UNIT)
+    # exit 1 is confident in the first token; none is in the second, for which exit 2 processes both
+    assert total.seconds == pytest.approx((1 + 0.5) + (1 + 0.5) + (2 + 0.5) + (3 * 100 + 7))
+    assert (total.num_steps, total.num_drafted, total.num_accepted) == (1, 2, 2)
     assert forecast(Full(), [trace], [1, 2], TARGET, 4, UNIT).seconds == pytest.approx(3 * 107)
 
 
@@ -121,12 +122,11 @@ def test_costs_are_added_up(recorded):
     assert forecast(Fixed(2), traces, DEPTHS, UNIT, 4).seconds == pytest.approx(3 * LENGTH * 2.5)
     [first, *_] = traces
     one = forecast(SelfSpeculative(1, 2), [first], DEPTHS, UNIT, 4)
-    # every token that was drafted or committed is read once by each layer it reached: none twice
+    # each layer that a drafted or committed token reached processes it exactly once
     read = one.num_tokens + one.num_drafted - one.num_accepted
     heads = one.num_drafted + one.num_steps
-    assert one.seconds == pytest.approx(
-        4 * read + 0.5 * heads, abs=4 * 3
-    )  # the last step may end behind the text
+    # the last step may end behind the text
+    assert one.seconds == pytest.approx(4 * read + 0.5 * heads, abs=4 * 3)
 
 
 def test_early_exit_counts_what_differs(recorded):
@@ -140,7 +140,7 @@ def test_early_exit_counts_what_differs(recorded):
     ) and always.seconds == pytest.approx(3 * LENGTH * 1.5)
 
 
-def test_the_tuner_finds_ways_that_are_faster_and_fit_the_model(recorded):
+def test_the_tuner_finds_faster_strategies_that_the_model_supports(recorded):
     _, network, _, traces = recorded
     tuner = Tuner(traces, DEPTHS, FLAT, 4)
     fixed, adaptive = tuner.self_speculative(), tuner.sorted_speculative()
@@ -155,7 +155,7 @@ def test_the_tuner_finds_ways_that_are_faster_and_fit_the_model(recorded):
         check_strategy(strategy, network)
 
 
-def test_the_tuner_finds_ways_of_another_model_that_drafts(recorded):
+def test_the_tuner_finds_strategies_with_a_draft_model(recorded):
     _, network, texts, _ = recorded
     _, draft = plain_network("llama", 0.2)
     traces = record(network, texts, draft.depths, limits=Limits(LENGTH), drafter=draft)
@@ -170,7 +170,7 @@ def test_the_tuner_finds_ways_of_another_model_that_drafts(recorded):
         check_strategy(strategy, network, draft)
 
 
-def test_a_bandit_takes_the_faster_way_of_each_task():
+def test_a_bandit_uses_the_faster_strategy_of_each_task():
     strategies, seconds = [Full(), SelfSpeculative(1, 4)], {"a": (1.0, 0.5), "b": (0.5, 1.0)}
     bandit, taken = Bandit(strategies), {"a": [0, 0], "b": [0, 0]}
     for turn in range(200):
@@ -183,7 +183,7 @@ def test_a_bandit_takes_the_faster_way_of_each_task():
     assert taken["a"][1] > 170 and taken["b"][0] > 170 and min(*taken["a"], *taken["b"]) >= 1
 
 
-def test_a_way_that_fails_is_tried_ever_more_seldom():
+def test_a_strategy_that_fails_is_tried_more_and_more_rarely():
     bandit, tried = Bandit([SelfSpeculative(1, 4), Full()]), []
     for turn in range(1200):
         place = bandit.choose("a")
@@ -200,16 +200,16 @@ def test_a_way_that_fails_is_tried_ever_more_seldom():
 
 
 @pytest.mark.parametrize("most_positions", [256, 40])
-def test_measured_costs_are_those_of_what_is_read(monkeypatch, most_positions):
-    """By a clock that counts tokens times layers; also of a context that is shorter than the widest pass."""
+def test_measured_costs_are_those_of_the_processed_tokens(monkeypatch, most_positions):
+    """A clock counts tokens times layers; one context is shorter than the widest pass."""
     _, network = plain_network("llama")
-    clock, fill = [0], State._fill
+    clock, fill = [0], DecodingState._fill
 
     def counted(state, run):
         clock[0] += len(run.layers) * (state.lengths[0] - run.filled[0])
         fill(state, run)
 
-    monkeypatch.setattr(State, "_fill", counted)
+    monkeypatch.setattr(DecodingState, "_fill", counted)
     monkeypatch.setattr(costs_module, "now", lambda network: clock[0])
     monkeypatch.setattr(Network, "max_positions", most_positions)
     costs = measure_costs(network, [1, 4], length=64, widths=(1, 64))

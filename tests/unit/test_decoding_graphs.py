@@ -1,13 +1,13 @@
-"""Passes that are told on the device where tokens stand say what others say: done anew each time, and replayed from a recording."""
+"""Passes with positions on the device give the results of others, run anew and replayed."""
 
 import itertools
 
 import pytest
 import torch
 
-from megatron_sorted.decoding.cache.memory import MOST_IDLE
+from megatron_sorted.decoding.cache.memory import MAX_IDLE
 from megatron_sorted.decoding.cache.passes import Passes
-from megatron_sorted.decoding.cache.state import State
+from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.generate import Limits, generate, stream
 from megatron_sorted.decoding.network import load_network
 from megatron_sorted.decoding.strategies import (
@@ -35,7 +35,10 @@ STRATEGIES = [
 
 
 def loaded(tmp_path, family="mistral", kind="block", record=True):
-    """Returns what a model must say, its ordinary network, and one whose passes are told on the device, and recorded if ``record``."""
+    """Return the reference of a model, its ordinary network, and one with positions on the device.
+
+    The passes of the last are recorded if ``record``.
+    """
     case = save_nested(tmp_path, family, kind)
     network = load_network(tmp_path, graphs=True)
     if record:
@@ -66,7 +69,7 @@ def test_every_exit_of_every_family(family, kind, record, tmp_path):
     case, _, network = loaded(tmp_path, family, kind, record)
     for lengths in ((9,), (30, 3)):
         texts = prompts(lengths, 100)
-        state = State(network, len(texts), 80, DEPTHS)
+        state = DecodingState(network, len(texts), 80, DEPTHS)
         for row, text in enumerate(texts):
             state.append(
                 torch.tensor([text] * len(texts)),
@@ -86,7 +89,7 @@ def test_every_exit_of_every_family(family, kind, record, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
-def test_every_way_says_the_same_replayed(strategy, tmp_path):
+def test_every_strategy_generates_the_same_text_replayed(strategy, tmp_path):
     _, plain, network = loaded(tmp_path)
     texts = prompts((11, 3, 100), 100)
     for sampling, rows in itertools.product(
@@ -101,7 +104,7 @@ def test_every_way_says_the_same_replayed(strategy, tmp_path):
     assert sum(memory.passes.num_replays for memory in network.idle) > 20
 
 
-def test_rows_that_leave_take_other_memory_and_all_of_it_comes_back(tmp_path):
+def test_fewer_rows_use_another_cache_and_all_caches_are_released(tmp_path):
     _, plain, network = loaded(tmp_path)
     texts, strategy = prompts((11, 3, 24), 100), SelfSpeculative(1, 3)
     ends = frozenset({generate(plain, [texts[0]], strategy, limits=Limits(10))[0].tokens[-1]})
@@ -112,41 +115,41 @@ def test_rows_that_leave_take_other_memory_and_all_of_it_comes_back(tmp_path):
     assert len({memory.num_rows for memory in network.idle}) > 1
 
 
-def test_memory_is_lent_again_but_never_to_two(tmp_path):
+def test_caches_are_reused_but_never_shared(tmp_path):
     _, plain, network = loaded(tmp_path)
     one, other = prompts((11, 5), 100)
     [wanted], [also] = (
         generate(plain, [one], limits=Limits(30)),
         generate(plain, [other], limits=Limits(20)),
     )
-    under_way = stream(network, [one], limits=Limits(30))
-    tokens = [next(under_way).tokens[0] for _ in range(7)]
+    running = stream(network, [one], limits=Limits(30))
+    tokens = [next(running).tokens[0] for _ in range(7)]
     assert generate(network, [other], limits=Limits(20))[0].tokens == also.tokens
     [memory] = network.idle
     recorded = len(memory.passes._recorded)
     assert recorded > 0
-    tokens += [added.tokens[0] for added in under_way]
+    tokens += [added.tokens[0] for added in running]
     assert tokens == wanted.tokens
-    del under_way
+    del running
     assert len(network.idle) == 2
     for tensor in memory.tensors():
         if tensor.is_floating_point():
-            tensor.fill_(float("nan"))  # what a text that went wrong leaves behind
+            tensor.fill_(float("nan"))  # as a text that failed may leave
     network.idle = [memory]
     assert generate(network, [other], limits=Limits(20))[0].tokens == also.tokens
     assert network.idle == [memory] and len(memory.passes._recorded) == recorded, (
-        "what was recorded is used by later texts"
+        "later texts use recorded passes"
     )
-    for rows in range(1, MOST_IDLE + 3):
+    for rows in range(1, MAX_IDLE + 3):
         generate(network, [other] * rows, limits=Limits(2))
-    assert len(network.idle) == MOST_IDLE and memory not in network.idle
+    assert len(network.idle) == MAX_IDLE and memory not in network.idle
 
 
-def test_a_device_that_cannot_record_is_asked_once():
-    asked, done = [], []
+def test_recording_is_tried_once_on_a_device_that_cannot():
+    tried, done = [], []
 
     def record(work):
-        asked.append(work)
+        tried.append(work)
         raise RuntimeError("no room")
 
     passes = Passes(record)
@@ -154,11 +157,11 @@ def test_a_device_that_cannot_record_is_asked_once():
     with pytest.warns(RuntimeWarning, match=r"not recorded: no room\. .* graphs=False"):
         passes("a", lambda: done.append("a"))
     passes("a", lambda: done.append("a"))
-    assert (len(asked), done, passes.num_replays) == (1, ["a"] * 3, 0)
+    assert (len(tried), done, passes.num_replays) == (1, ["a"] * 3, 0)
 
 
-def test_no_more_is_recorded_than_there_is_room_for(monkeypatch):
-    monkeypatch.setattr("megatron_sorted.decoding.cache.passes.MOST_RECORDED", 2)
+def test_the_number_of_recorded_passes_is_limited(monkeypatch):
+    monkeypatch.setattr("megatron_sorted.decoding.cache.passes.MAX_RECORDED", 2)
     passes, tensor = Passes(Tape()), torch.zeros(1)
     for name in [*"abc", *"abc", *"abc"]:
         passes(name, lambda: tensor.add_(0))

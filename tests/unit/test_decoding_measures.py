@@ -1,18 +1,18 @@
-"""What the benchmark of decoding says of its trials, by hand-made numbers."""
+"""Scores of the decoding benchmark, from hand-made numbers."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_sorted.benchmark.curve import ExitScores, Point, best_within, front
+from megatron_sorted.benchmark.curve import ExitScores, Point, best_within, pareto_front
 from megatron_sorted.benchmark.peer import until_end
 from megatron_sorted.benchmark.sweep import Sweep
-from megatron_sorted.benchmark.trials import StrategyTrial, share_same, try_all
+from megatron_sorted.benchmark.trials import StrategyTrial, run_all, share_same
 from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Full, SelfSpeculative
 
 DEPTHS = [1, 2, 4]
-SAID = ExitScores(
+SCORES = ExitScores(
     torch.tensor([[4.0, 1.0, 8.0], [3.0, 2.0, 6.0], [1.0, 3.0, 5.0]]),
     {"margin": torch.tensor([[0.1, 0.9, 0.5], [0.2, 0.9, 0.6], [1.0, 1.0, 1.0]])},
 )
@@ -33,8 +33,8 @@ SAID = ExitScores(
         (EarlyExit((1, 2), (1.0, 1.0), "margin"), 3.0),
     ],
 )
-def test_each_token_is_said_by_the_first_sure_exit(strategy, loss):
-    assert SAID.loss_of(strategy, DEPTHS) == pytest.approx(loss)
+def test_each_token_has_the_loss_of_the_first_confident_exit(strategy, loss):
+    assert SCORES.loss_of(strategy, DEPTHS) == pytest.approx(loss)
 
 
 def test_the_front_leaves_out_what_is_deeper_and_worse():
@@ -44,11 +44,11 @@ def test_the_front_leaves_out_what_is_deeper_and_worse():
         "fixed @1": Fixed(1),
     }
     # mean depths 3 and 2; losses (1 + 1 + 5) / 3 and (3 + 2 + 6) / 3: both on the front
-    assert list(front(SAID, strategies, DEPTHS, 16)) == ["shallow", "worse", "fixed @1"]
+    assert list(pareto_front(SCORES, strategies, DEPTHS, 16)) == ["shallow", "worse", "fixed @1"]
     strategies["deeper and no better"] = EarlyExit((1,), (0.95,), "margin")
-    assert "deeper and no better" not in front(SAID, strategies, DEPTHS, 16)
+    assert "deeper and no better" not in pareto_front(SCORES, strategies, DEPTHS, 16)
     many = {f"{value:.2f}": EarlyExit((1,), (value,), "margin") for value in (0.05, 0.3, 0.6)}
-    assert len(front(SAID, many, DEPTHS, 2)) == 2
+    assert len(pareto_front(SCORES, many, DEPTHS, 2)) == 2
 
 
 def test_the_fastest_within_a_loss():
@@ -72,16 +72,15 @@ def test_shares_and_speeds():
     ]
 
 
-def test_fewer_prompts_than_a_batch_are_asked_several_times():
-    writer = SimpleNamespace(network=SimpleNamespace(device=torch.device("cpu")))
+def test_fewer_prompts_than_a_batch_are_repeated():
+    generator = SimpleNamespace(network=SimpleNamespace(device=torch.device("cpu")))
     seen = []
-    found = try_all(
-        {"echo": lambda some: (seen.append(some) or some, 0)}, [[1], [2], [3]], writer, "trial", 8
-    )["echo"]
+    runs = {"echo": lambda some: (seen.append(some) or some, 0)}
+    trial = run_all(runs, [[1], [2], [3]], generator, "trial", 8)["echo"]
     assert (
         seen[1:] == [[[1], [2], [3], [1], [2], [3], [1], [2]]]
-        and found.num_tokens == 8
-        and len(found.seconds) == 1
+        and trial.num_tokens == 8
+        and len(trial.seconds) == 1
     )
 
 

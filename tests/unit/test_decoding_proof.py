@@ -1,4 +1,4 @@
-"""The proof of decoding sees what is wrong, and says nothing of what is right."""
+"""The proof of decoding finds wrong tokens and biased samples, and nothing else."""
 
 import dataclasses
 import random
@@ -16,8 +16,8 @@ from lab.decoding.proof import (
     pairs_expected,
     sample_pairs,
 )
-from megatron_sorted.decoding.choice import check_strategy
 from megatron_sorted.decoding.generate import generate
+from megatron_sorted.decoding.requested_strategy import check_strategy
 from megatron_sorted.decoding.strategies import (
     SamplingParameters,
     SelfSpeculative,
@@ -38,7 +38,7 @@ def network():
     return plain_network("llama")[1]
 
 
-def test_drawn_ways_can_all_be_gone(network):
+def test_all_drawn_strategies_are_supported(network):
     chance = random.Random(0)
     strategies = [draw_strategy(chance, network.depths[:-1]) for _ in range(300)]
     for strategy in strategies:
@@ -54,17 +54,18 @@ def test_drawn_ways_can_all_be_gone(network):
 
 
 def test_nothing_differs_and_texts_end_in_every_manner(network):
-    found = compare(network, PROMPTS, 1500, seed=1, draws=Draws(24, frozenset({1, 2}), letters))
-    assert found.num_tokens >= 1500 and found.num_same == found.num_tokens and not found.differences
-    assert set(found.finishes) == {"eos", "stop", "length"} and set(found.by_strategy) == {
+    result = compare(network, PROMPTS, 1500, seed=1, draws=Draws(24, frozenset({1, 2}), letters))
+    assert result.num_tokens >= 1500 and result.num_same == result.num_tokens
+    assert not result.differences
+    assert set(result.finishes) == {"eos", "stop", "length"} and set(result.by_strategy) == {
         "self_speculative",
         "sorted_speculative",
         "tree",
     }
-    assert 0 < found.accepted < found.drafted
+    assert 0 < result.accepted < result.drafted
 
 
-def test_a_wrong_token_is_found(network, monkeypatch):
+def test_a_wrong_token_is_detected(network, monkeypatch):
     def slipped(network, prompts, strategy, sampling=None, limits=None, draft=None):
         texts = generate(network, prompts, strategy, sampling, limits, draft)
         if strategy.name == "tree" and len(texts[0].tokens) > 3:
@@ -75,11 +76,12 @@ def test_a_wrong_token_is_found(network, monkeypatch):
         return texts
 
     monkeypatch.setattr(proof, "generate", slipped)
-    found = compare(network, PROMPTS, 600, seed=1, draws=Draws(24, sampled=0.0))
-    assert found.differences and all(
-        one.strategy.name == "tree" and one.place == 3 for one in found.differences
+    result = compare(network, PROMPTS, 600, seed=1, draws=Draws(24, sampled=0.0))
+    assert result.differences and all(
+        one.strategy.name == "tree" and one.place == 3 for one in result.differences
     )
-    assert found.num_same < found.num_tokens and all(one.margin >= 0 for one in found.differences)
+    assert result.num_same < result.num_tokens
+    assert all(one.margin >= 0 for one in result.differences)
 
 
 def test_a_chi_square_is_that_of_the_tables():

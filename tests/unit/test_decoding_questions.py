@@ -1,4 +1,4 @@
-"""Categories of questions: Spec-Bench's groups, MT-Bench's eight as conversations, and a user's own as they are."""
+"""Groups of questions: Spec-Bench's, MT-Bench's categories as conversations, and a user's own."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What clients send: neutral and null fields are taken, what is wrong is refused by its field, and costs no more than its size allows."""
+"""Requests: neutral and null fields are accepted, wrong ones refused by name at a bounded cost."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from megatron_sorted.serving.requests import (
     CompletionRequest,
     read_prompts,
     read_request,
-    read_stops,
+    read_stop_sequences,
 )
 from megatron_sorted.serving.turns import read_messages
 
@@ -70,12 +70,12 @@ def chat(**more) -> ChatRequest:
     ],
 )
 @pytest.mark.parametrize("ask", [completion, chat])
-def test_what_changes_nothing_is_taken(ask, name, value):
-    asked = ask(**{name: value})
+def test_values_without_effect_are_accepted(ask, name, value):
+    request = ask(**{name: value})
     assert (
-        asked.sampling(SamplingParameters(temperature=1.0), 3)
+        request.sampling(SamplingParameters(temperature=1.0), 3)
         == SamplingParameters(temperature=1.0, seed=3)
-        and asked.num_top_logprobs is None
+        and request.num_top_logprobs is None
     )
 
 
@@ -99,13 +99,13 @@ def test_what_changes_nothing_is_taken(ask, name, value):
         ("top_logprobs", 3),
     ],
 )
-def test_what_would_change_something_is_refused_by_its_name(name, value):
+def test_unsupported_values_are_refused_by_name(name, value):
     with pytest.raises(RefusedError) as refused:
         chat(**{name: value})
     assert refused.value.field == name and name in str(refused.value)
 
 
-def test_numbers_that_other_servers_write_for_none():
+def test_numbers_of_other_servers_that_mean_none():
     usual = SamplingParameters(temperature=0.7, top_k=40, top_p=0.9, repetition_penalty=1.1)
     assert completion(top_k=-1, top_p=1).sampling(usual, 0) == SamplingParameters(
         0.7, None, 1.0, 1.1, 0
@@ -128,7 +128,7 @@ def test_the_four_forms_of_prompts():
         and read([1, 2]) == [[1, 2]]
         and read([[1], [2, 3]]) == [[1], [2, 3]]
     )
-    for value, field, words in (
+    for value, field, message in (
         (["a"] * 65, "prompt", "65 prompts are more than 64"),
         ([], "prompt", "the list is empty"),
         ([-1], "prompt", "-1 is not"),
@@ -146,21 +146,23 @@ def test_the_four_forms_of_prompts():
     ):
         with pytest.raises(RefusedError) as refused:
             read(value)
-        assert refused.value.field == field and words in str(refused.value), value
+        assert refused.value.field == field and message in str(refused.value), value
 
 
-def test_stop_words():
+def test_stop_sequences():
     assert (
-        read_stops(None) == [] and read_stops("a") == ["a"] and read_stops(["a", "b"]) == ["a", "b"]
+        read_stop_sequences(None) == []
+        and read_stop_sequences("a") == ["a"]
+        and read_stop_sequences(["a", "b"]) == ["a", "b"]
     )
-    for value, words in (
-        (["a"] * 9, "9 stop words are more than 8"),
+    for value, message in (
+        (["a"] * 9, "9 stop sequences are more than 8"),
         ([""], "of 0 characters"),
         ([3], "int"),
         ({}, "dict"),
     ):
-        with pytest.raises(RefusedError, match=words):
-            read_stops(value)
+        with pytest.raises(RefusedError, match=message):
+            read_stop_sequences(value)
 
 
 def test_turns_with_parts_and_with_tools():
@@ -216,7 +218,7 @@ def test_turns_with_parts_and_with_tools():
         b'{"\\ud800": 1}',
     ],
 )
-def test_half_a_pair_is_refused_by_its_field(body):
+def test_half_of_a_utf_16_pair_is_refused_by_its_field(body):
     with pytest.raises(RefusedError) as refused:
         parse_body(body, JSON)
     assert refused.value.field == next(iter(json.loads(body))) and "half of a UTF-16 pair" in str(
@@ -229,7 +231,7 @@ def test_whole_pairs_are_text():
 
 
 @pytest.mark.parametrize(
-    ("body", "kind", "words"),
+    ("body", "kind", "message"),
     [
         (b'{"prompt":"a",', JSON, "not JSON .* at line 1, column 15"),
         (b"[]", JSON, "it is a list"),
@@ -245,8 +247,8 @@ def test_whole_pairs_are_text():
         (b'{"a":' + b"1" * 5000 + b"}", JSON, "5,000 digits"),
     ],
 )
-def test_what_is_no_json_says_what_is_wrong(body, kind, words):
-    with pytest.raises(RefusedError, match=words):
+def test_errors_of_bodies_that_are_not_json(body, kind, message):
+    with pytest.raises(RefusedError, match=message):
         parse_body(body, kind)
 
 
@@ -271,13 +273,13 @@ BOMBS = {
 def test_a_list_of_mistakes_costs_one_error(name):
     def refuse() -> None:
         with pytest.raises(RefusedError) as refused:
-            asked = parse_body(BOMBS[name], JSON)
+            values = parse_body(BOMBS[name], JSON)
             if b'"messages"' in BOMBS[name][:20]:
-                read_messages(read_request(ChatRequest, asked).messages, 512)
+                read_messages(read_request(ChatRequest, values).messages, 512)
             else:
-                request = read_request(CompletionRequest, asked)
+                request = read_request(CompletionRequest, values)
                 read_prompts(request.prompt, 64, 512, 320)
-                read_stops(request.stop)
+                read_stop_sequences(request.stop)
         assert len(str(refused.value)) < 300 and (
             "elements" in str(refused.value)
         ) is name.startswith("too many")

@@ -1,4 +1,4 @@
-"""Logits are changed as transformers changes them, and noise makes of a distribution its samples, whatever the batch."""
+"""Logits are changed as transformers changes them, and noise gives samples of a distribution."""
 
 import math
 
@@ -14,9 +14,9 @@ from transformers import (
 from megatron_sorted.decoding.sampling import (
     Sampler,
     certainty,
-    cut,
     gumbel,
     highest_probability,
+    keep_likely,
     margin,
     penalise,
 )
@@ -26,12 +26,12 @@ from megatron_sorted.errors import SettingsError
 
 @pytest.mark.parametrize("top_k", [None, 1, 5, 200])
 @pytest.mark.parametrize("top_p", [None, 0.05, 0.7, 1.0])
-def test_cuts_are_those_of_transformers(top_k, top_p):
+def test_top_k_and_top_p_are_those_of_transformers(top_k, top_p):
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(1)) * 3
     logits[0, :7] = 9.0  # as likely as each other
     wanted = logits if top_k is None else TopKLogitsWarper(top_k)(None, logits)
     wanted = wanted if top_p is None else TopPLogitsWarper(top_p)(None, wanted)
-    assert torch.equal(cut(logits, top_k, top_p), wanted)
+    assert torch.equal(keep_likely(logits, top_k, top_p), wanted)
 
 
 def test_penalty_and_temperature_are_those_of_transformers():
@@ -79,17 +79,17 @@ def test_noise_of_neighbouring_places_seeds_and_rows_is_independent():
         assert abs(correlation) < 4 / math.sqrt(4000)
 
 
-def test_a_row_says_the_same_whatever_else_is_in_the_batch():
+def test_a_row_does_not_depend_on_the_other_rows_of_the_batch():
     logits = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(2))
-    places = [[5, 6], [9, 10], [2, 3]]
-    together = Sampler(SamplingParameters(temperature=1.0), [0, 1, 2]).choose(logits, places)
+    positions = [[5, 6], [9, 10], [2, 3]]
+    together = Sampler(SamplingParameters(temperature=1.0), [0, 1, 2]).choose(logits, positions)
     sampler = Sampler(SamplingParameters(temperature=1.0), [0, 1, 2])
     sampler.select_rows([2])
-    assert torch.equal(sampler.choose(logits[2:], places[2:]), together[2:])
+    assert torch.equal(sampler.choose(logits[2:], positions[2:]), together[2:])
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("values", "message"),
     [
         ({"temperature": -1.0}, "temperature: -1.0 is not 0 or more"),
         ({"temperature": math.inf}, "temperature: inf is not 0 or more"),
@@ -100,12 +100,12 @@ def test_a_row_says_the_same_whatever_else_is_in_the_batch():
         ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 is not above 0"),
     ],
 )
-def test_numbers_that_mean_nothing(words, message):
+def test_numbers_out_of_range_are_refused(values, message):
     with pytest.raises(SettingsError, match=message):
-        SamplingParameters(**words)
+        SamplingParameters(**values)
 
 
-def test_how_sure_an_exit_is():
+def test_measures_of_confidence():
     p = torch.tensor([[0.7, 0.2, 0.1], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
     assert highest_probability(p.log() + 4).tolist() == pytest.approx([0.7, 1 / 3])
     assert margin(p.log() + 4).tolist() == pytest.approx([0.5, 0.0], abs=1e-12)

@@ -1,4 +1,4 @@
-"""The server answers as OpenAI's does: texts, streams, conversations; every malformed request is refused by its field; it lives on."""
+"""The server answers as OpenAI's does; malformed requests are refused by field, and it lives on."""
 
 import json
 import math
@@ -13,14 +13,14 @@ pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
 from megatron_sorted.decoding import generate as generate_module
-from megatron_sorted.decoding.choice import check_strategy
 from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.requested_strategy import check_strategy
 from megatron_sorted.decoding.strategies import Fixed, Full, SamplingParameters, SelfSpeculative
 from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.serving.api import make_app
 from megatron_sorted.serving.worker import GenerationWorker, Job
 from tests.support.decoding import plain_network
-from tests.unit.test_decoding_writer import Letters
+from tests.unit.test_decoding_text_generator import Letters
 
 STRATEGIES = {
     None: SelfSpeculative(2, 4),
@@ -31,7 +31,7 @@ STRATEGIES = {
 
 
 class NamedLetters(Letters):
-    """The same, with names for tokens that are no whole character."""
+    """The same tokenizer, with names for tokens that are no whole character."""
 
     @staticmethod
     def token_text(token: int) -> str:
@@ -64,13 +64,13 @@ def expected(
 def test_completions_of_one_and_of_many_prompts(served):
     client, writer, _ = served
     ask = {"model": "tiny", "prompt": "hello", "max_tokens": 12, "temperature": 0}
-    said = client.post("/v1/completions", json=ask).json()
+    answer = client.post("/v1/completions", json=ask).json()
     wanted = expected(writer, writer.encode("hello"), 12)
-    assert said["object"] == "text_completion"
-    assert said["choices"] == [
+    assert answer["object"] == "text_completion"
+    assert answer["choices"] == [
         {"index": 0, "text": wanted, "logprobs": None, "finish_reason": "length"}
     ]
-    assert said["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
     many = client.post(
         "/v1/completions", json={**ask, "prompt": ["hello", "b"], "echo": True, "strategy": "full"}
     ).json()
@@ -94,7 +94,7 @@ def test_completions_of_one_and_of_many_prompts(served):
     assert sampled["choices"][0]["text"] != sampled["choices"][1]["text"]
 
 
-def test_a_stop_word_and_a_conversation(served):
+def test_a_stop_sequence_and_a_conversation(served):
     client, writer, _ = served
     ids = writer.encode_chat([{"role": "user", "content": "hi"}])
     whole = expected(writer, ids, 30)
@@ -104,8 +104,7 @@ def test_a_stop_word_and_a_conversation(served):
         "temperature": 0,
         "stop": whole[10:13],
     }
-    said = client.post("/v1/chat/completions", json=ask).json()
-    [choice] = said["choices"]
+    [choice] = client.post("/v1/chat/completions", json=ask).json()["choices"]
     wanted = whole[: whole.index(whole[10:13])].lstrip(" ")
     assert (
         choice["message"] == {"role": "assistant", "content": wanted}
@@ -224,13 +223,13 @@ def test_a_malformed_request_is_refused_by_its_field(served, body, status, field
     ],
     ids=["cut off", "empty", "no JSON", "no UTF-8", "deep", "long number"],
 )
-def test_what_is_no_json_is_refused(served, content, body):
+def test_bodies_that_are_not_json_are_refused(served, content, body):
     client, *_ = served
     answer = client.post("/v1/completions", content=body, headers={"content-type": content})
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_other_places_are_errors_of_the_same_form(served):
+def test_other_paths_are_errors_in_the_same_format(served):
     client, *_ = served
     for answer, status in (
         (client.get("/nowhere"), 404),
@@ -243,17 +242,18 @@ def test_other_places_are_errors_of_the_same_form(served):
         )
 
 
-def test_conversations_that_are_none(served):
+def test_wrong_conversations_are_refused(served):
     client, *_ = served
     for messages in ([], [{"role": "robot", "content": "a"}], [{"role": "user"}], "hi"):
         answer = client.post("/v1/chat/completions", json={"messages": messages})
         assert answer.status_code == 400 and answer.json()["error"]["param"].startswith("messages")
 
 
-def test_out_of_memory_and_failures_are_told_and_the_server_lives_on(served, monkeypatch):
+def test_out_of_memory_and_failures_are_reported_and_the_server_lives_on(served, monkeypatch):
     client, *_ = served
     host = RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 9 bytes."
     )
     for error, status in (
         (torch.OutOfMemoryError("no room"), 503),
@@ -270,7 +270,7 @@ def test_out_of_memory_and_failures_are_told_and_the_server_lives_on(served, mon
         )
 
 
-def test_a_server_that_does_not_adapt_takes_tasks_and_says_so(served):
+def test_a_server_without_adaptation_accepts_tasks(served):
     client, *_ = served
     assert (
         client.post(
@@ -282,19 +282,17 @@ def test_a_server_that_does_not_adapt_takes_tasks_and_says_so(served):
     assert answer.status_code == 404 and "--adapt" in answer.json()["error"]["message"]
 
 
-def test_a_client_that_is_gone_ends_its_job(served):
+def test_a_cancelled_job_ends(served):
     _, writer, worker = served
     job = Job([writer.encode("a")], Full(), SamplingParameters(), 200, [])
-    job.told = lambda: job.gone.set() if job.pieces.qsize() == 3 else None
+    job.notify = lambda: job.cancelled.set() if job.outputs.qsize() == 3 else None
     worker.submit(job)
     behind = worker.submit(Job([writer.encode("a")], Full(), SamplingParameters(), 2, []))
     assert len(list(behind.results())) == 2
-    assert len(list(job.results())) == 3, "the job went on to its end"
+    assert len(list(job.results())) == 3, "the job was not ended"
     late = Job([writer.encode("a")], Full(), SamplingParameters(), 200, [])
-    late.gone.set()
-    assert list(worker.submit(late).results()) == [], (
-        "nobody waited for it any more when its turn came"
-    )
+    late.cancelled.set()
+    assert list(worker.submit(late).results()) == [], "the client left before the job's turn came"
 
 
 def test_requests_that_come_at_once_are_answered_one_after_another(served):
@@ -302,10 +300,10 @@ def test_requests_that_come_at_once_are_answered_one_after_another(served):
     answers: dict[int, str] = {}
 
     def ask(number: int) -> None:
-        said = client.post(
+        answer = client.post(
             "/v1/completions", json={"prompt": "a" * number, "max_tokens": 8, "temperature": 0}
         ).json()
-        answers[number] = said["choices"][0]["text"]
+        answers[number] = answer["choices"][0]["text"]
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(1, 7)]
     for thread in threads:
@@ -319,7 +317,7 @@ def test_requests_that_come_at_once_are_answered_one_after_another(served):
 
 
 def log_softmax_of(case, ids: list[int]) -> torch.Tensor:
-    """Returns what plain transformers says of the tokens after each of these [s, v]."""
+    """Return transformers' log-probabilities of the tokens after each of these [s, v]."""
     return case.logits(4, torch.tensor([ids]))[0].double().log_softmax(-1)
 
 
@@ -335,10 +333,10 @@ def test_logprobs_of_prompts_and_texts_are_those_of_transformers(served):
         "logprobs": 3,
         "echo": True,
     }
-    for more in ({}, {"strategy": "full"}):  # its own way is speculative
+    for more in ({}, {"strategy": "full"}):  # the server's own strategy is speculative
         choices = client.post("/v1/completions", json={**ask, **more}).json()["choices"]
         for prompt, choice in zip(prompts, choices, strict=True):
-            found = choice["logprobs"]
+            score_rows = choice["logprobs"]
             texts = generate(
                 writer.network,
                 prompts,
@@ -349,16 +347,18 @@ def test_logprobs_of_prompts_and_texts_are_those_of_transformers(served):
             ids = [*prompt, *texts[prompts.index(prompt)].tokens]
             expected_sv = log_softmax_of(case, ids[:-1])
             assert (
-                len(found["tokens"])
-                == len(found["token_logprobs"])
-                == len(found["text_offset"])
+                len(score_rows["tokens"])
+                == len(score_rows["token_logprobs"])
+                == len(score_rows["text_offset"])
                 == len(ids)
             )
-            assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+            assert score_rows["token_logprobs"][0] is None and score_rows["top_logprobs"][0] is None
             for place in range(1, len(ids)):
                 row = expected_sv[place - 1]
-                assert math.isclose(found["token_logprobs"][place], row[ids[place]], abs_tol=1e-5)
-                best = sorted(found["top_logprobs"][place].values(), reverse=True)[:3]
+                assert math.isclose(
+                    score_rows["token_logprobs"][place], row[ids[place]], abs_tol=1e-5
+                )
+                best = sorted(score_rows["top_logprobs"][place].values(), reverse=True)[:3]
                 assert torch.allclose(
                     torch.tensor(best, dtype=torch.double), row.topk(len(best)).values, atol=1e-5
                 )
@@ -388,16 +388,16 @@ def test_logprobs_of_likelihoods_need_no_new_token(served):
                 "seed": 1234,
             },
         ).json()["choices"]
-        found = choice["logprobs"]["token_logprobs"]
-        assert choice["finish_reason"] == "length" and len(found) == 5 + count
+        score_rows = choice["logprobs"]["token_logprobs"]
+        assert choice["finish_reason"] == "length" and len(score_rows) == 5 + count
         expected_sv = log_softmax_of(case, ids)
         assert all(
-            math.isclose(found[place], expected_sv[place - 1, ids[place]], abs_tol=1e-5)
+            math.isclose(score_rows[place], expected_sv[place - 1, ids[place]], abs_tol=1e-5)
             for place in range(1, 5)
         )
         is_greedy = [
             one == max(top.values())
-            for one, top in zip(found[1:], choice["logprobs"]["top_logprobs"][1:], strict=True)
+            for one, top in zip(score_rows[1:], choice["logprobs"]["top_logprobs"][1:], strict=True)
         ]
         assert is_greedy[:4] == [
             int(expected_sv[place - 1].argmax()) == ids[place] for place in range(1, 5)
@@ -448,7 +448,7 @@ def test_logprobs_in_streams_are_those_of_whole_answers(served, path):
         )
 
 
-def test_ways_that_write_other_texts_have_no_logprobs(served, monkeypatch):
+def test_strategies_that_write_other_texts_have_no_logprobs(served, monkeypatch):
     client, *_ = served
     monkeypatch.setitem(STRATEGIES, "fixed", Fixed(2))
     answer = client.post(
@@ -481,7 +481,7 @@ def test_models_by_name(served):
     assert missing.status_code == 404 and missing.json()["error"]["param"] == "model"
 
 
-def test_half_a_pair_is_refused_wherever_it_stands(served):
+def test_half_of_a_utf_16_pair_is_refused_in_every_field(served):
     client, *_ = served
     for path, body, field in (
         ("completions", '{"prompt":"a\\ud83d"}', "prompt"),
@@ -494,7 +494,7 @@ def test_half_a_pair_is_refused_wherever_it_stands(served):
         assert answer.status_code == 400 and answer.json()["error"]["param"] == field
 
 
-def test_of_a_long_text_no_more_than_its_beginning_is_encoded(served, monkeypatch):
+def test_only_the_beginning_of_a_far_too_long_text_is_encoded(served, monkeypatch):
     client, writer, _ = served
     lengths = []
     encode = writer.encode

@@ -1,9 +1,9 @@
-"""What is read in pieces, lazily, in ragged batches and in trees equals transformers on the whole text at once."""
+"""Passes in parts, lazy, on ragged batches and in trees equal transformers on the whole text."""
 
 import pytest
 import torch
 
-from megatron_sorted.decoding.cache.state import State
+from megatron_sorted.decoding.cache.state import DecodingState
 from tests.support.decoding import DEPTHS, last_logits, nested, plain_network, prompts
 from tests.support.exit_parts import KINDS
 from tests.support.model_directories import FAMILIES
@@ -11,8 +11,8 @@ from tests.support.model_directories import FAMILIES
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def make_state(network, texts, stops=DEPTHS, room=40) -> State:
-    state = State(network, len(texts), max(map(len, texts)) + room, stops)
+def make_state(network, texts, stops=DEPTHS, num_new=40) -> DecodingState:
+    state = DecodingState(network, len(texts), max(map(len, texts)) + num_new, stops)
     longest = max(map(len, texts))
     state.append(
         torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts]),
@@ -21,14 +21,14 @@ def make_state(network, texts, stops=DEPTHS, room=40) -> State:
     return state
 
 
-def said(state: State, depth: int) -> torch.Tensor:
+def next_logits(state: DecodingState, depth: int) -> torch.Tensor:
     state.read(depth)
     return state.logits(depth, state.last_slots())[:, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_exit_of_ragged_rows_that_leave_early_and_are_filled_later(family, kind, tmp_path):
+def test_every_exit_of_ragged_rows_that_exit_early_and_are_filled_later(family, kind, tmp_path):
     case, network = nested(
         tmp_path,
         family,
@@ -39,10 +39,9 @@ def test_every_exit_of_ragged_rows_that_leave_early_and_are_filled_later(family,
     )
     texts = prompts((30, 3, 17), 100)
     state = make_state(network, texts)
-    for step, depth in enumerate(
-        (1, 4, 1, 1, 3, 1, 4, 3)
-    ):  # deeper layers find several tokens that they have not read
-        got = said(state, depth)
+    # deeper layers often lack several tokens
+    for step, depth in enumerate((1, 4, 1, 1, 3, 1, 4, 3)):
+        got = next_logits(state, depth)
         for row, text in enumerate(texts):
             torch.testing.assert_close(got[row], last_logits(case, depth, text), **CLOSE)
         more = torch.tensor(prompts((1, 1, 1), 100, seed=step))
@@ -50,38 +49,40 @@ def test_every_exit_of_ragged_rows_that_leave_early_and_are_filled_later(family,
         texts = [[*text, *new] for text, new in zip(texts, more.tolist(), strict=True)]
 
 
-def test_rows_are_cropped_and_go_on_alone():
+def test_rows_are_cropped_and_continue_alone():
     case, network = plain_network("mistral")
     texts = prompts((9, 25), 100)
     state = make_state(network, texts, (2, 4))
-    said(state, 2)
+    next_logits(state, 2)
     state.crop([5, 24])
     state.append(torch.tensor([[7, 8], [9, 0]]), [2, 1])
     texts = [[*texts[0][:5], 7, 8], [*texts[1][:24], 9]]
-    got = said(state, 4)
+    got = next_logits(state, 4)
     for row, text in enumerate(texts):
         torch.testing.assert_close(got[row], last_logits(case, 4, text), **CLOSE)
     state.select_rows([1])
     state.append(torch.tensor([[3]]))
-    torch.testing.assert_close(said(state, 4)[0], last_logits(case, 4, [*texts[1], 3]), **CLOSE)
+    torch.testing.assert_close(
+        next_logits(state, 4)[0], last_logits(case, 4, [*texts[1], 3]), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("rows", [[1, 2], [0, 2], [2]])
 @pytest.mark.parametrize("kind", ["block", "adapter and block"])
-def test_rows_that_end_leave_the_others_where_memory_is(rows, kind, tmp_path):
+def test_rows_that_end_leave_the_memory_of_the_others_in_place(rows, kind, tmp_path):
     case, network = nested(tmp_path, "mistral", kind)
     texts = prompts((9, 25, 14), 100)
     state = make_state(network, texts)
-    said(state, 1)
-    places = [tensor.data_ptr() for tensor in state.memory.tensors()]
+    next_logits(state, 1)
+    addresses = [tensor.data_ptr() for tensor in state.memory.tensors()]
     state.select_rows(rows)
-    assert [tensor.data_ptr() for tensor in state.memory.tensors()] == places, (
-        "no second memory beside the first"
+    assert [tensor.data_ptr() for tensor in state.memory.tensors()] == addresses, (
+        "no second cache is allocated"
     )
     assert all(tensor.size(0) == len(rows) for tensor in state.memory.tensors())
     state.append(torch.tensor([[3]] * len(rows)))
     for depth in (3, 4):
-        got = said(state, depth)
+        got = next_logits(state, depth)
         for place, row in enumerate(rows):
             torch.testing.assert_close(
                 got[place], last_logits(case, depth, [*texts[row], 3]), **CLOSE
@@ -93,18 +94,18 @@ def test_a_long_prompt_is_read_in_parts(monkeypatch):
     case, network = plain_network("mistral")
     texts = prompts((40, 40, 23), 100)
     for rows in ([0, 1], [0, 2]):
-        got = said(make_state(network, [texts[row] for row in rows]), 4)
+        got = next_logits(make_state(network, [texts[row] for row in rows]), 4)
         for place, row in enumerate(rows):
             torch.testing.assert_close(got[place], last_logits(case, 4, texts[row]), **CLOSE)
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral"])
 @pytest.mark.parametrize("lengths", [(6,), (11, 21, 4)])
-def test_each_node_of_a_tree_sees_its_own_path(family, lengths):
+def test_each_node_of_a_tree_attends_to_its_own_path(family, lengths):
     case, network = plain_network(family)
     texts = prompts(lengths, 100)
     state, rows = make_state(network, texts, (1, 2, 4)), len(texts)
-    said(state, 1)
+    next_logits(state, 1)
     state.begin_tree()
     nodes = [[(5, -1), (6, -1), (7, 0), (8, 0), (9, 2), (10, 1)]] * rows
     for first, end, depth in ((0, 2, 1), (2, 4, 2), (4, 6, 4)):
@@ -119,11 +120,11 @@ def test_each_node_of_a_tree_sees_its_own_path(family, lengths):
             )
 
 
-def test_a_tree_is_cut_and_its_best_path_becomes_text():
+def test_a_tree_is_pruned_and_its_best_path_becomes_text():
     case, network = plain_network("mistral")
     texts = prompts((13, 22), 100)
     state = make_state(network, texts, (1, 3, 4))
-    said(state, 1)
+    next_logits(state, 1)
     state.begin_tree()
     state.grow(torch.tensor([[5, 6, 7]] * 2), torch.tensor([[-1, -1, -1]] * 2))
     state.read(1)
@@ -140,7 +141,7 @@ def test_a_tree_is_cut_and_its_best_path_becomes_text():
     for depth in (3, 1, 4):
         state.append(torch.tensor([[3], [4]]))
         texts = [[*texts[0], 3], [*texts[1], 4]]
-        got = said(state, depth)
+        got = next_logits(state, depth)
         for row, text in enumerate(texts):
             torch.testing.assert_close(got[row], last_logits(case, depth, text), **CLOSE)
 

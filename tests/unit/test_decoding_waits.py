@@ -1,15 +1,15 @@
-"""How often a step waits for the device: once to read what was accepted, and once for each question whose answer decides what runs next."""
+"""The number of waits of a step for the device: one for its result, one for each decision."""
 
 import pytest
 import torch
 
-from megatron_sorted.conversion.hugging_face.nested_exits import Exit
+from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
 from megatron_sorted.decoding import generate as generate_module
 from megatron_sorted.decoding import sampling as sampling_module
 from megatron_sorted.decoding.cache import transfer
 from megatron_sorted.decoding.generate import make_step, start_batch
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.sampling import SURENESS
+from megatron_sorted.decoding.sampling import CONFIDENCE
 from megatron_sorted.decoding.strategies import (
     EarlyExit,
     Fixed,
@@ -28,14 +28,14 @@ STRATEGIES = [
     (Full(), 1),
     (Fixed(2), 1),
     (SelfSpeculative(2, 6), 1),
-    # every exit is asked, then the last one's token is read
+    # one wait for the confidence of each exit, one for the token of the last
     (EarlyExit((1, 3), (NEVER, NEVER)), 3),
     (EarlyExit((1, 3), (ALWAYS, NEVER)), 2),
-    # by drafted token the exits that are asked; then one verification
+    # one for each exit that is evaluated for a drafted token, one for the verification
     (SortedSpeculative((1, 3), (ALWAYS, NEVER), 6), 7),
     (SortedSpeculative((1, 3), (NEVER, ALWAYS), 6), 13),
     (SortedSpeculative((1, 3), (NEVER, NEVER), 6), 3),
-    # by level the exits but the last; the candidates; the tree; what was chosen
+    # one for each level and exit but the last; the candidates; the tree; the result
     (TreeSpeculative((2,), (), 4, 2, 6), 3),
     (TreeSpeculative((1, 3), (NEVER,), 4, 2, 6), 7),
 ]
@@ -47,7 +47,7 @@ SAMPLINGS = [
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Returns a network on what counts as a device, and what watches it."""
+    """Return a model on a simulated device, and the recorder of waits."""
     model = family_model("mistral").requires_grad_(False)
     waits = HostWaits()
     waits.mark(*model.parameters(), *model.buffers())
@@ -61,19 +61,19 @@ def check(model, waits, strategy, sampling, lengths, measure, graphs):
     with waits, torch.inference_mode():
         network = Network(
             model,
-            {depth: Exit(model.model.norm, model.lm_head) for depth in (1, 2, 3, 4)},
+            {depth: NestedExit(model.model.norm, model.lm_head) for depth in (1, 2, 3, 4)},
             packed=False,
             graphs=graphs,
         )
         if hasattr(strategy, "measure"):
             strategy = type(strategy)(**{**vars(strategy), "measure": measure})
         batch = start_batch(network, prompts(lengths, 100), strategy, sampling, 60, None)
-        step, found = make_step(strategy, batch), []
+        step, by_step = make_step(strategy, batch), []
         for _ in range(3):
-            waits.found.clear()
+            waits.ours.clear()
             step.step()
-            found.append([*waits.found])
-    return found
+            by_step.append([*waits.ours])
+    return by_step
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["by the host", "by the device"])
@@ -84,12 +84,12 @@ def check(model, waits, strategy, sampling, lengths, measure, graphs):
     STRATEGIES,
     ids=[f"{strategy.name}-{times}" for strategy, times in STRATEGIES],
 )
-def test_a_step_waits_no_oftener_than_it_must(strategy, times, sampling, lengths, graphs, stand_in):
+def test_a_step_waits_only_as_often_as_needed(strategy, times, sampling, lengths, graphs, stand_in):
     for waited in check(*stand_in, strategy, sampling, lengths, "probability", graphs):
         assert len(waited) == times, waited
 
 
-@pytest.mark.parametrize("measure", SURENESS)
+@pytest.mark.parametrize("measure", CONFIDENCE)
 def test_measures_do_not_wait(measure, stand_in):
     for waited in check(
         *stand_in, EarlyExit((1, 3), (NEVER, NEVER)), SamplingParameters(), (9,), measure, False
@@ -97,11 +97,13 @@ def test_measures_do_not_wait(measure, stand_in):
         assert len(waited) == 3, waited
 
 
-def test_rows_leave_without_a_wait(stand_in):
+def test_rows_are_removed_without_a_wait(stand_in):
     model, waits = stand_in
     with waits, torch.inference_mode():
         network = Network(
-            model, {depth: Exit(model.model.norm, model.lm_head) for depth in (2, 4)}, packed=False
+            model,
+            {depth: NestedExit(model.model.norm, model.lm_head) for depth in (2, 4)},
+            packed=False,
         )
         batch = start_batch(
             network,
@@ -113,7 +115,7 @@ def test_rows_leave_without_a_wait(stand_in):
         )
         step = make_step(SelfSpeculative(2, 3), batch)
         step.step()
-        waits.found.clear()
+        waits.ours.clear()
         batch.select_rows([0, 2])
         step.step()
-    assert len(waits.found) == 1, waits.found
+    assert len(waits.ours) == 1, waits.ours

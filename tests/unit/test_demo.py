@@ -1,4 +1,6 @@
-"""The demo's way through its steps: order, skipping, stopping. Its training is run by the system tests."""
+"""The demo's way through its steps: order, skipping, stopping. Its training is run by the system
+tests.
+"""
 
 import json
 import sys
@@ -9,7 +11,10 @@ import pytest
 from lab.demo import QUESTIONS, demo_steps, exit_depths, in_short, run_all
 from lab.results.steps import Step
 
-APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text(p.read_text() + sys.argv[2] if p.exists() else sys.argv[2])"
+APPEND = (
+    "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text(p.read_text() + sys.argv[2] "
+    "if p.exists() else sys.argv[2])"
+)
 
 
 def writing(path: Path, text: str, *needs: str, always: bool = False) -> Step:

@@ -40,7 +40,7 @@ def one_by_one(sub, ids, ends, max_new_tokens):
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_batches_say_what_single_prompts_say(model, tokenizer, depth):
+def test_batches_give_the_texts_of_single_prompts(model, tokenizer, depth):
     prompts, num_cut = encode_prompts(PROMPTS, tokenizer, 128 - 12)
     assert num_cut == 0 and all(ids[0] == 1 for ids in prompts)
     sub, ends = model.sub_model(depth), Answering(tokenizer, 12).stop_ids
@@ -72,13 +72,13 @@ def test_an_answer_ends_at_a_line_break(model, tokenizer):
     assert decode_greedily(sub, prompts, Answering(tokenizer, 8)) == ["\n"] * len(PROMPTS)
 
 
-def test_scores_of_made_answers(model, tokenizer):
+def test_scores_of_known_answers(model, tokenizer):
     prompts, _ = encode_prompts(PROMPTS[:2], tokenizer, 52)
     texts = decode_greedily(model.sub_model(2), prompts, Answering(tokenizer, 5))
-    said = texts[0].split("\n")[0].strip()
-    questions = [Question("a", said, (said,)), Question("b", "no", ("no such words",))]
-    found = answer_questions(model, 2, questions, prompts, Answering(tokenizer, 5))
-    assert found.answers[0] == said and found.mean("exact_match_with_case") == 0.5
+    first = texts[0].split("\n")[0].strip()
+    questions = [Question("a", first, (first,)), Question("b", "no", ("no such words",))]
+    answered = answer_questions(model, 2, questions, prompts, Answering(tokenizer, 5))
+    assert answered.answers[0] == first and answered.mean("exact_match_with_case") == 0.5
     scores = Answered([], {"f1": [0.0, 1.0, 0.5, 0.5]})
     assert scores.mean("f1") == 0.5 and scores.standard_error("f1") == pytest.approx(
         (0.5 / 3) ** 0.5 / 2

@@ -71,7 +71,7 @@ def test_a_window_shorter_than_the_sequence_costs_less():
     linear = 3 * (32 * (32 + 32) + 32 * 32 + 3 * 32 * 48) + 32 * VOCAB_SIZE
     attended = (
         sum(min(place + 0.5, 6) for place in range(LENGTH)) / LENGTH
-    )  # a token's own place counts half, as in L / 2
+    )  # a token's own position counts half, as in L / 2
     assert forward_flops_per_token(model, LENGTH) == 2 * linear + 3 * 4 * 32 * attended
     assert forward_flops_per_token(model, 6) == 2 * linear + 3 * 4 * 32 * 3
 

@@ -1,4 +1,4 @@
-"""Documents: which text is counted, and its bytes."""
+"""Documents: the counted texts and their bytes."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ from megatron_sorted.data.preparation.encode import EncodeOptions, Encoder
 from megatron_sorted.data.preparation.forms import SampleReader
 from megatron_sorted.errors import DataError
 from megatron_sorted.evaluation.documents import Document, encode_documents, read_documents
-from megatron_sorted.exported.form import form_of_label
+from megatron_sorted.exported.generation_defaults import form_of_label
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from megatron_sorted.reading.json_lines import Block
 from tests.support.evaluated import write_tokenizer
@@ -27,10 +27,10 @@ def test_plain_text(tmp_path):
     whole = read_documents(path)
     assert len(whole) == 1 and whole[0].record["text"] == path.read_text(
         encoding="utf-8"
-    )  # nothing dropped, blanks neither
+    )  # nothing is dropped, not even blanks
 
 
-def test_responses_alone_are_counted(tmp_path):
+def test_only_responses_are_counted(tmp_path):
     path = tmp_path / "t.jsonl.gz"
     records = [
         {"instruction": "Say it.", "input": "", "output": "A cat."},
@@ -63,7 +63,7 @@ def test_responses_alone_are_counted(tmp_path):
     assert sum(ended[2].counted) == sum(third.counted) + 2
 
 
-def test_conversations_are_read_in_the_form_that_was_trained(tmp_path):
+def test_conversations_are_encoded_in_the_trained_form(tmp_path):
     tokenizer = open_tokenizer(write_tokenizer(tmp_path))
     record = {
         "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
@@ -84,19 +84,19 @@ def test_conversations_are_read_in_the_form_that_was_trained(tmp_path):
             True,
         )
         data = Encoder(options).encode(Block("d", 1, json.dumps(record).encode())).train
-        [found] = encode_documents(
+        [encoded] = encode_documents(
             [document],
             tokenizer,
             append_eos=True,
             form=SampleReader("messages", label, tokenizer).form,
         )
         assert (
-            found.ids == data.tokens.tolist()
-            and sum(found.counted) == data.lengths[1]
-            and found.counted[-data.lengths[1] :]
+            encoded.ids == data.tokens.tolist()
+            and sum(encoded.counted) == data.lengths[1]
+            and encoded.counted[-data.lengths[1] :]
         )
         [without] = encode_documents([document], tokenizer, form=form)
-        assert sum(without.counted) == sum(found.counted) - 1
+        assert sum(without.counted) == sum(encoded.counted) - 1
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_missing_texts(tmp_path):
         ),
     ],
 )
-def test_records_are_told_by_content(tmp_path, name, write):
+def test_records_are_recognised_by_content(tmp_path, name, write):
     rows = [
         {"messages": None, "text": "One\u2028more"},
         {"instruction": "I", "input": None, "output": "O", "text": None},
@@ -149,7 +149,7 @@ def test_records_are_told_by_content(tmp_path, name, write):
     ] == [("text", ["One\u2028more"]), ("instruction", ["O"])]
 
 
-def test_texts_are_told_by_content(tmp_path):
+def test_texts_are_recognised_by_content(tmp_path):
     for name, content in (
         ("t", b'{"a": 1}\r\n###two'),
         ("t.gz", gzip.compress(b'{"a": 1}\n###two')),

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: what is said where it is not there, and how its numbers are read."""
+"""lm-evaluation-harness: errors if it is not installed, its numbers, and checks of its tasks."""
 
 import sys
 
@@ -54,16 +54,16 @@ def task(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_what_a_task_generates_is_checked_before_anything_is_measured(task):
+def test_new_tokens_of_tasks_are_checked_before_anything_is_measured(task):
     harness = Harness(["long_answers"], task / "tasks")
     harness.check({"large": 65})
     with pytest.raises(
-        DataError, match="long_answers asks for up to 64 new tokens, and small has 64 positions"
+        DataError, match="long_answers needs up to 64 new tokens, and small has 64 positions"
     ):
         harness.check({"large": 65, "small": 64})
 
 
-def test_data_that_are_not_there_are_told_before_anything_is_measured(task):
+def test_missing_data_are_reported_before_anything_is_measured(task):
     (task / "s.jsonl").unlink()
     with pytest.raises(DataError, match="--tasks: lm-evaluation-harness stopped: "):
         Harness(["long_answers"], task / "tasks").check({"large": 65})

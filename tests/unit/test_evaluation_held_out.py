@@ -1,4 +1,4 @@
-"""Held-out loss of every exit, against one document at a time in plain PyTorch with transformers' own smaller models."""
+"""Held-out loss of every exit, against plain PyTorch with transformers' own smaller models."""
 
 import math
 
@@ -28,8 +28,8 @@ def documents():
 
 @torch.no_grad()
 def plain(directory, depth, document, seq_length, stride):
-    """Returns {target: (loss, most likely token)}: every token from the earliest window that reaches it."""
-    model, found = (
+    """Return {target: (loss, most likely token)}, each from the earliest window that reaches it."""
+    model, predictions = (
         AutoModelForCausalLM.from_pretrained(
             directory, num_hidden_layers=depth, dtype=torch.float32
         ),
@@ -39,12 +39,12 @@ def plain(directory, depth, document, seq_length, stride):
         logits = model(torch.tensor([document.ids[begin : begin + seq_length]])).logits[0].double()
         for place, row in enumerate(logits):
             target = begin + place + 1
-            if target < len(document.ids) and target not in found:
-                found[target] = (
+            if target < len(document.ids) and target not in predictions:
+                predictions[target] = (
                     -float(row.log_softmax(-1)[document.ids[target]]),
                     int(row.argmax()),
                 )
-    return {target: values for target, values in found.items() if document.counted[target]}
+    return {target: values for target, values in predictions.items() if document.counted[target]}
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,14 @@ def test_every_number_is_that_of_plain_pytorch(
 ):
     directory, made = write_model(tmp_path / "m"), documents()
     monkeypatch.setattr(held_out, "LOGIT_BYTES", 4 * VOCAB_SIZE * 7)  # seven tokens at a time
-    found = measure_held_out(load_nested_model(directory), made, seq_length, stride, batch_tokens)
+    measured = measure_held_out(
+        load_nested_model(directory), made, seq_length, stride, batch_tokens
+    )
     reference = {
         depth: [plain(directory, depth, document, seq_length, stride) for document in made]
         for depth in (1, 2, 3)
     }
-    for depth, held in found.items():
+    for depth, held in measured.items():
         assert (
             held.tokens_d.tolist()
             == [sum(document.counted) for document in made]
@@ -75,7 +77,7 @@ def test_every_number_is_that_of_plain_pytorch(
             for one, last in zip(reference[depth], reference[3], strict=True)
         ]
         assert held.agreed_d.tolist() == agreed and held.agreement == sum(agreed) / 118
-    assert found[3].agreement == 1.0 and found[1].agreement < 1.0
+    assert measured[3].agreement == 1.0 and measured[1].agreement < 1.0
 
 
 def test_standard_error():

@@ -29,7 +29,7 @@ def tokens(seed=1):
 
 
 def truncated(directory, depth):
-    """Returns the model that transformers itself builds of the first layers."""
+    """Return the model that transformers itself builds of the first layers."""
     layer_types = json.loads((directory / "config.json").read_text()).get("layer_types")
     more = {"layer_types": layer_types[:depth]} if layer_types else {}
     return AutoModelForCausalLM.from_pretrained(
@@ -72,7 +72,7 @@ def test_sub_models_share_all_parameters_and_decode_greedily(tmp_path):
 
 
 def nested(directory, norms=True, heads=True, **config):
-    """Returns a directory with own norms and heads of exits 1 and 2."""
+    """Return a directory with own norms and heads of exits 1 and 2."""
     write_model(directory, tied=True)
     generator = torch.Generator().manual_seed(5)
     tensors = {}

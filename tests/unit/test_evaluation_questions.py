@@ -1,4 +1,4 @@
-"""Reading questions, and prompts."""
+"""Questions in files, and prompts."""
 
 import json
 
@@ -22,7 +22,7 @@ def lines(path, *records):
 
 
 def test_all_spellings_of_a_question(tmp_path):
-    found = read_questions(
+    questions = read_questions(
         lines(
             tmp_path / "q.jsonl",
             {"question": "Who?", "answer": "Ada", "aliases": ["Ada L.", "Ada"]},
@@ -35,7 +35,7 @@ def test_all_spellings_of_a_question(tmp_path):
             {"instruction": "Translate.", "input": "cat", "output": "猫"},
         )
     )
-    assert found == [
+    assert questions == [
         Question("Who?", "Ada", ("Ada", "Ada L.")),
         Question("Where?", "Here", ("Here",)),
         Question("Say where:", "Here", ("Here", "There")),
@@ -72,14 +72,14 @@ def test_no_questions(tmp_path):
 
 
 def test_prompts():
-    asked = [Question(f"q{i}", f"a{i}", (f"a{i}",)) for i in range(4)]
-    assert write_prompts(asked[:1], 0, asked) == ["Question: q0\nAnswer:"]
+    questions = [Question(f"q{i}", f"a{i}", (f"a{i}",)) for i in range(4)]
+    assert write_prompts(questions[:1], 0, questions) == ["Question: q0\nAnswer:"]
     only = [Question("q9", "a9", ("a9",))]
-    assert write_prompts(asked[:1], 1, only, "{question}\n") == ["q9\na9\n\nq0\n"]
-    assert write_prompts(asked[:1], 1, only) == [
+    assert write_prompts(questions[:1], 1, only, "{question}\n") == ["q9\na9\n\nq0\n"]
+    assert write_prompts(questions[:1], 1, only) == [
         "Question: q9\nAnswer: a9\n\nQuestion: q0\nAnswer:"
     ]
-    prompts = write_prompts(asked, 3)
+    prompts = write_prompts(questions, 3)
     for i, prompt in enumerate(prompts):
         *examples, last = prompt.split("\n\n")
         assert last == f"Question: q{i}\nAnswer:"
@@ -91,11 +91,11 @@ def test_prompts():
         many[:5], 2, many
     )  # a limit changes no prompt
     assert write_prompts(many, 2, seed=1) != write_prompts(many, 2)
-    with pytest.raises(DataError, match="4 examples are wanted, 3 other questions"):
-        write_prompts(asked, 4)
+    with pytest.raises(DataError, match="4 examples are needed, but there are 3 other questions"):
+        write_prompts(questions, 4)
 
 
-def test_a_field_that_is_null_is_not_there(tmp_path):
+def test_a_null_field_is_a_missing_field(tmp_path):
     path = lines(
         tmp_path / "q.jsonl",
         {"question": None, "context": "Question: A?\nAnswer:", "answer": None, "output": "a"},

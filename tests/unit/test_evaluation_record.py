@@ -1,4 +1,4 @@
-"""Results of an evaluation are there as they come, and older ones until then."""
+"""Results of an evaluation are written after each measurement; older ones stay until the end."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def measured(folder: Path, number: int) -> None:
     record.finish({"run": number, "texts": 1, "questions": 1}, {"asked": f"{number}\n"})
 
 
-def test_what_was_measured_is_there_when_the_rest_fails(tmp_path):
+def test_measurements_are_kept_when_later_ones_fail(tmp_path):
     record = Record(tmp_path)
     assert record.kept is None
     record.keep({"texts": 1}, {})
@@ -41,7 +41,7 @@ def test_what_was_measured_is_there_when_the_rest_fails(tmp_path):
         results(tmp_path) == {"unfinished": True, "texts": 1}
         and record.kept == tmp_path / "evaluation.json"
     )
-    again = Record(tmp_path)  # over unfinished results nothing is kept aside
+    again = Record(tmp_path)  # unfinished results are overwritten
     again.keep({"texts": 2}, {"asked": "x\n"})
     again.finish({"texts": 2}, {"asked": "x\n"})
     assert results(tmp_path) == {"texts": 2} and sorted(os.listdir(tmp_path)) == [
@@ -58,9 +58,9 @@ def test_finished_results_stay_until_the_new_ones_are_finished(tmp_path):
 
     seen = set()
     for _ in interrupted(lambda: measured(tmp_path, 2), before):
-        found = results(tmp_path)
-        seen.add(found["run"])
-        assert "unfinished" not in found
+        kept = results(tmp_path)
+        seen.add(kept["run"])
+        assert "unfinished" not in kept
     assert seen == {1, 2} and sorted(os.listdir(tmp_path)) == [
         "answers_asked.jsonl",
         "evaluation.json",

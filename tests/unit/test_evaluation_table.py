@@ -7,7 +7,7 @@ from megatron_sorted.evaluation.output.table import write_tables
 
 
 def results(names=("nested", "plain"), questions=True):
-    """Returns results of two models with exits 2 and 10."""
+    """Return results of two models with exits 2 and 10."""
 
     def text(offset):
         return {
@@ -21,14 +21,14 @@ def results(names=("nested", "plain"), questions=True):
             for depth, loss in ((10, 1.25), (2, 2.5))
         }
 
-    def asked(share):
+    def exits_of(share):
         scores = ("exact_match", "f1", "exact_match_with_case")
         return {
             depth: {key: share for score in scores for key in (score, f"{score}_standard_error")}
             for depth in (2, 10)
         }
 
-    found = {
+    numbers = {
         "settings": {"seq_length": 64, "shots": 2, "counted": "every token"},
         "models": {
             name: {
@@ -53,7 +53,7 @@ def results(names=("nested", "plain"), questions=True):
             "trivia": {
                 "questions": 50,
                 "models": {
-                    name: {"cut_prompts": 0, "exits": asked(0.125 * place)}
+                    name: {"cut_prompts": 0, "exits": exits_of(0.125 * place)}
                     for place, name in enumerate(names)
                 },
             }
@@ -75,10 +75,10 @@ def results(names=("nested", "plain"), questions=True):
         },
     }
     if len(names) > 1:
-        found["texts"]["valid"]["models"]["nested"]["exits"][2]["loss_minus"] = {
+        numbers["texts"]["valid"]["models"]["nested"]["exits"][2]["loss_minus"] = {
             "plain": {"value": -1.0, "standard_error": 0.5}
         }
-    return found
+    return numbers
 
 
 def test_tables():
@@ -111,10 +111,10 @@ def test_tables():
     ]
     assert rows[8] == ["2", "nested", "2,000", "4.00e+03", "0.2500"]
     text = "\n".join(lines)
-    assert "7 unknown tokens of plain" in text and "unknown tokens of nested" not in text
+    assert "plain has 7 unknown tokens" in text and "nested has" not in text
     assert (
         "loss: nats per counted token" in text
-        and "exact: answers equal" in text
+        and "exact: share of answers that equal" in text
         and "FLOPs/token: forward, 64 tokens" in text
     )
     header = next(line for line in lines if line.startswith("depth"))

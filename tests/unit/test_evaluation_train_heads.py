@@ -29,7 +29,7 @@ def documents(number=6):
     ]
 
 
-def test_training_is_that_of_plain_pytorch_and_touches_no_layer(tmp_path):
+def test_training_is_that_of_plain_pytorch_and_changes_no_layer(tmp_path):
     directory = write_model(tmp_path / "m")
     trained = train_heads(
         load_nested_model(directory),
@@ -84,7 +84,7 @@ def test_training_is_that_of_plain_pytorch_and_touches_no_layer(tmp_path):
     assert trained.model.exits[3].head is trained.model.model.lm_head
 
 
-def test_saved_heads_say_the_same_when_read_again(tmp_path):
+def test_saved_heads_give_the_same_numbers_when_loaded(tmp_path):
     source = write_model(tmp_path / "m")
     (source / "pytorch_model.bin").write_bytes(b"pickle")
     model = train_heads(load_nested_model(source), documents(), 64, HeadTraining()).model

@@ -14,7 +14,7 @@ def test_a_table_by_hand():
 
 @pytest.mark.parametrize("num_targets", range(1, 12))
 @pytest.mark.parametrize(("length", "stride"), [(1, 1), (3, 1), (3, 2), (4, 4), (20, 7)])
-def test_each_token_once_and_with_enough_before_it(num_targets, length, stride):
+def test_each_token_is_predicted_once_with_enough_before_it(num_targets, length, stride):
     targets = []
     for window in cut_windows(num_targets, length, stride):
         assert window.num_read <= length and window.first < window.first_target <= window.last

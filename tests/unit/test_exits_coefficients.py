@@ -5,7 +5,12 @@ import math
 import pytest
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.exits.coefficients import RULES, Observation, Weighting, make_coefficient_rule
+from megatron_sorted.exits.coefficients import (
+    DEPTH_RULES,
+    Observation,
+    Weighting,
+    make_coefficient_rule,
+)
 
 TABLE = {
     "uniform": {1: 1 / 3, 4: 1 / 3, 9: 1 / 3},
@@ -18,7 +23,7 @@ TABLE = {
 
 
 def test_every_rule_has_a_row():
-    assert set(TABLE) == set(RULES)
+    assert set(TABLE) == set(DEPTH_RULES)
 
 
 @pytest.mark.parametrize("rule", TABLE)
@@ -30,7 +35,8 @@ def test_a_rule_of_depth_gives_its_table(rule):
 
 
 def test_layerskips_rule_is_quadratic_and_the_last_layer_counts_fully():
-    # layers 0..8: below the last 0.5 * (0, 1, 3, 6, 10, 15, 21, 28), the last 8 + 0.5 * (0 + ... + 7) = 22
+    # layers 0..8: below the last 0.5 * (0, 1, 3, 6, 10, 15, 21, 28),
+    # the last 8 + 0.5 * (0 + ... + 7) = 22
     made = make_coefficient_rule((1, 4, 6), 9, Weighting("layerskip", scale=0.5))
     assert made.coefficients(0) == pytest.approx(
         {1: 0.0, 4: 3 / 32.5, 6: 7.5 / 32.5, 9: 22 / 32.5}, abs=1e-15
@@ -87,7 +93,7 @@ def test_a_warm_up_may_start_above_and_may_move_the_last():
     assert made.coefficients(2) == pytest.approx({2: 1 / 3, 4: 2 / 3})
 
 
-def test_a_fixed_rule_keeps_nothing():
+def test_a_fixed_rule_has_no_state():
     made = make_coefficient_rule((2,), 4, Weighting())
     made.observe(0, Observation({2: 3.0, 4: 2.0}, {2: 0.5, 4: 0.5}))
     assert made.needs == frozenset() and made.thresholds(0) == () and made.numbers() == {}
@@ -96,7 +102,7 @@ def test_a_fixed_rule_keeps_nothing():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         ({"weights": (0.1,)}, "--exit-layer-weight: 1 values for 3 exits"),
         ({"weights": (0.1, -0.2)}, "--exit-layer-weight: -0.2 is negative"),
@@ -110,6 +116,6 @@ def test_a_fixed_rule_keeps_nothing():
         ({"initial": (0.1, 0.1)}, "no effect without a warm-up"),
     ],
 )
-def test_lists_that_cannot_be_are_refused(words, message):
+def test_lists_that_cannot_be_are_refused(options, message):
     with pytest.raises(SettingsError, match=message):
-        make_coefficient_rule((2, 4), 8, Weighting(**words))
+        make_coefficient_rule((2, 4), 8, Weighting(**options))

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_sorted.exits.coefficients import Observation, Weighting, make_coefficient_rule
 from megatron_sorted.exits.curriculum import Curriculum, gradual, rotation
-from megatron_sorted.exits.loss_rules import InverseLoss
+from megatron_sorted.exits.rules_from_losses import InverseLoss
 
 DEPTHS = (2, 4, 6, 8)
 

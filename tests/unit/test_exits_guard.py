@@ -10,13 +10,13 @@ from megatron_sorted.exits.coefficients import (
     make_coefficient_rule,
 )
 from megatron_sorted.exits.guard import Guard
-from megatron_sorted.exits.loss_rules import InverseLoss
+from megatron_sorted.exits.rules_from_losses import InverseLoss
 from megatron_sorted.exits.simulated_exit import SimulatedExit
 
 
 def guard(rule=None, **changes):
-    words = {"last": 4, "reference": 2.0, "rate": 0.5, "decay": 0.5, "largest": 10.0, **changes}
-    return Guard(rule or make_coefficient_rule((2,), 4, Weighting()), **words)
+    options = {"last": 4, "reference": 2.0, "rate": 0.5, "decay": 0.5, "largest": 10.0, **changes}
+    return Guard(rule or make_coefficient_rule((2,), 4, Weighting()), **options)
 
 
 def seen(last):
@@ -38,7 +38,7 @@ def test_multiplier_rises_above_the_reference_and_falls_below():
     assert made.multiplier == 0.0 and made.coefficients(30) == {2: 0.5, 4: 0.5}
 
 
-def test_multiplier_has_a_largest_value():
+def test_the_multiplier_has_an_upper_limit():
     made = guard(largest=3.0)
     for step in range(20):
         made.observe(step, seen(9.0))
@@ -57,7 +57,7 @@ def test_a_list_is_not_divided():
     assert not made.normalised and made.coefficients(1) == {2: 0.5, 4: 2.0}
 
 
-def test_state_goes_on_with_and_without_a_guard():
+def test_state_is_restored_with_and_without_a_guard():
     made = guard(InverseLoss((2, 4), 0.9))
     made.observe(0, seen(4.0))
     again = guard(InverseLoss((2, 4), 0.9))
@@ -71,7 +71,7 @@ def test_state_goes_on_with_and_without_a_guard():
     assert guarded.multiplier == 0.0
 
 
-def test_what_the_rule_below_asks_for_is_asked_for():
+def test_the_needs_of_the_rule_below_are_passed_on():
     made = guard(SimulatedExit((2, 4), 10, 10.0, 3, 1))
     assert made.needs == {LOSSES, EXIT_LAYERS} and made.thresholds(0) == made.rule.thresholds(0)
     assert made.coefficients(0)[2] == pytest.approx(0.5)

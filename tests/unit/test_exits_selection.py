@@ -13,7 +13,7 @@ PROBABILITIES = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.4}
 
 
 def exact(probabilities, num):
-    """Returns the chance of each set of ``num`` drawn one after another, by walking through every order."""
+    """Return the probability of each set of ``num`` depths, by enumerating every order of draws."""
     chances = Counter()
     for order in permutations(probabilities, num):
         chance, left = 1.0, 1.0
@@ -99,7 +99,7 @@ def test_draws_depend_on_step_and_seed_alone():
 
 
 GOLDEN = [(4, 6), (4, 8), (2, 6), (6, 8), (4, 8), (4, 6), (2, 6), (2, 6)]
-"""Drawn once, by other code, and kept: another result would make resumed runs differ from unbroken ones."""
+"""Draws recorded from other code: others would make resumed runs differ from unbroken ones."""
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 4])

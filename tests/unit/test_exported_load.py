@@ -1,4 +1,4 @@
-"""A directory that is not what it should be is one line that names it, whatever transformers makes of it."""
+"""A faulty directory ends in one line that names it, whatever error transformers raises."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_sorted.decoding.text_generator import open_writer
+from megatron_sorted.decoding.text_generator import open_text_generator
 from megatron_sorted.errors import CheckpointError, DataError
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.exported.tokenizer import open_tokenizer
@@ -38,7 +38,7 @@ def directory(intact, tmp_path):
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         (
             {"num_attention_heads": 0},
-            r"config\.json: num_attention_heads is 0 where a number above 0 is needed\. Mend",
+            r"config\.json: num_attention_heads is 0 where a number above 0 is needed\. Correct",
         ),
         (
             {"max_position_embeddings": "many"},
@@ -52,7 +52,7 @@ def directory(intact, tmp_path):
         ),
     ],
 )
-def test_a_config_that_contradicts_itself(directory, change, message):
+def test_a_contradictory_config_is_refused(directory, change, message):
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -71,7 +71,7 @@ def test_a_config_that_contradicts_itself(directory, change, message):
         ),
     ],
 )
-def test_an_index_that_leads_nowhere(directory, index, message):
+def test_an_index_of_missing_files_is_refused(directory, index, message):
     (directory / "model.safetensors").rename(directory / "model-1.safetensors")
     (directory / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=rf"index\.json: .*{message}"):
@@ -86,7 +86,7 @@ def test_an_index_that_leads_nowhere(directory, index, message):
         '{"added_tokens_decoder": {"x": {"content": "a"}}}',
     ],
 )
-def test_words_beside_a_sentencepiece_file(directory, written):
+def test_vocabulary_files_beside_a_sentencepiece_file(directory, written):
     (directory / "tokenizer_config.json").write_text(written)
     with pytest.raises(
         DataError,
@@ -96,10 +96,11 @@ def test_words_beside_a_sentencepiece_file(directory, written):
 
 
 @pytest.mark.parametrize("ends", ["x", [1, None]])
-def test_end_tokens_that_are_none(directory, ends):
+def test_invalid_end_tokens_are_refused(directory, ends):
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     with pytest.raises(
         DataError,
-        match=r"generation_config\.json: eos_token_id .* is not one of the model's 0\.\.299\. Mend",
+        match=r"generation_config\.json: eos_token_id .* is not one of the model's 0\.\.299\. "
+        "Correct",
     ):
-        open_writer(directory)
+        open_text_generator(directory)

@@ -1,4 +1,4 @@
-"""Tokenizers of model directories: the ids are sentencepiece's own, and transformers gets the same."""
+"""Tokenizers of model directories, also for transformers: ids are sentencepiece's own."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_transformers_gets_the_same(directory):
     assert len(made) == own.vocab_size and made.eos_token_id == own.eos_id
 
 
-def test_tokenizer_config_is_heard(directory, tmp_path):
+def test_tokenizer_config_is_read(directory, tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(

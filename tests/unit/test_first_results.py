@@ -1,4 +1,4 @@
-"""The pure parts of tools/first_results.py: split, rates, steps, commands and the page's numbers, written by hand."""
+"""Parts of lab/first_results.py: split, rates, steps, commands, tables, with numbers by hand."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import pytest
 
 from lab.results.experiments import cldr, make_quick
 from lab.results.measured import Number, Numbers
+from lab.results.page import OPENINGS
+from lab.results.pages import page_head
 from lab.results.picture import ResultPanel, draw
 from lab.results.rates import choose_rate, chosen_rate, trained_depths
 from lab.results.recipe import (
@@ -22,11 +24,11 @@ from lab.results.recipe import (
 )
 from lab.results.steps import PYTHON, Runner, Step, StepError
 from lab.results.tables import (
+    describe_cost,
     differences_table,
     findings,
     measures_table,
     spread_table,
-    words_of_cost,
 )
 from megatron_sorted.data.preparation.split import (
     drop_copies,
@@ -35,9 +37,10 @@ from megatron_sorted.data.preparation.split import (
     split_samples,
 )
 from megatron_sorted.errors import DataError
+from megatron_sorted.installation import ROOT
 from megatron_sorted.reporting.drawing import place_name
 
-APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text(p.read_text() + sys.argv[2] if p.exists() else sys.argv[2])"
+APPEND = "import sys\nwith open(sys.argv[1], 'a') as file: file.write(sys.argv[2])"
 LOSSES = {
     "before": (9.0, 4.0, 1.5),
     "ordinary": (9.5, 4.5, 1.25),
@@ -47,17 +50,17 @@ LOSSES = {
 
 
 def writing(path: Path, text: str, needs: tuple[str, ...] = ()) -> Step:
-    """Returns a step that appends ``text`` to ``path``, so that the file counts how often it ran."""
+    """Return a step that appends ``text`` to ``path``, so that the file counts how often it ran."""
     return Step(
         path.name, "append", ("python", "-c", APPEND, str(path), text), (path,), needs=needs
     )
 
 
 def evaluation(shift: float = 0.0) -> dict:
-    """Returns what tools/evaluate.py writes for three depths, with losses higher by ``shift`` in the nested model."""
+    """Return a record of `evaluate` for three depths; the nested model's losses are shifted."""
 
     def exits(name: str) -> dict:
-        found = {}
+        result = {}
         for place, depth in enumerate(("1", "2", "3")):
             value = LOSSES[name][place] + (shift if name == "nested" else 0.0)
             minus = {
@@ -65,8 +68,8 @@ def evaluation(shift: float = 0.0) -> dict:
                 for other in ("ordinary", HEADS)
                 if other != name
             }
-            found[depth] = {"loss": value, "loss_standard_error": 0.05, "loss_minus": minus}
-        return found
+            result[depth] = {"loss": value, "loss_standard_error": 0.05, "loss_minus": minus}
+        return result
 
     cost = {
         "exits": {
@@ -214,13 +217,13 @@ def test_a_failing_step_says_so_and_is_not_remembered(tmp_path):
     assert not list((tmp_path / "finished_steps").iterdir())
 
 
-def test_tables_say_what_was_measured():
+def test_tables_hold_the_measurements():
     numbers = Numbers([evaluation()])
     assert numbers.models == ["before", "ordinary", HEADS, "nested"] and numbers.depths == [1, 2, 3]
     rows = measures_table(numbers, "texts", "held_out", (2,))
     assert (
-        rows[0]
-        == "| depth | parameters | FLOPs | before | ordinary fine-tuning | SFT+ICT | nested fine-tuning |"
+        rows[0] == "| depth | parameters | FLOPs | before | ordinary fine-tuning | SFT+ICT"
+        " | nested fine-tuning |"
     )
     assert (
         rows[2]
@@ -234,24 +237,26 @@ def test_tables_say_what_was_measured():
         differences_table(numbers, "texts", "held_out")[3]
         == "| 2 | -2.500 ± 0.010 | -1.000 ± 0.010 |"
     )
-    said = " ".join(findings(numbers, "held_out", (2,)))
-    assert "4.00 nats per token before, 4.50 after ordinary fine-tuning, 2.00 after nested" in said
-    assert "It costs something at full depth**: +0.125 ± 0.010 nats" in said and "(+10.0 %" in said
-    assert "ahead at every exit: -1.000 at depth 2" in said
+    lines = " ".join(findings(numbers, "held_out", (2,)))
+    assert "4.00 nats per token before, 4.50 after ordinary fine-tuning, 2.00 after nested" in lines
+    assert (
+        "It costs something at full depth**: +0.125 ± 0.010 nats" in lines and "(+10.0 %" in lines
+    )
+    assert "ahead at every exit: -1.000 at depth 2" in lines
     assert spread_table(numbers, "texts", "held_out") == []
-    assert [words_of_cost(Number(value, 0.5, None)) for value in (-1.25, -1.0, 1.0, 1.25)] == [
+    assert [describe_cost(Number(value, 0.5, None)) for value in (-1.25, -1.0, 1.0, 1.25)] == [
         "It is ahead",
         *["No difference that stands out"] * 2,
         "It costs something",
     ]
 
 
-def test_seeds_are_averaged_and_their_spread_told():
+def test_seeds_are_averaged_and_their_spread_is_shown():
     second = evaluation(0.25)
     del second["texts"]["held_out"]["models"]["before"]  # measured once
     numbers = Numbers([evaluation(), second])
-    found = numbers.number("texts", "held_out", "nested", 2, "loss")
-    assert (found.value, found.error) == (2.125, 0.05) and found.spread == pytest.approx(
+    result = numbers.number("texts", "held_out", "nested", 2, "loss")
+    assert (result.value, result.error) == (2.125, 0.05) and result.spread == pytest.approx(
         0.25 / 2**0.5
     )
     assert numbers.number("texts", "held_out", "before", 2, "loss").spread is None
@@ -268,9 +273,9 @@ def test_a_name_stands_beside_its_line_and_over_nothing():
     straight = [(float(x), 50.0 - 0.3 * (x - 50)) for x in range(50, 151)]
     assert place_name(line, size, straight, [], panel) == (3.0, 57.0, 43.0, 67.0)
     left_taken = [(0.0, 0.0, 60.0, 100.0)]
-    found = place_name(line, size, straight, left_taken, panel)
-    assert found[0] >= 60 and not any(
-        found[0] <= x <= found[2] and found[1] <= y <= found[3] for x, y in straight
+    result = place_name(line, size, straight, left_taken, panel)
+    assert result[0] >= 60 and not any(
+        result[0] <= x <= result[2] and result[1] <= y <= result[3] for x, y in straight
     )
     high = place_name([(50.0, 500.0)], size, [], [], panel)
     assert high == (0.0, 100.0, 40.0, 110.0)  # no point to stand at: above the panel
@@ -287,6 +292,13 @@ def test_the_picture_is_drawn(tmp_path):
         4, "big"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(("part", "name"), [("stories", "stories260k"), ("cldr", "cldr")])
+def test_pages_of_the_documentation_begin_as_they_are_written(part, name):
+    page = (ROOT / "docs" / "results" / f"{name}.md").read_text(encoding="utf-8")
+    title, purpose, _ = OPENINGS[part]
+    assert page.startswith("\n".join(page_head(title, purpose)))
 
 
 def test_a_page_names_files_from_outside_without_their_folders(tmp_path):

@@ -7,7 +7,7 @@ from megatron_sorted.loss.agreement import accept_length, draft_counts, followin
 
 
 def follow(mask, positions=None, segments=None):
-    """Returns ``following_n`` of samples given as lists."""
+    """Return ``following_n`` of samples given as lists."""
     mask = torch.tensor(mask, dtype=torch.float32)
     positions = (
         torch.arange(mask.size(1)).expand(mask.shape)
@@ -24,7 +24,7 @@ def test_following_in_sequence_then_batch_order():
     assert follow([[1, 1, 1], [1, 1, 1]]) == [2, 3, 4, 5, 6, 6]
 
 
-def test_what_does_not_count_breaks_a_run():
+def test_a_token_that_does_not_count_ends_a_run():
     # counted: (0, a) (1, a) (1, b) (2, b) (3, a)
     assert follow([[1, 1, 0, 1], [0, 1, 1, 0]]) == [1, 5, 3, 5, 5]
 
@@ -41,7 +41,8 @@ def test_counts_by_hand():
     # one document of five tokens; agreement yes yes no yes yes; drafts of three
     agree = torch.tensor([True, True, False, True, True])
     seen, agreed = draft_counts(agree, torch.tensor([1, 2, 3, 4, 5]), 3).tolist()
-    # k = 1: five starts, four agree. k = 2: after agreement at 0, 1, 3 (4 is the last token): 0 agrees at 1, 3 at 4, 1 fails at 2.
+    # k = 1: five starts, four agree. k = 2: after agreement at 0, 1, 3 (4 is the last token):
+    # 0 agrees at 1, 3 at 4, 1 fails at 2.
     # k = 3: 0 fails at 2; 3 has no third token.
     assert (seen, agreed) == ([5, 3, 1], [4, 2, 0])
     assert accept_length(seen, agreed) == pytest.approx(1 + 4 / 5 + 4 / 5 * 2 / 3)
@@ -53,7 +54,7 @@ def test_nothing_counted():
 
 
 def test_perfect_agreement_in_short_documents_is_not_held_against_the_exit():
-    # documents of two tokens, drafts of four: nobody sees a third token
+    # documents of two tokens, drafts of four: none reaches a third token
     agree = torch.ones(6, dtype=torch.bool)
     counts = draft_counts(agree, torch.tensor([1, 6, 3, 6, 5, 6]), 4).tolist()
     assert counts == [[6, 3, 0, 0], [6, 3, 0, 0]] and accept_length(*counts) == 3.0

@@ -1,4 +1,7 @@
-"""Exits attached to a stage's output: run in backward, deepest first, each with its own hidden state; the stage below gets a zero."""
+"""Exits attached to a stage's output run in its backward, deepest first.
+
+Each uses its own hidden state; the stage below receives a gradient of zero.
+"""
 
 import gc
 import weakref
@@ -51,31 +54,33 @@ def test_a_stage_whose_layers_train_keeps_its_own_gradient():
     assert torch.allclose(weight.grad, received.detach().sum(0)) and not received.grad.any()
 
 
-def test_announced_parameters_are_told_complete():
-    parameter, told = torch.nn.Parameter(torch.ones(3)), []
-    parameter.register_post_accumulate_grad_hook(lambda p: told.append(p.grad_added_to_main_grad))
+def test_announced_parameters_are_marked_complete():
+    parameter, announced = torch.nn.Parameter(torch.ones(3)), []
+    parameter.register_post_accumulate_grad_hook(
+        lambda p: announced.append(p.grad_added_to_main_grad)
+    )
     attach_exits(
         torch.zeros(()),
         None,
         [AttachedExit(torch.ones(2, 1, 4), None, torch.tensor(1.0), (parameter,))],
     ).backward()
-    assert told == [True]
+    assert announced == [True]
 
 
 @pytest.mark.parametrize("backward_runs", [True, False])
 def test_hidden_states_go_with_the_output(backward_runs):
     hidden = torch.ones(2, 1, 4)
-    gone = weakref.ref(hidden)
+    reference = weakref.ref(hidden)
     gc.disable()
     try:
         output = attach_exits(
             torch.zeros(()), None, [AttachedExit(hidden, lambda h, f: None, torch.tensor(1.0), ())]
         )
         del hidden
-        assert gone() is not None or not backward_runs
+        assert reference() is not None or not backward_runs
         if backward_runs:
             output.backward()
         del output
-        assert gone() is None
+        assert reference() is None
     finally:
         gc.enable()

@@ -1,4 +1,7 @@
-"""Exits computed in backward: gradients equal those of exits computed in forward, and forward keeps nothing more."""
+"""Exits computed in backward have the gradients of exits computed in forward.
+
+Forward keeps no more tensors than without exits.
+"""
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ RULE_FACTOR = 0.125  # what the schedule multiplies the loss's gradient by
 
 
 def make_network():
-    """Returns three layers, their input [5, 3, 8], and the head's case."""
+    """Return three layers, their input [5, 3, 8], and the head's case."""
     torch.manual_seed(11)
     layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
     return layers, torch.randn(5, 3, 8, requires_grad=True), make_case()
@@ -29,7 +32,7 @@ def gradients(layers, x, case):
 
 
 def train_eagerly(depths):
-    """Returns all gradients by plain autograd."""
+    """Return all gradients by plain autograd."""
     layers, x, case = make_network()
     hidden, loss = x, 0.0
     for depth, layer in enumerate(layers, start=1):
@@ -47,7 +50,7 @@ def train_eagerly(depths):
 
 
 def train_deferred(depths, kept=None):
-    """Returns all gradients with exits in backward; ``kept`` receives the tensors that exits save in forward."""
+    """Return all gradients with exits in backward; ``kept`` receives tensors saved in forward."""
     layers, x, case = make_network()
 
     def backward(hidden, factor):
@@ -84,7 +87,7 @@ def train_deferred(depths, kept=None):
 @pytest.mark.parametrize("depths", [{1, 2, 3}, {1, 3}, {3}, {1, 2}])
 def test_gradients_equal_those_of_eager_exits(depths):
     for ours, eager in zip(train_deferred(depths), train_eagerly(depths), strict=True):
-        # a layer above the deepest exit has gradient None in plain autograd and 0 in a schedule that runs it
+        # plain autograd gives None to a layer above the deepest exit, a schedule that runs it 0
         torch.testing.assert_close(
             ours, torch.zeros_like(ours) if eager is None else eager, rtol=2e-6, atol=1e-6
         )

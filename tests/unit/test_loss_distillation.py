@@ -1,4 +1,7 @@
-"""The loss of a taught exit against F.cross_entropy, F.kl_div and autograd in float64; and how much memory it takes."""
+"""The loss of a taught exit against F.cross_entropy, F.kl_div and autograd in float64.
+
+And the memory that it takes.
+"""
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ RULES = [
 
 
 def make_teacher(case: LossCase, seed: int = 3) -> tuple[torch.Tensor, torch.nn.Parameter]:
-    """Returns a teacher's normed hidden state and an output matrix of its own."""
+    """Return a teacher's normed hidden state and an output matrix of its own."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(case.weight_ph.shape, generator=generator).to(case.weight_ph.dtype)
     return torch.randn(case.hidden_tbh.shape, generator=generator).to(
@@ -33,7 +36,7 @@ def make_teacher(case: LossCase, seed: int = 3) -> tuple[torch.Tensor, torch.nn.
 
 
 def run(case, teacher, rule, chunk_tokens=4, with_choice=False):
-    """Returns losses and gradient to the hidden state."""
+    """Return losses and gradient to the hidden state."""
     token_loss = TaughtCrossEntropy(
         case.request(chunk_tokens, with_choice=with_choice), rule, *teacher
     )
@@ -41,7 +44,10 @@ def run(case, teacher, rule, chunk_tokens=4, with_choice=False):
 
 
 def expected(case, teacher, rule):
-    """Returns cross entropies, divergences, and gradients to hidden state, norm and output matrix, in float64."""
+    """Return cross entropies, divergences and the gradients, in float64.
+
+    The gradients are those to hidden state, norm and output matrix.
+    """
     hidden, norm, weight = (
         x.detach().double().requires_grad_()
         for x in (case.hidden_tbh, case.norm.weight, case.weight_ph)
@@ -99,7 +105,8 @@ def test_counted_tokens_masks_padding_and_rows_in_blocks(rule, monkeypatch):
 
 
 def test_the_mean_over_tokens_is_not_torchs_batchmean():
-    # two tokens in one sequence: batchmean divides by the sequences, so it would grow with their length
+    # two tokens in one sequence: batchmean divides by the number of sequences, so it would grow
+    # with their length
     case = make_case(t=2, b=1)
     teacher = make_teacher(case)
     losses, _ = run(case, teacher, Distillation(1.0))
@@ -112,7 +119,7 @@ def test_the_mean_over_tokens_is_not_torchs_batchmean():
     assert losses.kl_n.mean().item() == pytest.approx(batchmean.item() / 2, rel=1e-5)
 
 
-def test_a_teacher_that_agrees_says_nothing():
+def test_a_teacher_that_agrees_gives_no_gradient():
     case = make_case()
     teacher = (
         case.norm(case.hidden_tbh).detach(),

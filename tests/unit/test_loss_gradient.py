@@ -57,7 +57,8 @@ def test_frozen_parameters_get_nothing_and_change_nothing_else(frozen):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_product_by_hand(dtype):
-    # left.T @ right = [[1 2] [3 4]].T @ [[10] [100]] = [[310] [420]]; the third row has no column in left
+    # left.T @ right = [[1 2] [3 4]].T @ [[10] [100]] = [[310] [420]];
+    # the third row has no column in left
     parameter = torch.nn.Parameter(torch.zeros(3, 1, dtype=dtype))
     parameter.main_grad = torch.tensor([[1.0], [2.0], [3.0]])
     left, right = (

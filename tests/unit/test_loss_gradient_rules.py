@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from megatron_sorted.loss.gradient_rules import RULES, GradientRule
+from megatron_sorted.loss.gradient_rules import GRADIENT_RULES, GradientRule
 
 OWN = torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]], [[0.0, 0.0]], [[2.0, 1.0]]])
 DEEPER = torch.tensor([[[0.0, 10.0]], [[-1.0, 1.0]], [[1.0, 1.0]], [[0.0, 0.0]]])
 
 
 def join(rule: GradientRule, num_above: int = 2, own=OWN, deeper=DEEPER) -> torch.Tensor:
-    """Returns what the rule makes of copies; deeper must not change."""
+    """Return what the rule makes of copies; deeper must not change."""
     kept = deeper.clone()
     joined = rule.join(own.clone(), deeper, num_above)
     assert torch.equal(kept, deeper)
@@ -22,7 +22,8 @@ def test_sum():
 
 
 def test_equilibrium_is_the_mean_over_the_exits_above():
-    # by induction from the last exit: with gradients 6, 3, 9 (shallow to deep) the layers under all of them see the mean, 6
+    # by induction from the last exit: with gradients 6, 3, 9 (shallow to deep) the layers under all
+    # of them see the mean, 6
     rule = GradientRule("equilibrium")
     gradients = [torch.full((1, 1, 1), value) for value in (6.0, 3.0, 9.0)]
     below_second = rule.join(gradients[1].clone(), gradients[2], 1)
@@ -64,7 +65,7 @@ def test_projection_of_the_micro_batch():
     )
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", GRADIENT_RULES)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("zeroed", ["own", "deeper", "both"])
 def test_zeros_stay_finite(name, whole, zeroed):
@@ -73,7 +74,7 @@ def test_zeros_stay_finite(name, whole, zeroed):
     assert join(GradientRule(name, whole), own=own, deeper=deeper).isfinite().all()
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", GRADIENT_RULES)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_its_dtype_and_a_common_factor_passes_through(name, whole, dtype):

@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 def one_token(loss: float, correct: bool = False) -> tuple[ExitLoss, torch.Tensor]:
-    """Returns what ``add`` takes, of a micro-batch of one token."""
+    """Return what ``add`` takes, of a micro-batch of one token."""
     return ExitLoss(torch.tensor([loss]), torch.tensor([correct])), torch.ones(1)
 
 
@@ -23,7 +23,8 @@ def test_sums_by_hand():
     )
     ledger.add(2, *one_token(3.0))
     ledger.add(4, ExitLoss(torch.empty(0), torch.empty(0, dtype=torch.bool)), torch.empty(0))
-    # loss 1 + 2 + 2 + 3; correct 1 + 0.5; tokens 2.5 + 1; means 5 / 2.5 + 3; two micro-batches; no pieces, gradients or steps given
+    # loss 1 + 2 + 2 + 3; correct 1 + 0.5; tokens 2.5 + 1; means 5 / 2.5 + 3; two micro-batches;
+    # no pieces, gradients or steps given
     assert (
         ledger.sums[2].tolist() == [8.0, 1.5, 3.5, 5.0, 2.0, 2.0, *[0.0] * 10]
         and ledger.sums[2].dtype == torch.float64
@@ -35,7 +36,7 @@ def test_sums_by_hand():
     assert ledger == Ledger()
 
 
-def test_a_part_of_a_micro_batch_takes_the_mean_of_the_whole():
+def test_a_part_of_a_micro_batch_uses_the_mean_of_the_whole():
     ledger = Ledger()
     ledger.add(1, *one_token(3.0), whole=(torch.tensor(10.0), torch.tensor(4.0)))
     ledger.add(
@@ -56,7 +57,8 @@ def test_a_part_of_a_micro_batch_takes_the_mean_of_the_whole():
 def test_pieces_with_every_label_right():
     ledger = Ledger()
     correct = torch.tensor([True, True, False, True, True])
-    # pieces 0 (two tokens, both right), 2 (one of two right), 3 (its one token right); piece 1 has no counted token
+    # pieces 0 (two tokens, both right), 2 (one of two right), 3 (its one token right);
+    # piece 1 has no counted token
     ledger.add(
         1,
         ExitLoss(torch.ones(5), correct),
@@ -69,7 +71,7 @@ def test_pieces_with_every_label_right():
 
 
 def step(gradients: list[list[float]], divisor: float, depth: int = 3) -> Ledger:
-    """Returns the ledger of a finished step with one micro-batch a gradient."""
+    """Return the ledger of a finished step with one micro-batch a gradient."""
     ledger = Ledger()
     for gradient in gradients:
         ledger.add(depth, *one_token(1.0))
@@ -99,7 +101,7 @@ def test_gradients_of_a_step_are_divided_at_its_end():
     assert first.sums[3][COLUMNS.index("steps")] == 2
 
 
-def test_a_merged_ledger_can_go_on_by_itself():
+def test_a_merged_ledger_can_be_added_to_again():
     interval, one = Ledger(), step([[1.0]], 1.0)
     one.add_drafts(3, torch.tensor([[4, 2], [3, 1]]))
     interval.merge(one)
@@ -125,7 +127,7 @@ def test_a_merged_ledger_can_go_on_by_itself():
     assert interval.drafts[3].tolist() == [[12, 6], [9, 3]]
 
 
-def test_teacher_and_meetings_of_gradients():
+def test_teacher_and_gradient_pairs():
     ledger = Ledger()
     mask = torch.tensor([1.0, 0.5])
     for kl in ([0.2, 0.4], [0.6, 0.0]):
@@ -133,8 +135,8 @@ def test_teacher_and_meetings_of_gradients():
             1, ExitLoss(torch.ones(2), torch.ones(2, dtype=torch.bool), kl_n=torch.tensor(kl)), mask
         )
     ledger.add(2, ExitLoss(torch.ones(2), torch.ones(2, dtype=torch.bool)), mask)
-    ledger.add_meeting(1, torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, -2.0]]))
-    ledger.add_meeting(1, torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 2.0]]))
+    ledger.add_gradient_pair(1, torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, -2.0]]))
+    ledger.add_gradient_pair(1, torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 2.0]]))
     open_still = Ledger()
     open_still.merge(ledger)
     for one in (ledger, open_still):
@@ -152,7 +154,7 @@ def test_teacher_and_meetings_of_gradients():
         assert dict(zip(COLUMNS, one.sums[2].tolist(), strict=True))["taught_batches"] == 0
     ledger.drop_gradients()
     assert ledger.sums[1][-3:].tolist() == [0.0] * 3 and ledger.sums[1][COLUMNS.index("kl")] > 0.9
-    ledger.add_meeting(1, torch.ones(1, 1), torch.ones(1, 1))
+    ledger.add_gradient_pair(1, torch.ones(1, 1), torch.ones(1, 1))
     ledger.clear()
     assert ledger == Ledger()
 

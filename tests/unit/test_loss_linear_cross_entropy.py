@@ -13,7 +13,7 @@ FACTOR = 0.37
 
 
 def run(case, chunk_tokens=4, factor=FACTOR):
-    """Returns losses and gradient to the hidden state."""
+    """Return losses and gradient to the hidden state."""
     factor = None if factor is None else torch.tensor(factor)
     return exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.loss(chunk_tokens), factor)
 
@@ -55,7 +55,8 @@ def test_some_tokens_are_right_and_some_wrong():
 
 
 def test_by_hand():
-    # hidden (1, 1) has root mean square 1; logits are log 1, log 2, log 5; the label is the second: probability 2 / 8
+    # hidden (1, 1) has root mean square 1; logits are log 1, log 2, log 5; the label is the second:
+    # probability 2 / 8
     case = make_case(t=1, b=1, h=2, rows=3)
     case.hidden_tbh = torch.ones(1, 1, 2)
     case.norm = torch.nn.RMSNorm(2, eps=0.0)
@@ -125,7 +126,8 @@ def test_large_logits_do_not_overflow():
 
 
 def test_bf16_is_as_good_as_bf16_can_be():
-    # bfloat16 keeps 8 bits. Logits of about 10 are rounded to 1/32 or so: losses and probabilities move by a few per cent at most.
+    # bfloat16 keeps 8 bits. Logits of about 10 are rounded to 1/32 or so: losses and probabilities
+    # change by a few per cent at most.
     case = make_case(t=16, b=4, h=32, rows=100, dtype=torch.bfloat16)
     case.weight_ph.data *= 0.2
     case.weight_ph.main_grad = torch.zeros(100, 32)

@@ -18,7 +18,7 @@ class Allocations(TorchDispatchMode):
         self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Returns what the operation returns."""
+        """Return what the operation returns."""
         given = {
             x.untyped_storage().data_ptr()
             for x in tree_leaves((args, kwargs))
@@ -33,7 +33,10 @@ class Allocations(TorchDispatchMode):
 
 
 def largest_allocation(dtype, chunk_tokens):
-    """Returns (largest new storage of a training call, bytes of the logits of a chunk in fp32); head 1000 x 64, 128 tokens."""
+    """Return (largest new storage of a training call, bytes of a chunk's logits in fp32).
+
+    The head is 1000 x 64, for 128 tokens.
+    """
     case = make_case(t=64, b=2, h=64, rows=1000, dtype=dtype)
     case.weight_ph.main_grad, case.norm.weight.main_grad = torch.zeros(1000, 64), torch.zeros(64)
     with Allocations([case.weight_ph, case.weight_ph.main_grad]) as seen:

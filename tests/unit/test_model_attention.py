@@ -9,10 +9,8 @@ INF = float("inf")
 
 
 def make(tokens: int, segments=None, window: int | None = None, dtype=torch.float32):
-    segments_bs = None if segments is None else torch.tensor([segments])
-    return make_attention_mask(
-        torch.zeros(1, tokens, dtype=torch.int64), segments_bs, window, dtype
-    )
+    pieces_bs = None if segments is None else torch.tensor([segments])
+    return make_attention_mask(torch.zeros(1, tokens, dtype=torch.int64), pieces_bs, window, dtype)
 
 
 def test_mask_keeps_packed_documents_apart():

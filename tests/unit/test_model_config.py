@@ -9,17 +9,17 @@ from megatron_sorted.settings.run import Settings
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"transformer_impl": "transformer_engine"}, ["--transformer-impl", "cpu", "local"]),
         ({"context_parallel_size": 2}, ["--context-parallel-size: 2", "Transformer Engine"]),
         ({"num_experts": 4}, ["--num-experts: 4", "router", "Transformer Engine"]),
     ],
 )
-def test_what_needs_transformer_engine_is_refused_on_cpu(changes, words):
+def test_features_of_transformer_engine_are_refused_on_cpu(changes, message):
     with pytest.raises(PlatformError) as caught:
         check_platform(Settings(**changes), CpuPlatform())
-    assert all(word in str(caught.value) for word in words)
+    assert all(word in str(caught.value) for word in message)
 
 
 def test_auto_takes_local_layers_on_cpu():
@@ -34,6 +34,7 @@ def test_a_torch_that_cannot_sum_shards_is_refused_before_anything_starts(monkey
     check_platform(Settings(), CpuPlatform())
     with pytest.raises(
         PlatformError,
-        match=r"--data-parallel fsdp: torch .* Install torch 2\.8 or later, or use --data-parallel ddp",
+        match=r"--data-parallel fsdp: torch .* "
+        r"Install torch 2\.8 or later, or use --data-parallel ddp",
     ):
         check_platform(sharded, CpuPlatform())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sorted.loss.linear_cross_entropy import exit_loss
-from megatron_sorted.model.exit_parts import ExitAdapter, ExitReader, without_recomputation
+from megatron_sorted.model.exit_parts import ExitAdapter, NormWithParts, without_recomputation
 from tests.support.loss_case import EPSILON, make_case
 
 
@@ -25,7 +25,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr("megatron_sorted.model.exit_parts.current_device", lambda: "cpu")
 
 
-def test_an_adapter_begins_as_nothing_and_is_marked_for_sequence_parallelism():
+def test_an_adapter_starts_as_the_identity_and_is_marked_for_sequence_parallelism():
     x = torch.randn(3, 2, 8)
     adapter = make_adapter(True)
     assert torch.equal(adapter(x), x) and adapter.down.weight.any()
@@ -39,11 +39,11 @@ def test_an_adapter_begins_as_nothing_and_is_marked_for_sequence_parallelism():
 
 @pytest.mark.parametrize("already_added", [False, True])
 def test_an_exit_read_through_an_adapter_has_the_gradients_of_autograd(already_added):
-    """Also in the second micro-batch, where parameters still say of the first that their gradient was added."""
+    """Check the second micro-batch too, where parameters still have the first one's mark."""
     torch.manual_seed(1)
     case, adapter = make_case(), make_adapter()
     torch.nn.init.normal_(adapter.up.weight)
-    reader = ExitReader(adapter, None, case.norm, None, None, False)
+    reader = NormWithParts(adapter, None, case.norm, None, None, False)
     assert list(reader.parameters()) == [*adapter.parameters(), *case.norm.parameters()]
     hidden = torch.randn(5, 3, 8, requires_grad=True)
     for parameter in reader.parameters():
@@ -68,7 +68,10 @@ def test_an_exit_read_through_an_adapter_has_the_gradients_of_autograd(already_a
 
 
 class Fused(torch.autograd.Function):
-    """A product whose weight's gradient a kernel adds to ``main_grad`` by itself, as Apex's does under Megatron."""
+    """A product whose weight's gradient a kernel adds to ``main_grad`` by itself.
+
+    Apex's does so under Megatron.
+    """
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -83,7 +86,7 @@ class Fused(torch.autograd.Function):
         return d * weight, torch.full_like(weight, 99.0)
 
 
-def test_what_a_fused_kernel_has_added_is_not_added_again():
+def test_a_gradient_that_a_fused_kernel_has_added_is_not_added_again():
     case = make_case()
     weight = torch.nn.Parameter(torch.ones(8))
     weight.main_grad = torch.zeros(8)
@@ -98,7 +101,8 @@ def test_what_a_fused_kernel_has_added_is_not_added_again():
 
     for step in (1, 2):
         _, d_hidden = exit_loss(x, Reader(), case.weight_ph, case.loss(4), torch.tensor(1.0))
-        # hidden and weight of 1: the gradient to the weight is that to the hidden state times the hidden state
+        # hidden and weight are 1: the gradient to the weight is that to the hidden state times the
+        # hidden state
         assert torch.allclose(weight.main_grad, step * (d_hidden * x).sum((0, 1)), atol=1e-5)
 
 

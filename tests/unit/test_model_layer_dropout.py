@@ -11,20 +11,20 @@ from tests.support.tiny import tiny
 
 
 class Doubles(torch.nn.Module):
-    """Stands where Megatron's layer stands: called with words, returns the hidden state and None."""
+    """A stand-in for Megatron's layer: takes keyword arguments, returns hidden state and None."""
 
     def forward(self, hidden_states):
         return 2 * hidden_states, None
 
 
-def test_chance_grows_from_nothing_at_the_first_layer_to_p_max_at_the_last():
+def test_the_probability_grows_from_zero_at_the_first_layer_to_p_max_at_the_last():
     settings = tiny(num_layers=5, layer_dropout=0.2)
     assert [drop_chance(settings, layer, 7) for layer in range(5)] == pytest.approx(
         [0, 0.2 * (2**0.25 - 1), 0.2 * (2**0.5 - 1), 0.2 * (2**0.75 - 1), 0.2]
     )
 
 
-def test_chance_grows_over_time_where_asked():
+def test_the_probability_grows_over_time_where_requested():
     settings = tiny(
         num_layers=3, layer_dropout=0.2, layer_dropout_schedule="exponential", train_iters=11
     )
@@ -53,7 +53,7 @@ def test_draws_are_as_frequent_as_they_should_be_and_depend_on_all_four():
     assert len(set(table)) == len(table)
 
 
-def test_a_dropped_sample_passes_as_it_came_and_its_gradient_too():
+def test_a_dropped_sample_and_its_gradient_pass_unchanged():
     settings = tiny(layer_dropout=0.5)
     layer = Doubles()
     dropout = LayerDropout([layer], 3, settings)

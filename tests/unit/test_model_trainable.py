@@ -1,11 +1,14 @@
-"""What trains: everything, or with --tune-exit the intermediate exits' own parts; and where no gradient need come out of a stage."""
+"""What trains: everything, or with --tune-exit the intermediate exits' own parts alone.
+
+And where no gradient need leave a chunk.
+"""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_sorted.model.stage import freeze_others, is_trained
+from megatron_sorted.model.chunk import freeze_others, is_trained
 from tests.support.tiny import tiny
 
 OWN = (
@@ -30,18 +33,18 @@ def test_names():
     ] * 4
 
 
-def make_stage(first_layer: int) -> torch.nn.Module:
+def make_stage(layers_before: int) -> torch.nn.Module:
     stage = torch.nn.Module()
-    stage.plan = SimpleNamespace(first_layer=first_layer)
+    stage.layout = SimpleNamespace(layers_before=layers_before)
     stage.decoder = torch.nn.Linear(2, 2, bias=False)
     stage.exit_norms = torch.nn.ModuleDict({"2": torch.nn.RMSNorm(2)})
     return stage
 
 
-@pytest.mark.parametrize("first_layer", [0, 2])
+@pytest.mark.parametrize("layers_before", [0, 2])
 @pytest.mark.parametrize("tune", [False, True])
-def test_a_stage_is_frozen_but_for_its_exits(first_layer, tune):
-    stage = make_stage(first_layer)
+def test_a_stage_is_frozen_but_for_its_exits(layers_before, tune):
+    stage = make_stage(layers_before)
     freeze_others(stage, tiny(tune_exit=tune))
     assert {name: p.requires_grad for name, p in stage.named_parameters()} == {
         "decoder.weight": not tune,
@@ -50,13 +53,13 @@ def test_a_stage_is_frozen_but_for_its_exits(first_layer, tune):
     assert stage.trains_below is not tune
 
 
-@pytest.mark.parametrize(("first_layer", "expected"), [(0, False), (2, True)])
-def test_layers_that_train_do_so_on_every_stage_so_gradients_come_out_of_all_but_the_first(
-    first_layer, expected, monkeypatch
+@pytest.mark.parametrize(("layers_before", "expected"), [(0, False), (2, True)])
+def test_layers_train_on_every_stage_so_gradients_leave_all_but_the_first(
+    layers_before, expected, monkeypatch
 ):
     monkeypatch.setattr(
-        "megatron_sorted.model.stage.is_trained", lambda name, settings: name.startswith("decoder")
+        "megatron_sorted.model.chunk.is_trained", lambda name, settings: name.startswith("decoder")
     )
-    stage = make_stage(first_layer)
+    stage = make_stage(layers_before)
     freeze_others(stage, tiny())
     assert stage.trains_below is expected

@@ -51,7 +51,8 @@ def test_duration(seconds, text):
 
 def test_step_line():
     assert step_line(STEP) == (
-        "step   20/1000  loss @2 10.999  @8 2.346  lr 2.50e-04  grad norm 1.23  250 ms/step  32,768 tokens/s  4m05s left"
+        "step   20/1000  loss @2 10.999  @8 2.346  lr 2.50e-04  grad norm 1.23  250 ms/step  "
+        "32,768 tokens/s  4m05s left"
     )
 
 
@@ -60,7 +61,8 @@ def test_step_line_of_half_precision_names_scale_and_skipped_steps():
         STEP, loss_scale=65536.0, skipped=3, exits={8: ExitNumbers(float("nan"), 0.0, 1.0)}
     )
     assert step_line(report) == (
-        "step   20/1000  loss @8 nan  lr 2.50e-04  grad norm 1.23  scale 65536  3 skipped  250 ms/step  32,768 tokens/s  4m05s left"
+        "step   20/1000  loss @8 nan  lr 2.50e-04  grad norm 1.23  scale 65536  3 skipped  250 "
+        "ms/step  32,768 tokens/s  4m05s left"
     )
 
 
@@ -96,7 +98,8 @@ def test_device_numbers_follow_where_they_are_known():
         memory_bytes=61 * 2**30 + 2**29,
     )
     assert step_line(report) == (
-        "step   20/1000  loss @2 10.999  @8 2.346  lr 2.50e-04  grad norm 1.23  3 skipped (2 not finite)  250 ms/step  32,768 tokens/s  "
+        "step   20/1000  loss @2 10.999  @8 2.346  lr 2.50e-04  grad norm 1.23  3 skipped (2 not "
+        "finite)  250 ms/step  32,768 tokens/s  "
         "4m05s left  312 TFLOP/s  MFU 31.6 %  61.5 GiB"
     )
 

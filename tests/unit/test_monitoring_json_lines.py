@@ -127,7 +127,8 @@ def test_a_torn_line_is_moved_away(tmp_path, torn, before):
         and (tmp_path / "metrics.jsonl.torn").read_bytes() == torn + b"\n"
     )
     assert writer.notes() == [
-        f"{path}: its last line was torn ({len(torn)} bytes) when an earlier run ended; moved to {path}.torn"
+        f"{path}: its last line was torn ({len(torn)} bytes) when an earlier run ended; moved to "
+        f"{path}.torn"
     ]
     assert writer.notes() == []
     writer.write(STEP)
@@ -145,7 +146,8 @@ def test_a_line_is_one_write(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_in_a_line_leaves_whole_lines(tmp_path):
-    # a limit on the size of files stops a write in the middle as a full disk does; it holds for a process, hence another one
+    # a limit on file sizes stops a write in the middle as a full disk does; in a new process, since
+    # the limit applies to the whole process
     code = f"""
 import resource, signal
 from megatron_sorted.monitoring.json_lines import JsonLines
@@ -210,7 +212,7 @@ def test_latest_lines_are_those_of_the_last_attempt():
         line("train", 40, 2),  # and again
         line("evaluation", 20, 3),
     ]  # evaluated again, on its own
-    assert [(found["kind"][0], found["step"], found["mark"]) for found in latest_lines(lines)] == [
+    assert [(line["kind"][0], line["step"], line["mark"]) for line in latest_lines(lines)] == [
         ("t", 10, 0),
         ("e", 10, 0),
         ("t", 20, 0),
@@ -222,7 +224,7 @@ def test_latest_lines_are_those_of_the_last_attempt():
     assert latest_lines([]) == []
 
 
-def test_latest_lines_of_a_long_run_are_found_quickly():
+def test_latest_lines_of_a_long_run_take_little_time():
     lines = [line("train", step, 0) for step in range(1, 100_001)]
     assert latest_lines(lines) == lines
 

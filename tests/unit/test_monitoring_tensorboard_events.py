@@ -22,7 +22,7 @@ def write(directory, resumed_step: int, reports) -> None:
 
 
 def read(directory) -> dict[str, list[tuple[int, float]]]:
-    """Returns {tag: [(step, value)]} as TensorBoard shows it."""
+    """Return {tag: [(step, value)]} as TensorBoard shows it."""
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     events.Reload()
     return {
@@ -33,17 +33,17 @@ def read(directory) -> dict[str, list[tuple[int, float]]]:
 
 def test_every_number_of_a_report_is_there(tmp_path):
     write(tmp_path / "new" / "tb", 0, [STEP, dataclasses.replace(STEP, step=30), EVALUATION])
-    found = read(tmp_path / "new" / "tb")
+    events = read(tmp_path / "new" / "tb")
     expected = metric_values(STEP, 8)
     both = metric_values(EVALUATION, 8, "facts")
-    assert set(found) == set(expected) | set(both)
+    assert set(events) == set(expected) | set(both)
     for tag, value in expected.items():
-        assert [step for step, _ in found[tag]] == [20, 30]
-        assert all(read_value == pytest.approx(value, rel=1e-6) for _, read_value in found[tag]), (
+        assert [step for step, _ in events[tag]] == [20, 30]
+        assert all(read_value == pytest.approx(value, rel=1e-6) for _, read_value in events[tag]), (
             tag
         )  # scalars are float32
     for tag, value in both.items():
-        assert found[tag] == [(20, pytest.approx(value, rel=1e-6))]
+        assert events[tag] == [(20, pytest.approx(value, rel=1e-6))]
 
 
 def test_a_resume_takes_back_what_came_after_the_checkpoint(tmp_path, monkeypatch):

@@ -15,9 +15,9 @@ from tests.unit.test_monitoring_console import EVALUATION, STEP
 SETTINGS = replace(Settings(), num_layers=8)
 
 
-def open_said(settings: Settings):
-    said = []
-    return open_writers(settings, "id", 0, {}, said.append), said
+def open_logged(settings: Settings):
+    logged = []
+    return open_writers(settings, "id", 0, {}, logged.append), logged
 
 
 @pytest.mark.parametrize("tensorboard", [False, True])
@@ -28,12 +28,12 @@ def test_each_alone_or_together(tmp_path, json_lines, tensorboard):
         save=str(tmp_path / "save") if json_lines else None,
         tensorboard_dir=str(tmp_path / "tb") if tensorboard else None,
     )
-    writers, said = open_said(settings)
+    writers, logged = open_logged(settings)
     writers.write(STEP)
     writers.write(EVALUATION)
     writers.close()
     writers.close()  # a second time does nothing
-    assert said == []
+    assert logged == []
     assert (
         sorted(path.name for path in tmp_path.iterdir())
         == ["save"] * json_lines + ["tb"] * tensorboard
@@ -46,24 +46,25 @@ def test_each_alone_or_together(tmp_path, json_lines, tensorboard):
         ]
 
 
-def test_a_full_disk_is_said_once_and_stops_nothing(tmp_path):
-    writers, said = open_said(
+def test_a_full_disk_is_logged_once_and_stops_nothing(tmp_path):
+    writers, logged = open_logged(
         replace(SETTINGS, metrics_file="/dev/full", tensorboard_dir=str(tmp_path))
     )
     for _ in range(3):
         writers.write(STEP)
-    assert said == [
-        "JSON lines: a report could not be written ([Errno 28] No space left on device). Training goes on, later ones are tried"
+    assert logged == [
+        "JSON lines: a report could not be written ([Errno 28] No space left on device). Training "
+        "continues, and later reports are tried"
     ]
     writers.close()
-    assert said[1:] == ["JSON lines: 3 reports could not be written"]
+    assert logged[1:] == ["JSON lines: 3 reports could not be written"]
     assert b"lm loss" in next(tmp_path.iterdir()).read_bytes()
 
 
 def test_a_file_that_cannot_be_opened_ends_the_run_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="--metrics-file"):
-        open_said(replace(SETTINGS, save=str(tmp_path / "file")))
+        open_logged(replace(SETTINGS, save=str(tmp_path / "file")))
 
 
 @pytest.mark.parametrize("how", ["setting", "environment"])
@@ -73,12 +74,12 @@ def test_disabled_wandb_writes_and_starts_nothing(tmp_path, monkeypatch, how):
         monkeypatch.setenv("WANDB_MODE", "disabled")
     mode = "disabled" if how == "setting" else "online"
     monkeypatch.setattr(subprocess, "Popen", None)
-    writers, said = open_said(
+    writers, logged = open_logged(
         replace(SETTINGS, save=str(tmp_path), wandb_project="p", wandb_mode=mode)
     )
     writers.write(STEP)
     writers.close()
-    assert said == [] and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert logged == [] and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_nothing_heavy_is_imported():

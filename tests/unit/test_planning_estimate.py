@@ -1,17 +1,17 @@
-"""What a plan says of known models, and of layouts of one."""
+"""Plans of known models, and of layouts of one."""
 
 import shlex
 from dataclasses import replace
 
 import pytest
 
-from megatron_sorted.dry_run.page import layout_flags
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.planning.devices import DEVICES, device_named
 from megatron_sorted.planning.estimate import Plan, make_plan, network_parameters
+from megatron_sorted.planning.launch import launch_line
+from megatron_sorted.planning.page import layout_flags
 from megatron_sorted.planning.search import search
 from megatron_sorted.settings.costs import train_flops_per_token
-from megatron_sorted.settings.launch import launch_line
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.settings.rules import check_settings
 from megatron_sorted.settings.run import Settings
@@ -34,7 +34,7 @@ SEVEN = Settings(
 
 
 def plan_of(world_size: int, **changes) -> Plan:
-    """Returns the plan of LLaMA 2 7B with exits on A100s."""
+    """Return the plan of LLaMA 2 7B with exits on A100s."""
     settings = replace(SEVEN, **changes)
     check_settings(settings, world_size)
     return make_plan(settings, 32000, world_size, DEVICES["A100"], 2048)
@@ -115,7 +115,8 @@ def test_a_parameter_takes_what_the_guide_to_sharding_says(name):
     assert stage.memory.states == pytest.approx(size * 6_738_415_616, rel=1e-8)
 
 
-# docs/fsdp.md: MB of a step on processes, over what libraries take before anything runs; what running adds to those is the same for all
+# docs/fsdp.md: MB of a step on processes, with the memory of libraries before anything runs;
+# running adds the same to those in all cases.
 SHARDING = {
     ("ddp", 2): 1508,
     ("distributed", 2): 1401,
@@ -152,7 +153,8 @@ def test_what_a_fully_sharded_run_sends():
     one, two = (
         plan_of(8, global_batch_size=8 * count, **FULLY).stages[0].messages for count in (1, 2)
     )
-    # layers and embedding for forward and for backward, the output matrix for backward, in bf16; gradients in fp32
+    # Layers and embedding for forward and for backward, the output matrix for backward, in bf16;
+    # gradients in fp32.
     assert one.parameters == (2 * (2 * (layers + matrix) + matrix) + 2 * norms) * 7 // 8
     assert one.gradients == 4 * (layers + 2 * matrix + norms) * 7 // 8
     assert two.parameters - one.parameters == 2 * (2 * (layers + matrix) + matrix) * 7 // 8
@@ -179,7 +181,8 @@ def test_links_that_are_slow_are_waited_for_when_all_is_gathered_for_every_pass(
 
 TP2 = {"tensor_model_parallel_size": 2}
 SEQUENCE = {**TP2, "sequence_parallel": True}
-# all-gathers and reduce-scatters of a hidden state in a micro-batch, an all-reduce counting two: 32 layers, an embedding, 4 exits
+# All-gathers and reduce-scatters of a hidden state in a micro-batch, an all-reduce counting two:
+# 32 layers, an embedding, 4 exits.
 COLLECTIVES = {
     "plain": (TP2, 32 * 8 + 2 + 4 * 2),
     "sequence": (SEQUENCE, 32 * 10 + 2 + 4 * 2),
@@ -219,7 +222,7 @@ RECIPES = (
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_fit_the_devices_they_name_and_say_how_they_start(name):
+def test_recipes_fit_their_devices_and_have_a_launch_line(name):
     path = ROOT / "examples" / f"{name}.yaml"
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     settings = load_settings(["--config", str(path)])
@@ -236,7 +239,8 @@ def test_recipes_fit_the_devices_they_name_and_say_how_they_start(name):
     )
 
 
-PUBLISHED = {  # config.json of meta-llama's and Qwen's repositories: parameters, with which all sizes are right
+# Parameters by config.json of meta-llama's and Qwen's repositories.
+PUBLISHED = {
     "llama2_7b_8gpu": 6_738_415_616,
     "llama2_13b_nested": 13_015_864_320,
     "llama2_13b_soft": 13_015_864_320,
@@ -276,15 +280,15 @@ def test_the_recipe_of_38_billion_is_what_its_source_says():
 
 def test_search_finds_layouts_that_fit_the_fastest_first():
     device = DEVICES["A100"]
-    found, tried, least = search(
+    proposals, tried, least = search(
         replace(SEVEN, num_layers=8, exit_layer_nums=(2, 4, 6)), 32000, 4, device, 2048, 40 * 10**9
     )
-    assert 10 < len(found) <= tried and least < 40 * 10**9
-    seconds = [proposal.plan.seconds for proposal in found]
+    assert 10 < len(proposals) <= tried and least < 40 * 10**9
+    seconds = [proposal.plan.seconds for proposal in proposals]
     assert seconds == sorted(seconds) and all(
-        proposal.plan.peak_bytes <= 40 * 10**9 for proposal in found
+        proposal.plan.peak_bytes <= 40 * 10**9 for proposal in proposals
     )
-    for proposal in found[:3]:
+    for proposal in proposals[:3]:
         check_settings(proposal.settings, 4)
         assert make_plan(proposal.settings, 32000, 4, device, 2048) == proposal.plan
     assert (
@@ -295,19 +299,21 @@ def test_search_finds_layouts_that_fit_the_fastest_first():
     )
 
 
-def test_flags_of_a_found_layout_make_the_run_that_was_found(tmp_path):
+def test_flags_of_a_proposed_layout_make_its_run(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "num-layers: 8\nhidden-size: 1024\nnum-attention-heads: 8\nseq-length: 512\nvocab-size: 32000\nmock-data: true\n"
-        "pipeline-model-parallel-size: 2\ndecoder-first-pipeline-num-layers: 3\nrecompute-granularity: full\n"
-        "recompute-method: block\nrecompute-num-layers: 2\nmicro-batch-size: 2\nuse-distributed-optimizer: true\n"
+        "num-layers: 8\nhidden-size: 1024\nnum-attention-heads: 8\nseq-length: 512\n"
+        "vocab-size: 32000\nmock-data: true\npipeline-model-parallel-size: 2\n"
+        "decoder-first-pipeline-num-layers: 3\nrecompute-granularity: full\n"
+        "recompute-method: block\nrecompute-num-layers: 2\nmicro-batch-size: 2\n"
+        "use-distributed-optimizer: true\n"
         "overlap-grad-reduce: true\noverlap-param-gather: true\nexit-layer-nums: [2]\n"
     )
     settings = load_settings(["--config", str(path)])
     check_settings(settings, 8)
-    found, _, _ = search(settings, 32000, 8, DEVICES["A100"], 2048, 80 * 10**9)
+    proposals, _, _ = search(settings, 32000, 8, DEVICES["A100"], 2048, 80 * 10**9)
     kinds = {}
-    for proposal in found:
+    for proposal in proposals:
         s = proposal.settings
         kinds.setdefault(
             (s.pipeline_model_parallel_size > 1, s.data_parallel, s.recompute_granularity), proposal

@@ -12,7 +12,7 @@ from megatron_sorted.planning.schedule import (
 
 
 def written(text: str) -> list[Pass]:
-    """Returns passes from words such as F0.1: forward, chunk 0, micro-batch 1."""
+    """Return passes from words such as F0.1: forward, chunk 0, micro-batch 1."""
     return [Pass(word[0] == "F", int(word[1]), int(word[3:])) for word in text.split()]
 
 
@@ -23,7 +23,8 @@ def test_one_forward_one_backward():
 
 
 def test_interleaved():
-    # Megatron: (2 - 0 - 1) * 2 + (2 - 1) * 2 = 4 forwards before the first pair on stage 0, 2 on stage 1
+    # Megatron: (2 - 0 - 1) * 2 + (2 - 1) * 2 = 4 forwards before the first pair on stage 0, 2 on
+    # stage 1
     assert passes_of_stage(0, 2, 2, 2) == written("F0.0 F0.1 F1.0 F1.1 B1.0 B1.1 B0.0 B0.1")
     assert passes_of_stage(1, 2, 2, 2) == written("F0.0 F0.1 F1.0 B1.0 F1.1 B1.1 B0.0 B0.1")
 

@@ -5,7 +5,6 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from megatron_sorted.exits.placement import layers_of_layout
 from megatron_sorted.planning.devices import DEVICES
 from megatron_sorted.planning.estimate import make_plan
 from megatron_sorted.planning.operations import operations_of_chunk
@@ -16,13 +15,14 @@ from megatron_sorted.planning.split import (
     weights_of_layers,
     with_split,
 )
+from megatron_sorted.settings.placement import layers_of_layout
 from megatron_sorted.settings.run import Settings
 
 WEIGHTS = [1, 1, 1.7, 1, 1, 1.7, 1, 1, 1, 1.7]
 
 
 def heaviest(weights, lengths, stages):
-    """Returns the weight of the heaviest stage."""
+    """Return the weight of the heaviest stage."""
     parts, start = [], 0
     for length in lengths:
         parts.append(sum(weights[start : start + length]))
@@ -31,7 +31,7 @@ def heaviest(weights, lengths, stages):
 
 
 def all_splits(count, parts):
-    """Yields every way to cut ``count`` layers into consecutive parts."""
+    """Yield all splits of ``count`` layers into consecutive parts."""
     for cuts in combinations(range(1, count), parts - 1):
         ends = [0, *cuts, count]
         yield [b - a for a, b in pairwise(ends)]
@@ -90,7 +90,7 @@ def test_exits_on_every_stage_leave_the_slowest_within_two_percent_of_the_mean(e
 
 
 def test_stages_with_many_exits_get_few_layers():
-    # one head costs what a layer does, so that 36 layers and 4 exits are 40 layers: 10 for each stage
+    # One head costs as much as a layer: 36 layers and 4 exits are 40 layers, 10 for each stage.
     settings = replace(
         NESTED,
         num_layers=36,

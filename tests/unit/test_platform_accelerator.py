@@ -1,4 +1,4 @@
-"""What every accelerator does alike, on a module of torch that stands in for one with two devices."""
+"""The common base of accelerators, on a stand-in for torch's module of a host with two devices."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ def platform(request, monkeypatch):
     return request.param()
 
 
-def test_a_process_is_bound_to_a_device_that_is_there(platform):
+def test_a_process_is_bound_to_an_existing_device(platform):
     platform.select_device(1)
     assert (
         platform.module.bound == 1
@@ -36,7 +36,8 @@ def test_a_process_is_bound_to_a_device_that_is_there(platform):
     )
     with pytest.raises(
         PlatformError,
-        match=r"local rank 2: this host has 2 (GPUs|NPUs \(ASCEND_RT_VISIBLE_DEVICES may hide some\))\. "
+        match=r"local rank 2: this host has 2 "
+        r"(GPUs|NPUs \(ASCEND_RT_VISIBLE_DEVICES may hide some\))\. "
         r"Start at most as many processes per host \(--nproc-per-node\) as it has (GPUs|NPUs)\.",
     ):
         platform.select_device(2)

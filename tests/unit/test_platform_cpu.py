@@ -1,4 +1,4 @@
-"""CUDA's names answered by the CPU, in a process of its own: the redirections last as long as the process."""
+"""CUDA calls redirected to the CPU, in a separate process, because redirections outlast a test."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ ARGUMENTS = {
 
 
 def redirected() -> dict:
-    """Returns what a redirected process sees."""
+    """Return what a redirected process sees."""
     CpuPlatform().prepare()
     CpuPlatform().prepare()  # a second time changes nothing
     seen = {}
@@ -56,7 +56,7 @@ def redirected() -> dict:
 
 
 def tracker_forks() -> dict:
-    """Returns numbers drawn inside and outside Megatron's tracker of random states."""
+    """Return numbers drawn inside and outside Megatron's tracker of random states."""
     from megatron.core import tensor_parallel
 
     from megatron_sorted.platform.state import random_state, random_tracker, set_random_state
@@ -123,7 +123,7 @@ def test_platforms_by_name():
 
 
 def without_gpu() -> tuple[str, str]:
-    """Returns the platform chosen by itself, and what is said to who insists."""
+    """Return the platform that "auto" chooses, and the refusal of an explicit one."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with pytest.raises(PlatformError) as error:
         choose_platform("cuda").prepare()
@@ -134,16 +134,19 @@ def test_no_gpu_is_a_sentence():
     assert run_ranks(1, without_gpu) == [
         (
             "cpu",
-            "--device cuda: torch sees no GPU on this host. Install a CUDA build of torch, or use --device cpu.",
+            "--device cuda: torch sees no GPU on this host. "
+            "Install a CUDA build of torch, or use --device cpu.",
         )
     ]
 
 
 def test_a_start_on_a_cpu_loads_neither_compiler_nor_wandb():
     code = (
-        "import sys; from types import SimpleNamespace; from megatron_sorted.platform.select import load_device; "
+        "import sys; from types import SimpleNamespace; "
+        "from megatron_sorted.platform.select import load_device; "
         "load_device(SimpleNamespace(device='cpu')); import megatron_sorted.training.run.loop; "
-        "print(sorted(name for name in ('torch._dynamo', 'torch._inductor', 'wandb') if sys.modules.get(name)))"
+        "print(sorted(name for name in ('torch._dynamo', 'torch._inductor', 'wandb') "
+        "if sys.modules.get(name)))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False

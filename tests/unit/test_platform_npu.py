@@ -1,4 +1,7 @@
-"""What is refused before torch_npu is loaded, and where "auto" goes; without torch_npu, which `make test-npu` has."""
+"""Refusals before torch_npu is loaded, and the choice of "auto".
+
+These tests run without torch_npu, which `make test-npu` has.
+"""
 
 import importlib.util
 
@@ -10,7 +13,7 @@ from megatron_sorted.platform import select
 from megatron_sorted.platform.kernels import FusedKernels, fused_kernels
 from megatron_sorted.platform.npu import start as npu_start
 from megatron_sorted.platform.npu.kernels import KERNELS, chosen_kernels
-from megatron_sorted.platform.npu.mends import MENDS
+from megatron_sorted.platform.npu.patches import PATCHES
 from megatron_sorted.platform.npu.start import load_torch_npu
 from tests.support.tiny import TINY
 
@@ -27,7 +30,7 @@ def test_gpus_and_npus_in_one_process_are_refused(monkeypatch):
     ("gpus", "npus", "expected"),
     [(True, False, "cuda"), (False, True, "npu"), (False, False, "cpu")],
 )
-def test_auto_takes_the_accelerator_that_is_there(gpus, npus, expected, monkeypatch):
+def test_auto_chooses_the_accelerator_that_is_present(gpus, npus, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
     monkeypatch.setattr(select, "has_npus", lambda: npus)
     assert select.device_for("auto") == expected and select.device_for("cpu") == "cpu"
@@ -36,7 +39,7 @@ def test_auto_takes_the_accelerator_that_is_there(gpus, npus, expected, monkeypa
 def test_auto_does_not_choose_between_two(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(select, "has_npus", lambda: True)
-    with pytest.raises(PlatformError, match="Say which with --device cuda or --device npu"):
+    with pytest.raises(PlatformError, match="Choose with --device cuda or --device npu"):
         select.device_for("auto")
 
 
@@ -59,7 +62,7 @@ def test_no_fused_operation_is_used_unless_a_platform_brings_it():
     assert set(TINY.npu_kernels) == set(KERNELS)
 
 
-def test_every_mend_has_a_name_of_its_own_and_a_reason():
-    assert len({mend.name for mend in MENDS}) == len(MENDS) and all(
-        len(mend.reason) > 20 for mend in MENDS
+def test_every_patch_has_a_unique_name_and_a_reason():
+    assert len({patch.name for patch in PATCHES}) == len(PATCHES) and all(
+        len(patch.reason) > 20 for patch in PATCHES
     )

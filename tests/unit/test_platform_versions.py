@@ -25,16 +25,18 @@ def test_versions_that_are_taken(version):
 def test_other_versions_are_refused_with_value_rule_and_remedy(version):
     with pytest.raises(
         PlatformError,
-        match=rf"megatron-core {version}: .* runs on 0.12.1 to 0.16. .*pip install 'megatron-core==0.16.\*'",
+        match=rf"megatron-core {version}: .* runs on 0.12.1 to 0.16. "
+        r".*pip install 'megatron-core==0.16.\*'",
     ):
         versions.check_megatron_version(version)
 
 
-def test_what_an_older_version_cannot_do_is_refused():
+def test_features_that_an_older_version_lacks_are_refused():
     versions.check_megatron_can(("--lora-rank", False), version="0.14.0")
     versions.check_megatron_can(("--lora-rank", True), version="0.15.0")
     with pytest.raises(
-        PlatformError, match=r"--lora-rank: needs megatron-core 0.15 or later, and 0.14.0 is here"
+        PlatformError,
+        match=r"--lora-rank: needs megatron-core 0.15 or later, and 0.14.0 is installed",
     ):
         versions.check_megatron_can(
             ("--data-parallel fsdp", False), ("--lora-rank", True), version="0.14.0"
@@ -50,15 +52,16 @@ def test_only_known_arguments_are_passed():
 
 
 ROOT = Path(__file__).resolve().parents[2]
+OLDEST, NEWEST = versions.shown(versions.OLDEST), versions.shown(versions.NEWEST)
 
 
-@pytest.mark.parametrize(("file", "words"), [
-    ("setup.py", f"megatron-core>={versions.shown(versions.OLDEST)},<{versions.NEWEST[0]}.{versions.NEWEST[1] + 1}"),
-    ("README.md", f"megatron-core {versions.shown(versions.OLDEST)} to {versions.shown(versions.NEWEST)}"),
-    ("constraints.txt", f"megatron-core=={versions.shown(versions.NEWEST)}."),
+@pytest.mark.parametrize(("file", "text"), [
+    ("setup.py", f"megatron-core>={OLDEST},<{versions.NEWEST[0]}.{versions.NEWEST[1] + 1}"),
+    ("README.md", f"megatron-core {OLDEST} to {NEWEST}"),
+    ("constraints.txt", f"megatron-core=={NEWEST}."),
 ])  # fmt: skip
-def test_pages_and_requirements_say_the_same_versions(file, words):
-    assert words in (ROOT / file).read_text(encoding="utf-8")
+def test_pages_and_requirements_name_the_same_versions(file, text):
+    assert text in (ROOT / file).read_text(encoding="utf-8")
 
 
 def test_the_oldest_torch_is_the_one_that_is_required():

@@ -1,4 +1,7 @@
-"""Records of JSON files and lines of texts: what ends a line, what a file holds, and files that are none of these."""
+"""Records of JSON files and lines of texts: ends of lines, formats of files.
+
+Files that are neither are refused.
+"""
 
 import gzip
 import json
@@ -83,7 +86,7 @@ def test_a_line_ends_at_a_line_feed_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_a_byte_order_mark_and_compression_are_told_by_content(tmp_path, zipped):
+def test_byte_order_mark_and_compression_are_recognised_by_content(tmp_path, zipped):
     content = b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}'
     content = gzip.compress(content) if zipped else content
     assert read(tmp_path / "x.txt", content) == [{"text": "a"}, {"text": "b"}]
@@ -110,9 +113,9 @@ def test_lists_and_objects_over_several_lines(tmp_path, monkeypatch, window, wri
     path = tmp_path / "rows"
     assert read(path, write(rows).encode()) == rows and first_record(path) == rows[0]
     blocks = list(read_blocks([str(path)], limit=7, block_bytes=100))
-    found = [(number, value) for block in blocks for number, value, _ in records(block)]
+    values = [(number, value) for block in blocks for number, value, _ in records(block)]
     assert (
-        found == list(enumerate(rows[:7], 1))
+        values == list(enumerate(rows[:7], 1))
         and blocks[0].place(3) == f"{path}, record 3"
         and len(blocks) > 1
     )
@@ -149,24 +152,24 @@ def test_damaged_lists(tmp_path, content, message):
         (b'{"a" 1}', "not_json"),
     ],
 )
-def test_lines_that_are_none(tmp_path, line, reason):
+def test_lines_that_are_not_json(tmp_path, line, reason):
     (tmp_path / "x").write_bytes(b'{"b": 1}\n\n' + line + b"\n")
     [block] = read_blocks([str(tmp_path / "x")])
     assert list(records(block))[1] == (3, None, reason)
-    with pytest.raises(DataError, match=rf"x:3: {reason}\. Mend"):
+    with pytest.raises(DataError, match=rf"x:3: {reason}\. Correct"):
         list(read_records(tmp_path / "x"))
 
 
-def test_numbers_and_nesting_that_are_within_reason():
+def test_numbers_and_nesting_within_the_bounds():
     line = b"[" * 100 + b"1" * 40 + b"]" * 100
     [(_, value, reason)] = records(json_lines.Block("x", 1, line))
     assert reason is None and str(value).strip("[]") == "1" * 40
 
 
 def test_memory_is_bounded(tmp_path, monkeypatch):
-    for name in ("MOST_LINE_BYTES", "BEGINNING_BYTES"):
+    for name in ("MAX_LINE_BYTES", "BEGINNING_BYTES"):
         monkeypatch.setattr(json_lines, name, 1000)
-    monkeypatch.setattr(json_values, "MOST_RECORD_BYTES", 1000)
+    monkeypatch.setattr(json_values, "MAX_RECORD_BYTES", 1000)
     monkeypatch.setattr(json_values, "READ_BYTES", 300)
     with pytest.raises(DataError, match=r"x:2: more than 1,000 bytes in one line. Cut"):
         list(read_blocks([str(_written(tmp_path, b'{"a": 1}\n' + b"x" * 5000))], block_bytes=100))
@@ -178,9 +181,9 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
             )
         )
     with pytest.raises(
-        DataError, match=r"x: more than 100 bytes, the most that is held of a text. Give a part"
+        DataError, match=r"x: more than 100 bytes, the limit for a text. Give a part"
     ):
-        read_text(_written(tmp_path, gzip.compress(b"x" * 101)), most_bytes=100)
+        read_text(_written(tmp_path, gzip.compress(b"x" * 101)), max_bytes=100)
 
 
 def _written(folder, content: bytes):
@@ -191,11 +194,14 @@ def _written(folder, content: bytes):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        *((magic + b"abc", what.partition(".")[0]) for magic, what in text_file.OTHERS.items()),
+        *(
+            (magic + b"abc", what.partition(".")[0])
+            for magic, what in text_file.OTHER_FORMATS.items()
+        ),
         (b"a\nb\n\xff", "line 3: not UTF-8 at byte 4"),
     ],
 )
-def test_what_is_no_text_is_named_with_a_remedy(tmp_path, content, message):
+def test_files_that_are_not_text_are_named_with_a_remedy(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
         read_text(_written(tmp_path, content))
 
@@ -214,12 +220,12 @@ def test_what_is_no_text_is_named_with_a_remedy(tmp_path, content, message):
         ("a.gz", b"x", False),
     ],
 )
-def test_formats_are_told_by_content(tmp_path, name, content, expected):
+def test_formats_are_recognised_by_content(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     assert holds_records(tmp_path / name) == expected
 
 
-def test_what_is_no_file(tmp_path):
+def test_paths_that_are_not_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, message in (
         (tmp_path / "absent", "No such file"),

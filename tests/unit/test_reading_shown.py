@@ -1,11 +1,11 @@
-"""Names from outside as they are printed: nothing in them clears a screen or writes a line of its own."""
+"""Names from outside in messages: none can clear a screen or write a line of its own."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from megatron_sorted.decoding.terminal import Page
+from megatron_sorted.decoding.terminal import TokenFormat
 from megatron_sorted.reading.shown import for_terminal, one_line, printable, shown
 
 NASTY = "a\x1b[2J\rb\nerror: forged\u202e\u2028\x07\x9b1m"
@@ -13,11 +13,11 @@ HARMLESS = r"a\x1b[2J\rb\nerror: forged\u202e\u2028\x07\x9b1m"
 
 
 @pytest.mark.parametrize("name", [NASTY, Path(NASTY), NASTY.encode().decode()])
-def test_what_a_terminal_obeys_is_escaped(name):
+def test_control_characters_are_escaped(name):
     assert shown(name) == one_line(NASTY) == HARMLESS
 
 
-def test_words_of_any_language_stay_and_long_names_are_cut():
+def test_text_of_any_language_stays_and_long_names_are_cut():
     assert (
         shown("größer 你好 مرحبا 🙂 \\x1b") == "größer 你好 مرحبا 🙂 \\x1b"
         and shown(5) == "5"
@@ -30,7 +30,7 @@ def test_words_of_any_language_stay_and_long_names_are_cut():
     )
 
 
-def test_lines_of_ours_stay_lines():
+def test_line_feeds_of_messages_stay():
     assert printable("a\tb\n\x1b[0m\rc\n") == "a\tb\n\\x1b[0m\\rc\n"
 
 
@@ -39,8 +39,8 @@ def test_a_models_text_on_a_terminal():
         for_terminal("a\n\tb\r\x1b]0;title\x07\u200d\u202b\x9b")
         == "a\n\tb\\r\\x1b]0;title\\x07\u200d\u202b\\x9b"
     )
-    assert Page([2], in_colour=False, on_terminal=True).shown("\x1b[2J", 2) == "\\x1b[2J"
-    assert Page([2], in_colour=False).shown("\x1b[2J", 2) == "\x1b[2J"
+    assert TokenFormat([2], in_colour=False, on_terminal=True).shown("\x1b[2J", 2) == "\\x1b[2J"
+    assert TokenFormat([2], in_colour=False).shown("\x1b[2J", 2) == "\x1b[2J"
     assert (
-        Page([2], in_colour=True, on_terminal=True).shown("\x1b", 2).count("\x1b") == 2
+        TokenFormat([2], in_colour=True, on_terminal=True).shown("\x1b", 2).count("\x1b") == 2
     )  # the two of ours

@@ -89,8 +89,8 @@ def test_picture_and_page_of_two_runs(tmp_path, capsys):
     )
     # by hand: 10 nats over step 3 and depth 8; e to that
     assert (
-        "<tr><td>8</td><td>0.4167</td><td>1.52</td><td>50.0 %</td><td>50.0 %</td><td>1.50</td><td>0.25</td><td>0.1</td>"
-        in page
+        "<tr><td>8</td><td>0.4167</td><td>1.52</td><td>50.0 %</td><td>50.0 "
+        "%</td><td>1.50</td><td>0.25</td><td>0.1</td>" in page
     )
     assert "<td>8,000</td><td>1.600e+07</td>" in page
     assert page.count("<td>3</td></tr>") == 2  # three steps were not finite, in each run
@@ -203,7 +203,7 @@ def test_more_mistakes(tmp_path):
     with pytest.raises(DataError, match="absent: no such file or directory"):
         read_run(tmp_path / "absent")
     with pytest.raises(
-        DataError, match=r"7 runs are more than one picture can tell apart. Give at most 6"
+        DataError, match=r"7 runs are more than one picture can distinguish. Give at most 6"
     ):
         report.main([str(tmp_path)] * 7)
     folder = write_run(tmp_path / "run")

@@ -14,7 +14,7 @@ from megatron_sorted.reporting.exits import read_evaluation
 def write_evaluation(
     folder: Path, run: str, losses: dict[int, float], exact: dict[int, float]
 ) -> Path:
-    """Returns the file of a run with one real set and one on which nothing is right."""
+    """Return the file of a run with one real set and one on which nothing is right."""
     scores = {
         str(d): {"loss": losses[d], "token_accuracy": 0.5, "exact_match": exact[d]} for d in losses
     }
@@ -69,13 +69,16 @@ def test_mistakes(tmp_path: Path) -> None:
     broken.write_text('{"run": "x", "exits": {}}', encoding="utf-8")
     with pytest.raises(DataError, match="not an evaluation file"):
         read_evaluation(broken)
-    found = json.loads(
+    broken.write_text('{"format": 1, "models": {}, "texts": {}}', encoding="utf-8")
+    with pytest.raises(DataError, match="written by megatron-sorted evaluate, which draws its own"):
+        read_evaluation(broken)
+    content = json.loads(
         write_evaluation(tmp_path, "holes", {2: 1.0, 4: 1.0}, {2: 0.0, 4: 0.0}).read_text(
             encoding="utf-8"
         )
     )
-    del found["sets"]["unseen_text_document"]["4"]
-    broken.write_text(json.dumps(found), encoding="utf-8")
+    del content["sets"]["unseen_text_document"]["4"]
+    broken.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(DataError, match=r"every set needs scores for each exit \[2, 4\]"):
         read_evaluation(broken)
     two = write_evaluation(tmp_path, "two", {2: 1.0}, {2: 0.0})

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from megatron_sorted.errors import SettingsError
+from megatron_sorted.settings.load import load_settings
 from megatron_sorted.settings.rules import BELOW_ONE, NOT_NEGATIVE, POSITIVE, check_settings
 from megatron_sorted.settings.run import Settings
 
@@ -154,7 +155,7 @@ REFUSED = [
         BASE,
         {"pretrained_checkpoint": "p", "finetune": True, "load": "l"},
         1,
-        "--pretrained-checkpoint: beside --finetune",
+        "--pretrained-checkpoint: together with --finetune",
     ),
     # profile
     (
@@ -169,7 +170,7 @@ REFUSED = [
         1,
         "--profile-step-end: 1 is not above --profile-step-start 0",
     ),
-    (BASE, {**PROFILE, "profile_ranks": ()}, 1, "--profile-ranks: nobody records"),
+    (BASE, {**PROFILE, "profile_ranks": ()}, 1, "--profile-ranks: empty, so no rank records"),
     (
         BASE,
         {**PROFILE, "profile_ranks": (0, 2)},
@@ -211,8 +212,8 @@ REFUSED = [
         "--num-query-groups: 1 is not a multiple of 2",
     ),
     (BASE, {"ffn_hidden_size": 101, **TP2}, 2, "--ffn-hidden-size: 101 is not a multiple of 2"),
-    (BASE, {"kv_channels": 33}, 1, "turns pairs"),
-    (BASE, {"rotary_percent": 0.01}, 1, "turns pairs"),
+    (BASE, {"kv_channels": 33}, 1, "needs pairs"),
+    (BASE, {"rotary_percent": 0.01}, 1, "needs pairs"),
     (BASE, {"rotary_percent": 1.5}, 1, "--rotary-percent: 1.5 is above 1"),
     (
         BASE,
@@ -224,13 +225,14 @@ REFUSED = [
         BASE,
         {"rotary_seq_len_interpolation_factor": 2.0, "position_embedding_type": "learned_absolute"},
         1,
-        "--rotary-seq-len-interpolation-factor: there are no rotary frequencies with --position-embedding-type learned_absolute",
+        "--rotary-seq-len-interpolation-factor: there are no rotary frequencies with "
+        "--position-embedding-type learned_absolute",
     ),
     (
         BASE,
         {"rotary_seq_len_interpolation_factor": 0.9},
         1,
-        "--rotary-seq-len-interpolation-factor: 0.9 would squeeze",
+        "--rotary-seq-len-interpolation-factor: 0.9 would shorten",
     ),
     (
         BASE,
@@ -248,13 +250,13 @@ REFUSED = [
         BASE,
         {"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2.0},
         1,
-        "2.0 beside --use-rope-scaling",
+        "2.0 together with --use-rope-scaling",
     ),
     (
         BASE,
         {"use_rope_scaling": True, "rope_scaling_factor": 0.9},
         1,
-        "--rope-scaling-factor: 0.9 would squeeze",
+        "--rope-scaling-factor: 0.9 would shorten",
     ),
     (
         BASE,
@@ -312,7 +314,7 @@ REFUSED = [
         BASE,
         {**EXITS, "exit_layer_weight": (0.1, 0.1), "exit_layer_weight_rule": "sum"},
         1,
-        "sum beside a list",
+        "sum together with a list",
     ),
     (
         BASE,
@@ -390,13 +392,13 @@ REFUSED = [
         BASE,
         {"device": "cpu", "npu_coalesced_collectives": False},
         1,
-        "--no-npu-coalesced-collectives: is about HCCL, not about",
+        "--no-npu-coalesced-collectives: it concerns HCCL, not",
     ),
     (
         BASE,
         {"npu_kernels": ("atention",)},
         1,
-        "--npu-kernels: 'atention' is no fused operation. Use some of attention, rms_norm,",
+        "--npu-kernels: 'atention' is not a fused operation. Use some of attention, rms_norm,",
     ),
     (
         BASE,
@@ -408,7 +410,7 @@ REFUSED = [
         BASE,
         {"device": "npu", "npu_adaptor_arguments": "--x"},
         1,
-        "--npu-adaptor-arguments: nothing reads '--x' without an adaptor",
+        "--npu-adaptor-arguments: '--x' has no effect without an adaptor",
     ),
     (
         BASE,
@@ -416,7 +418,12 @@ REFUSED = [
         1,
         "--transformer-impl: transformer_engine cannot",
     ),
-    (BASE, {"sequence_parallel": True}, 1, "--sequence-parallel: there is nothing to split over"),
+    (
+        BASE,
+        {"sequence_parallel": True},
+        1,
+        "--sequence-parallel: with --tensor-model-parallel-size 1 there is one rank to split over",
+    ),
     (
         BASE,
         {**TP2, "sequence_parallel": True, "seq_length": 255},
@@ -459,7 +466,7 @@ REFUSED = [
             "decoder_first_pipeline_num_layers": 5,
         },
         2,
-        "--decoder-first-pipeline-num-layers: 5 beside --pipeline-model-parallel-layout",
+        "--decoder-first-pipeline-num-layers: 5 together with --pipeline-model-parallel-layout",
     ),
     (
         BASE,
@@ -494,7 +501,7 @@ REFUSED = [
         BASE,
         {"use_sandwich_norm": True, "num_experts": 4},
         1,
-        "--use-sandwich-norm: not done around experts",
+        "--use-sandwich-norm: not supported with experts",
     ),
     (BASE, {"decoder_last_pipeline_num_layers": 8}, 1, "there is only one stage"),
     (BASE, {"num_layers_per_virtual_pipeline_stage": 2}, 1, "needs several stages"),
@@ -549,7 +556,7 @@ REFUSED = [
     ),
     # training
     (BASE, {"bf16": True, "fp16": True}, 1, "a run has one precision"),
-    (BASE, {"loss_scale": 8.0}, 1, "--loss-scale: 8.0 scales the loss of --fp16 only"),
+    (BASE, {"loss_scale": 8.0}, 1, "--loss-scale: 8.0 has an effect with --fp16 only"),
     (
         BASE,
         {"initial_loss_scale": 0.5},
@@ -560,7 +567,8 @@ REFUSED = [
         BASE,
         {**FSDP, **TP2},
         2,
-        "fsdp with --tensor-model-parallel-size 2: parameters are sharded over data parallel ranks alone. Use 1",
+        "fsdp with --tensor-model-parallel-size 2: parameters are sharded over data parallel "
+        "ranks alone. Use 1",
     ),
     (BASE, {**FSDP, **PP2}, 2, "fsdp with --pipeline-model-parallel-size 2: "),
     (BASE, {**FSDP, "context_parallel_size": 2}, 2, "fsdp with --context-parallel-size 2: "),
@@ -568,7 +576,7 @@ REFUSED = [
         BASE,
         {**FSDP, "use_distributed_optimizer": True},
         2,
-        "fsdp with --use-distributed-optimizer: optimizer state is sharded",
+        "fsdp with --use-distributed-optimizer: the optimizer state is sharded",
     ),
     (
         BASE,
@@ -624,8 +632,8 @@ REFUSED = [
     ),
     # files
     (BASE, {"mock_data": False}, 1, "--data-path: nothing to train on"),
-    (REAL, {"mock_data": True}, 1, "--mock-data: made-up tokens beside real ones"),
-    (BASE, {"vocab_size": None}, 1, "--mock-data: made-up tokens have no tokenizer"),
+    (REAL, {"mock_data": True}, 1, "--mock-data: random tokens together with real ones"),
+    (BASE, {"vocab_size": None}, 1, "--mock-data: random tokens have no tokenizer"),
     (
         REAL,
         {"tokenizer_model": None},
@@ -654,12 +662,7 @@ REFUSED = [
     (REAL, {"data_path": ("0", "a", "1", "b")}, 1, "--data-path: weight 0 of a is not above 0"),
     (REAL, {"valid_data_path": ("0.5", "a")}, 1, "--valid-data-path: 0.5 is a number"),
     (REAL, {"test_data_path": ("a", "3")}, 1, "--test-data-path: 3 is a number"),
-    (
-        REAL,
-        {"test_data_path": ("a",), "split": "8,1,1"},
-        1,
-        "--split: '8,1,1' holds a test share back",
-    ),
+    (REAL, {"test_data_path": ("a",), "split": "8,1,1"}, 1, "--split: '8,1,1' takes a test share"),
     (
         REAL,
         {
@@ -685,15 +688,15 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("base", "words", "world_size"), ALLOWED)
-def test_a_run_within_the_rules_passes(base, words, world_size):
-    check_settings(replace(base, **words), world_size)
+@pytest.mark.parametrize(("base", "changes", "world_size"), ALLOWED)
+def test_a_run_within_the_rules_passes(base, changes, world_size):
+    check_settings(replace(base, **changes), world_size)
 
 
-@pytest.mark.parametrize(("base", "words", "world_size", "message"), REFUSED)
-def test_a_run_outside_a_rule_is_refused(base, words, world_size, message):
+@pytest.mark.parametrize(("base", "changes", "world_size", "message"), REFUSED)
+def test_a_run_outside_a_rule_is_refused(base, changes, world_size, message):
     with pytest.raises(SettingsError) as error:
-        check_settings(replace(base, **words), world_size)
+        check_settings(replace(base, **changes), world_size)
     assert message in str(error.value)
     assert str(error.value).endswith(".")
 
@@ -721,3 +724,19 @@ def test_every_number_outside_its_range_is_refused(names, outside, rule):
         with pytest.raises(SettingsError) as error:
             check_settings(replace(BASE, **{name: outside}), 1)
         assert str(error.value).startswith(f"--{name.replace('_', '-')}: {outside} {rule}")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--use-flash-attn",
+        "--no-bias-swiglu-fusion",
+        "--cross-entropy-loss-fusion",
+        "--attention-softmax-in-fp32",
+        "--recompute-activations",
+        "--no-rope-fusion",
+    ],
+)
+def test_a_flag_of_megatron_lm_is_not_taken_for_one_that_changes_the_network(flag):
+    with pytest.raises(SettingsError, match=rf"{flag}: there is no such flag\. See --help"):
+        load_settings([flag])

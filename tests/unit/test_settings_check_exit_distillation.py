@@ -79,15 +79,15 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("words", ALLOWED)
-def test_a_run_within_the_rules_passes(words):
-    check_settings(replace(BASE, **words), 1)
+@pytest.mark.parametrize("changes", ALLOWED)
+def test_a_run_within_the_rules_passes(changes):
+    check_settings(replace(BASE, **changes), 1)
 
 
-@pytest.mark.parametrize(("words", "message"), REFUSED)
-def test_a_run_outside_a_rule_is_refused(words, message):
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_a_run_outside_a_rule_is_refused(changes, message):
     with pytest.raises(SettingsError) as error:
-        check_settings(replace(BASE, **words), 1)
+        check_settings(replace(BASE, **changes), 1)
     assert message in str(error.value)
     assert str(error.value).endswith(".")
 

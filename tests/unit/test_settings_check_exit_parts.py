@@ -1,4 +1,4 @@
-"""Parts of exits and --tune-exit: what fits together, and what is refused with value, rule and remedy."""
+"""Parts of exits and --tune-exit: what fits together, and what is refused with a remedy."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ REFUSED = [
     ({"use_exit_block": True, "use_exit_mlp": True}, "a block has an MLP of its own. Give one"),
     ({"exit_adapter_rank": 257}, "--exit-adapter-rank: 257 is above --hidden-size 256.* Lower it"),
     ({"exit_adapter_rank": -1}, "--exit-adapter-rank: -1 is negative"),
-    ({"use_exit_block": True, "num_experts": 2}, "not done with experts .--num-experts 2"),
+    ({"use_exit_block": True, "num_experts": 2}, "not supported with experts .--num-experts 2"),
     ({"tune_exit": True}, "--tune-exit: there is nothing to tune. .*--use-exit-block"),
     ({**TUNE, "exit_layer_nums": ()}, "--tune-exit: there is nothing to tune"),
     (

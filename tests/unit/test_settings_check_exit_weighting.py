@@ -1,4 +1,4 @@
-"""Rules between the rule that weighs exits, its constants, and what stands on top of it."""
+"""Rules between the rule of coefficients, its constants, guard and curriculum."""
 
 from dataclasses import replace
 
@@ -7,10 +7,10 @@ import pytest
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exits.curriculum import Curriculum
 from megatron_sorted.exits.guard import Guard
+from megatron_sorted.settings.coefficient_rule import LEARNED, coefficient_rule
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.settings.rules import check_settings
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import LEARNED, coefficient_rule
 
 BASE = replace(Settings(), mock_data=True, vocab_size=100, exit_layer_nums=(2, 4))
 REFERENCES = {"exit_reference_loss": (3.0, 2.5, 2.0)}
@@ -24,7 +24,7 @@ GUARD = {"exit_guard": True, "exit_guard_loss": 2.0}
 
 
 @pytest.mark.parametrize(
-    "words",
+    "changes",
     [
         *(
             {"exit_layer_weight_rule": rule, **(REFERENCES if rule == "excess_loss" else {})}
@@ -50,47 +50,107 @@ GUARD = {"exit_guard": True, "exit_guard_loss": 2.0}
         },
     ],
 )
-def test_a_run_within_the_rules_passes(words):
-    check_settings(replace(BASE, **words), 1)
+def test_a_run_within_the_rules_passes(changes):
+    check_settings(replace(BASE, **changes), 1)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ({**EXCESS}, "--exit-reference-loss: 0 values for 3 exits (depths 2, 4, 8; depth 2 has none)"),
-    ({**EXCESS, "exit_reference_loss": (3.0, 2.5)}, "--exit-reference-loss: 2 values for 3 exits (depths 2, 4, 8; depth 8 has none)"),
-    ({**EXCESS, "exit_reference_loss": (3.0, 2.5, 2.0, 1.0)}, "--exit-reference-loss: 4 values for 3 exits (depths 2, 4, 8). Give one"),
-    ({**EXCESS, "exit_reference_loss": (3.0, -2.5, 2.0)}, "--exit-reference-loss: -2.5 of depth 4 is negative"),
-    (REFERENCES, "--exit-reference-loss: nothing looks at it"),
-    ({"exit_guard": True}, "--exit-guard: there is no loss to hold"),
-    ({"exit_guard_loss": 2.0}, "--exit-guard-loss: 2.0 has no effect without --exit-guard"),
-    ({"exit_guard_rate": 0.5}, "--exit-guard-rate: 0.5 has no effect without --exit-guard"),
-    ({**GUARD, **LAST_AT_ZERO}, "--exit-guard: the last exit counts 0 at step 0"),
-    ({"exit_layer_weight_rule": "dwa", "exit_layer_weight": (0.1, 0.2)}, "--exit-layer-weight: a list beside --exit-layer-weight-rule dwa"),
-    ({"exit_layer_weight_rule": "dwa", "exit_layer_weight_warmup_iters": 5}, "dwa sets the coefficients from the first step on"),
-    ({"exit_dwa_window": 5}, "--exit-dwa-window: 5 has no effect with --exit-layer-weight-rule uniform. Use dwa"),
-    ({"exit_layer_weight_scale": 0.5}, "--exit-layer-weight-scale: 0.5 has no effect with --exit-layer-weight-rule uniform"),
-    ({"exit_layer_weight_rule": "simulated_exit", "exit_simulated_thresholds": 256}, "--exit-simulated-thresholds: 256 is above 255"),
-    ({"exit_curriculum_interval": 2}, "--exit-curriculum-interval: 2 has no effect with --exit-curriculum none. Use rotation"),
-    ({"exit_curriculum": "rotation", "exit_curriculum_fraction": 0.3}, "--exit-curriculum-fraction: 0.3 has no effect"),
-    ({"exit_curriculum": "gradual", "exit_curriculum_fraction": 1.5}, "--exit-curriculum-fraction: 1.5 is above 1"),
-    ({"exit_curriculum": "gradual", **LAST_AT_ZERO}, "--exit-curriculum gradual: the last exit counts 0"),
-    ({"exit_curriculum": "rotation", "exit_sampling": "probabilities", "exit_probabilities": (0.5, 0.5, 0.0)},
-     "--exit-curriculum rotation: beside --exit-sampling probabilities"),
-    ({"exit_sampling": "coefficients", "num_sampled_exits": 4}, "--num-sampled-exits: 4 of 3"),
-    ({"exit_sampling": "coefficients", "exit_probabilities": (0.5, 0.25, 0.25)}, "--exit-probabilities: not used with"),
-    ({"layer_dropout": 0.1, "recompute_granularity": "full"}, "--layer-dropout: 0.1 beside --recompute-granularity full"),
-    ({"layer_dropout": 0.1, "num_layers": 1, "exit_layer_nums": ()}, "--layer-dropout: 0.1 in a network of one layer"),
-    ({"layer_dropout_schedule": "exponential"}, "--layer-dropout-schedule: exponential has no effect without --layer-dropout"),
-    ({"layer_dropout": 1.0}, "--layer-dropout: 1.0 is not in [0, 1)"),
-])  # fmt: skip
-def test_a_run_outside_a_rule_is_refused(words, message):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {**EXCESS},
+            "--exit-reference-loss: 0 values for 3 exits (depths 2, 4, 8; depth 2 has none)",
+        ),
+        (
+            {**EXCESS, "exit_reference_loss": (3.0, 2.5)},
+            "--exit-reference-loss: 2 values for 3 exits (depths 2, 4, 8; depth 8 has none)",
+        ),
+        (
+            {**EXCESS, "exit_reference_loss": (3.0, 2.5, 2.0, 1.0)},
+            "--exit-reference-loss: 4 values for 3 exits (depths 2, 4, 8). Give one",
+        ),
+        (
+            {**EXCESS, "exit_reference_loss": (3.0, -2.5, 2.0)},
+            "--exit-reference-loss: -2.5 of depth 4 is negative",
+        ),
+        (REFERENCES, "--exit-reference-loss: nothing uses it"),
+        ({"exit_guard": True}, "--exit-guard: there is no reference loss"),
+        ({"exit_guard_loss": 2.0}, "--exit-guard-loss: 2.0 has no effect without --exit-guard"),
+        ({"exit_guard_rate": 0.5}, "--exit-guard-rate: 0.5 has no effect without --exit-guard"),
+        ({**GUARD, **LAST_AT_ZERO}, "--exit-guard: the last exit counts 0 at step 0"),
+        (
+            {"exit_layer_weight_rule": "dwa", "exit_layer_weight": (0.1, 0.2)},
+            "--exit-layer-weight: a list together with --exit-layer-weight-rule dwa",
+        ),
+        (
+            {"exit_layer_weight_rule": "dwa", "exit_layer_weight_warmup_iters": 5},
+            "dwa sets the coefficients from the first step on",
+        ),
+        (
+            {"exit_dwa_window": 5},
+            "--exit-dwa-window: 5 has no effect with --exit-layer-weight-rule uniform. Use dwa",
+        ),
+        (
+            {"exit_layer_weight_scale": 0.5},
+            "--exit-layer-weight-scale: 0.5 has no effect with --exit-layer-weight-rule uniform",
+        ),
+        (
+            {"exit_layer_weight_rule": "simulated_exit", "exit_simulated_thresholds": 256},
+            "--exit-simulated-thresholds: 256 is above 255",
+        ),
+        (
+            {"exit_curriculum_interval": 2},
+            "--exit-curriculum-interval: 2 has no effect with --exit-curriculum none. Use rotation",
+        ),
+        (
+            {"exit_curriculum": "rotation", "exit_curriculum_fraction": 0.3},
+            "--exit-curriculum-fraction: 0.3 has no effect",
+        ),
+        (
+            {"exit_curriculum": "gradual", "exit_curriculum_fraction": 1.5},
+            "--exit-curriculum-fraction: 1.5 is above 1",
+        ),
+        (
+            {"exit_curriculum": "gradual", **LAST_AT_ZERO},
+            "--exit-curriculum gradual: the last exit counts 0",
+        ),
+        (
+            {
+                "exit_curriculum": "rotation",
+                "exit_sampling": "probabilities",
+                "exit_probabilities": (0.5, 0.5, 0.0),
+            },
+            "--exit-curriculum rotation: with --exit-sampling probabilities",
+        ),
+        ({"exit_sampling": "coefficients", "num_sampled_exits": 4}, "--num-sampled-exits: 4 of 3"),
+        (
+            {"exit_sampling": "coefficients", "exit_probabilities": (0.5, 0.25, 0.25)},
+            "--exit-probabilities: not used with",
+        ),
+        (
+            {"layer_dropout": 0.1, "recompute_granularity": "full"},
+            "--layer-dropout: 0.1 with --recompute-granularity full",
+        ),
+        (
+            {"layer_dropout": 0.1, "num_layers": 1, "exit_layer_nums": ()},
+            "--layer-dropout: 0.1 in a network of one layer",
+        ),
+        (
+            {"layer_dropout_schedule": "exponential"},
+            "--layer-dropout-schedule: exponential has no effect without --layer-dropout",
+        ),
+        ({"layer_dropout": 1.0}, "--layer-dropout: 1.0 is not in [0, 1)"),
+    ],
+)
+def test_a_run_outside_a_rule_is_refused(changes, message):
     with pytest.raises(SettingsError) as error:
-        check_settings(replace(BASE, **words), 1)
+        check_settings(replace(BASE, **changes), 1)
     assert message in str(error.value)
     assert str(error.value).endswith(".")
 
 
 @pytest.mark.parametrize(
-    ("word", "meant"),
+    ("name", "nearest_name"),
     [
         ("uncertanty", "uncertainty"),
         ("grad-norm", "gradnorm"),
@@ -100,16 +160,19 @@ def test_a_run_outside_a_rule_is_refused(words, message):
         ("invers", "inverse"),
     ],
 )
-def test_an_unknown_rule_names_the_nearest(word, meant):
+def test_an_unknown_rule_names_the_nearest(name, nearest_name):
     with pytest.raises(SettingsError) as error:
-        load_settings(["--exit-layer-weight-rule", word])
-    said = f"--exit-layer-weight-rule: {word!r} is not what this setting takes. Did you mean {meant}? Give one of uniform,"
-    assert said in str(error.value)
-    with pytest.raises(SettingsError, match=r"'zzzz' is not what this setting takes\. Give one of"):
+        load_settings(["--exit-layer-weight-rule", name])
+    message = (
+        f"--exit-layer-weight-rule: {name!r} is not a value of this setting. Did you mean "
+        f"{nearest_name}? Give one of uniform,"
+    )
+    assert message in str(error.value)
+    with pytest.raises(SettingsError, match=r"'zzzz' is not a value of this setting\. Give one of"):
         load_settings(["--exit-layer-weight-rule", "zzzz"])
 
 
-def test_guard_stands_on_curriculum_on_rule():
+def test_guard_wraps_curriculum_wraps_rule():
     rule = coefficient_rule(
         replace(
             BASE,

@@ -13,7 +13,7 @@ BASE = replace(Settings(), mock_data=True, vocab_size=100)
 
 
 @pytest.mark.parametrize(
-    ("words", "world_size"),
+    ("changes", "world_size"),
     [
         ({"wandb_project": "p" * 128}, 1),
         (
@@ -30,12 +30,12 @@ BASE = replace(Settings(), mock_data=True, vocab_size=100)
         ({"tensorboard_dir": "tb"}, 1),
     ],
 )
-def test_a_run_within_the_rules_passes(words, world_size):
-    check_settings(replace(BASE, **words), world_size)
+def test_a_run_within_the_rules_passes(changes, world_size):
+    check_settings(replace(BASE, **changes), world_size)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("changes", "message"),
     [
         ({"wandb_project": ""}, "--wandb-project: '' cannot be a project's name"),
         ({"wandb_project": "p" * 129}, "Give 1 to 128 characters"),
@@ -50,9 +50,9 @@ def test_a_run_within_the_rules_passes(words, world_size):
         ({"metrics_file": "/"}, "--metrics-file: / is a directory. Give a file"),
     ],
 )
-def test_a_run_outside_a_rule_is_refused(words, message):
+def test_a_run_outside_a_rule_is_refused(changes, message):
     with pytest.raises(SettingsError) as error:
-        check_settings(replace(BASE, **words), 1)
+        check_settings(replace(BASE, **changes), 1)
     assert message in str(error.value)
 
 

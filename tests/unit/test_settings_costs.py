@@ -1,4 +1,4 @@
-"""Counted costs against a network that is built and a forward pass that is measured."""
+"""Counted costs against a built network and a measured forward pass."""
 
 from dataclasses import replace
 
@@ -46,7 +46,7 @@ SHAPES = {
 
 
 def built_parameters(settings: Settings) -> tuple[int, int]:
-    """Returns parameters of the whole network, and of its layers alone, counted in the built network without padded rows."""
+    """Return the parameters of the built network, and of its layers alone, without padding."""
     _, _, model = start(settings)
     sizes = {}
     for name, parameter in model.chunks[0].module.named_parameters():
@@ -84,7 +84,10 @@ def test_parameters_of_a_known_model():
 
 
 def measured_flops(settings: Settings, depth: int) -> int:
-    """Returns the operations of matrix products in one plain forward pass over a sequence, attention over all pairs."""
+    """Return the operations of matrix products in one plain forward pass over a sequence.
+
+    Those of attention are included.
+    """
     s, h, d = settings.seq_length, settings.hidden_size, kv_channels(settings)
     heads, groups, width = (
         settings.num_attention_heads,
@@ -122,7 +125,8 @@ def test_operations_are_those_of_a_plain_forward_pass(name):
     settings = tiny(**SHAPES[name])
     flops = forward_flops_per_token(settings, settings.vocab_size)
     for depth in (1, 2, 3, 4):
-        # all pairs of tokens cost twice the mean over a causal sequence, so the plain pass of the same length counts as one twice as long
+        # all pairs of tokens cost twice the mean over a causal sequence, so the plain pass of the
+        # same length counts as one twice as long
         twice = forward_flops_per_token(settings, settings.vocab_size, 2 * settings.seq_length)[
             depth
         ]

@@ -1,4 +1,4 @@
-"""Values that follow from settings, worked out by hand."""
+"""Values that follow from settings, computed by hand."""
 
 from dataclasses import replace
 
@@ -6,14 +6,14 @@ import pytest
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.settings import derived
+from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import coefficient_rule
 
 BASE = Settings()
 
 
 @pytest.mark.parametrize(
-    ("words", "width"),
+    ("changes", "width"),
     [
         ({"hidden_size": 4096}, 10944),  # 8/3 x 4096 = 10922.7 -> 171 x 64
         ({"hidden_size": 192}, 512),  # 8/3 x 192 = 512 exactly
@@ -21,8 +21,8 @@ BASE = Settings()
         ({"hidden_size": 256, "ffn_hidden_size": 100}, 100),
     ],
 )
-def test_width_of_the_mlp(words, width):
-    assert derived.ffn_hidden_size(replace(BASE, **words)) == width
+def test_width_of_the_mlp(changes, width):
+    assert derived.ffn_hidden_size(replace(BASE, **changes)) == width
 
 
 def test_heads():
@@ -80,7 +80,7 @@ def test_exits():
 
 
 @pytest.mark.parametrize(
-    ("words", "ranges"),
+    ("changes", "ranges"),
     [
         ({}, ((0, 0.98), (0.98, 1), (1, 1))),
         ({"split": "3, 1"}, ((0, 0.75), (0.75, 1), (1, 1))),
@@ -92,8 +92,8 @@ def test_exits():
         ({"valid_data_path": ("v",), "split": "1,1"}, ((0, 1), (1, 1), (1, 1))),
     ],
 )
-def test_shares_of_the_data(words, ranges):
-    assert derived.split_ranges(replace(BASE, **words)) == ranges
+def test_shares_of_the_data(changes, ranges):
+    assert derived.split_ranges(replace(BASE, **changes)) == ranges
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_shares_that_cannot_be_are_refused(split):
 )
 def test_a_test_share_beside_data_of_its_own_is_refused(flag, field):
     with pytest.raises(
-        SettingsError, match=f"--split: '98,1,1' holds a test share back .* beside {flag}"
+        SettingsError, match=f"--split: '98,1,1' takes a test share .* combined with {flag}"
     ):
         derived.split_ranges(replace(BASE, split="98,1,1", **{field: ("x",)}))
 
@@ -127,7 +127,7 @@ def test_a_blend_alternates_weights_and_prefixes():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("changes", "message"),
     [
         (("0.3", "a", "b"), "mixes prefixes"),
         (("a", "0.3"), "mixes prefixes"),
@@ -139,15 +139,15 @@ def test_a_blend_alternates_weights_and_prefixes():
         (("-0.5", "a", "1", "b"), "weight -0.5 of a is not above 0"),
         (("1e999", "a", "1", "b"), "weight inf of a is not above 0"),
         (("1e-9", "a", "1", "b"), "weight 1e-09 of a is a share of 1e-09"),
-        (("0.5", "a", "0.5", "a"), "a stands twice in the blend"),
+        (("0.5", "a", "0.5", "a"), "a is listed twice in the blend"),
     ],
 )
-def test_blends_that_cannot_be_are_refused(words, message):
+def test_blends_that_cannot_be_are_refused(changes, message):
     with pytest.raises(SettingsError, match=message):
-        derived.data_blend(replace(BASE, data_path=words))
+        derived.data_blend(replace(BASE, data_path=changes))
 
 
-def test_the_frozen_last_exit_counts_nothing_and_the_others_share_the_whole():
+def test_the_frozen_last_exit_counts_0_and_the_others_share_the_whole():
     settings = replace(BASE, num_layers=8, exit_layer_nums=(2, 4), use_exit_norm=True)
     rule = coefficient_rule(settings)
     assert derived.step_coefficients(settings, rule, 0) == dict.fromkeys((2, 4, 8), 1 / 3)

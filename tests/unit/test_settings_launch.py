@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sorted.settings.launch import launch_line
+from megatron_sorted.planning.launch import launch_line
 from megatron_sorted.settings.load import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +23,16 @@ def test_one_host_needs_no_launcher():
     assert line == "torchrun --nproc-per-node 8 pretrain_sorted.py --config 'my run.yaml' --lr 1e-4"
 
 
+def test_an_installation_has_no_scripts_to_name():
+    settings = load_settings(["--config", str(ROOT / "examples/llama2_7b_8gpu.yaml")])
+    assert launch_line(settings, "a.yaml", [], 8, 8, in_clone=False) == (
+        "torchrun --nproc-per-node 8 -m megatron_sorted train --config a.yaml"
+    )
+    assert launch_line(settings, "a.yaml", ["--lr", "1"], 16, 8, in_clone=False) == (
+        "megatron-sorted launch slurm gpu --site SITE --nodes 2 a.yaml --lr 1"
+    )
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_launcher_takes_the_line(example, tmp_path):
     script, processes = EXAMPLES[example]
@@ -33,9 +43,13 @@ def test_the_launcher_takes_the_line(example, tmp_path):
     (tmp_path / "site").write_text(
         f"DEVICES_PER_NODE=8\nPYTHON={shutil.which('false')}x\n"
     )  # not there: settings are checked on the nodes
-    words = shlex.split(line.replace("SITE", str(tmp_path / "site")))
+    arguments = shlex.split(line.replace("SITE", str(tmp_path / "site")))
     done = subprocess.run(
-        [words[0], "--print", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+        [arguments[0], "--print", *arguments[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert (

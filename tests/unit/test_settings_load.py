@@ -21,7 +21,7 @@ def run_file(tmp_path):
     return write
 
 
-def test_without_words_every_setting_has_its_default():
+def test_without_arguments_every_setting_has_its_default():
     assert load_settings([]) == Settings()
 
 
@@ -34,7 +34,7 @@ def test_flags_override_the_file_and_the_file_overrides_defaults(run_file):
 
 
 @pytest.mark.parametrize(
-    ("words", "name", "value"),
+    ("arguments", "name", "value"),
     [
         (["--lr", "1e-4"], "lr", 1e-4),
         (["--lr=2"], "lr", 2.0),
@@ -51,8 +51,8 @@ def test_flags_override_the_file_and_the_file_overrides_defaults(run_file):
         (["--lr", "1", "--lr", "2"], "lr", 2.0),
     ],
 )
-def test_a_flag_becomes_a_value_of_the_field(words, name, value):
-    settings = load_settings(words)
+def test_a_flag_becomes_a_value_of_the_field(arguments, name, value):
+    settings = load_settings(arguments)
     assert getattr(settings, name) == value
     assert type(getattr(settings, name)) is type(value)
 
@@ -87,29 +87,54 @@ def test_a_line_of_the_file_becomes_a_value_of_the_field(run_file, text, name, v
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--train-iter", "3"], "--train-iter: there is no such flag. Did you mean --train-iters?"),
         (["--train_iters=3"], "--train_iters: there is no such flag. Did you mean --train-iters?"),
         (["--no-bf15"], "--no-bf15: there is no such flag. Did you mean --no-bf16?"),
         (["--qqqqqqqq"], "--qqqqqqqq: there is no such flag. See --help for all settings."),
-        (["12"], "'12': a value without a flag. Write `--name value`; see --help for all settings."),
+        (
+            ["12"],
+            "'12': a value without a flag. Write `--name value`; see --help for all settings.",
+        ),
         (["--lr"], "Argument --lr: expected one argument. See --help for all settings."),
-        (["--lr", "fast"], "--lr: 'fast' is not what this setting takes. Give a number."),
+        (["--lr", "fast"], "--lr: 'fast' is not a value of this setting. Give a number."),
         (["--lr", "nan"], "--lr: nan is not a finite number. Give a finite one."),
-        (["--exit-layer-weight", "1", "inf"], "--exit-layer-weight: inf is not a finite number. Give a finite one."),
-        (["--num-layers", "2.5"], "--num-layers: '2.5' is not what this setting takes. Give a whole number."),
-        (["--num-layers", "none"], "--num-layers: 'none' is not what this setting takes. Give a whole number."),
-        (["--save-interval", "x"], "--save-interval: 'x' is not what this setting takes. Give a whole number or none."),
-        (["--exit-layer-nums", "2", "x"],
-         "--exit-layer-nums: ['2', 'x'] is not what this setting takes. Give a list, each element a whole number."),
-        (["--optimizer", "adamw"], "--optimizer: 'adamw' is not what this setting takes. Did you mean adam? Give one of adam, sgd."),
-        (["--config", "a", "--config", "b"], "--config: given 2 times (a, b). Give one file; flags override it."),
+        (
+            ["--exit-layer-weight", "1", "inf"],
+            "--exit-layer-weight: inf is not a finite number. Give a finite one.",
+        ),
+        (
+            ["--num-layers", "2.5"],
+            "--num-layers: '2.5' is not a value of this setting. Give a whole number.",
+        ),
+        (
+            ["--num-layers", "none"],
+            "--num-layers: 'none' is not a value of this setting. Give a whole number.",
+        ),
+        (
+            ["--save-interval", "x"],
+            "--save-interval: 'x' is not a value of this setting. Give a whole number or none.",
+        ),
+        (
+            ["--exit-layer-nums", "2", "x"],
+            "--exit-layer-nums: ['2', 'x'] is not a value of this setting. Give a list, each "
+            "element a whole number.",
+        ),
+        (
+            ["--optimizer", "adamw"],
+            "--optimizer: 'adamw' is not a value of this setting. Did you mean adam? Give one of "
+            "adam, sgd.",
+        ),
+        (
+            ["--config", "a", "--config", "b"],
+            "--config: given 2 times (a, b). Give one file; flags override it.",
+        ),
     ],
-)  # fmt: skip
-def test_a_wrong_flag_is_refused_with_a_remedy(words, message):
+)
+def test_a_wrong_flag_is_refused_with_a_remedy(arguments, message):
     with pytest.raises(SettingsError) as error:
-        load_settings(words)
+        load_settings(arguments)
     assert str(error.value) == message
 
 
@@ -120,30 +145,28 @@ def test_a_wrong_flag_is_refused_with_a_remedy(words, message):
             "lr: 1e-4\ntrain-iter: 3\n",
             ", line 2, train-iter: there is no such setting. Did you mean train-iters?",
         ),
-        ("lr: fast\n", ", line 1, lr: 'fast' is not what this setting takes. Give a number."),
-        ("\nlr: '1e-4'\n", ", line 2, lr: '1e-4' is not what this setting takes. Give a number."),
+        ("lr: fast\n", ", line 1, lr: 'fast' is not a value of this setting. Give a number."),
+        ("\nlr: '1e-4'\n", ", line 2, lr: '1e-4' is not a value of this setting. Give a number."),
         (
             "num-layers: 8.0\n",
-            ", line 1, num-layers: 8.0 is not what this setting takes. Give a whole number.",
+            ", line 1, num-layers: 8.0 is not a value of this setting. Give a whole number.",
         ),
         (
             "num-layers: true\n",
-            ", line 1, num-layers: True is not what this setting takes. Give a whole number.",
+            ", line 1, num-layers: True is not a value of this setting. Give a whole number.",
         ),
-        ("bf16: 1\n", ", line 1, bf16: 1 is not what this setting takes. Give true or false."),
-        ("save: 7\n", ", line 1, save: 7 is not what this setting takes. Give text or none."),
+        ("bf16: 1\n", ", line 1, bf16: 1 is not a value of this setting. Give true or false."),
+        ("save: 7\n", ", line 1, save: 7 is not a value of this setting. Give text or none."),
         (
             "exit-layer-nums: 4\n",
-            ", line 1, exit-layer-nums: 4 is not what this setting takes. Give a list, each element a whole number.",
+            ", line 1, exit-layer-nums: 4 is not a value of this setting. Give a list, each "
+            "element a whole number.",
         ),
         ("lr: .inf\n", ", line 1, lr: inf is not a finite number. Give a finite one."),
-        (
-            "lr: 1\nbf16: true\nlr: 2\n",
-            ", line 3: lr stands already on line 1. Keep one of the two.",
-        ),
+        ("lr: 1\nbf16: true\nlr: 2\n", ", line 3: lr is already on line 1. Keep one of the two."),
         (
             "train-iters: 1\ntrain_iters: 2\n",
-            ", line 2: train_iters stands already on line 1. Keep one of the two.",
+            ", line 2: train_iters is already on line 1. Keep one of the two.",
         ),
         ("3: 4\n", ", line 1: the key 3 is not text. Keys are names of settings."),
         (
@@ -169,13 +192,19 @@ def test_a_file_that_is_not_yaml_or_not_there_is_refused(run_file, tmp_path):
 
 
 OTHER = {
-    "exit_layer_nums": (2, 4), "lr": 1e-5, "save": 'a "b": #c', "load": "true", "eval_interval": 3, "bf16": True, "data_path": ("1e5", "é"),
-}  # fmt: skip
+    "exit_layer_nums": (2, 4),
+    "lr": 1e-5,
+    "save": 'a "b": #c',
+    "load": "true",
+    "eval_interval": 3,
+    "bf16": True,
+    "data_path": ("1e5", "é"),
+}
 
 
 def test_printed_settings_are_the_same_run_again(run_file, capsys):
     settings = dataclasses.replace(Settings(), **OTHER)
-    words = [
+    arguments = [
         "--exit-layer-nums",
         "2",
         "4",
@@ -190,7 +219,7 @@ def test_printed_settings_are_the_same_run_again(run_file, capsys):
         "--bf16",
     ]
     with pytest.raises(SystemExit) as stop:
-        load_settings([*words, "--data-path", "1e5", "é", "--print-settings"])
+        load_settings([*arguments, "--data-path", "1e5", "é", "--print-settings"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "\nlr: 1e-05\n" in printed and printed.count("# ") >= 5
@@ -220,13 +249,13 @@ def test_help_names_every_flag_with_its_default_and_ends_well(capsys):
         assert f"--{field.name.replace('_', '-')}" in text
         assert field.metadata["help"].split(".")[0][:20] in text
     assert "Peak learning rate. (default: 0.0003)" in text
-    assert "Kind of normalization. (default: RMSNorm)" in text
+    assert "Type of normalization. (default: RMSNorm)" in text
     assert "How the work" not in text and "Device and parallel layout" in text
 
 
 @pytest.mark.parametrize("keys", ["", "world-size: 3\n"])
 def test_a_file_that_can_be_read_once_is_read_whole(keys):
-    """As a shell's ``--config <(...)``; with what files of 0.8 and before said in a comment."""
+    """Read a pipe, as of ``--config <(...)``, also with the comment of files of 0.8 and before."""
     text = f"# world-size: 2\n# A run.\n\n{keys}num-layers: 3\nvocab-size: 100\n"
     reading, writing = os.pipe()
     os.write(writing, text.encode())

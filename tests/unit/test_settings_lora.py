@@ -1,4 +1,4 @@
-"""Which ranks a step uses, and how large adapters are."""
+"""The ranks that a step uses, and the size of adapters."""
 
 from collections import Counter
 from dataclasses import replace

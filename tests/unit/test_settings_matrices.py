@@ -1,4 +1,4 @@
-"""Shapes of a layer's matrices against numbers worked out by hand."""
+"""Shapes of a layer's matrices against numbers computed by hand."""
 
 from megatron_sorted.settings.matrices import LayerShapes, layer_shapes
 from megatron_sorted.settings.run import Settings

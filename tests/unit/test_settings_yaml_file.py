@@ -1,4 +1,4 @@
-"""The YAML of a run: words and numbers of YAML 1.2, and files that are damaged or made to harm."""
+"""The YAML of a run: scalars of YAML 1.2, and damaged or hostile files."""
 
 import math
 import time
@@ -7,7 +7,7 @@ import pytest
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.settings.load import load_settings
-from megatron_sorted.settings.yaml_file import MOST_FILE_BYTES, read_yaml
+from megatron_sorted.settings.yaml_file import MAX_FILE_BYTES, read_yaml
 from tests.rules.sources import ROOT
 
 
@@ -18,7 +18,7 @@ def values_of(tmp_path, text: str) -> dict:
 
 # the table of section 10.3.2 of YAML 1.2.2, and words that were something else in YAML 1.1
 @pytest.mark.parametrize(
-    ("word", "value"),
+    ("scalar", "value"),
     [
         ("1e-4", 1e-4),
         ("1E5", 1e5),
@@ -62,9 +62,9 @@ def values_of(tmp_path, text: str) -> dict:
         ("|\n  a\n  b\n", "a\nb\n"),
     ],
 )
-def test_words_and_numbers(tmp_path, word, value):
-    found = values_of(tmp_path, f"key: {word}\n")["key"]
-    assert found == value and type(found) is type(value)
+def test_scalars(tmp_path, scalar, value):
+    result = values_of(tmp_path, f"key: {scalar}\n")["key"]
+    assert result == value and type(result) is type(value)
     assert math.isnan(values_of(tmp_path, "key: .NaN")["key"])
 
 
@@ -88,18 +88,18 @@ NESTED = (
     [
         (
             'a: 1\nnum-layers: !!int "abc"',
-            r"line 2: the tag !!int is not taken\. Write the value alone",
+            r"line 2: the tag !!int is not supported\. Write the value alone",
         ),
-        ('bf16: !!bool "abc"', "line 1: the tag !!bool is not taken"),
-        ('save: !!timestamp "x"', "the tag !!timestamp is not taken"),
-        ("save: !!str 5", "the tag !!str is not taken"),
-        ("save: !own x", "the tag !own is not taken"),
-        ("save: ! x", "the tag ! is not taken"),
+        ('bf16: !!bool "abc"', "line 1: the tag !!bool is not supported"),
+        ('save: !!timestamp "x"', "the tag !!timestamp is not supported"),
+        ("save: !!str 5", "the tag !!str is not supported"),
+        ("save: !own x", "the tag !own is not supported"),
+        ("save: ! x", "the tag ! is not supported"),
         (
             "save: !!python/object/apply:os.system [x]",
-            "the tag !!python/object/apply:os.system is not taken",
+            "the tag !!python/object/apply:os.system is not supported",
         ),
-        ("save: !!set {a}", "is not taken"),
+        ("save: !!set {a}", "is not supported"),
         ("save: !<tag:x\x1b[2J> y", r"the character '\\x1b' is not one of YAML"),
         ("a: 1\nb: \x07", r"line 2: the character '\\x07' is not one of YAML\. Remove it"),
         ("a: 1\n# \u2028b: 2", r"line 2: the character '\\u2028'"),
@@ -110,12 +110,12 @@ NESTED = (
         (NESTED, "stands for more than 10,000 values, aliases counted each time"),
         ("a: *x", r"the alias \*x stands for nothing"),
         ("a: &a [*a]", r"the alias \*a stands for nothing that is complete"),
-        ("b: &b {a: 1}\n<<: *b", "line 2: the merge key << is not taken"),
+        ("b: &b {a: 1}\n<<: *b", "line 2: the merge key << is not supported"),
         ("? [a]\n: 1", r"line 1: the key \['a'\] is not text"),
         ("1: a", "the key 1 is not text"),
-        ("a: 1\n\na: 2", "line 3: a stands already on line 1"),
-        ("a-b: 1\na_b: 2", "a_b stands already on line 1"),
-        ("a: {b: 1, b: 2}", "b stands already"),
+        ("a: 1\n\na: 2", "line 3: a is already on line 1"),
+        ("a-b: 1\na_b: 2", "a_b is already on line 1"),
+        ("a: {b: 1, b: 2}", "b is already"),
         ("a: 1\n---\nb: 2", "a second document"),
         ("a: " + "1" * 5000, "a number of 5,000 digits, more than 40"),
         ("a: 0x" + "1" * 5000, "a number of 5,002 digits"),
@@ -125,12 +125,12 @@ NESTED = (
         ("a: b: c", "not valid YAML .line 1, column 5"),
         ("%YAML " + "9" * 5000 + ".1\n---\na: 1", "not valid YAML"),
         ("@", "not valid YAML"),
-        ("#" * (MOST_FILE_BYTES + 1), "more than 262,144 bytes"),
+        ("#" * (MAX_FILE_BYTES + 1), "more than 262,144 bytes"),
         ("a", "a run is a mapping"),
         ("[a]", "a run is a mapping"),
     ],
 )
-def test_what_is_refused_in_one_line_and_at_once(tmp_path, text, message):
+def test_damaged_and_hostile_files_are_refused_in_one_line(tmp_path, text, message):
     began = time.process_time()
     with pytest.raises(SettingsError, match=message) as caught:
         values_of(tmp_path, text)
@@ -142,9 +142,9 @@ def test_what_is_refused_in_one_line_and_at_once(tmp_path, text, message):
     )
 
 
-def test_what_a_setting_does_not_take(tmp_path):
+def test_values_of_the_wrong_type_are_refused(tmp_path):
     for text, message in (
-        ("bf16: yes", "'yes' is not what this setting takes. Give true or false"),
+        ("bf16: yes", "'yes' is not a value of this setting. Give true or false"),
         ("num-layers: 1_000", "Give a whole number"),
         ("num-layers: [" + "1, " * 2000 + "]", "Give a whole number"),
         ("x" * 900 + ": 1", "there is no such setting"),
@@ -165,7 +165,7 @@ def test_every_example_is_read_as_pyyaml_reads_it(path):
     import yaml
 
     expected = yaml.safe_load(path.read_text(encoding="utf-8"))
-    found = {entry.key: entry.value for entry in read_yaml(str(path))}
-    assert found.keys() == expected.keys()
-    for key, value in found.items():  # PyYAML takes 3e-4 for text, since it reads YAML 1.1
+    result = {entry.key: entry.value for entry in read_yaml(str(path))}
+    assert result.keys() == expected.keys()
+    for key, value in result.items():  # PyYAML takes 3e-4 for text, since it reads YAML 1.1
         assert value == (float(expected[key]) if isinstance(value, float) else expected[key])

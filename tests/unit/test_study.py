@@ -5,22 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from lab.results.pages import page_head
+from lab.results.rates import trainer_losses
 from lab.results.recipe import Recipe
 from lab.results.steps import Runner, Step, StepError
-from lab.studies.outcomes import (
-    Estimate,
-    Outcomes,
-    beyond,
-    estimate,
-    front,
-    meets_goal,
-    read_losses,
-)
+from lab.studies.outcomes import Estimate, Outcomes, beyond, estimate, front, meets_goal
 from lab.studies.page import chosen, write_page
 from lab.studies.picture import in_view
 from lab.studies.plan import StudyPlan
 from lab.studies.variants import FAMILIES, VARIANTS, expand
+from lab.study import TITLES
 from megatron_sorted.errors import DataError
+from megatron_sorted.installation import ROOT
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.settings.rules import check_settings
 
@@ -38,13 +34,13 @@ def outcomes(**others) -> Outcomes:
 
 
 def shifted(shallow: float, full: float) -> list[dict]:
-    """Returns uniform's losses moved by so much at both depths, in every seed."""
+    """Return uniform's losses moved by so much at both depths, in every seed."""
     return [{2: losses[2] + shallow, 4: losses[4] + full} for losses in UNIFORM]
 
 
 def test_means_have_intervals_of_students_t():
-    found = estimate([1.0, 2.0, 3.0])
-    assert found.value == 2.0 and found.half_width == pytest.approx(
+    result = estimate([1.0, 2.0, 3.0])
+    assert result.value == 2.0 and result.half_width == pytest.approx(
         4.303 / 3**0.5, abs=1e-3
     )  # deviation 1, 2 degrees of freedom
     assert estimate([1.5]) == Estimate(1.5, None)
@@ -57,16 +53,16 @@ def test_means_have_intervals_of_students_t():
 
 
 def test_gaps_are_paired_by_seed():
-    found = outcomes()
-    assert found.depths == [2, 4]
-    gap = found.gap("uniform", 4)
+    result = outcomes()
+    assert result.depths == [2, 4]
+    gap = result.gap("uniform", 4)
     assert gap.value == pytest.approx(0.4) and gap.half_width == pytest.approx(
         4.303 * 0.01 / 3**0.5, rel=1e-3
     )
-    assert found.mean_gap("uniform").value == pytest.approx(0.3) and found.mean_gap(
+    assert result.mean_gap("uniform").value == pytest.approx(0.3) and result.mean_gap(
         "uniform"
     ).half_width == pytest.approx(0.0, abs=1e-9)
-    assert found.loss("uniform", 2).value == pytest.approx(2.2) and found.separate_loss(
+    assert result.loss("uniform", 2).value == pytest.approx(2.2) and result.separate_loss(
         4
     ).value == pytest.approx(1.0)
 
@@ -83,8 +79,8 @@ def test_gaps_are_paired_by_seed():
     ],
 )
 def test_goals(shallow, full, goals):
-    found = outcomes(other=shifted(shallow, full))
-    assert meets_goal(found, "other") == goals
+    result = outcomes(other=shifted(shallow, full))
+    assert meets_goal(result, "other") == goals
 
 
 def test_what_seeds_do_not_bear_out_is_no_gain():
@@ -96,7 +92,7 @@ def test_what_seeds_do_not_bear_out_is_no_gain():
 
 
 def test_a_gap_that_is_none_cannot_be_closed():
-    found = Outcomes(UNIFORM, UNIFORM, {"uniform": SEPARATE, "other": SEPARATE})
+    result = Outcomes(UNIFORM, UNIFORM, {"uniform": SEPARATE, "other": SEPARATE})
     unsure = Outcomes(
         SEPARATE,
         [],
@@ -106,9 +102,9 @@ def test_a_gap_that_is_none_cannot_be_closed():
         "within the noise of seeds there is none either"
     )
     assert (
-        found.closed("other") is None
-        and found.closed("other", full=True) is None
-        and meets_goal(found, "other") == []
+        result.closed("other") is None
+        and result.closed("other", full=True) is None
+        and meets_goal(result, "other") == []
     )
 
 
@@ -141,8 +137,8 @@ TEACHERS = {"start": "base", "separate": "trained"}
 
 def test_flags_of_a_variant():
     depths, references = (2, 3, 5), {2: 2.5, 3: 2.25, 5: 1.5}
-    words = expand(VARIANTS["excess-loss"], depths, references, 400, TEACHERS)
-    assert words == [
+    flags = expand(VARIANTS["excess-loss"], depths, references, 400, TEACHERS)
+    assert flags == [
         "--exit-layer-weight-rule",
         "excess_loss",
         "--exit-reference-loss",
@@ -207,6 +203,9 @@ def test_every_variant_is_a_run_that_can_be_started(name):
     assert VARIANTS[name].family in FAMILIES
 
 
+TITLE = ("A title", "a purpose")
+
+
 def make_plan(folder: Path) -> StudyPlan:
     recipe = Recipe(
         folder,
@@ -252,11 +251,11 @@ def test_rates_references_and_steps(tmp_path):
         "of the samples kept for choosing, not of the held-out ones"
     )
     step = plan.variant_step(VARIANTS["excess-loss"], 2)
-    words = " ".join(step.command)
+    flags = " ".join(step.command)
     assert (
-        "--exit-reference-loss 0.2500 0.5000" in words
-        and "--seed 2 --train-iters 20 --lr 0.003" in words
-        and "--load base" in words
+        "--exit-reference-loss 0.2500 0.5000" in flags
+        and "--seed 2 --train-iters 20 --lr 0.003" in flags
+        and "--load base" in flags
     )
     slow = plan.variant_step(VARIANTS["uniform-slow"], 1)
     assert "--lr 0.001" in " ".join(slow.command)
@@ -283,7 +282,7 @@ def test_rates_references_and_steps(tmp_path):
     ) and "--exit-layer-nums" not in " ".join(separate[0].command)
 
 
-def test_the_page_says_what_was_found(tmp_path):
+def test_the_page_states_the_results(tmp_path):
     plan = make_plan(tmp_path)
     for depth in (2, 4):
         for rate in ("1e-3", "1e-2"):
@@ -311,14 +310,19 @@ def test_the_page_says_what_was_found(tmp_path):
             "dwa": (0.1, 0.1),
         }.items():
             leave(plan, f"nested-{name}-{seed}", shifted(shallow, full)[seed - 1])
-    found = plan.outcomes(chosen(names), 3)
-    assert list(found.nested) == ["uniform", "others-0.3", "dwa", "start-1"]
-    page, picture = write_page("stories", "A title", plan, found, [], tmp_path / "docs")
+    measured = plan.outcomes(chosen(names), 3)
+    assert list(measured.nested) == ["uniform", "others-0.3", "dwa", "start-1"]
+    page, picture = write_page("stories", TITLE, plan, measured, [], tmp_path / "docs")
     text = page.read_text()
+    assert text.startswith(
+        "# A title: methods to weigh and train exits\n\n> **What this is for**: a purpose. "
+    )
+    assert "\n| method | gap @2 | gap @4 | mean gap |" in text
+    assert "\n| method | flags of pretrain_sorted.py |" in text
     assert picture.stat().st_size > 20_000
     assert (
-        "**KL to the start alone** closes 100 % of uniform's mean gap and 75 % of its gap at full depth"
-        in text
+        "**KL to the start alone** closes 100 % of uniform's mean gap and 75 % of its gap at full"
+        " depth" in text
     )
     assert "a smaller mean gap than those that come nearest: KL to the start alone." in text
     assert "goal 'mean' and goal 'full'" in text and "taught by that of full depth" not in text
@@ -326,7 +330,7 @@ def test_the_page_says_what_was_found(tmp_path):
         "means over seeds of the first cosine, the last and the last ratio"
     )
     both = plan.outcomes(chosen(names), 3, with_taught=True)
-    write_page("stories", "A title", plan, both, [], tmp_path / "docs")
+    write_page("stories", TITLE, plan, both, [], tmp_path / "docs")
     assert "| 2 | 1e-3 | 2.000 ± 0.248 | 2.500 ± 0.248 |" in page.read_text()
     assert (
         "No better than uniform, neither in the mean nor at full depth: dynamic weight average."
@@ -336,13 +340,20 @@ def test_the_page_says_what_was_found(tmp_path):
         line for line in text.splitlines() if line.startswith("| KL to the start alone | -0.100")
     ]
     assert row.startswith(
-        "| KL to the start alone | -0.100 | +0.100 | +0.000 ± 0.000 | -0.300 ± 0.000 | -0.300 ± 0.000 |"
+        "| KL to the start alone | -0.100 | +0.100 | +0.000 ± 0.000 | -0.300 ± 0.000"
+        " | -0.300 ± 0.000 |"
     )
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_pages_of_the_documentation_begin_as_they_are_written(name):
+    page = (ROOT / "docs" / "results" / f"study_{name}.md").read_text(encoding="utf-8")
+    assert "\n".join(page_head(*TITLES[name])[2:]) in page
 
 
 def test_a_missing_evaluation_is_named(tmp_path):
     with pytest.raises(DataError, match=r"none\.json: cannot be read .*--fresh"):
-        read_losses(tmp_path / "none.json", "held_out")
+        trainer_losses(tmp_path / "none.json", "held_out")
 
 
 def waiting(name: str, folder: Path, code: str) -> Step:
@@ -351,7 +362,7 @@ def waiting(name: str, folder: Path, code: str) -> Step:
 
 def test_jobs_run_at_a_time_and_leave_logs(tmp_path, capsys):
     code = """import sys, time, pathlib
-print('said')
+print('started')
 pathlib.Path(sys.argv[1] + '.began').touch()
 end = time.monotonic() + 60
 while len(list(pathlib.Path(sys.argv[1]).parent.glob('*.began'))) < 3:  # all three run at a time
@@ -360,7 +371,7 @@ while len(list(pathlib.Path(sys.argv[1]).parent.glob('*.began'))) < 3:  # all th
 pathlib.Path(sys.argv[1]).write_text('x')"""
     runner = Runner(tmp_path, 3, jobs=3)
     runner.run([waiting(name, tmp_path, code) for name in "abc"])
-    assert (tmp_path / "logs" / "b.log").read_text() == "said\n"
+    assert (tmp_path / "logs" / "b.log").read_text() == "started\n"
     Runner(tmp_path, 3, jobs=3).run([waiting(name, tmp_path, code) for name in "abc"])
     assert capsys.readouterr().out.count("finished before, skipped") == 3
 

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are trained: beside a reading of the rendered text by characters."""
+"""Which tokens of a conversation are trained, against the rendered text by characters."""
 
 import json
 
@@ -38,7 +38,7 @@ CALLS = [
         "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
     },
     {"role": "tool", "content": "4"},
-    {"role": "assistant", "content": "four", "reasoning_content": "it said so"},
+    {"role": "assistant", "content": "four", "reasoning_content": "as given"},
 ]
 
 
@@ -59,28 +59,28 @@ def encoder(directory, template, **options) -> Encoder:
 
 
 def prepared(made: Encoder, *records) -> tuple[list[tuple[list[int], list[bool]]], dict]:
-    """Return (ids, trained) of every document, and what was left out."""
-    found = made.encode(
+    """Return (ids, trained) of every document, and the counts of skipped ones."""
+    encoded = made.encode(
         Block("some.jsonl", 1, b"\n".join(json.dumps(record).encode() for record in records))
     )
     documents, place, sequence = [], 0, 0
-    for count in found.train.num_sequences:
+    for count in encoded.train.num_sequences:
         ids, trained = [], []
         for length, mode in zip(
-            found.train.lengths[sequence : sequence + count],
-            found.train.modes[sequence : sequence + count],
+            encoded.train.lengths[sequence : sequence + count],
+            encoded.train.modes[sequence : sequence + count],
             strict=True,
         ):
-            ids += found.train.tokens[place : place + length].tolist()
+            ids += encoded.train.tokens[place : place + length].tolist()
             trained += [bool(mode)] * length
             place += length
         sequence += count
         documents.append((ids, trained))
-    return documents, found.skipped.count
+    return documents, encoded.skipped.count
 
 
 def by_characters(directory, messages, answers, tools=None) -> tuple[list[int], list[bool]]:
-    """Return ids of the whole text by transformers, and of each whether its characters lie in one of the answers as a model writes them."""
+    """Return the ids of the whole text by transformers, and whether each lies in an answer."""
     theirs = PreTrainedTokenizerFast.from_pretrained(directory)
     text = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
     spans, place = [], 0
@@ -99,9 +99,8 @@ def by_characters(directory, messages, answers, tools=None) -> tuple[list[int], 
 def test_answers_and_their_ends_alone_are_trained(tmp_path, family):
     made = encoder(tmp_path, {**FAMILIES, "tagged": TAGGED}[family])
     documents, left_out = prepared(made, {"messages": TALK})
-    if (
-        family == "thinks"
-    ):  # only after the last question a thought is shown, so the first answer has a document of its own
+    # reasoning is shown after the last question only, so the first answer has its own document
+    if family == "thinks":
         wanted = [
             by_characters(tmp_path, TALK[:2], [as_written(family, TALK[1])]),
             by_characters(tmp_path, TALK[:4], [as_written(family, TALK[3])]),
@@ -114,10 +113,12 @@ def test_answers_and_their_ends_alone_are_trained(tmp_path, family):
         ]
     assert documents == wanted and left_out == {}
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    for (ids, trained), asked in zip(
+    for (ids, trained), prompt_messages in zip(
         documents, (TALK[:1], TALK[:3]), strict=False
     ):  # in use a model is asked with the trained prompt
-        prompt = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        prompt = theirs.apply_chat_template(
+            prompt_messages, add_generation_prompt=True, return_dict=False
+        )
         assert (
             ids[: len(prompt)] == prompt
             and not any(trained[: len(prompt)])
@@ -125,7 +126,7 @@ def test_answers_and_their_ends_alone_are_trained(tmp_path, family):
         )
 
 
-def test_calls_of_tools_and_thoughts(tmp_path):
+def test_tool_calls_and_reasoning(tmp_path):
     tools = [{"type": "function", "function": {"name": "add"}}]
     documents, _ = prepared(
         encoder(tmp_path, THINKS), {"messages": CALLS, "tools": json.dumps(tools)}
@@ -158,8 +159,8 @@ def test_other_ends_of_calls_are_kept(tmp_path):
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "f()", "tool_calls": [{}]},
     ]
-    found = made.encode(Block("some.jsonl", 1, json.dumps({"messages": calls}).encode()))
-    form = with_ends(made.form, found.ends, made.tokenizer)
+    encoded = made.encode(Block("some.jsonl", 1, json.dumps({"messages": calls}).encode()))
+    form = with_ends(made.form, encoded.ends, made.tokenizer)
     assert [end.text for end in form.ends] == ["<|im_end|>", "<|eot_id|>"]
     assert form_from_dict(json.loads(form.as_json()), "here").as_dict() == form.as_dict()
 
@@ -179,7 +180,7 @@ def test_other_ends_of_calls_are_kept(tmp_path):
         ({"messages": [TALK[0], TALK[0], TALK[1]]}, "refused_by_template"),
     ],
 )
-def test_what_is_left_out(tmp_path, record, reason):
+def test_skipped_conversations(tmp_path, record, reason):
     documents, left_out = prepared(encoder(tmp_path, INST), record, {"messages": TALK[:2]})
     assert len(documents) == 1 and left_out == {reason: 1}
 
@@ -187,10 +188,11 @@ def test_what_is_left_out(tmp_path, record, reason):
 @pytest.mark.parametrize(
     ("family", "answer"), [("headers", "hi"), ("chatml", "\n\nhi"), ("chatml", " hi")]
 )
-def test_where_a_token_stands_across_turns_each_answer_follows_the_prompt_of_use(
+def test_each_answer_follows_the_prompt_of_use_where_a_token_crosses_turns(
     tmp_path, family, answer
 ):
-    # in GPT-2's way of cutting, two line breaks are one token at the end of a prompt and two in front of an answer
+    # GPT-2's rules make two line breaks one token at the end of a prompt and two in front of an
+    # answer
     write_fast_tokenizer(tmp_path, FAMILIES[family], like_gpt2=True)
     options = EncodeOptions(
         "HuggingFaceTokenizer",
@@ -213,9 +215,9 @@ def test_where_a_token_stands_across_turns_each_answer_follows_the_prompt_of_use
             talk[:count], add_generation_prompt=True, return_dict=False
         )
         ids, trained = next(
-            found
-            for found in documents
-            if found[0][: len(prompt)] == prompt and found[1][len(prompt)]
+            encoded
+            for encoded in documents
+            if encoded[0][: len(prompt)] == prompt and encoded[1][len(prompt)]
         )
         last = next(
             (place for place in range(len(prompt), len(ids)) if not trained[place]), len(ids)
@@ -233,10 +235,11 @@ def test_where_a_token_stands_across_turns_each_answer_follows_the_prompt_of_use
         ("{{ raise_exception('never') }}", "fails on one question.*never"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "holds no control token"),
         (
-            "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}A:{% endif %}",
+            "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt "
+            "%}A:{% endif %}",
             "does not begin with",
         ),
-        ("{% for m in messages %}{{ m.role }}</s>{% endfor %}", "leaves the question out"),
+        ("{% for m in messages %}{{ m.role }}</s>{% endfor %}", "leaves out the question"),
         (
             "{% for m in messages %}{{ m.content ~ m.content }}</s>{% endfor %}",
             "writes an answer 2 times",

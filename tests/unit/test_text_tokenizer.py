@@ -1,4 +1,4 @@
-"""The one reader of tokenizers: ids, first tokens and special tokens of directories of every make."""
+"""The one reader of tokenizers: ids, first and special tokens of directories of every kind."""
 
 import json
 from dataclasses import replace
@@ -27,18 +27,18 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Return a function that makes each directory once."""
-    root, found = tmp_path_factory.mktemp("made"), {}
+    root, directories = tmp_path_factory.mktemp("made"), {}
 
     def make(name):
-        if name not in found:
-            found[name] = make_directory(name, root / name)
-        return found[name]
+        if name not in directories:
+            directories[name] = make_directory(name, root / name)
+        return directories[name]
 
     return make
 
 
 def named(tokenizer) -> list[str]:
-    """Return texts that hold the names of control tokens."""
+    """Return texts that contain the names of control tokens."""
     names = [tokenizer.token_text(i) for i in sorted(tokenizer.special_ids)]
     return ["".join(names), *(f"a {name} b" for name in names), *(f"{name}a\nb" for name in names)]
 
@@ -48,13 +48,13 @@ def auto_ids(directory, texts, ends=False):
     return read(texts, add_special_tokens=ends, truncation=False, padding=False).input_ids
 
 
-def test_every_make_has_the_ids_of_autotokenizer_where_it_reads_the_files(made):
+def test_every_kind_has_the_ids_of_autotokenizer_where_it_reads_the_files(made):
     for name, make in MAKES.items():
         tokenizer = open_tokenizer(made(name))
         if make.is_read_alike:
             texts = [*PROBES, *named(tokenizer)]
             assert tokenizer.encode_batch(texts) == auto_ids(made(name), texts), name
-            assert not any("into other tokens" in line for line in tokenizer.notes), name
+            assert not any("differently" in line for line in tokenizer.notes), name
         elif (made(name) / "tokenizer_config.json").is_file():
             assert tokenizer.notes, f"{name}: the reading is named"
         first = tokenizer.encode_prompt("a")[: tokenizer.adds_bos]
@@ -111,7 +111,7 @@ def _documents(encoded):
 
 
 def _network():
-    """Return what a writer asks of a network before it writes."""
+    """Return the part of a network that a writer reads before it writes."""
     return SimpleNamespace(
         vocab_size=1024,
         model=SimpleNamespace(generation_config=None, config=SimpleNamespace(vocab_size=1024)),
@@ -156,7 +156,7 @@ def test_autotokenizer_reads_every_export_as_we_do(tmp_path, shift):
 
 
 def test_templates_of_a_sentencepiece_directory_hold_control_tokens(made):
-    """The ids of AutoTokenizer, which for LlamaTokenizer reads such rendered texts alike."""
+    """The ids are those of AutoTokenizer, which for LlamaTokenizer reads rendered texts equally."""
     directory = made("pieces_chat")
     tokenizer = open_tokenizer(directory)
     chat = [{"role": "user", "content": "say hi"}, {"role": "assistant", "content": "hello</s>"}]
@@ -174,10 +174,10 @@ def test_templates_of_a_sentencepiece_directory_hold_control_tokens(made):
 
 
 def test_templates_in_files_of_their_own(made):
-    found = open_tokenizer(made("byte_level_added")).chat_templates
-    assert found == {"default": CHATML, "tool_use": "tools: " + CHATML}
+    directories = open_tokenizer(made("byte_level_added")).chat_templates
+    assert directories == {"default": CHATML, "tool_use": "tools: " + CHATML}
     read = AutoTokenizer.from_pretrained(made("byte_level_added")).chat_template
-    assert read == found
+    assert read == directories
 
 
 def test_sentencepiece_itself_is_the_reading_of_a_bare_file(made):
@@ -194,12 +194,13 @@ def test_the_class_that_rebuilds_a_file_is_named(made):
     for name in ("llama", "llama_without_prefix"):
         [line] = open_tokenizer(made(name)).notes
         assert line.startswith(
-            f"{name}: tokenizer.json is read as it stands; AutoTokenizer of transformers 5 rebuilds it as Llama"
+            f"{name}: tokenizer.json is read as it is; AutoTokenizer of transformers 5 rebuilds "
+            "it as Llama"
         )
     [line] = open_tokenizer(made("bos_by_config")).notes
-    assert (
-        line
-        == "bos_by_config: texts begin with bos ('<|begin|>'), as add_bos_token says; transformers 5 puts none"
+    assert line == (
+        "bos_by_config: texts begin with bos ('<|begin|>'), as add_bos_token says; transformers 5 "
+        "adds none"
     )
 
 
@@ -214,7 +215,7 @@ def test_two_files_that_differ_are_named(made, tmp_path):
     directory = make_directory("pieces_bpe", tmp_path / "m")
     (directory / "tokenizer.json").write_bytes((made("byte_level") / "tokenizer.json").read_bytes())
     [line] = open_tokenizer(directory).notes
-    assert line == "m: tokenizer.json is read; tokenizer.model beside it cuts 'a' into other tokens"
+    assert line == "m: tokenizer.json is read; tokenizer.model beside it splits 'a' differently"
     assert (
         open_tokenizer(made("both")).hashes
         >= open_tokenizer(made("both") / "tokenizer.model").hashes

@@ -16,12 +16,12 @@ def directory(tmp_path):
     return make_directory("byte_level", tmp_path / "m")
 
 
-def settings(directory, **words):
-    (directory / "tokenizer_config.json").write_text(json.dumps(words))
+def settings(directory, **entries):
+    (directory / "tokenizer_config.json").write_text(json.dumps(entries))
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("entries", "message"),
     [
         ({"eos_token": 5}, "eos_token: 5 is not a token"),
         ({"eos_token": {"content": 1}}, "is not a token"),
@@ -30,22 +30,22 @@ def settings(directory, **words):
         ({"added_tokens_decoder": {"-1": {"content": "a"}}}, "'-1' is not an id"),
         (
             {"added_tokens_decoder": {"405": {"content": "<a>"}}},
-            "'<a>' is to be token 405, .* make it 400",
+            "'<a>' should be token 405, .* make it 400",
         ),
         (
             {"added_tokens_decoder": {"7": {"content": "<|end|>"}}},
-            r"'<\|end\|>' is to be token 7, .* make it 1",
+            r"'<\|end\|>' should be token 7, .* make it 1",
         ),
         ({"chat_template": 5}, "chat_template: neither a text nor a list"),
         ({"chat_template": [{"name": "a"}]}, "chat_template: neither a text nor a list"),
         (
-            {"chat_template": "x" * (template_files.LARGEST_TEMPLATE_BYTES + 1)},
+            {"chat_template": "x" * (template_files.MAX_TEMPLATE_BYTES + 1)},
             "at most 1,048,576 are read",
         ),
     ],
 )
-def test_settings_that_no_tokenizer_has(directory, words, message):
-    settings(directory, **words)
+def test_invalid_settings(directory, entries, message):
+    settings(directory, **entries)
     with pytest.raises(DataError, match=f"--tokenizer-model: .*{message}"):
         open_tokenizer(directory)
 
@@ -83,21 +83,19 @@ def test_damaged_settings(directory, name, content):
         open_tokenizer(directory)
 
 
-def test_files_larger_than_reason(directory, monkeypatch):
+def test_files_that_are_too_large(directory, monkeypatch):
     monkeypatch.setattr(json_text.read_bounded, "__defaults__", (json_text.REMEDY, DataError, 100))
     with pytest.raises(
-        DataError, match=r"tokenizer\.json: more than 100 bytes, the most that is read"
+        DataError, match=r"tokenizer\.json: more than 100 bytes, the limit for such a file"
     ):
         open_tokenizer(directory)
 
 
-def test_templates_that_are_no_text_or_too_large(directory):
+def test_templates_that_are_not_text_or_too_large(directory):
     (directory / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"chat_template\.jinja: not UTF-8 at byte 0"):
         open_tokenizer(directory)
-    (directory / "chat_template.jinja").write_bytes(
-        b"x" * (template_files.LARGEST_TEMPLATE_BYTES + 1)
-    )
+    (directory / "chat_template.jinja").write_bytes(b"x" * (template_files.MAX_TEMPLATE_BYTES + 1))
     with pytest.raises(DataError, match=r"chat_template\.jinja: more than 1,048,576 bytes"):
         open_tokenizer(directory)
 
@@ -132,9 +130,9 @@ def test_contradicting_names_of_a_special_token(directory):
     tokenizer = open_tokenizer(directory)
     assert tokenizer.eos_id == 2
     assert (
-        "eos_token is '<|end|>' in tokenizer_config.json, '<|pad|>' in special_tokens_map.json; '<|pad|>' is taken"
-        in tokenizer.notes[0]
-    )
+        "eos_token is '<|end|>' in tokenizer_config.json, '<|pad|>' in special_tokens_map.json; "
+        "'<|pad|>' is used"
+    ) in tokenizer.notes[0]
 
 
 def test_pairs_without_a_known_class_are_refused(tmp_path):
@@ -143,12 +141,13 @@ def test_pairs_without_a_known_class_are_refused(tmp_path):
     settings(directory, tokenizer_class="OtherTokenizer")
     with pytest.raises(
         DataError,
-        match=r"vocab\.json and merges\.txt do not say how texts are cut, .*Name one of LlamaTokenizer",
+        match=r"vocab\.json and merges\.txt do not define how texts are split, "
+        r".*Name one of LlamaTokenizer",
     ):
         open_tokenizer(directory)
     settings(directory, tokenizer_class="GPT2Tokenizer")
     (directory / "merges.txt").write_text("a\n")
-    with pytest.raises(DataError, match=r"vocab\.json and merges\.txt are no tokenizer"):
+    with pytest.raises(DataError, match=r"vocab\.json and merges\.txt are not a tokenizer"):
         open_tokenizer(directory)
 
 
@@ -156,19 +155,20 @@ def test_no_tokenizer(tmp_path):
     for path in (tmp_path, tmp_path / "absent", tmp_path / "absent.model"):
         with pytest.raises(
             DataError,
-            match=r"--tokenizer-model: .*: no tokenizer \(tokenizer\.json, tokenizer\.model, or vocab\.json",
+            match=r"--tokenizer-model: .*: no tokenizer \(tokenizer\.json, tokenizer\.model, "
+            r"or vocab\.json",
         ):
             open_tokenizer(path)
 
 
 @pytest.mark.parametrize("number", [[1], {"a": 1}, True, "²", 1.0, "9" * 30])
-def test_ids_that_are_none(directory, number):
+def test_invalid_ids(directory, number):
     (directory / "added_tokens.json").write_text(json.dumps({"<b>": number}))
     with pytest.raises(DataError, match=r"added_tokens\.json: .* is not an id"):
         open_tokenizer(directory)
 
 
-def test_pieces_that_are_no_text(tmp_path):
+def test_pieces_that_are_not_text(tmp_path):
     directory = make_directory("pieces_bpe", tmp_path)
     data = (directory / "tokenizer.model").read_bytes()
     (directory / "tokenizer.model").write_bytes(data.replace(b"<unk>", b"\x80unk>", 1))

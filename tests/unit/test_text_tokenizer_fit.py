@@ -52,7 +52,7 @@ def test_a_named_token_that_no_file_holds_is_added_as_in_transformers(tmp_path):
     assert tokenizer.pad_id == 400 and "'<new>' (400)" in surplus_line(tokenizer, 400, "model")
 
 
-def test_an_entry_that_no_text_is_cut_into_needs_no_row(tmp_path):
+def test_an_entry_that_no_text_contains_needs_no_row(tmp_path):
     content = json.loads(byte_level().to_str())
     content["model"]["vocab"]["[unreached]"] = 400
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -71,7 +71,10 @@ def test_a_sentencepiece_file_with_added_tokens(tmp_path):
 def test_texts_that_need_more_rows_are_refused(directory, rows):
     with pytest.raises(
         DataError,
-        match=f"model: the model has a vocabulary of {rows}, but texts of .* up to 399.*Give the model's own",
+        match=(
+            f"model: the model has a vocabulary of {rows}, but texts of .* up to 399.*Give the "
+            "model's own"
+        ),
     ):
         surplus_line(open_tokenizer(directory), rows, "model")
     with pytest.raises(DataError, match="up to 9"):

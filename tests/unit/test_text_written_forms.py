@@ -1,11 +1,14 @@
-"""The plain and alpaca forms as chat templates: plain transformers writes with them what was trained, token for token."""
+"""The plain and alpaca forms as chat templates.
+
+Transformers writes with them what was trained.
+"""
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sorted.conversion.tokenizers.export import add_fast_tokenizer
 from megatron_sorted.data.preparation.forms import SampleReader
-from megatron_sorted.text.piece_ids import PieceEncoder
+from megatron_sorted.text.span_ids import SpanEncoder
 from megatron_sorted.text.tokenizer.contract import NullTokenizer
 from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from tests.support.chat_templates import write_fast_tokenizer
@@ -43,11 +46,15 @@ def tokenizer_of(kind: str, directory):
 def test_template_writes_what_is_trained(tmp_path, name, kind, append_eod):
     tokenizer = tokenizer_of(kind, tmp_path)
     messages = [{"role": role, "content": content} for role, content in TALK]
-    asked = {"role": "user", "content": INSTRUCTION["instruction"], "input": INSTRUCTION["input"]}
+    question = {
+        "role": "user",
+        "content": INSTRUCTION["instruction"],
+        "input": INSTRUCTION["input"],
+    }
     for record, data_format, as_messages in (
         ({"messages": messages}, "messages", messages),
         ({"messages": messages[1:3]}, "messages", messages[1:3]),
-        (INSTRUCTION, "instruction", [asked, {"role": "assistant", "content": "3"}]),
+        (INSTRUCTION, "instruction", [question, {"role": "assistant", "content": "3"}]),
     ):
         reader = SampleReader(data_format, name, tokenizer, append_eod)
         [pieces] = reader.read(record).documents
@@ -58,8 +65,8 @@ def test_template_writes_what_is_trained(tmp_path, name, kind, append_eod):
             if kind not in ("sentencepiece",)
             else None
         )
-        found = PieceEncoder(tokenizer, [end.text for end in reader.form.ends]).encode([pieces])[0]
-        last = [token for ids, _ in found[-1] for token in ids]
+        encoded = SpanEncoder(tokenizer, [end.text for end in reader.form.ends]).encode([pieces])[0]
+        last = [token for ids, _ in encoded[-1] for token in ids]
         if theirs is not None:
             assert (
                 theirs.apply_chat_template(
@@ -67,7 +74,7 @@ def test_template_writes_what_is_trained(tmp_path, name, kind, append_eod):
                 )
                 == text
             )
-        if len(found) == 1:
+        if len(encoded) == 1:
             assert last == tokenizer.encode_rendered(text)
         turns = [
             place for place, message in enumerate(as_messages) if message["role"] == "assistant"
@@ -76,7 +83,7 @@ def test_template_writes_what_is_trained(tmp_path, name, kind, append_eod):
             prompt = tokenizer.encode_rendered(reader.form.render(as_messages[:turn]))
             assert any(
                 [token for ids, _ in document for token in ids][: len(prompt)] == prompt
-                for document in found
+                for document in encoded
             )
 
 
@@ -84,6 +91,6 @@ def test_numbers_have_a_form_too():
     tokenizer = NullTokenizer(100)
     reader = SampleReader("instruction", "plain", tokenizer)
     [pieces] = reader.read({"instruction": "1 2", "output": "3 4"}).documents
-    assert PieceEncoder(tokenizer, [" 99 "]).encode([pieces]) == [
+    assert SpanEncoder(tokenizer, [" 99 "]).encode([pieces]) == [
         [[([1, 2], False), ([3, 4, 99], True)]]
     ]

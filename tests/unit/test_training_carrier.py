@@ -1,4 +1,4 @@
-"""The teacher travels as the gradient of the carrier, whatever the stages between do."""
+"""The teacher is sent as the gradient of the carrier, whatever the stages between do."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_a_teacher_passes_two_stages_bit_for_bit(freed):
     torch.manual_seed(0)
     layers = [torch.nn.Linear(4, 4) for _ in range(3)]
     norm = torch.nn.RMSNorm(4)
-    rectangles = [TeacherSlot() for _ in layers]
+    slots = [TeacherSlot() for _ in layers]
     seen = {}
 
     # three stages: each receives a leaf, as from Megatron's schedule, and sends on its gradient
@@ -27,17 +27,17 @@ def test_a_teacher_passes_two_stages_bit_for_bit(freed):
     hidden = torch.randn(3, 2, 4)
     first = hidden
     for number in range(2):
-        output = widen(torch.tanh(layers[number](hidden)), rectangles[number])
+        output = widen(torch.tanh(layers[number](hidden)), slots[number])
         assert output.shape == (6, 2, 4) and output._base is None and output[3:].eq(0).all()
         message = output.detach().clone().requires_grad_()
         messages.append((output, message))
-        hidden = narrow(message, rectangles[number + 1])
+        hidden = narrow(message, slots[number + 1])
         assert torch.equal(hidden, output[:3])
         hidden.register_hook(
-            lambda d, number=number: seen.update({number: rectangles[number + 1].normed_tbh})
+            lambda d, number=number: seen.update({number: slots[number + 1].normed_tbh})
         )
     last = torch.tanh(layers[2](hidden))
-    exit_backward = teach(lambda h, factor: factor * h, norm, rectangles[2])
+    exit_backward = teach(lambda h, factor: factor * h, norm, slots[2])
     last.backward(exit_backward(last.detach(), torch.tensor(0.5)))
     teacher = norm(last).detach()
     for output, message in reversed(messages):
@@ -46,27 +46,27 @@ def test_a_teacher_passes_two_stages_bit_for_bit(freed):
             custom_backward(output, message.grad)
         else:
             output.backward(message.grad)
-    assert torch.equal(seen[1], teacher) and torch.equal(rectangles[0].normed_tbh, teacher)
-    assert rectangles[1].normed_tbh is None and rectangles[2].normed_tbh is None, (
-        "a box is empty once the teacher has gone on"
+    assert torch.equal(seen[1], teacher) and torch.equal(slots[0].normed_tbh, teacher)
+    assert slots[1].normed_tbh is None and slots[2].normed_tbh is None, (
+        "a slot is empty once the teacher has been sent on"
     )
     # the gradients are those of the same layers without messages
-    got = [layer.weight.grad.clone() for layer in layers]
+    gradients = [layer.weight.grad.clone() for layer in layers]
     for layer in layers:
         layer.zero_grad()
     plain = first
     for layer in layers:
         plain = torch.tanh(layer(plain))
     plain.backward(0.5 * plain.detach())
-    for layer, gradient in zip(layers, got, strict=True):
+    for layer, gradient in zip(layers, gradients, strict=True):
         torch.testing.assert_close(layer.weight.grad, gradient)
 
 
 def test_a_teacher_that_does_not_train_sends_no_gradient():
-    box = TeacherSlot()
+    slot = TeacherSlot()
     hidden = torch.randn(3, 2, 4)
-    assert teach(None, torch.nn.RMSNorm(4), box)(hidden, torch.tensor(1.0)).eq(0).all()
-    assert box.normed_tbh is not None and not box.normed_tbh.requires_grad
+    assert teach(None, torch.nn.RMSNorm(4), slot)(hidden, torch.tensor(1.0)).eq(0).all()
+    assert slot.normed_tbh is not None and not slot.normed_tbh.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -74,16 +74,12 @@ def test_a_teacher_that_does_not_train_sends_no_gradient():
     [
         ({"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2}, (1, 4), False, 2),
         ({"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2}, (1,), False, 2),
-        (
-            {"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2},
-            (4,),
-            False,
-            1,
-        ),  # nobody is taught at this step
+        # no exit is taught at this step
+        ({"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2}, (4,), False, 1),
         ({"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2}, (1, 4), True, 1),
         ({"exit_kd_weight": 0.5}, (1, 4), False, 1),
         ({"pipeline_model_parallel_size": 2}, (1, 4), False, 1),
     ],
 )
-def test_messages_are_wide_only_where_a_teacher_travels(changes, depths, forward_only, halves):
+def test_messages_are_wide_only_where_they_carry_a_teacher(changes, depths, forward_only, halves):
     assert halves_of_message(tiny(**changes), depths, forward_only) == halves

@@ -1,4 +1,4 @@
-"""Words and plain data that describe a run."""
+"""Text and plain data that describe a run."""
 
 import pytest
 
@@ -41,7 +41,8 @@ def test_evaluation_results():
         ("2", {"loss": 2.0, "token_accuracy": 0.25, "exact_match": None}),
         ("4", {"loss": 1.0, "token_accuracy": 0.5, "exact_match": 0.25}),
     ]
-    # embedding and last norm, then per layer: attention 32 x (32 + 2 x 16) + 32 x 32, MLP 3 x 32 x 48, two norms
+    # embedding and last norm, then per layer: attention 32 x (32 + 2 x 16) + 32 x 32, MLP
+    # 3 x 32 x 48, two norms
     assert {depth: costs["parameters"] for depth, costs in results["exits"].items()} == {
         "2": 3232 + 2 * (3072 + 4608 + 64),
         "4": 3232 + 4 * (3072 + 4608 + 64),

@@ -1,4 +1,4 @@
-"""Which masks of text documents a run trains with: as given, as its checkpoint was trained, or the default."""
+"""Masks of text documents: as given, as the checkpoint was trained, or the default."""
 
 import dataclasses
 import json
@@ -13,10 +13,10 @@ from megatron_sorted.settings.derived import document_masks
 from megatron_sorted.settings.files import check_files
 from megatron_sorted.settings.load import load_settings, settings_as_dict
 from megatron_sorted.training.run.inputs import check_context_parallel
-from megatron_sorted.training.run.resume import BEFORE, changed_settings, settle_document_masks
+from megatron_sorted.training.run.resume import OLD_VALUES, changed_settings, settle_document_masks
 from tests.support.tiny import tiny
 
-MASKS = tuple(BEFORE)
+MASKS = tuple(OLD_VALUES)
 
 
 def masks_of(settings) -> tuple[bool, ...]:
@@ -24,7 +24,7 @@ def masks_of(settings) -> tuple[bool, ...]:
 
 
 def write_checkpoint(root, settings, without=()) -> None:
-    """Write a checkpoint's manifest; ``without``: settings that its version did not know."""
+    """Write a checkpoint's manifest; ``without`` names settings that its version lacked."""
     directory = iteration_directory(root, 4)
     directory.mkdir(parents=True)
     (directory / "weights").write_bytes(b"1234")
@@ -65,7 +65,7 @@ def test_flags_and_yaml(tmp_path):
     assert masks_of(load_settings(["--config", str(tmp_path / "run.yaml")])) == (False, None, True)
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on_as_it_was_trained(tmp_path):
+def test_a_checkpoint_of_an_earlier_version_keeps_its_masks(tmp_path):
     write_checkpoint(tmp_path / "old", tiny(), without=MASKS)
     resumed = settle_document_masks(tiny(load=str(tmp_path / "old")))
     assert masks_of(resumed) == (False, False, False)
@@ -77,9 +77,9 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_as_it_was_trained(tmp_path):
         for line in changed_settings(saved, resumed)
         if "mask" in line or "position-ids" in line
     ]
-    asked = settle_document_masks(tiny(load=str(tmp_path / "old"), reset_attention_mask=True))
-    assert masks_of(asked) == (True, False, False)
-    assert "reset-attention-mask False -> True" in changed_settings(saved, asked)
+    overridden = settle_document_masks(tiny(load=str(tmp_path / "old"), reset_attention_mask=True))
+    assert masks_of(overridden) == (True, False, False)
+    assert "reset-attention-mask False -> True" in changed_settings(saved, overridden)
     assert masks_of(settle_document_masks(tiny(load=str(tmp_path / "old"), finetune=True))) == (
         True,
         True,
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_as_it_was_trained(tmp_path):
     }
 
 
-def test_a_checkpoint_keeps_what_was_decided(tmp_path):
+def test_a_run_keeps_the_masks_of_its_checkpoint(tmp_path):
     trained = settle_document_masks(tiny(reset_attention_mask=True, eod_mask_loss=False))
     write_checkpoint(tmp_path / "new", trained)
     assert masks_of(settle_document_masks(tiny(load=str(tmp_path / "new")))) == (True, True, False)
@@ -106,7 +106,7 @@ def test_a_checkpoint_keeps_what_was_decided(tmp_path):
     )
 
 
-def test_the_same_command_again_goes_on_as_its_checkpoints_were_trained(tmp_path):
+def test_the_same_command_again_keeps_the_masks_of_its_checkpoints(tmp_path):
     write_checkpoint(tmp_path / "old", tiny(), without=MASKS)
     saved = str(tmp_path / "old")
     assert masks_of(settle_document_masks(tiny(save=saved))) == (False, False, False)
@@ -125,11 +125,12 @@ def test_the_same_command_again_goes_on_as_its_checkpoints_were_trained(tmp_path
     ), "nothing is saved there"
 
 
-def test_context_parallel_processes_know_no_documents():
+def test_context_parallelism_refuses_separate_documents():
     given = dataclasses.replace(tiny(context_parallel_size=2, reset_attention_mask=True))
     with pytest.raises(
         SettingsError,
-        match=r"--reset-attention-mask: beside --context-parallel-size 2.* Use 1, or leave the flag out",
+        match=r"--reset-attention-mask: with --context-parallel-size 2.* Use 1, "
+        "or leave the flag out",
     ):
         check_files(given)
 

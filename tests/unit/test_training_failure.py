@@ -1,4 +1,4 @@
-"""Who reports a failure, when, and in which words."""
+"""Which rank reports a failure, when, and with which message."""
 
 import json
 import subprocess
@@ -19,7 +19,10 @@ from megatron_sorted.training.watch.failure import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-GLOO = "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:60194"
+GLOO = (
+    "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:547] "
+    "Connection closed by peer [127.0.0.1]:60194"
+)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +36,7 @@ GLOO = "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection clos
         (ValueError("gloo"), False),
     ],
 )
-def test_victims_of_another_rank_are_told_apart(error, lost):
+def test_victims_of_another_rank_are_recognised(error, lost):
     assert lost_a_peer(error) is lost
 
 
@@ -69,9 +72,10 @@ def test_mistakes_are_one_line_and_defects_a_traceback():
         ("ValueError('defect')", "rank 4: ValueError: defect"),
     ],
 )
-def test_console_and_launcher_get_the_same_words(tmp_path, error, message):
+def test_console_and_launcher_get_the_same_message(tmp_path, error, message):
     code = (
-        f"from megatron_sorted.errors import DataError; from megatron_sorted.training.watch.failure import report_and_exit; "
+        f"from megatron_sorted.errors import DataError; from "
+        f"megatron_sorted.training.watch.failure import report_and_exit; "
         f"print('step 1'); report_and_exit({error})"
     )
     path = tmp_path / "error.json"
@@ -93,13 +97,14 @@ def test_console_and_launcher_get_the_same_words(tmp_path, error, message):
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "printed"),
     [(f"RuntimeError({GLOO!r})", ""), ("KeyError('own')", "rank 1: KeyError: 'own'\n")],
 )
-def test_a_victim_told_to_end_before_it_noticed_ends_without_a_word(error, words):
-    """The launcher's signal comes first, the broken connection after it; a failure of the rank's own is said all the same."""
+def test_a_victim_ended_before_it_saw_the_error_ends_silently(error, printed):
+    """The launcher's signal comes before the broken connection; an error of its own is reported."""
     code = (
-        "import os, signal; from megatron_sorted.training.watch.failure import report_and_exit, stop_request; "
+        "import os, signal; from megatron_sorted.training.watch.failure import report_and_exit, "
+        "stop_request; "
         f"stop_request.listen(); os.kill(os.getpid(), signal.SIGTERM); report_and_exit({error})"
     )
     environment = {"PYTHONPATH": str(ROOT), "RANK": "1", "LOCAL_RANK": "1"}
@@ -107,17 +112,18 @@ def test_a_victim_told_to_end_before_it_noticed_ends_without_a_word(error, words
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (1, words)
+    assert (done.returncode, done.stderr) == (1, printed)
     assert time.monotonic() - started < VICTIM_SECONDS
 
 
 def test_one_rank_of_a_host_reports_however_slow_the_launcher_is(tmp_path):
-    """Both ranks meet an error; the launcher's signal reaches the second only after its time to wait is over."""
+    """Both ranks fail; the launcher's signal reaches the second only after its wait is over."""
     code = (
         "import os, signal, threading; from megatron_sorted.training.watch import failure; "
         "from megatron_sorted.training.watch.signals import stop_request; "
         "stop_request.listen(); failure.PRECEDENCE_SECONDS = 0.1; "
-        "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start(); failure.report_and_exit(KeyError('own'))"
+        "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start(); "
+        "failure.report_and_exit(KeyError('own'))"
     )
     seen = []
     for rank in range(2):

@@ -1,4 +1,4 @@
-"""What a user can get wrong about files is said before any process group starts, with the file and the remedy."""
+"""Mistakes about files are reported before any process group starts, with file and remedy."""
 
 import dataclasses
 import hashlib
@@ -58,7 +58,7 @@ def prepare_data(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """Return a folder with prepared data, which tests copy: to train tokenizers takes longer than all they do."""
+    """Return a folder with prepared data, which tests copy, since to train tokenizers is slow."""
     folder = tmp_path_factory.mktemp("prepared")
     prepare_data(folder)
     return folder
@@ -89,7 +89,7 @@ def settings(folder: Path, **changes) -> Settings:
 
 
 def refused(kind: type, run: Settings) -> str:
-    """Returns the message with which a run is refused, without its folder."""
+    """Return the message with which a run is refused, without its folder."""
     with pytest.raises(kind) as error:
         prepare_run(run)
     assert not dist.is_initialized()
@@ -97,25 +97,27 @@ def refused(kind: type, run: Settings) -> str:
 
 
 def write_checkpoint(root: Path, run: Settings, step: int = 7) -> Path:
-    """Writes a checkpoint of ``run`` without weights: everything that is looked at before ranks meet."""
+    """Write a checkpoint of ``run`` without weights: all that is read before ranks meet."""
     directory = root / f"iter_{step:07d}"
     directory.mkdir(parents=True)
     (directory / ".metadata").write_text("{}")
     place = Place(
         rank=0, world_size=1, stage=0, num_stages=1, data_rank=0, data_size=1, tensor_rank=0
     )
-    said = description(
+    described = description(
         dataclasses.replace(run, vocab_size=290), 290, "ab12", place, None, data_identity(run)
     )
     (directory / MANIFEST).write_text(
-        manifest_text(said, Progress(step, 9), {".metadata": record_file(directory / ".metadata")})
+        manifest_text(
+            described, Progress(step, 9), {".metadata": record_file(directory / ".metadata")}
+        )
     )
     (root / TRACKER).write_text(f"{step}\n")
     return directory
 
 
-def found(run: Settings) -> Path | None:
-    """Returns the checkpoint a run would take, before hashes are compared."""
+def taken_by(run: Settings) -> Path | None:
+    """Return the checkpoint a run would take, before hashes are compared."""
     checkpoints = open_inputs(run).checkpoints
     return None if checkpoints is None else checkpoints.usable[0].directory
 
@@ -143,8 +145,10 @@ def test_missing_and_truncated_data_names_file_and_bytes(folder):
     whole = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-2])
     assert refused(DataError, settings(folder)) == (
-        f"mine_text_document.bin: {whole - 2} bytes, but mine_text_document.idx lists {whole // 2} tokens of 2 bytes = {whole} bytes; "
-        "the file is truncated, or the two are not of one run. Write it again with megatron-sorted prepare."
+        f"mine_text_document.bin: {whole - 2} bytes, but mine_text_document.idx lists {whole // 2} "
+        f"tokens of 2 bytes = {whole} bytes; "
+        "the file is truncated, or the two are not of one run. Write it again with megatron-sorted "
+        "prepare."
     )
     index = folder / "mine_text_document.idx"
     index.write_bytes(index.read_bytes()[:20])
@@ -156,7 +160,8 @@ def test_missing_and_truncated_data_names_file_and_bytes(folder):
 def test_samples_longer_than_the_sequence(folder):
     message = refused(DataError, settings(folder, seq_length=16))
     assert re.match(
-        r"mine_text_document: document \d+ has \d+ tokens, but --seq-length 16 holds at most 17 \(\d+ such",
+        r"mine_text_document: document \d+ has \d+ tokens, but --seq-length 16 holds at most 17 "
+        r"\(\d+ such",
         message,
     )
 
@@ -164,11 +169,14 @@ def test_samples_longer_than_the_sequence(folder):
 def test_vocabulary_and_tokenizer(folder):
     name = str(folder / "mine_tokenizer.model")
     assert refused(DataError, settings(folder, vocab_size=289)) == (
-        "--tokenizer-model: the model has a vocabulary of 289, but texts of tokenizer mine_tokenizer.model have ids up to 289, so the two "
-        "do not belong together. Give the model's own tokenizer, or for a new model a --vocab-size of at least 290."
+        "--tokenizer-model: the model has a vocabulary of 289, but texts of tokenizer "
+        "mine_tokenizer.model have ids up to 289, so the two "
+        "do not belong together. Give the model's own tokenizer, or for a new model a --vocab-size "
+        "of at least 290."
     )
     assert refused(DataError, settings(folder, tokenizer_model=name + "x")) == (
-        "--tokenizer-model: mine_tokenizer.modelx: no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt). Give a "
+        "--tokenizer-model: mine_tokenizer.modelx: no tokenizer (tokenizer.json, tokenizer.model, "
+        "or vocab.json with merges.txt). Give a "
         "directory or a sentencepiece file that exists."
     )
 
@@ -180,7 +188,8 @@ def test_data_of_another_tokenizer(folder):
     )
     run = settings(folder, tokenizer_model=str(folder / "other_tokenizer.model"))
     assert refused(DataError, run) == (
-        f"mine_text_document: prepared with tokenizer mine_tokenizer.model (sha256 {mine}), but --tokenizer-model is other_tokenizer.model "
+        f"mine_text_document: prepared with tokenizer mine_tokenizer.model (sha256 {mine}), but "
+        f"--tokenizer-model is other_tokenizer.model "
         f"(sha256 {other}). Give the tokenizer the data was prepared with, or prepare it again."
     )
     # evaluation sets too, also the one that --valid-fraction writes
@@ -212,7 +221,7 @@ def test_a_directory_that_cannot_be_written(folder):
 
 @pytest.mark.parametrize("closed", ["save", "."])
 def test_directories_without_permission(folder, closed):
-    """The directory itself or the one it lies in may not be read; also where tests are run by root, who may read anything."""
+    """The directory or its parent may not be read, even if root runs the tests."""
     write_checkpoint(folder / "save", settings(folder))
     run = settings(folder, load=str(folder / "save"), vocab_size=290)
     (folder / closed).chmod(0)
@@ -223,8 +232,11 @@ def test_directories_without_permission(folder, closed):
                 os.seteuid(65534)
             find_checkpoints(run, None, None)
         except CheckpointError as error:
-            said = f"--load: cannot read {folder / 'save'} (Permission denied). Give a directory that can be read."
-            os._exit(0 if str(error) == said else 2)
+            message = (
+                f"--load: cannot read {folder / 'save'} (Permission denied). "
+                "Give a directory that can be read."
+            )
+            os._exit(0 if str(error) == message else 2)
         finally:
             os._exit(3)
     _, status = os.waitpid(child, 0)
@@ -237,11 +249,12 @@ def test_load_from_a_directory_that_is_not_there(folder):
     empty.mkdir()
     for more in ({}, {"save": str(folder / "save")}, {"finetune": True}):
         assert refused(CheckpointError, settings(folder, load=missing, **more)) == (
-            "--load: missing is not a directory. Give the directory that --save of another run wrote to."
+            "--load: missing is not a directory. Give the directory that --save of another run "
+            "wrote to."
         )
     # a job that saves where it loads starts afresh the first time
-    assert found(settings(folder, load=missing, save=missing)) is None
-    assert found(settings(folder, load=str(empty))) is None
+    assert taken_by(settings(folder, load=missing, save=missing)) is None
+    assert taken_by(settings(folder, load=str(empty))) is None
     for strict in ("finetune", "skip_train", "exit_on_missing_checkpoint"):
         assert refused(
             CheckpointError, settings(folder, load=str(empty), **{strict: True})
@@ -252,20 +265,22 @@ def test_incomplete_checkpoints(folder):
     root = folder / "save"
     directory, run = write_checkpoint(root, settings(folder)), settings(folder, load=str(root))
     (root / TRACKER).write_text("latest")
-    assert found(run) == directory
+    assert taken_by(run) == directory
     (root / TRACKER).write_text("8")
-    assert found(run) == directory
+    assert taken_by(run) == directory
     (directory / ".metadata").unlink()
     assert refused(CheckpointError, run) == (
-        "--load: save holds no complete checkpoint: save/iter_0000008: missing, although latest_checkpointed_iteration.txt names it. "
-        "save/iter_0000007/.metadata: No such file or directory. Restore one, or give another directory."
+        "--load: save holds no complete checkpoint: save/iter_0000008: missing, although "
+        "latest_checkpointed_iteration.txt names it. "
+        "save/iter_0000007/.metadata: No such file or directory. Restore one, or give another "
+        "directory."
     )
     assert refused(CheckpointError, dataclasses.replace(run, ckpt_step=8)).startswith(
         "--ckpt-step: save holds no checkpoint of step 8; "
     )
 
 
-def test_pretrained_weights_start_a_run_and_its_own_checkpoints_go_on(folder):
+def test_pretrained_weights_start_a_run_and_its_own_checkpoints_resume_it(folder):
     pretrained, own = write_checkpoint(folder / "pretrained", settings(folder)), folder / "own"
     run = settings(
         folder, pretrained_checkpoint=str(folder / "pretrained"), load=str(own), save=str(own)
@@ -277,7 +292,8 @@ def test_pretrained_weights_start_a_run_and_its_own_checkpoints_go_on(folder):
     assert not inputs.settings.finetune and inputs.checkpoints.usable[0].directory == mine
     missing = dataclasses.replace(run, load=None, pretrained_checkpoint=str(folder / "nowhere"))
     assert refused(CheckpointError, missing) == (
-        "--pretrained-checkpoint: nowhere is not a directory. Give the directory that --save of another run wrote to."
+        "--pretrained-checkpoint: nowhere is not a directory. Give the directory that --save of "
+        "another run wrote to."
     )
 
 
@@ -295,11 +311,12 @@ def test_state_of_another_form_is_refused_unless_left_behind(folder, changes, fl
         settings(folder, load=str(folder / "save"), **changes),
     )
     assert refused(CheckpointError, run) == (
-        f"{flag}: {saved} in save/iter_0000007, {now} in this run; the optimizer's state is kept in a form that depends on it. Keep it, or "
+        f"{flag}: {saved} in save/iter_0000007, {now} in this run; the optimizer's state is kept "
+        f"in a form that depends on it. Keep it, or "
         "continue without that state (--no-load-optim)."
     )
-    for way_out in ("no_load_optim", "finetune"):
-        assert found(dataclasses.replace(run, **{way_out: True})) == directory
+    for flag_out in ("no_load_optim", "finetune"):
+        assert taken_by(dataclasses.replace(run, **{flag_out: True})) == directory
 
 
 @pytest.mark.parametrize(
@@ -307,24 +324,29 @@ def test_state_of_another_form_is_refused_unless_left_behind(folder, changes, fl
     [
         (
             {"hidden_size": 64},
-            "--hidden-size: 32 in the checkpoint, 64 in this run; --ffn-hidden-size: 128 in the checkpoint, 192 in this run; "
+            "--hidden-size: 32 in the checkpoint, 64 in this run; --ffn-hidden-size: 128 in the "
+            "checkpoint, 192 in this run; "
             "--kv-channels: 8 in the checkpoint, 16 in this run",
         ),
         ({"num_layers": 6}, "--num-layers: 4 in the checkpoint, 6 in this run"),
         ({"vocab_size": 300}, "--vocab-size: 290 in the checkpoint, 300 in this run"),
         (
             {"use_exit_norm": True, "exit_layer_nums": (2, 3)},
-            "--use-exit-norm: False in the checkpoint, True in this run; --exit-layer-nums: [2, 4] in the checkpoint, [2, 3, 4] in this run",
+            "--use-exit-norm: False in the checkpoint, True in this run; --exit-layer-nums: [2, 4] "
+            "in the checkpoint, [2, 3, 4] in this run",
         ),
     ],
 )
 def test_a_checkpoint_of_other_sizes(folder, changes, difference):
     write_checkpoint(folder / "save", settings(folder))
     assert refused(CheckpointError, settings(folder, load=str(folder / "save"), **changes)) == (
-        f"save/iter_0000007: made with other sizes. {difference}. Use the checkpoint's values, or train anew without --load."
+        f"save/iter_0000007: made with other sizes. {difference}. Use the checkpoint's values, or "
+        f"train anew without --load."
     )
 
 
 def test_exits_that_share_norm_and_head_may_change(folder):
     directory = write_checkpoint(folder / "save", settings(folder))
-    assert found(settings(folder, load=str(folder / "save"), exit_layer_nums=(1, 3))) == directory
+    assert (
+        taken_by(settings(folder, load=str(folder / "save"), exit_layer_nums=(1, 3))) == directory
+    )

@@ -1,4 +1,4 @@
-"""Which steps are recorded, what is written, and that trouble ends the recording only."""
+"""The steps that are recorded, the files, and that a failure ends only the recording."""
 
 import gzip
 import json
@@ -11,8 +11,8 @@ from tests.support.tiny import tiny
 
 
 def run(directory, rank=0, first=0, last=8, **changes) -> list[str]:
-    """Trains steps first+1..last with a profiler; returns what it said."""
-    said = []
+    """Train steps first+1..last with a profiler; return the lines it logged."""
+    logged = []
     settings = tiny(
         **{
             "profile": True,
@@ -22,18 +22,18 @@ def run(directory, rank=0, first=0, last=8, **changes) -> list[str]:
             **changes,
         }
     )
-    profiler = Profiler(settings, rank, directory, said.append)
+    profiler = Profiler(settings, rank, directory, logged.append)
     profiler.step(first)
     for done in range(first + 1, last + 1):
         with torch.profiler.record_function(f"our step {done}"):
             torch.ones(20, 20) @ torch.ones(20, 20)
         profiler.step(done)
     profiler.close()
-    return said
+    return logged
 
 
 def recorded(path) -> set[str]:
-    """Returns the steps in a trace."""
+    """Return the steps in a trace."""
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     return {event["name"] for event in events if str(event.get("name", "")).startswith("our step")}
 
@@ -45,10 +45,10 @@ def recorded(path) -> set[str]:
     (0, 8, {"profile_step_start": 0, "profile_step_end": 3}, "1-2", {1, 2}),
 ])  # fmt: skip
 def test_steps_are_recorded_as_reports_number_them(tmp_path, first, last, changes, name, steps):
-    [said] = run(tmp_path / "profile", 2, first, last, **changes)
+    [logged] = run(tmp_path / "profile", 2, first, last, **changes)
     stem = tmp_path / "profile" / f"rank_2_steps_{name}"
     assert recorded(stem.with_suffix(".json.gz")) == {f"our step {step}" for step in steps}
-    assert "aten::mm" in stem.with_suffix(".txt").read_text() and str(stem) in said
+    assert "aten::mm" in stem.with_suffix(".txt").read_text() and str(stem) in logged
     assert len(list((tmp_path / "profile").iterdir())) == 2
 
 
@@ -64,6 +64,6 @@ def test_others_and_later_steps_are_not_recorded(tmp_path, rank, first, changes)
 
 def test_trouble_ends_the_recording_and_not_the_run(tmp_path):
     (tmp_path / "profile").write_text("a file where the directory should be")
-    [said] = run(tmp_path / "profile")
-    assert said.startswith("profile: given up, training goes on: FileExistsError")
+    [logged] = run(tmp_path / "profile")
+    assert logged.startswith("profile: given up, training continues: FileExistsError")
     assert run(None) == []

@@ -1,4 +1,4 @@
-"""What may change between a checkpoint and the run that continues it."""
+"""What may change between a checkpoint and the run that resumes from it."""
 
 import pytest
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -11,7 +11,7 @@ from megatron_sorted.training.run.resume import SILENT, changed_settings, loaded
 RUN = Settings(train_iters=100, exit_layer_nums=(2, 4), save="a", wandb_project="p")
 
 
-def test_only_what_bears_on_training_is_said(tmp_path):
+def test_only_settings_that_affect_training_are_listed(tmp_path):
     saved = settings_as_dict(RUN)
     assert changed_settings(saved, RUN) == []
     other = Settings(
@@ -33,7 +33,8 @@ def test_only_what_bears_on_training_is_said(tmp_path):
         tmp_path / "iter_0000005", {"progress": {"step": 5, "samples": 40}, "settings": saved}
     )
     assert loaded_line(candidate, RUN, 2.5e-4) == (
-        f"loaded {tmp_path}/iter_0000005: step 5, 40 samples consumed, learning rate 2.500e-04; nothing changed"
+        f"loaded {tmp_path}/iter_0000005: step 5, 40 samples consumed, learning rate 2.500e-04; "
+        f"nothing changed"
     )
     assert loaded_line(candidate, Settings(**{**vars(RUN), "lr": 1.0}), 2.5e-4).endswith(
         "; changed: lr 0.0003 -> 1.0"
@@ -45,7 +46,7 @@ def test_names_of_silent_settings_exist():
 
 
 class _Optimizer:
-    """What Megatron's schedule needs of an optimizer."""
+    """An optimizer, as far as Megatron's schedule needs one."""
 
     def __init__(self):
         self.param_groups = [

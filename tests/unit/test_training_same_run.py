@@ -1,4 +1,4 @@
-"""The same command started again: checkpoints in --save are gone on from, or refused where they are another run's."""
+"""The same command started again resumes from --save, unless it holds another run."""
 
 import dataclasses
 import os
@@ -13,29 +13,29 @@ from megatron_sorted.checkpoint.manifest import (
     read_manifest,
     record_file,
 )
-from megatron_sorted.conversion.network import network_to_start_from
+from megatron_sorted.conversion.starting_settings import starting_settings
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.run.hugging_face import check_export_of_run
 from megatron_sorted.training.run.inputs import newest_of, open_inputs
-from megatron_sorted.training.run.same_run import START, start_of
+from megatron_sorted.training.run.same_run import STARTED_FROM, start_of
 from tests.unit.test_training_inputs import folder, prepared, settings, write_checkpoint
 
 __all__ = ("folder", "prepared")  # fixtures
 
 
 def changed(directory: Path, **entries: object) -> Path:
-    """Give a checkpoint's manifest other entries; None takes one away."""
+    """Give a checkpoint's manifest other entries; None removes one."""
     manifest = {**read_manifest(directory), **entries}
     progress, files = manifest.pop("progress"), list(manifest.pop("files"))
-    said = {
+    described = {
         name: value
         for name, value in manifest.items()
         if name not in ("format", "sha256") and value is not None
     }
     (directory / MANIFEST).write_text(
         manifest_text(
-            said, Progress(**progress), {name: record_file(directory / name) for name in files}
+            described, Progress(**progress), {name: record_file(directory / name) for name in files}
         )
     )
     return directory
@@ -52,25 +52,25 @@ def run(folder) -> Settings:
 
 def save(run: Settings, step: int, start: str | None, **entries: object) -> Path:
     """Write a checkpoint of a run."""
-    return changed(write_checkpoint(Path(run.save), run, step), **{START: start, **entries})
+    return changed(write_checkpoint(Path(run.save), run, step), **{STARTED_FROM: start, **entries})
 
 
-@pytest.mark.parametrize("strategy", ["load", "finetune", "pretrained", "nothing"])
-def test_the_same_command_goes_on_from_what_it_saved(run, strategy, monkeypatch):
+@pytest.mark.parametrize("start_from", ["load", "finetune", "pretrained", "nothing"])
+def test_the_same_command_resumes_from_what_it_saved(run, start_from, monkeypatch):
     changes = {
         "load": {},
         "finetune": {"finetune": True},
         "nothing": {"load": None},
         "pretrained": {"load": None, "pretrained_checkpoint": run.load},
-    }[strategy]
+    }[start_from]
     run = dataclasses.replace(run, **changes)
     first = open_inputs(run)
-    assert first.going_on == () and first.settings.load == (
-        None if strategy == "nothing" else str(Path(run.save).parent / "theirs")
+    assert first.resume_lines == () and first.settings.load == (
+        None if start_from == "nothing" else str(Path(run.save).parent / "theirs")
     )
     start = start_of(first.settings, newest_of(first.checkpoints))
     assert start == (
-        "weights drawn with seed 1234" if strategy == "nothing" else "weights of run theirs"
+        "weights drawn with seed 1234" if start_from == "nothing" else "weights of run theirs"
     )
     directory = save(run, 3, start)
     for spelled in (run.save, os.path.relpath(run.save) + "/"):
@@ -83,8 +83,8 @@ def test_the_same_command_goes_on_from_what_it_saved(run, strategy, monkeypatch)
             False,
             None,
         )
-        assert again.going_on[0].startswith(
-            f"--save {spelled} holds checkpoints of this run up to step 3: going on from them"
+        assert again.resume_lines[0].startswith(
+            f"--save {spelled} holds checkpoints of this run up to step 3: resuming from them"
         )
 
 
@@ -92,8 +92,9 @@ def test_checkpoints_of_another_run_are_refused(run):
     save(run, 3, "weights of run others")
     with pytest.raises(
         CheckpointError,
-        match=r"own holds checkpoints up to step 3 of another run: it started from weights of run others, "
-        "this one from weights of run theirs. Give another directory, or go on",
+        match=r"own holds checkpoints up to step 3 of another run: it started from weights of run "
+        r"others, "
+        "this one from weights of run theirs. Give another directory, or resume",
     ):
         open_inputs(run)
     with pytest.raises(
@@ -107,17 +108,20 @@ def test_checkpoints_of_another_run_are_refused(run):
     open_inputs(dataclasses.replace(run, load=run.save))  # as the message says
 
 
-def test_an_older_version_did_not_write_what_a_run_started_from(run):
+def test_an_older_version_did_not_record_what_a_run_started_from(run):
     save(run, 3, None)
     again = open_inputs(run)
-    assert again.settings.load == run.save and "an older version saved them" in again.going_on[1]
+    assert (
+        again.settings.load == run.save and "an older version saved them" in again.resume_lines[1]
+    )
 
 
-def test_what_does_not_fit_is_not_gone_on_from(run):
+def test_a_checkpoint_that_does_not_fit_is_refused(run):
     save(dataclasses.replace(run, hidden_size=64), 3, "weights of run theirs")
     with pytest.raises(
         CheckpointError,
-        match=r"--save: .*own holds checkpoints with which this run cannot go on: .*--hidden-size: 64 in",
+        match=r"--save: .*own holds checkpoints from which this run cannot resume: "
+        r".*--hidden-size: 64 in",
     ):
         open_inputs(run)
 
@@ -127,7 +131,7 @@ def test_damaged_ones_and_imports_over_a_run_are_not_replaced(run):
     (directory / ".metadata").write_text("")
     with pytest.raises(
         CheckpointError,
-        match=r"that this run would replace and cannot go on from: .*\.metadata: 0 bytes where",
+        match=r"that this run would replace and cannot resume from: .*\.metadata: 0 bytes where",
     ):
         open_inputs(run)
     changed(write_checkpoint(Path(run.save), run, 0), contents="weights", saved_at="2999")
@@ -140,7 +144,7 @@ def test_an_import_in_the_save_folder_is_no_run(run):
     assert open_inputs(run).settings.load == run.load
 
 
-def test_a_run_that_goes_on_elsewhere_takes_the_newer_of_both(run, folder):
+def test_a_run_resumed_in_another_directory_takes_the_newer_checkpoint(run, folder):
     saved = {"run_id": "same"}
     theirs = changed(write_checkpoint(folder / "before", run, 5), **saved, saved_at="2026-01-05")
     run = dataclasses.replace(run, load=str(folder / "before"))
@@ -149,7 +153,7 @@ def test_a_run_that_goes_on_elsewhere_takes_the_newer_of_both(run, folder):
     again = open_inputs(run)
     assert (
         again.checkpoints.usable[0].step == 8
-        and "going on from them, not from --load" in again.going_on[0]
+        and "resuming from them, not from --load" in again.resume_lines[0]
     )
     changed(theirs, saved_at="2026-01-09")  # trained on since
     assert open_inputs(run).checkpoints.usable[0].directory == theirs
@@ -158,7 +162,7 @@ def test_a_run_that_goes_on_elsewhere_takes_the_newer_of_both(run, folder):
         open_inputs(run)
 
 
-def test_where_nothing_is_saved_nothing_is_looked_at(run):
+def test_a_run_that_does_not_save_ignores_the_save_directory(run):
     save(run, 3, "weights of run others")
     assert open_inputs(dataclasses.replace(run, skip_train=True)).settings.load == run.load
 
@@ -167,14 +171,14 @@ def test_a_checkpoint_brings_the_tokenizer_that_lies_in_it(run):
     directory = save(
         run, 3, None, tokenizer={"type": "SentencePieceTokenizer", "name": "t.model", "sha256": "0"}
     )
-    asked = {"load": run.save, "use_checkpoint_args": True}
-    assert "tokenizer_model" not in network_to_start_from(asked)  # none lies there
+    given = {"load": run.save, "use_checkpoint_args": True}
+    assert "tokenizer_model" not in starting_settings(given)  # none lies there
     (directory / "tokenizer").mkdir()
     (directory / "tokenizer" / "tokenizer.model").write_bytes(b"")
-    found = network_to_start_from(asked)
-    assert found["tokenizer_model"] == str(directory / "tokenizer" / "tokenizer.model")
-    assert found["tokenizer_type"] == "SentencePieceTokenizer" and found["num_layers"] == 4
-    assert "tokenizer_model" not in network_to_start_from({**asked, "tokenizer_model": "mine"})
+    started = starting_settings(given)
+    assert started["tokenizer_model"] == str(directory / "tokenizer" / "tokenizer.model")
+    assert started["tokenizer_type"] == "SentencePieceTokenizer" and started["num_layers"] == 4
+    assert "tokenizer_model" not in starting_settings({**given, "tokenizer_model": "mine"})
 
 
 def test_an_export_of_another_run_is_not_replaced(tmp_path):
@@ -189,3 +193,12 @@ def test_an_export_of_another_run_is_not_replaced(tmp_path):
             match=r"--save-hf: .* holds the export of run (other|unknown), this one is run mine",
         ):
             check_export_of_run(export, "mine")
+
+
+def test_imported_weights_at_step_0_are_not_trained_over(run):
+    save(run, 0, None, contents="weights")
+    fresh = dataclasses.replace(run, load=None)
+    with pytest.raises(
+        CheckpointError, match=r"--save: .*own holds weights at step 0, .* Give --load .*own"
+    ):
+        open_inputs(fresh)

@@ -1,4 +1,4 @@
-"""Stop signals: noted once, never deadly, ignored on the way out. In a process of its own."""
+"""Stop signals are recorded, never deadly, and ignored at the end; in a process of its own."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ print("alive")
 """
 
 
-def test_signals_are_noted_and_then_ignored():
+def test_signals_are_recorded_and_then_ignored():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False

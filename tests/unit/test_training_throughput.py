@@ -13,7 +13,8 @@ from megatron_sorted.training.run.throughput import (
 )
 from tests.support.tiny import tiny
 
-# tiny: 4 layers, hidden 32, MLP 48 (three matrices), 4 heads of 8 channels in 2 groups, vocabulary 100, 8 samples of 16 tokens
+# tiny: 4 layers, hidden 32, MLP 48 (three matrices), 4 heads of 8 channels in 2 groups, vocabulary
+# 100, 8 samples of 16 tokens
 HEAD = 2 * 32 * 100
 LAYER = 2 * (32 * (32 + 32) + 32 * 32 + 3 * 32 * 48) + 2 * 16 * 32
 TOKENS = 8 * 16
@@ -55,7 +56,7 @@ class Known(CpuPlatform):
     """A device that names its peak."""
 
     def peak_tflops(self, dtype: torch.dtype) -> float | None:
-        """Returns a number a kind."""
+        """Return a rate for each kind that has one."""
         return {torch.bfloat16: 100.0, torch.float32: 10.0}.get(dtype)
 
 

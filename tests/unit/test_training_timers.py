@@ -2,26 +2,26 @@
 
 import pytest
 
-from megatron_sorted.training.run.timers import PHASES, PhaseTimers
+from megatron_sorted.training.watch.timers import PHASES, PhaseTimers
 
 
 class Clock:
-    """Seconds that the test moves on."""
+    """A clock that the test sets."""
 
     def __init__(self):
         self.now, self.waits = 100.0, 0
 
     def __call__(self) -> float:
-        """Returns the time."""
+        """Return the time."""
         return self.now
 
     def wait(self) -> None:
-        """Stands for the device, which takes a second to finish what it has."""
+        """Wait for a device that needs a second to finish its work."""
         self.waits += 1
         self.now += 1.0
 
 
-def test_phases_add_up_and_an_inner_one_is_taken_out_of_the_outer():
+def test_phases_add_up_and_an_inner_one_does_not_count_for_the_outer():
     clock = Clock()
     timers = PhaseTimers(True, lambda: None, clock)
     for _ in range(2):

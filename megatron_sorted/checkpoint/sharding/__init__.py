@@ -1,1 +1,1 @@
-"""What a checkpoint holds of a network that many ranks share."""
+"""The sharded state of a network that many ranks share, saved so that any layout can load it."""

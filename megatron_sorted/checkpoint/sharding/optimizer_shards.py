@@ -1,9 +1,10 @@
-"""The distributed optimizer's state, each data parallel rank writing and reading its own part.
+"""The distributed optimizer's state, of which each data parallel rank saves and loads its own part.
 
-Megatron's form that survives every change of layout ("fully_reshardable") gathers the state of all data parallel ranks on each of them
-before a save: 12 bytes a parameter, for which training waits. A rank's part of a parameter is a range of its elements, and a range is a
-few rectangles, of which torch's checkpoints are made anyway. So nothing is gathered, every rank writes its own part, and the checkpoint
-holds the same tensors under the same names: either side can load what the other has saved.
+Megatron's form that any layout can load ("fully_reshardable") gathers the state of all data
+parallel ranks on each of them before a save: 12 bytes a parameter, for which training waits. But a
+rank's part of a parameter is a range of its elements, a range is a few rectangles, and rectangles
+are what torch's checkpoints store. So nothing is gathered, and every rank writes its own part. The
+checkpoint holds the same tensors under the same names: each form can load checkpoints of the other.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,12 +22,12 @@ PREFIX = "optimizer.state"  # Megatron's
 
 
 def parts_of(optimizer) -> list:
-    """Return the optimizers that Megatron's ``optimizer`` consists of: those it chains, or itself."""
+    """Return the optimizers in Megatron's ``optimizer``: those that it chains, or itself."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def only_part(optimizer) -> DistributedOptimizer | None:
-    """Return the distributed optimizer that ``optimizer`` consists of, or None if it is of another kind or of several parts."""
+    """Return ``optimizer`` as a single distributed optimizer; None if it is of another kind."""
     parts = parts_of(optimizer)
     return parts[0] if len(parts) == 1 and isinstance(parts[0], DistributedOptimizer) else None
 
@@ -34,13 +35,16 @@ def only_part(optimizer) -> DistributedOptimizer | None:
 def _whole_tensors(
     base: ShardedTensor | ShardedTensorFactory,
 ) -> Iterator[tuple[int, ShardedTensor]]:
-    """Yield (first element within the parameter, sharded tensor) of what a parameter is saved as: itself, or its parts along dim 0."""
+    """Yield (first element within the parameter, sharded tensor) for each tensor of a parameter.
+
+    A parameter is saved as one tensor, or as several, cut along dimension 0.
+    """
     if isinstance(base, ShardedTensor):
         yield 0, base
         return
     first = 0
     for part in nested_values(base.build()):
-        # the two halves of a gated MLP; whatever is cut or turned otherwise is not known here
+        # the two halves of a gated MLP; parameters cut in another manner are not supported
         assert part.data.storage_offset() == base.data.storage_offset() + first, (
             f"{part.key}: not a run of whole rows"
         )
@@ -52,29 +56,28 @@ def _whole_tensors(
 def own_rectangles(
     base: ShardedTensor | ShardedTensorFactory, start: int, end: int
 ) -> Iterator[tuple[int, ShardedTensor]]:
-    """Yield (first element within the range, sharded tensor without data) of each rectangle of elements ``start``..``end`` - 1."""
+    """Yield (first element within the range, sharded tensor without data) for each rectangle.
+
+    The range is elements ``start``..``end`` - 1 of the parameter.
+    """
     for first, whole in _whole_tensors(base):
         inside = rectangles_of_range(
             whole.local_shape, max(start - first, 0), min(end - first, whole.data.numel())
         )
-        for box in inside:
-            stacked = (
-                whole.prepend_axis_num
-            )  # layers are saved as one tensor with the layer as first dimension
-            offset = tuple(
-                at + more
-                for at, more in zip(whole.global_offset, (0,) * stacked + box.offset, strict=True)
-            )
-            # each data parallel rank has a part of its own, so none is a copy of another's
+        # layers are saved as one tensor with the layer as first dimension
+        stacked = whole.prepend_axis_num
+        for rectangle in inside:
+            corners = zip(whole.global_offset, (0,) * stacked + rectangle.offset, strict=True)
             yield (
-                first + box.first - start,
+                first + rectangle.first - start,
                 replace(
                     whole,
                     data=None,
                     dtype=torch.float32,
-                    local_shape=(1,) * stacked + box.shape,
-                    global_offset=offset,
+                    local_shape=(1,) * stacked + rectangle.shape,
+                    global_offset=tuple(outer + inner for outer, inner in corners),
                     axis_fragmentations=None,
+                    # data parallel ranks hold different parts, so none is a replica
                     replica_id=(*whole.replica_id[:-1], 0),
                     prepend_axis_num=0,
                 ),
@@ -84,12 +87,12 @@ def own_rectangles(
 def state_of_parts(
     optimizer: DistributedOptimizer, model_state: dict[str, Any], with_data: bool
 ) -> dict[str, Any]:
-    """Return the state of this rank's parts of parameters as sharded tensors, for a sharded state dict.
+    """Return the state of this rank's parts of parameters as sharded tensors.
 
     Args:
-        optimizer: With state.
-        model_state: The model's sharded state dict, for names and places.
-        with_data: True for saving; for loading, tensors are made when they are read.
+        optimizer: The optimizer, which has state.
+        model_state: The model's sharded state dict, for names and positions.
+        with_data: True for saving; for loading, tensors are allocated when they are read.
     """
     bases = {
         id(base.data): base
@@ -101,36 +104,39 @@ def state_of_parts(
         within = optimizer._get_model_param_range_map(parameter)["param"]
         state = optimizer._get_main_param_and_optimizer_states(parameter)
         rectangles = list(own_rectangles(bases[id(parameter)], within.start, within.end))
-        kept = {name: flat for name, flat in state.items() if name != "step"}
-        result[index] = named_rectangles(kept, rectangles, with_data)
+        moments = {name: flat for name, flat in state.items() if name != "step"}
+        result[index] = named_rectangles(moments, rectangles, with_data)
     return result
 
 
 def named_rectangles(
     state: Mapping[str, torch.Tensor], rectangles: list[tuple[int, ShardedTensor]], with_data: bool
 ) -> dict[str, dict[int, ShardedTensor]]:
-    """Return what an optimizer keeps of a parameter's part, as rectangles under Megatron's names."""
+    """Return an optimizer's state of a parameter's part as rectangles, under Megatron's names."""
     return {
         name: {
             first: replace(
-                box,
-                key=f"{PREFIX}.{name}.{box.key}",
-                data=rectangle_of(flat, first, box) if with_data else None,
+                sharded,
+                key=f"{PREFIX}.{name}.{sharded.key}",
+                data=rectangle_of(flat, first, sharded) if with_data else None,
             )
-            for first, box in rectangles
+            for first, sharded in rectangles
         }
         for name, flat in state.items()
     }
 
 
-def rectangle_of(part: torch.Tensor, first: int, box: ShardedTensor) -> torch.Tensor:
-    """Return a view of a rectangle of a rank's part of a parameter, from element ``first`` on."""
-    last = first + torch.Size(box.local_shape).numel()
-    return part.detach().view(-1)[first:last].view(box.local_shape)
+def rectangle_of(part: torch.Tensor, first: int, sharded: ShardedTensor) -> torch.Tensor:
+    """Return a view of a rectangle of a parameter's part, which begins at element ``first``.
+
+    ``sharded`` gives the rectangle's shape.
+    """
+    last = first + torch.Size(sharded.local_shape).numel()
+    return part.detach().view(-1)[first:last].view(sharded.local_shape)
 
 
 def take_state_of_parts(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
-    """Copy what was loaded for ``state_of_parts`` into the optimizer."""
+    """Copy loaded tensors, requested by ``state_of_parts``, into the optimizer."""
     for index, parameter in enumerate(optimizer.model_param_group_index_map):
         state = optimizer._get_main_param_and_optimizer_states(parameter)
         for name, rectangles in loaded[index].items():

@@ -1,6 +1,7 @@
-"""Mends of the distributed optimizer's checkpoints, from outside: Megatron's code stays as it is.
+"""Corrections to checkpoints of Megatron's optimizers, made from outside its code.
 
-Met with megatron-core 0.16.1; tests/ranks/test_checkpoint.py fails without any one of them.
+They are needed with megatron-core 0.16.1; tests/ranks/test_checkpoint.py fails without any one of
+them.
 """
 
 from typing import Any
@@ -18,11 +19,12 @@ OF_PARAMETERS = ("parts", "param_state", "param_state_sharding_type")
 
 
 def count_padding_in_offsets(chunks: list) -> None:
-    """Make the offsets of saved optimizer state agree with the places of parameters in their buffer.
+    """Make the offsets of saved optimizer state agree with parameters' places in their buffer.
 
-    A bucket is padded to a multiple of the data parallel size. Parameters' places count that padding, but saving adds up bucket
-    sizes without it: behind a padded bucket, every parameter's moments were cut from the wrong place and the last ones lost
-    (Megatron only warns: "param range exceeds unpadded buffer"). With the padding counted as content, both agree.
+    A bucket is padded to a multiple of the data parallel size. Parameters' places count that
+    padding, but saving adds up bucket sizes without it: after a padded bucket, every parameter's
+    moments would be cut from the wrong place and the last ones lost (Megatron only warns: "param
+    range exceeds unpadded buffer"). With the padding counted as content, both agree.
     """
     for chunk in chunks:
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
@@ -32,10 +34,11 @@ def count_padding_in_offsets(chunks: list) -> None:
 
 
 def fill_empty_state(optimizer) -> None:
-    """Give torch's own Adam, where it has not stepped yet, the state that a loaded one replaces.
+    """Give torch's own Adam, before its first step, the state that a loaded one replaces.
 
-    Before its first step the distributed optimizer has no state, and loading stops at the missing step count. The fused Adams of
-    Apex and Transformer Engine keep the count elsewhere and need nothing.
+    Before its first step the distributed optimizer has no state, and loading fails at the missing
+    step count. The fused Adams of Apex and Transformer Engine keep the count elsewhere and need no
+    correction.
     """
     for one in parts_of(optimizer):
         inner = getattr(one, "optimizer", None)
@@ -50,8 +53,8 @@ def fill_empty_state(optimizer) -> None:
                 }
 
 
-def give_sgd_a_first_state(optimizer) -> None:
-    """Let Megatron load the state of torch's SGD, for which it has no function that makes the state a loaded one replaces."""
+def give_sgd_an_initial_state(optimizer) -> None:
+    """Give torch's SGD a function that initialises its state, which Megatron needs to load it."""
     for one in parts_of(optimizer):
         if (
             isinstance(getattr(one, "optimizer", None), torch.optim.SGD)
@@ -67,10 +70,10 @@ def _start_momentum(optimizer: torch.optim.SGD, _config: Any = None) -> None:
 
 
 def steps_taken(optimizer) -> int:
-    """Return how many steps the optimizer has made, the same on all ranks.
+    """Return the number of steps that the optimizer has taken, the same on all ranks.
 
-    A rank whose parameters are all frozen, or whose share of a distributed optimizer's is none, has nothing that counts them. A checkpoint
-    keeps one count for all, which the first rank writes.
+    A rank whose parameters are all frozen, or that has no share of a distributed optimizer, does
+    not count steps. A checkpoint keeps one count for all, which the first rank writes.
 
     Collective: one all-reduce of a number over all ranks.
     """
@@ -90,30 +93,33 @@ def steps_taken(optimizer) -> int:
 
 
 def state_dict_with_steps(one, steps: int) -> dict[str, Any]:
-    """Return the distributed optimizer's own ``state_dict``, which stops where it finds no step count, with ``steps`` as the count."""
+    """Return the distributed optimizer's own ``state_dict`` with ``steps`` as the step count.
+
+    Without a step count it would fail.
+    """
     inner = one.optimizer
     if not _is_torchs_adam(inner):
         state = one.state_dict()
         for group in state["optimizer"]["param_groups"]:
             group.setdefault("step", steps)
         return state
-    counted = bool(inner.state)
-    if not counted:
-        inner.state["steps"] = {
-            "step": torch.tensor(float(steps))
-        }  # torch lists what is kept under another key than a parameter as it is
+    if inner.state:
+        return one.state_dict()
+    # torch lists entries whose key is not a parameter unchanged
+    inner.state["steps"] = {"step": torch.tensor(float(steps))}
     try:
         return one.state_dict()
     finally:
-        if not counted:
-            del inner.state["steps"]
+        del inner.state["steps"]
 
 
-def mend_empty_state(one, state: dict[str, Any], steps: int) -> None:
-    """Make the sharded state dict of an optimizer that is not distributed one that any rank may write, also with nothing to train.
+def complete_empty_state(one, state: dict[str, Any], steps: int) -> None:
+    """Complete the sharded state dict of an optimizer that is not distributed.
 
-    The step count is put in where no parameter counts it. The groups of main weights become dictionaries (``load_optimizer_state`` undoes
-    it): Megatron keeps an empty list of the first rank and cannot merge it with another rank's.
+    After it any rank may write the state, even one that trains no parameter. The step count is
+    added where no parameter has it. The groups of main weights become dictionaries, which
+    ``load_optimizer_state`` reverts: Megatron keeps an empty list of the first rank and cannot
+    merge it with another rank's.
     """
     if MAIN_WEIGHTS in state:
         state[MAIN_WEIGHTS] = {
@@ -123,7 +129,7 @@ def mend_empty_state(one, state: dict[str, Any], steps: int) -> None:
     if not _is_torchs_adam(one.optimizer):
         for group in own["param_groups"] if steps else ():
             group.setdefault("step", steps)
-    elif steps and "state" in own:  # not in Megatron's own form of a distributed optimizer
+    elif steps and "state" in own:  # which Megatron's form of a distributed optimizer lacks
         own["state"].setdefault("common_step", torch.tensor(float(steps)))
 
 
@@ -132,7 +138,10 @@ def _is_torchs_adam(inner) -> bool:
 
 
 def _own_steps(one) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """Return the step counts that torch's own Adam keeps with each parameter, taken out of its state; none for other optimizers."""
+    """Remove the step counts from the state of torch's own Adam, and return them by parameter.
+
+    Other optimizers have none.
+    """
     return {
         parameter: entries.pop("step")
         for parameter, entries in one.optimizer.state.items()
@@ -141,11 +150,12 @@ def _own_steps(one) -> dict[torch.nn.Parameter, torch.Tensor]:
 
 
 def load_optimizer_state(optimizer, state: Any) -> None:
-    """Load what ``checkpoint.sharded.optimizer_state`` saved.
+    """Load a state that ``checkpoint.sharding.sharded.optimizer_state`` saved.
 
-    The distributed optimizer copies every entry of an optimizer's state from the checkpoint, but the step count of torch's own
-    Adam is saved once, not for each parameter (KeyError: 'step'). So counts are put aside while the other entries are copied.
-    Then every parameter gets a count of its own: Megatron gives all of them the same tensor, and each parameter's step counts it up.
+    The distributed optimizer copies every entry of an optimizer's state from the checkpoint, but
+    the step count of torch's own Adam is saved once, not for each parameter (KeyError: 'step'). So
+    counts are removed while the other entries are copied. Then every parameter gets a separate
+    count: Megatron gives the same tensor to all, and each parameter's step would increment it.
     """
     parts = parts_of(optimizer)
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]

@@ -1,4 +1,7 @@
-"""A contiguous range of a tensor's elements as few rectangles: the form in which torch saves and loads any part of a tensor."""
+"""A contiguous range of a tensor's elements as a few rectangles.
+
+torch's checkpoints save and load rectangles of a tensor.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +10,13 @@ from math import prod
 
 @dataclass(frozen=True)
 class Rectangle:
-    """One rectangle.
+    """A rectangle of a tensor.
 
     Attributes:
-        first: Its first element, counted row by row through the whole tensor; the others follow without gap.
-        offset: Of its corner in each dimension.
-        shape: Its size in each dimension.
+        first: Number of its first element in row-major order of the whole tensor; the others follow
+            without a gap.
+        offset: Position of its first corner in each dimension.
+        shape: Size of the rectangle in each dimension.
     """
 
     first: int
@@ -21,33 +25,35 @@ class Rectangle:
 
 
 def rectangles_of_range(shape: Sequence[int], start: int, end: int) -> list[Rectangle]:
-    """Return the rectangles whose elements, one after another, are elements ``start``..``end`` - 1 of a tensor in row-major order.
+    """Split elements ``start``..``end`` - 1 of a tensor, in row-major order, into rectangles.
 
-    At most 2 x dimensions - 1 of them: the rest of a row, whole rows, and the beginning of a row.
+    There are at most 2 x dimensions - 1: the rest of a row, whole rows, and the beginning of a row.
+
+    >>> [(r.offset, r.shape) for r in rectangles_of_range((3, 4), 2, 9)]
+    [((0, 2), (1, 2)), ((1, 0), (1, 4)), ((2, 0), (1, 1))]
 
     Args:
-        shape: Of the whole tensor, at least one dimension.
-        start: First element.
-        end: First element not taken.
+        shape: Shape of the whole tensor, of at least one dimension.
+        start: Number of the first element.
+        end: Number of the element after the last.
     """
     if start >= end:
         return []
     if len(shape) == 1:
         return [Rectangle(start, (start,), (end - start,))]
-    row = prod(shape[1:])
-    first_row, last_row = start // row, (end - 1) // row
+    size = prod(shape[1:])  # elements of a row
+    first_row, last_row = start // size, (end - 1) // size
     if first_row == last_row:  # inside one row
-        inside = rectangles_of_range(shape[1:], start - first_row * row, end - first_row * row)
+        inside = rectangles_of_range(shape[1:], start - first_row * size, end - first_row * size)
         return [
-            Rectangle(first_row * row + box.first, (first_row, *box.offset), (1, *box.shape))
-            for box in inside
+            Rectangle(first_row * size + one.first, (first_row, *one.offset), (1, *one.shape))
+            for one in inside
         ]
-    whole_from = first_row if start == first_row * row else first_row + 1
-    whole_to = last_row + 1 if end == (last_row + 1) * row else last_row
-    rest = (0,) * (len(shape) - 1)
-    rectangles = rectangles_of_range(shape, start, whole_from * row)
+    whole_from = first_row if start == first_row * size else first_row + 1
+    whole_to = last_row + 1 if end == (last_row + 1) * size else last_row
+    corner = (whole_from, *(0,) * (len(shape) - 1))
+    rectangles = rectangles_of_range(shape, start, whole_from * size)
     if whole_from < whole_to:
-        rectangles.append(
-            Rectangle(whole_from * row, (whole_from, *rest), (whole_to - whole_from, *shape[1:]))
-        )
-    return rectangles + rectangles_of_range(shape, whole_to * row, end)
+        whole_rows = Rectangle(whole_from * size, corner, (whole_to - whole_from, *shape[1:]))
+        rectangles.append(whole_rows)
+    return rectangles + rectangles_of_range(shape, whole_to * size, end)

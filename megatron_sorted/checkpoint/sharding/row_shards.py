@@ -1,7 +1,7 @@
-"""Checkpoints of a network whose ranks keep rows of every parameter (``parallel.fsdp``): each rank writes and reads its rows.
+"""Checkpoints of fully sharded networks (``parallel.fsdp``): each rank saves and loads its rows.
 
-They hold the same tensors under the same names as those of any other layout with the distributed optimizer, so either side can load what
-the other has saved.
+They hold the same tensors under the same names as those of any other layout with the distributed
+optimizer, so each layout can load checkpoints of the other.
 """
 
 from collections.abc import Iterator
@@ -30,22 +30,20 @@ def keeps_rows(chunk: torch.nn.Module) -> bool:
 
 
 def _rectangles(chunk: Any) -> Iterator[tuple[Any, list[tuple[int, ShardedTensor]]]]:
-    """Yield each parameter's rows with the rectangles of whole tensors that they are."""
+    """Yield each parameter's rows with their rectangles of the whole tensors."""
     for shard in chunk.row_shards:
-        row = shard.sharded.shape[1:].numel()
-        start = shard.first_row * row
-        yield (
-            shard,
-            list(own_rectangles(chunk.states[shard.name], start, start + shard.rows.numel())),
-        )
+        start = shard.first_row * shard.sharded.shape[1:].numel()
+        end = start + shard.rows.numel()
+        yield shard, list(own_rectangles(chunk.states[shard.name], start, end))
 
 
 def row_states(chunk: Any, with_data: bool) -> dict[str, Any]:
-    """Return the model's sharded state dict: this rank's rows, and objects that are no tensors as they were.
+    """Return the model's sharded state dict: this rank's rows, and objects that are not tensors.
 
     Args:
         chunk: The model.
-        with_data: True for saving: weights in the precision that layers see. For loading, tensors are made when they are read.
+        with_data: True for saving: weights in the precision that layers use. For loading, tensors
+            are allocated when they are read.
     """
     states = {
         name: state
@@ -56,44 +54,43 @@ def row_states(chunk: Any, with_data: bool) -> dict[str, Any]:
         dtype = chunk.states[shard.name].data.dtype
         states[shard.name] = {
             first: replace(
-                box,
+                sharded,
                 dtype=dtype,
-                data=rectangle_of(shard.rows, first, box).to(dtype) if with_data else None,
+                data=rectangle_of(shard.rows, first, sharded).to(dtype) if with_data else None,
             )
-            for first, box in rectangles
+            for first, sharded in rectangles
         }
     return states
 
 
 def views_of_rows(chunk: Any) -> Rows:
-    """Return this rank's rows as Megatron describes tensors that layers are stacked in, with views of the weights as data."""
+    """Return this rank's rows in Megatron's form for stacked layers, with views as data."""
     states: Rows = {}
     for shard, rectangles in _rectangles(chunk):
         states[shard.name] = {}
-        for first, box in rectangles:
-            stacked = (
-                len(box.local_shape) - shard.rows.dim()
-            )  # the dimension in which layers are stacked
-            shape = box.local_shape[stacked:]
+        for first, sharded in rectangles:
+            # 1 where layers are stacked in a dimension before those of the parameter, else 0
+            stacked = len(sharded.local_shape) - shard.rows.dim()
+            shape = sharded.local_shape[stacked:]
             states[shard.name][first] = replace(
-                box,
+                sharded,
                 local_shape=shape,
                 prepend_axis_num=stacked,
                 dtype=shard.rows.dtype,
-                data=rectangle_of(shard.rows, first, box).view(shape),
+                data=rectangle_of(shard.rows, first, sharded).view(shape),
             )
     return states
 
 
 def take_rows(chunk: Any, loaded: Rows) -> None:
-    """Copy what was loaded for ``row_states`` into the weights."""
+    """Copy loaded tensors, requested by ``row_states``, into the weights."""
     for shard, rectangles in _rectangles(chunk):
-        for first, box in rectangles:
-            rectangle_of(shard.rows, first, box).copy_(loaded[shard.name][first])
+        for first, sharded in rectangles:
+            rectangle_of(shard.rows, first, sharded).copy_(loaded[shard.name][first])
 
 
 def _states_of(optimizer: Any, shard: Any) -> dict[str, torch.Tensor]:
-    """Return what the optimizer keeps of a parameter's rows, by the distributed optimizer's names."""
+    """Return {the distributed optimizer's name: tensor} of a parameter's rows and moments."""
     return {"param": shard.rows, **{name: optimizer.state[shard.rows][name] for name in ADAM}}
 
 
@@ -101,14 +98,14 @@ def optimizer_rows(optimizer: Any, chunk: Any, steps: int, with_data: bool) -> d
     """Return the optimizer's sharded state dict, in the form of the distributed optimizer.
 
     Args:
-        optimizer: Megatron's; one that has not stepped yet is given a first state.
+        optimizer: Megatron's optimizer; before its first step it is given an initial state.
         chunk: The model.
-        steps: That it has made.
-        with_data: As for ``row_states``.
+        steps: Number of steps that it has taken.
+        with_data: Whether to save, as for ``row_states``.
     """
     (part,) = parts_of(optimizer)
     fill_empty_state(part)
-    if not part.optimizer.state:  # of a fused Adam
+    if not part.optimizer.state:  # a fused Adam, which ``fill_empty_state`` leaves alone
         part.init_state_fn(part.optimizer, part.config)
     groups = [
         {key: value for key, value in group.items() if key != "params"} | {"step": steps}
@@ -118,27 +115,28 @@ def optimizer_rows(optimizer: Any, chunk: Any, steps: int, with_data: bool) -> d
     if getattr(part, "grad_scaler", None):
         state["grad_scaler"] = part.grad_scaler.state_dict()
     for index, (shard, rectangles) in enumerate(_rectangles(chunk)):
-        state["parts"][index] = named_rectangles(
-            _states_of(part.optimizer, shard), rectangles, with_data
-        )
+        moments = _states_of(part.optimizer, shard)
+        state["parts"][index] = named_rectangles(moments, rectangles, with_data)
     return state
 
 
 def take_optimizer_rows(optimizer: Any, chunk: Any, loaded: dict[str, Any]) -> None:
-    """Copy what was loaded for ``optimizer_rows`` into the optimizer, and its fp32 weights into the model."""
+    """Copy loaded tensors, requested by ``optimizer_rows``, into the optimizer.
+
+    Its fp32 weights are the model's rows.
+    """
     (part,) = parts_of(optimizer)
     inner = part.optimizer
-    saved = loaded["optimizer"]["param_groups"]
-    for group, said in zip(inner.param_groups, saved, strict=True):
-        group.update(
-            {key: value for key, value in said.items() if key in group}
-        )  # fused Adams count steps in the group
+    groups = loaded["optimizer"]["param_groups"]
+    for group, saved in zip(inner.param_groups, groups, strict=True):
+        # fused Adams count steps in the group
+        group.update({key: value for key, value in saved.items() if key in group})
         for rows in group["params"]:
             if "step" in inner.state[rows]:
-                inner.state[rows]["step"].fill_(float(said["step"]))
+                inner.state[rows]["step"].fill_(float(saved["step"]))
     if getattr(part, "grad_scaler", None) and "grad_scaler" in loaded:
         part.grad_scaler.load_state_dict(loaded["grad_scaler"])
     for index, (shard, rectangles) in enumerate(_rectangles(chunk)):
         for name, rows in _states_of(inner, shard).items():
-            for first, box in rectangles:
-                rectangle_of(rows, first, box).copy_(loaded["parts"][index][name][first])
+            for first, sharded in rectangles:
+                rectangle_of(rows, first, sharded).copy_(loaded["parts"][index][name][first])

@@ -1,4 +1,7 @@
-"""What a checkpoint holds, as Megatron's sharded state dict: one global name per tensor, whatever the layout; and loading it."""
+"""Content of a checkpoint as Megatron's sharded state dict, and loading it.
+
+Each tensor has one global name, whatever the layout.
+"""
 
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -16,9 +19,9 @@ from megatron_sorted.checkpoint.manifest import CONTENT, WEIGHTS_ONLY, find_dama
 from megatron_sorted.checkpoint.plain_objects import check_checkpoint_is_safe
 from megatron_sorted.checkpoint.sharding.optimizer_shards import only_part, parts_of, state_of_parts
 from megatron_sorted.checkpoint.sharding.optimizer_state import (
+    complete_empty_state,
     fill_empty_state,
     load_optimizer_state,
-    mend_empty_state,
     state_dict_with_steps,
     steps_taken,
 )
@@ -37,14 +40,14 @@ from megatron_sorted.settings.lora import is_adapter
 
 
 def inner(chunk: torch.nn.Module) -> torch.nn.Module:
-    """Return the module inside Megatron's wrappers, whose names carry no "module." prefix."""
+    """Return the module inside Megatron's wrappers, whose parameters have no "module." prefix."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
 
 
 def weights_in_place(chunk: torch.nn.Module) -> dict[str, Any]:
-    """Return the sharded state dict of this rank's weights, with the weights or views of them as data."""
+    """Return the sharded state dict of this rank's weights; its data are the weights or views."""
     return (
         views_of_rows(chunk)
         if keeps_rows(chunk)
@@ -53,11 +56,9 @@ def weights_in_place(chunk: torch.nn.Module) -> dict[str, Any]:
 
 
 def _by_name(chunks: list) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield every chunk with the name of its state."""
-    return (
-        (f"model{index}" if len(chunks) > 1 else "model", chunk)
-        for index, chunk in enumerate(chunks)
-    )
+    """Yield (name of its state, chunk) for each chunk."""
+    for index, chunk in enumerate(chunks):
+        yield f"model{index}" if len(chunks) > 1 else "model", chunk
 
 
 def _model_states(chunks: list, is_loading: bool) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def _model_states(chunks: list, is_loading: bool) -> dict[str, Any]:
 
 
 def random_place() -> list[int]:
-    """Return what random numbers depend on beside the seed: the sizes of pipeline and tensor parallel groups."""
+    """Return the sizes of pipeline and tensor parallel groups, on which random numbers depend."""
     return [
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -75,9 +76,9 @@ def random_place() -> list[int]:
 
 
 def _random_object(state: Any) -> ShardedObject:
-    """Return the random state as an object of this place in the layout.
+    """Return the random state as an object of this rank's place in the layout.
 
-    Data parallel ranks draw alike, so the first writes for all, and their number may change.
+    Data parallel ranks draw the same numbers, so the first one writes, and their number may change.
     """
     place = (
         parallel_state.get_pipeline_model_parallel_rank(),
@@ -90,15 +91,16 @@ def _random_object(state: Any) -> ShardedObject:
 def optimizer_state(optimizer, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
     """Return the optimizer's sharded state dict.
 
-    Collective: one all-reduce of a number over all ranks; an optimizer of several parts (experts) also gathers over data parallel groups.
+    Collective: one all-reduce of a number over all ranks; an optimizer of several parts (experts)
+        also gathers over data parallel groups.
     """
     part, steps = only_part(optimizer), steps_taken(optimizer)
     if part is None:
         parts = parts_of(optimizer)
-        said = known_arguments(parts[0].sharded_state_dict, metadata=dict(CONTENT))
-        state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, **said)
+        options = known_arguments(parts[0].sharded_state_dict, metadata=dict(CONTENT))
+        state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, **options)
         if len(parts) == 1:
-            mend_empty_state(parts[0], state, steps)
+            complete_empty_state(parts[0], state, steps)
         return state
     if hasattr(optimizer, "_synchronize_steps"):
         optimizer._synchronize_steps()
@@ -116,30 +118,28 @@ def _optimizer_of(
     Collective: one all-reduce of a number over all ranks, and those of ``optimizer_state``.
     """
     if keeps_rows(chunks[0]):
-        return optimizer_rows(
-            optimizer, chunks[0], steps_taken(optimizer), with_data=not is_loading
-        )
-    return optimizer_state(
-        optimizer, states.get("model", states), is_loading
-    )  # looks parameters up by name
+        steps = steps_taken(optimizer)
+        return optimizer_rows(optimizer, chunks[0], steps, with_data=not is_loading)
+    # a single chunk's state, since Megatron looks parameters up by name
+    return optimizer_state(optimizer, states.get("model", states), is_loading)
 
 
 def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> dict[str, Any]:
-    """Return everything a checkpoint holds, for ``Saver.save``.
+    """Return the whole state of a checkpoint, for ``Saver.save``.
 
-    Collective: with overlapped gathering the parameters are gathered first (data parallel group); then those of ``optimizer_state``.
+    Collective: with overlapped gathering the parameters are gathered first (data parallel group);
+        then those of ``optimizer_state``.
 
     Args:
         chunks: This rank's model chunks.
         optimizer: Megatron's optimizer.
         schedule: Megatron's learning-rate schedule.
-        more: Further small state, the same on all ranks (such as a coefficient rule's).
+        more: Further small state, the same on all ranks, such as a coefficient rule's.
     """
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(
-                force_sync=True
-            )  # or each rank would save its own shard new and the others' old
+            # otherwise each rank would save its own shard updated and the others' from before
+            chunk.start_param_sync(force_sync=True)
     states = _model_states(chunks, is_loading=False)
     return {
         **states,
@@ -154,33 +154,31 @@ def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> di
 
 
 def _take_out(states: dict[str, Any], is_taken: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
-    """Return {model: {name: state}} of the names that are taken, after taking them out of ``states``."""
+    """Remove the names for which ``is_taken`` from ``states``; return {model: {name: state}}."""
     return {
         model: {name: state.pop(name) for name in list(state) if is_taken(name)}
         for model, state in states.items()
     }
 
 
-def _take_what_is_not_saved(
-    states: dict[str, Any], manifest: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Return {model: {name: value}} of what the checkpoint lacks, after taking it out of ``states``.
+def _take_unsaved(states: dict[str, Any], manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Remove the states that the checkpoint lacks from ``states``; return {model: {name: value}}.
 
-    Weights alone have nothing of what layers keep beside their weights, and layers that are given
-    None start without. Adapters that a run puts on a network that had none begin as they were made.
+    A checkpoint of weights alone lacks the extra state of layers, which start without it if they
+    are given None. Adapters that a run adds to a network without them keep their initial values.
 
     Args:
-        states: {model: its sharded state dict}.
-        manifest: Of the checkpoint.
+        states: {model: sharded state dict}.
+        manifest: The checkpoint's manifest.
     """
     weights_only = manifest.get("contents") == WEIGHTS_ONLY
     extra = _take_out(states, lambda name: weights_only and name.endswith("_extra_state"))
     has_adapters = manifest.get("settings", {}).get("lora_rank")
     new = _take_out(states, lambda name: not has_adapters and is_adapter(name))
-    values = {
-        model: {name: value.data for name, value in found.items()} for model, found in new.items()
+    return {
+        model: dict.fromkeys(extra[model]) | {name: value.data for name, value in state.items()}
+        for model, state in new.items()
     }
-    return {model: {**dict.fromkeys(extra[model]), **found} for model, found in values.items()}
 
 
 def load_sharded(
@@ -191,20 +189,22 @@ def load_sharded(
     load_optimizer: bool,
     load_random: bool,
 ) -> dict[str, Any]:
-    """Return the further state of a checkpoint after loading weights and, if asked for, optimizer and random state.
+    """Load weights and, if requested, optimizer and random state; return the further state.
 
-    The state of the learning-rate schedule is returned under "opt_param_scheduler" beside "more"; both are empty where the checkpoint
-    holds weights only. Weights are converted to the run's dtype.
+    The result holds "more", the learning-rate schedule's "opt_param_scheduler" (both empty where
+    the checkpoint holds weights only), and under "random_state" whether that was loaded. Weights
+    are converted to the run's dtype.
 
-    Collective: every rank reads the shards it needs.
+    Collective: every rank must call it; each reads the shards that it needs.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read into this model, or would run somebody's program when it is read.
+        CheckpointError: The checkpoint cannot be loaded into this model, or loading it would run
+            foreign code.
     """
     check_checkpoint_is_safe(directory)
     fill_empty_state(optimizer)
     states = _model_states(chunks, is_loading=True)
-    lacking = _take_what_is_not_saved(states, manifest)
+    unsaved = _take_unsaved(states, manifest)
     wanted: dict[str, Any] = dict(states)
     if load_optimizer:
         wanted["optimizer"] = _optimizer_of(chunks, optimizer, states, is_loading=True)
@@ -213,19 +213,18 @@ def load_sharded(
         wanted["random_state"] = _random_object(None)
     try:
         loaded = dist_checkpointing.load(wanted, str(directory))
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # torch's is no Exception; damage shows as anything from KeyError on
+    except (Exception, CheckpointException) as error:
+        # torch's CheckpointException is no Exception; damaged files raise errors of many kinds
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise CheckpointError(
-            f"{directory}: could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"{directory}: could not be loaded ({reason}). "
             "If files were lost or damaged, load an earlier checkpoint with --ckpt-step."
         ) from error
     for name, chunk in _by_name(chunks):
         if keeps_rows(chunk):
             take_rows(chunk, loaded[name])
         else:
-            inner(chunk).load_state_dict({**loaded[name], **lacking[name]})
+            inner(chunk).load_state_dict({**loaded[name], **unsaved[name]})
     if load_optimizer and keeps_rows(chunks[0]):
         take_optimizer_rows(optimizer, chunks[0], loaded["optimizer"])
     elif load_optimizer:
@@ -247,27 +246,29 @@ def load_sharded(
 def find_damage_on_all_ranks(
     directory: Path, manifest: Mapping[str, Any], shards_too: bool = True
 ) -> list[str]:
-    """Return what is wrong with a checkpoint's files, the same on all ranks; each rank reads its share of the bytes.
+    """Return a sentence for each damaged file of a checkpoint, the same on all ranks.
+
+    Each rank reads its share of the bytes.
 
     Collective: one all-gather of sentences over all ranks.
 
     Args:
         directory: The checkpoint.
-        manifest: Its manifest.
-        shards_too: Whether weights and moments are read as well, or the small files alone.
+        manifest: The checkpoint's manifest.
+        shards_too: Whether to read weights and moments too, or the small files alone.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     load, mine = [0] * world_size, []
-    files = {
-        name: said
-        for name, said in manifest["files"].items()
+    sizes = {
+        name: record["bytes"]
+        for name, record in manifest["files"].items()
         if shards_too or not name.endswith(".distcp")
     }
-    for name, said in sorted(files.items(), key=lambda item: -item[1]["bytes"]):
+    for name in sorted(sizes, key=sizes.get, reverse=True):
         lightest = load.index(min(load))
-        load[lightest] += said["bytes"]
+        load[lightest] += sizes[name]
         if lightest == rank:
             mine.append(name)
     problems: list[list[str]] = [[]] * world_size
     dist.all_gather_object(problems, find_damage(directory, manifest, mine))
-    return [problem for found in problems for problem in found]
+    return [problem for of_rank in problems for problem in of_rank]

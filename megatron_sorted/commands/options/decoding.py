@@ -1,4 +1,4 @@
-"""Options of the commands that decode (model, way, sampling, prompts), and the values that they name."""
+"""Options shared by the commands that decode (model, strategy, sampling, prompts), as objects."""
 
 import argparse
 import sys
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from megatron_sorted.conversion.hugging_face.families import DTYPES
 from megatron_sorted.decoding.strategies import MEASURES, STRATEGIES, SamplingParameters
-from megatron_sorted.decoding.tuning.choices import CHOICES
+from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.reading.shown import printable
 
 if TYPE_CHECKING:  # it loads torch
-    from megatron_sorted.decoding.choice import StrategyChoice
+    from megatron_sorted.decoding.requested_strategy import RequestedStrategy
     from megatron_sorted.decoding.text_generator import TextGenerator
 
 STRATEGY_OPTIONS = (
@@ -27,14 +27,15 @@ STRATEGY_OPTIONS = (
     "num_nodes",
     "num_candidates",
 )
-"""Options of ways; --exit-layers is ``strategy_depths`` on the command line, where ``depths`` are the model's."""
+"""Options of strategies. The values of --exit-layers stand in ``strategy_depths``, since ``depths``
+are the model's."""
 
 
 def check_positive(values: argparse.Namespace, *names: str) -> None:
-    """Check that these options, as far as they are given, are at least 1.
+    """Check that each of these options is at least 1 if it is given.
 
     Raises:
-        SettingsError: One is not.
+        SettingsError: An option is below 1.
     """
     for name in names:
         if (value := getattr(values, name)) is not None and value < 1:
@@ -42,26 +43,23 @@ def check_positive(values: argparse.Namespace, *names: str) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says which model, where and in which numbers."""
+    """Add the options that choose a model, its device and its number format."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "model",
         type=Path,
         metavar="MODEL",
-        help="Hugging Face directory (llama, mistral, qwen2, qwen3), or checkpoints",
+        help="Hugging Face directory (llama, mistral, qwen2, qwen3) or checkpoints",
     )
     group.add_argument(
-        "--draft",
-        type=Path,
-        metavar="MODEL",
-        help="another model of the same vocabulary, which drafts",
+        "--draft", type=Path, metavar="MODEL", help="separate draft model with the same vocabulary"
     )
     group.add_argument(
         "--depths",
         nargs="+",
         type=int,
         metavar="N",
-        help="exits to use (default: those that config.json names)",
+        help="exits to use (default: those in config.json)",
     )
     group.add_argument(
         "--tokenizer",
@@ -72,27 +70,27 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompt-template",
         metavar="FORM",
-        help="plain, alpaca, chat or chat:NAME (default: as it was trained)",
+        help="plain, alpaca, chat or chat:NAME (default: as in training)",
     )
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
         metavar="KIND",
-        help=f"{', '.join(DTYPES)} (%(default)s)",
+        help=f"{', '.join(DTYPES)} (default: %(default)s)",
     )
     group.add_argument(
-        "--device", help="cpu, or as torch calls it (default: the accelerator, else cpu)"
+        "--device", help="cpu, or torch's name of a device (default: the accelerator)"
     )
     group.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)"
+        "--threads", type=int, metavar="N", help="number of CPU threads (default: torch's choice)"
     )
 
 
 def add_strategy_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says how to generate; a way takes those options that it knows."""
+    """Add the options that choose a decoding strategy; a strategy ignores other strategies'."""
     group = parser.add_argument_group(
-        f"way (default: as tuned in MODEL/{CHOICES}, else full; its options likewise, else usual ones)"
+        f"decoding strategy (defaults: as tuned in MODEL/{TUNED_FILE}, else full)"
     )
     group.add_argument(
         "--strategy", choices=tuple(STRATEGIES), metavar="NAME", help=", ".join(STRATEGIES)
@@ -102,7 +100,7 @@ def add_strategy_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         dest="depth",
         metavar="N",
-        help="depth of the exit (fixed, self_speculative)",
+        help="depth of the exit, for fixed and self_speculative",
     )
     group.add_argument(
         "--exit-layers",
@@ -110,75 +108,78 @@ def add_strategy_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         dest="strategy_depths",
         metavar="N",
-        help="depths of exits, increasing (others)",
+        help="depths of the exits, increasing, for the others",
     )
     group.add_argument(
         "--thresholds",
         type=float,
         nargs="+",
         metavar="P",
-        help="how sure each of these exits must be, 0..1",
+        help="confidence that each of these exits needs, 0..1",
     )
     group.add_argument(
-        "--measure", choices=MEASURES, metavar="NAME", help=f"of how sure: {', '.join(MEASURES)}"
+        "--measure",
+        choices=MEASURES,
+        metavar="NAME",
+        help=f"measure of confidence: {', '.join(MEASURES)}",
     )
     group.add_argument(
-        "--num-draft-tokens", type=int, metavar="N", help="tokens drafted before a verification"
+        "--num-draft-tokens", type=int, metavar="N", help="tokens drafted before each verification"
     )
     for name, what in (
-        ("levels", "levels"),
-        ("branches", "nodes of a level that are followed"),
-        ("nodes", "nodes that are verified"),
-        ("candidates", "followers looked at of each; 0: as many as followed"),
+        ("levels", "number of levels"),
+        ("branches", "nodes of each level that get children"),
+        ("nodes", "nodes to verify"),
+        ("candidates", "children considered for each node; 0: as many as branches"),
     ):
         group.add_argument(f"--num-{name}", type=int, metavar="N", help=f"tree: {what}")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add what says which token is taken, and return the group of these options."""
+    """Add the options that control sampling, and return their group."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--temperature",
         type=float,
         metavar="T",
-        help="0: the most likely token (default: the model's, else 0)",
+        help="0 takes the most likely token (default: the model's, else 0)",
     )
-    group.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens")
+    group.add_argument(
+        "--top-k", type=int, metavar="K", help="sample from the K most likely tokens"
+    )
     group.add_argument(
         "--top-p",
         type=float,
         metavar="P",
-        help="only the fewest tokens whose probabilities sum to P",
+        help="sample from the fewest tokens whose probabilities sum to P",
     )
     group.add_argument(
         "--repetition-penalty",
         type=float,
         metavar="F",
-        help="above 1: words of the text are less likely (1)",
+        help="above 1: tokens of the text become less likely (default: 1)",
     )
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the noise (%(default)s)"
+        "--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)"
     )
     return group
 
 
 def add_generation_config(group: argparse._ArgumentGroup) -> None:
-    """Add whether a model's own sampling settings are taken."""
+    """Add the option that chooses whether a model's own sampling settings apply."""
     group.add_argument(
         "--generation-config",
         choices=("auto", "none"),
         default="auto",
         metavar="WHICH",
-        help="auto: sample as generation_config.json says; none (%(default)s)",
+        help="use generation_config.json: auto or none (default: %(default)s)",
     )
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, count: int) -> None:
-    """Add which prompts are gone on with, and how many of them by default."""
+    """Add the options that choose prompts; ``count`` is how many are used by default."""
     group = parser.add_argument_group("prompts")
-    group.add_argument(
-        "--prompt-file", type=Path, metavar="FILE", help="texts to go on with, one a line"
-    )
+    group.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompts, one on each line")
     group.add_argument(
         "--questions",
         type=Path,
@@ -190,77 +191,78 @@ def add_prompt_options(parser: argparse.ArgumentParser, count: int) -> None:
         type=int,
         default=count,
         metavar="N",
-        help="that are used, evenly spread (%(default)s)",
+        help="number of prompts to use, evenly spread (default: %(default)s)",
     )
 
 
 def check_prompt_options(values: argparse.Namespace) -> None:
-    """Check that prompts come from one place.
+    """Check that prompts come from exactly one source.
 
     Raises:
-        SettingsError: They come from two, or from none.
+        SettingsError: Both sources or neither are given.
     """
     if (values.prompt_file is None) == (values.questions is None):
         raise SettingsError(
-            "Give --prompt-file or --questions, one of them: texts like those that will be written."
+            "Give one of --prompt-file and --questions, with texts like those that will be written."
         )
 
 
-def usual_sampling(
-    values: argparse.Namespace, writer: "TextGenerator", temperature: float
+def default_sampling(
+    values: argparse.Namespace, generator: "TextGenerator", temperature: float
 ) -> SamplingParameters:
-    """Return how tokens are chosen where nobody asks otherwise.
+    """Return the sampling parameters for what the user does not set.
 
     Args:
-        values: With ``generation_config``.
-        writer: The model.
-        temperature: Where the model's files say none.
+        values: The options, with ``generation_config``.
+        generator: The model.
+        temperature: The temperature if the model's files name none.
 
     Raises:
-        DataError: generation_config.json holds a number that means nothing.
+        DataError: generation_config.json holds an impossible number.
     """
-    found = writer.form.sampling_defaults() if values.generation_config == "auto" else {}
+    stored = generator.form.sampling_defaults() if values.generation_config == "auto" else {}
     try:
-        return SamplingParameters(**{"temperature": temperature, **found})
+        return SamplingParameters(**{"temperature": temperature, **stored})
     except SettingsError as error:
         raise DataError(
-            f"{writer.form.where}/generation_config.json: {error} --generation-config none does without it."
+            f"{generator.form.where}/generation_config.json: {error} "
+            "--generation-config none does without it."
         ) from error
 
 
 def sampling_of(
-    values: argparse.Namespace, usual: SamplingParameters | None = None
+    values: argparse.Namespace, defaults: SamplingParameters | None = None
 ) -> SamplingParameters:
-    """Return how tokens are chosen: as the command line says, else as usual, else the most likely ones.
+    """Return the sampling parameters: the command line's, else ``defaults``, else greedy ones.
 
     Raises:
-        SettingsError: A number that means nothing.
+        SettingsError: An option has an impossible value.
     """
-    asked = {
+    given = {
         name: value
         for name in ("temperature", "top_k", "top_p", "repetition_penalty")
         if (value := getattr(values, name)) is not None
     }
-    return replace(usual or SamplingParameters(), **asked, seed=values.seed)
+    return replace(defaults or SamplingParameters(), **given, seed=values.seed)
 
 
 def requests_strategy(values: argparse.Namespace) -> bool:
-    """Return whether a way, or an option of one, is given."""
+    """Return whether a strategy or an option of one is given."""
     return values.strategy is not None or any(
         _strategy_option(values, name) is not None for name in STRATEGY_OPTIONS
     )
 
 
-def strategy_choice(values: argparse.Namespace) -> "StrategyChoice":
-    """Return which way is asked for."""
-    from megatron_sorted.decoding.choice import StrategyChoice
+def requested_strategy(values: argparse.Namespace) -> "RequestedStrategy":
+    """Return the choice of a strategy that the command line makes."""
+    from megatron_sorted.decoding.requested_strategy import RequestedStrategy
 
     given = {
         name: value
         for name in STRATEGY_OPTIONS
         if (value := _strategy_option(values, name)) is not None
     }
-    return StrategyChoice(
+    return RequestedStrategy(
         values.model,
         values.draft,
         values.strategy,
@@ -272,26 +274,28 @@ def _strategy_option(values: argparse.Namespace, name: str) -> object:
     return getattr(values, "strategy_depths" if name == "depths" else name)
 
 
-def writer_of(values: argparse.Namespace) -> "TextGenerator":
-    """Return the model, and say what must be known of it.
+def open_generator(values: argparse.Namespace) -> "TextGenerator":
+    """Open the model and print its notes; ``values.device`` becomes the chosen device.
 
     Raises:
-        SortedError: It cannot be used.
+        SortedError: The model cannot be used.
     """
     check_positive(values, "threads")
     import torch
 
-    from megatron_sorted.decoding.text_generator import open_writer
+    from megatron_sorted.decoding.text_generator import open_text_generator
 
-    own = (
+    accelerator = (
         torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     )
-    values.device = values.device or own
-    if values.device.split(":")[0] not in ("cpu", own):
-        raise SettingsError(f"--device: torch sees no {values.device} here. Use --device {own}.")
+    values.device = values.device or accelerator
+    if values.device.split(":")[0] not in ("cpu", accelerator):
+        raise SettingsError(
+            f"--device: torch sees no {values.device} here. Use --device {accelerator}."
+        )
     if values.threads:
         torch.set_num_threads(values.threads)
-    writer = open_writer(
+    generator = open_text_generator(
         values.model,
         values.draft,
         values.depths,
@@ -300,6 +304,6 @@ def writer_of(values: argparse.Namespace) -> "TextGenerator":
         values.device,
         values.prompt_template,
     )
-    for line in writer.notes:
+    for line in generator.notes:
         print(f"note: {printable(line)}", file=sys.stderr)
-    return writer
+    return generator

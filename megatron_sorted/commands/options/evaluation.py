@@ -1,4 +1,4 @@
-"""The options of ``megatron-sorted evaluate``, and what can be said of them before anything slow is loaded."""
+"""The options of ``megatron-sorted evaluate``, with the checks that need no slow imports."""
 
 import argparse
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ KEPT = (
     "task_shots",
     "task_limit",
 )
-"""Options that evaluation.json keeps."""
+"""Options that are recorded in evaluation.json."""
 DESCRIPTION = """\
-Measure every exit of finished models: held-out loss, closed-book questions, lm-evaluation-harness.
-Prints tables, writes evaluation.json and .png into --output; docs/evaluation.md defines the numbers."""
+Measure every exit of trained models: held-out loss, closed-book questions, lm-evaluation-harness.
+Prints tables and writes evaluation.json and .png; docs/evaluation.md defines the numbers."""
 
 
 def _rate(text: str) -> float:
@@ -38,17 +38,17 @@ def _rate(text: str) -> float:
 
 
 def plain(value: Any) -> Any:
-    """Return a value of an option as JSON can hold it."""
+    """Return an option's value in a form that JSON can hold."""
     if isinstance(value, list):
         return [plain(one) for one in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return what the command line says.
+    """Return the values of the options.
 
     Raises:
-        SortedError: Nothing is measured, or a task is unknown.
+        SortedError: Nothing is to be measured, or a task is unknown.
     """
     parser = Parser(
         "megatron-sorted evaluate",
@@ -61,28 +61,28 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "models",
         nargs="+",
         metavar="MODEL",
-        help="Hugging Face directory or checkpoints, or NAME=DIRECTORY",
+        help="Hugging Face directory, checkpoints, or NAME=DIRECTORY",
     )
     group.add_argument(
         "--baseline",
         action="append",
         default=[],
         metavar="MODEL",
-        help="compare with its exits; may be repeated",
+        help="model to compare with; may be repeated",
     )
     group.add_argument(
         "--depths",
         nargs="+",
         type=int,
         metavar="N",
-        help="(default: those of config.json, or all; the last always)",
+        help="exits to measure (default: those in config.json, else all)",
     )
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
         metavar="KIND",
-        help=f"{', '.join(DTYPES)} (%(default)s)",
+        help=f"{', '.join(DTYPES)} (default: %(default)s)",
     )
     group.add_argument(
         "--tokenizer",
@@ -93,21 +93,21 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--prompt-template",
         metavar="FORM",
-        help="plain, alpaca, chat or chat:NAME (default: as each was trained)",
+        help="plain, alpaca, chat or chat:NAME (default: as in training)",
     )
     group.add_argument(
         "--output",
         type=Path,
         default=Path("runs/evaluation"),
         metavar="DIR",
-        help="folder (%(default)s)",
+        help="folder to write (default: %(default)s)",
     )
     group.add_argument(
         "--seed",
         type=int,
         default=0,
         metavar="N",
-        help="of drawn examples and of the training of heads",
+        help="random seed of examples and training of heads (default: 0)",
     )
     text = parser.add_argument_group("held-out text")
     text.add_argument(
@@ -121,52 +121,46 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     text.add_argument(
         "--separator",
         metavar="TEXT",
-        help="cuts plain text into documents (default: a file is one document)",
+        help="text between documents (default: a file is one document)",
     )
     text.add_argument(
         "--seq-length",
         type=at_least(1),
         metavar="N",
-        help=f"tokens of a window (default: up to {DEFAULT_SEQ_LENGTH})",
+        help=f"tokens of each window (default: up to {DEFAULT_SEQ_LENGTH})",
     )
     text.add_argument(
         "--stride",
         type=at_least(1),
         metavar="N",
-        help="windows start N apart (default: --seq-length)",
+        help="distance between windows (default: --seq-length)",
     )
     text.add_argument(
-        "--append-eos",
-        action="store_true",
-        help="count the eos at the end of texts and responses too",
+        "--append-eos", action="store_true", help="count the eos after texts and responses too"
     )
     text.add_argument(
         "--limit",
         type=at_least(1),
         metavar="N",
-        help="only the first documents or samples of each file",
+        help="use only the first N documents or samples of each file",
     )
     text.add_argument(
         "--batch-tokens",
         type=at_least(1),
         default=8192,
         metavar="N",
-        help="of one forward pass (%(default)s)",
+        help="tokens of one forward pass (default: %(default)s)",
     )
     data = parser.add_argument_group(
-        "prepared data, as a run's own evaluation reads them (masks likewise: --[no-]reset-position-ids, ...)"
+        "prepared data, read as in training (also its masks, --[no-]reset-position-ids, ...)"
     )
     data.add_argument(
-        "--data-path",
-        nargs="+",
-        default=[],
-        metavar="PREFIX",
-        help="PREFIX.bin and PREFIX.idx of prepared data",
+        "--data-path", nargs="+", default=[], metavar="PREFIX", help="PREFIX.bin and PREFIX.idx"
     )
     data.add_argument(
         "--split",
         metavar="SHARES",
-        help="as the run's, such as 98,2: its validation share (default: all)",
+        help="the run's, such as 98,2: take the validation share (default: all)",
     )
     for name in MASKS:
         data.add_argument(
@@ -175,8 +169,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             default=None,
             help=argparse.SUPPRESS,
         )
-    asked = parser.add_argument_group("closed-book questions")
-    asked.add_argument(
+    questions = parser.add_argument_group("closed-book questions")
+    questions.add_argument(
         "--questions",
         nargs="+",
         type=Path,
@@ -184,42 +178,42 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="JSON lines: question, answer, aliases",
     )
-    asked.add_argument(
+    questions.add_argument(
         "--shots",
         type=at_least(0),
         metavar="N",
-        help="examples before each (0 in a trained form, else 5)",
+        help="examples before each (default: 0 in a trained template, else 5)",
     )
-    asked.add_argument(
+    questions.add_argument(
         "--shots-from",
         type=Path,
         metavar="FILE",
         help="file of the examples (default: the same file)",
     )
-    asked.add_argument(
+    questions.add_argument(
         "--question-template",
         metavar="TEXT",
-        help=f"(default, for models of no form: {TEMPLATE!r})",
+        help=f"(default for models without a template: {TEMPLATE!r})",
     )
-    asked.add_argument(
+    questions.add_argument(
         "--num-questions",
         type=at_least(1),
         metavar="N",
-        help="only the first questions of each file",
+        help="use only the first N questions of each file",
     )
-    asked.add_argument(
+    questions.add_argument(
         "--max-new-tokens",
         type=at_least(1),
         default=32,
         metavar="N",
-        help="of an answer (%(default)s)",
+        help="most tokens of an answer (default: %(default)s)",
     )
-    asked.add_argument(
+    questions.add_argument(
         "--batch-size",
         type=at_least(1),
         default=16,
         metavar="N",
-        help="questions or requests at a time (%(default)s)",
+        help="questions or requests at a time (default: %(default)s)",
     )
     tasks = parser.add_argument_group("lm-evaluation-harness")
     tasks.add_argument(
@@ -227,19 +221,25 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=lambda names: [name for name in names.split(",") if name],
         default=[],
         metavar="NAME[,NAME]",
-        help="tasks or groups of tasks",
+        help="tasks or groups of tasks to run",
     )
     tasks.add_argument(
         "--tasks-path", type=Path, metavar="DIR", help="folder with the YAML files of local tasks"
     )
     tasks.add_argument(
-        "--task-shots", type=at_least(0), metavar="N", help="(default: as the task says)"
+        "--task-shots",
+        type=at_least(0),
+        metavar="N",
+        help="examples before each request (default: the task's)",
     )
     tasks.add_argument(
-        "--task-limit", type=at_least(1), metavar="N", help="only the first samples of each task"
+        "--task-limit",
+        type=at_least(1),
+        metavar="N",
+        help="use only the first N samples of each task",
     )
     heads = parser.add_argument_group(
-        "SFT+ICT: own heads on frozen layers, of the baselines, or of the models if there is no baseline"
+        "SFT+ICT: own heads on the frozen layers of the baselines, else of the models"
     )
     heads.add_argument(
         "--train-heads",
@@ -248,25 +248,34 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="train a norm and a head for each exit on this text",
     )
     heads.add_argument(
-        "--train-heads-epochs", type=at_least(1), default=1, metavar="N", help="(%(default)s)"
+        "--train-heads-epochs",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="number of epochs (default: %(default)s)",
     )
     heads.add_argument(
-        "--train-heads-lr", type=_rate, metavar="LR", help="(default: 1 / hidden size)"
+        "--train-heads-lr",
+        type=_rate,
+        metavar="LR",
+        help="learning rate (default: 1 / hidden size)",
     )
     heads.add_argument(
         "--train-heads-batch-size",
         type=at_least(1),
         default=8,
         metavar="N",
-        help="windows of a step (%(default)s)",
+        help="windows of each step (default: %(default)s)",
     )
     heads.add_argument(
         "--save-heads",
         type=Path,
         metavar="DIR",
-        help="write the model with these heads as a nested directory",
+        help="write the model with these heads as a nested model",
     )
-    heads.add_argument("--overwrite", action="store_true", help="replace what is at --save-heads")
+    heads.add_argument(
+        "--overwrite", action="store_true", help="replace the directory of --save-heads"
+    )
     values = parser.parse_args(arguments)
     if not (values.text or values.data_path or values.questions or values.tasks):
         raise SettingsError("nothing to measure. Give --text, --data-path, --questions or --tasks.")

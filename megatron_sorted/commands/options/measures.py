@@ -1,4 +1,7 @@
-"""What the options of ``megatron-sorted evaluate`` name: models, texts, questions, tasks; all is checked before a model is loaded."""
+"""The models, texts, questions and tasks that the options of ``megatron-sorted evaluate`` name.
+
+Everything is read and checked before the first model is loaded.
+"""
 
 import argparse
 import dataclasses
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sorted.commands.options.evaluation import DEFAULT_SEQ_LENGTH
-from megatron_sorted.conversion.exporting import KINDS
+from megatron_sorted.conversion.exporting import DTYPES_BY_NAME
 from megatron_sorted.conversion.hugging_face.families import max_length_of_config, read_config
 from megatron_sorted.conversion.staging import check_destination
 from megatron_sorted.errors import SettingsError
@@ -27,19 +30,20 @@ from megatron_sorted.evaluation.questions import (
     read_questions,
     write_prompts,
 )
-from megatron_sorted.exported.form import form_of_model
-from megatron_sorted.exported.model_directory import open_model_directory, plan_exits
+from megatron_sorted.exported.checkpoint_as_directory import as_hugging_face_directory
+from megatron_sorted.exported.exit_plan import plan_exits
+from megatron_sorted.exported.generation_defaults import generation_defaults_of
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from megatron_sorted.settings.derived import MASKS, split_ranges
 from megatron_sorted.settings.run import Settings
 
 
 def name_subjects(values: argparse.Namespace) -> list[Subject]:
-    """Return the models to evaluate, each with a name of its own.
+    """Return the models to evaluate, each with a unique name.
 
     Raises:
-        SettingsError: Two models have one name.
-        CheckpointError: A directory is no model.
+        SettingsError: Two models have the same name.
+        CheckpointError: A directory holds no model.
     """
     subjects = []
     for text, is_baseline in [
@@ -53,7 +57,7 @@ def name_subjects(values: argparse.Namespace) -> list[Subject]:
         subjects.append(
             Subject(
                 name or Path(path).resolve().name,
-                open_model_directory(Path(path)),
+                as_hugging_face_directory(Path(path)),
                 is_baseline,
                 heads,
             )
@@ -70,13 +74,14 @@ def name_subjects(values: argparse.Namespace) -> list[Subject]:
             )
     if values.save_heads and sum(subject.with_heads for subject in subjects) != 1:
         raise SettingsError(
-            "--save-heads writes one directory, of one model with --train-heads. Train heads of one model at a time."
+            "--save-heads writes one directory, of one model with --train-heads. "
+            "Train heads of one model at a time."
         )
     return subjects
 
 
 def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Measures:
-    """Return everything that is measured; all files are read and checked before the first model is loaded.
+    """Read and check all files, and return everything to be measured.
 
     Raises:
         SortedError: An option or a file cannot be used.
@@ -85,17 +90,17 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     for subject in subjects:
         plan_exits(subject.directory, values.depths)
         forms.append(
-            form_of_model(
+            generation_defaults_of(
                 subject.directory,
                 open_tokenizer(subject.directory, values.tokenizer),
                 values.prompt_template,
             )
         )
-    in_forms = values.question_template is None and all(
+    in_templates = values.question_template is None and all(
         form.is_stored or values.prompt_template for form in forms
     )
     if values.shots is None:
-        values.shots = 0 if in_forms else 5
+        values.shots = 0 if in_templates else 5
     allowed = {
         subject.name: max_length_of_config(read_config(subject.directory)) for subject in subjects
     }
@@ -105,11 +110,13 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     for name, length in allowed.items():
         if seq_length > length:
             raise SettingsError(
-                f"--seq-length: {seq_length} is more than the {length} positions of {name}. Use at most {length}."
+                f"--seq-length: {seq_length} is more than the {length} positions of {name}. "
+                f"Use at most {length}."
             )
     if values.stride and values.stride > seq_length:
         raise SettingsError(
-            f"--stride: {values.stride} is more than --seq-length {seq_length}, so tokens would be left out. Use less."
+            f"--stride: {values.stride} is more than --seq-length {seq_length}, so tokens would "
+            "be left out. Use less."
         )
     if values.save_heads:
         check_destination(values.save_heads, values.overwrite, 0)
@@ -119,13 +126,13 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     examples = read_questions(values.shots_from) if values.shots_from else None
     questions = {}
     for name, path in _by_name(values.questions).items():
-        found = read_questions(path)
-        asked = found[: values.num_questions]
-        some = choose_examples(asked, values.shots, examples or found, values.seed)
+        in_file = read_questions(path)
+        used = in_file[: values.num_questions]
+        shots = choose_examples(used, values.shots, examples or in_file, values.seed)
         questions[name] = QuestionSet(
-            asked,
-            write_prompts(asked, values.shots, examples or found, template, values.seed),
-            [as_conversation(*pair) for pair in zip(asked, some, strict=True)] if as_turns else [],
+            used,
+            write_prompts(used, values.shots, examples or in_file, template, values.seed),
+            [as_conversation(*pair) for pair in zip(used, shots, strict=True)] if as_turns else [],
         )
     texts = {
         name: read_documents(path, values.separator, values.limit)
@@ -148,7 +155,7 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
         values.stride or seq_length,
         prepared,
         tuple(values.depths) if values.depths else None,
-        KINDS[values.dtype],
+        DTYPES_BY_NAME[values.dtype],
         values.tokenizer,
         values.prompt_template,
         values.append_eos,
@@ -166,12 +173,14 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
 
 
 def _read_prepared(values: argparse.Namespace, default_length: int) -> PreparedData | None:
-    """Return the prepared data with the settings of the run whose evaluation is done; None where none are named.
+    """Return the prepared data and the settings of their run; None if no --data-path is given.
 
-    What was not given comes from the first of the models that is a directory of checkpoints, then from the summary of the data.
+    Settings that the command line lacks are those of the first model with checkpoints, else those
+    in the summary of the data.
 
     Raises:
-        SettingsError: --split or a mask is given without --data-path, or --split is no list of shares.
+        SettingsError: --split or a mask is given without --data-path, or --split is not a list of
+            shares.
     """
     given = {
         name: getattr(values, name)
@@ -181,8 +190,8 @@ def _read_prepared(values: argparse.Namespace, default_length: int) -> PreparedD
     if not values.data_path:
         if given:
             raise SettingsError(
-                f"--{next(iter(given)).replace('_', '-')}: says how prepared data are read. Give --data-path as well, or "
-                "leave it out."
+                f"--{next(iter(given)).replace('_', '-')}: applies to prepared data. "
+                "Give --data-path as well, or leave it out."
             )
         return None
     of_run = next(
@@ -219,11 +228,11 @@ def _read_prepared(values: argparse.Namespace, default_length: int) -> PreparedD
 
 
 def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    named: dict[str, Path] = {}
     for path in paths:
         name = path.name.removesuffix(".gz")
         name = name.rsplit(".", 1)[0] or name
-        if name in found:
-            raise SettingsError(f"{found[name]} and {path} have the same name. Rename one of them.")
-        found[name] = path
-    return found
+        if name in named:
+            raise SettingsError(f"{named[name]} and {path} have the same name. Rename one of them.")
+        named[name] = path
+    return named

@@ -1,1 +1,1 @@
-"""Directories of Hugging Face models, read and written tensor by tensor."""
+"""Directories of Hugging Face models, read and written one tensor at a time."""

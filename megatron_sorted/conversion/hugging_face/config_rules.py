@@ -1,4 +1,4 @@
-"""What the values of a config.json must be, so that nothing built of them fails later in somebody else's words. Needs no torch."""
+"""Rules for the values of a config.json; errors name key, value and rule. Needs no torch."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,9 +7,9 @@ from typing import Any
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
 
-REMEDY = "Mend the value, or fetch the file again."
-MOST_COUNT = (1 << 31) - 1
-"""Of layers, tokens, channels: what fits 32 bits."""
+REMEDY = "Correct the value, or fetch the file again."
+MAX_COUNT = (1 << 31) - 1
+"""Largest number of layers, tokens or channels: what fits 32 bits."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _NUMBERS_OF_ROPE = (
     "rope_theta",
@@ -25,8 +25,12 @@ _NUMBERS_OF_ROPE = (
 
 
 def is_count(value: Any) -> bool:
-    """Return whether a value is a whole number above 0 that can be a size."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_COUNT
+    """Return whether a value is a whole number above 0 that can be a size.
+
+    >>> is_count(32), is_count(True), is_count(0)
+    (True, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_COUNT
 
 
 def _is_number(value: Any, least: float = 0.0, most: float = math.inf) -> bool:
@@ -39,15 +43,15 @@ def _is_number(value: Any, least: float = 0.0, most: float = math.inf) -> bool:
 
 
 def _is_token(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST_COUNT
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_COUNT
 
 
 def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-def told(value: Any, most: int = 60) -> str:
-    """Return a value of a file as messages write it, in one line."""
+def shown_value(value: Any, most: int = 60) -> str:
+    """Return a value of a file as messages write it, in one line of at most ``most`` characters."""
     return shown(repr(value), most)
 
 
@@ -57,7 +61,7 @@ TOKEN: Rule = (_is_token, "a token's number or null")
 POSITIVE: Rule = (_is_positive, "a finite number above 0")
 SWITCH: Rule = (lambda value: isinstance(value, bool), "true or false")
 OBJECT: Rule = (lambda value: isinstance(value, dict), "an object or null")
-RULES: Mapping[str, Rule] = {
+VALUE_RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         (
             "vocab_size",
@@ -103,7 +107,7 @@ RULES: Mapping[str, Rule] = {
         ("dtype", "torch_dtype"), (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}")
     ),
 }
-"""What the value of a key must be, and in words. No other key of a config.json reaches transformers."""
+"""{key: (check, rule)}. No other key of a config.json reaches transformers."""
 MAY_BE_NULL = {
     "num_key_value_heads",
     "head_dim",
@@ -134,38 +138,39 @@ NAME_CODE = (
     "base_model_pp_plan",
     "text_config",
 )
-"""Keys by which other programs may fetch or run something; what is written here leaves them out."""
+"""Keys by which other programs may fetch or run code; exports leave them out."""
 REFUSED = {
     "quantization_config": "weights that are not quantised",
     "compression_config": "weights that are not quantised",
     "transformers_weights": "weights in model*.safetensors",
     "per_layer_config": "layers that are all alike",
 }
-"""Keys that make a network or its weights others than read here, and what is supported."""
+"""Keys that change network or weights beyond what can be read here: {key: what is supported}."""
 
 
 def refuse_value(where: str, key: str, value: Any, rule: str) -> CheckpointError:
-    """Return the error that names a file, its key and value, and the rule."""
+    """Return an error that names a file, its key and value, and the rule."""
     return CheckpointError(
-        f"{where}: {shown(key, 60)} is {told(value)} where {rule} is needed. {REMEDY}"
+        f"{where}: {shown(key, 60)} is {shown_value(value)} where {rule} is needed. {REMEDY}"
     )
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Check every value of a config.json that a network is built of; keys that name none are not looked at.
+    """Check every value of a config.json that defines a network; ignore all other keys.
 
     Raises:
-        CheckpointError: A value is of the wrong kind or size, or two contradict each other, naming key, value and rule.
+        CheckpointError: A value is of the wrong kind or size, or two contradict each other. The
+            message names key, value and rule.
     """
-    for key, (is_right, rule) in RULES.items():
+    for key, (is_right, rule) in VALUE_RULES.items():
         value = config.get(key)
         if key in config and not (is_right(value) if value is not None else key in MAY_BE_NULL):
             raise refuse_value(where, key, value, rule)
     for key, supported in REFUSED.items():
         if config.get(key):
             raise CheckpointError(
-                f"{where}: {key} is {told(config[key])}; only {supported} can be read here. Convert the model "
-                "first, or take another."
+                f"{where}: {key} is {shown_value(config[key])}; only {supported} can be read here. "
+                "Convert the model first, or take another."
             )
     for holder in ("rope_scaling", "rope_parameters"):
         for key in _NUMBERS_OF_ROPE:
@@ -173,9 +178,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             if value is not None and not _is_positive(value):
                 raise refuse_value(where, f"{holder}.{key}", value, POSITIVE[1])
     rows, padding = config.get("vocab_size"), config.get("pad_token_id")
-    if (
-        rows is not None and padding is not None and not -1 <= padding < rows
-    ):  # -1 is how older files say "none"
+    # Older files write -1 for "none".
+    if rows is not None and padding is not None and not -1 <= padding < rows:
         raise refuse_value(
             where, "pad_token_id", padding, f"one of 0..{rows - 1}, -1 (none) or null"
         )
@@ -183,6 +187,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_heads(config: Mapping[str, Any], where: str) -> None:
+    """Check that heads, key and value groups and channels fit together."""
     heads, groups, hidden = (
         config.get(key) for key in ("num_attention_heads", "num_key_value_heads", "hidden_size")
     )
@@ -197,5 +202,5 @@ def _check_heads(config: Mapping[str, Any], where: str) -> None:
     )
     if channels % 2:
         raise refuse_value(
-            where, "head_dim", channels, "an even number, as rotary positions turn pairs,"
+            where, "head_dim", channels, "an even number, as rotary positions rotate pairs,"
         )

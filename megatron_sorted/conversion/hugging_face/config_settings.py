@@ -1,12 +1,17 @@
-"""What a config.json says in our settings' words, and settings as a config.json. Needs no torch.
+"""Translation of a config.json into our settings and back. Needs no torch.
 
-With `config_rules`, which knows what values must be, and `exit_keys` the only files that know its keys.
+Together with `config_rules` (rules for values) and `exit_keys`, the only modules that know its
+keys.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_sorted.conversion.hugging_face.config_rules import NAME_CODE, check_config, told
+from megatron_sorted.conversion.hugging_face.config_rules import (
+    NAME_CODE,
+    check_config,
+    shown_value,
+)
 from megatron_sorted.conversion.hugging_face.exit_keys import (
     exits_of_config,
     keys_of_exits,
@@ -29,8 +34,8 @@ from megatron_sorted.settings.derived import (
 )
 from megatron_sorted.settings.run import Settings
 
-# Values that change what a network computes in a way ours cannot: {key: the only value that is understood}.
-UNDERSTOOD = {
+# Keys that may change what a network computes beyond what ours can: {key: the supported value}.
+SUPPORTED_VALUES = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -43,28 +48,31 @@ UNDERSTOOD = {
 
 
 def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
-    """Return the settings of the network that a config.json describes; whatever else a run needs is left at its default.
+    """Return settings with the network that a config.json describes; others keep their defaults.
 
     Args:
-        config: Of ``read_config``.
-        where: Its name, for messages.
+        config: The content, as ``read_config`` returns it.
+        where: The file's name, for messages.
 
     Raises:
-        CheckpointError: The family is not supported, a key is missing, or a value is not understood; naming it.
+        CheckpointError: The family is not supported, a key is missing, or a value is not
+            supported. The message names it.
     """
     family = family_of_config(config, where)
     check_config(config, where)
     config = {**family.absent, **config}
-    for key, value in UNDERSTOOD.items():
+    for key, value in SUPPORTED_VALUES.items():
         if config.get(key, value) not in (value, None):
             raise CheckpointError(
-                f"{where}: {key} is {told(config[key])}; of {family.model_type} models only {value!r} is supported."
+                f"{where}: {key} is {shown_value(config[key])}; of {family.model_type} models only "
+                f"{value!r} is supported."
             )
     if family.slides is False and set(config.get("layer_types") or ["full_attention"]) != {
         "full_attention"
     }:
         raise CheckpointError(
-            f"{where}: layer_types holds {told(sorted(set(config['layer_types'])))}; only full_attention is supported."
+            f"{where}: layer_types holds {shown_value(sorted(set(config['layer_types'])))}; only "
+            "full_attention is supported."
         )
 
     def need(key: str) -> int:
@@ -77,7 +85,8 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if not config.get("head_dim") and hidden % heads:
         raise CheckpointError(
-            f"{where}: hidden_size {hidden} does not divide by num_attention_heads {heads}, and head_dim is not given."
+            f"{where}: hidden_size {hidden} does not divide by num_attention_heads {heads}, and "
+            "head_dim is not given."
         )
     try:
         return Settings(
@@ -112,7 +121,10 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
 
 
 def _rotary_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return what config.json says of rotary positions: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``."""
+    """Return the settings of rotary positions from either format of a config.json.
+
+    transformers 5 writes ``rope_parameters``, earlier versions ``rope_theta`` and ``rope_scaling``.
+    """
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if base != int(base):
@@ -127,7 +139,8 @@ def _rotary_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
     if rope.get("partial_rotary_factor") not in (None, 1.0):
         raise CheckpointError(
-            f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1."
+            f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, "
+            "only 1."
         )
     try:
         if kind == "linear":
@@ -144,12 +157,13 @@ def _rotary_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             }
         elif kind != "default":
             raise CheckpointError(
-                f"{where}: rotary positions of kind {told(kind)} are not supported; default, linear and llama3 are."
+                f"{where}: rotary positions of kind {shown_value(kind)} are not supported; "
+                "default, linear and llama3 are."
             )
     except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{where}: rotary positions of kind {kind} without {shown(error.args[0], 60)}. Fetch the file "
-            "again."
+            f"{where}: rotary positions of kind {kind} without {shown(error.args[0], 60)}. Fetch "
+            "the file again."
         ) from None
     return fields
 
@@ -160,17 +174,18 @@ def config_of_settings(
     """Return the config.json of a network.
 
     Args:
-        settings: With the vocabulary resolved.
-        dtype: Of the weights, one of ``DTYPES``.
-        origin: The config.json the model once came with. What it says stays, in its own words, where it still holds.
+        settings: The settings of the network, with the vocabulary size resolved.
+        dtype: The data type of the weights, one of ``DTYPES``.
+        origin: The config.json that the model was imported with. Its keys stay, under the names
+            they have there, as far as they still hold.
 
     Raises:
-        CheckpointError: No supported family computes this.
+        CheckpointError: No supported family computes this network.
     """
     family = family_of_settings(settings)
     if origin is not None and origin.get("model_type") in FAMILIES:
         kept = FAMILIES[origin["model_type"]]
-        # a Mistral without a window computes what a LLaMA does; it stays a Mistral
+        # A Mistral without a window computes what a LLaMA does; it stays a Mistral.
         if (kept.qkv_bias, kept.qk_norm) == (family.qkv_bias, family.qk_norm) and (
             kept.slides or not family.slides
         ):
@@ -200,7 +215,7 @@ def config_of_settings(
     if family.model_type == "llama":
         new |= {"attention_bias": False, "mlp_bias": False}
     if origin is not None:
-        new = without_exits(_in_the_words_of(origin, new))
+        new = without_exits(_with_keys_of(origin, new))
     depths = exit_depths(settings)
     parts = (
         (settings.use_exit_block, settings.use_exit_mlp, settings.exit_adapter_rank)
@@ -214,20 +229,16 @@ def config_of_settings(
 
 def _rope_scaling(settings: Settings) -> dict[str, Any] | None:
     if settings.use_rope_scaling:
-        return {
-            "rope_type": "llama3",
-            "factor": settings.rope_scaling_factor,
-            "low_freq_factor": settings.rope_scaling_low_freq_factor,
-            "high_freq_factor": settings.rope_scaling_high_freq_factor,
-            "original_max_position_embeddings": settings.rope_scaling_original_max_position_embeddings,
-        }
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        values = {key: getattr(settings, f"rope_scaling_{key}") for key in keys}
+        return {"rope_type": "llama3", **values}
     if settings.rotary_seq_len_interpolation_factor is not None:
         return {"rope_type": "linear", "factor": settings.rotary_seq_len_interpolation_factor}
     return None
 
 
-def _in_the_words_of(origin: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Return ``origin`` with what ``new`` says, under the keys that ``origin`` uses."""
+def _with_keys_of(origin: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return ``origin`` updated by ``new``, under the key names that ``origin`` uses."""
     new = dict(new)
     if "rope_parameters" in origin:
         new["rope_parameters"] = {
@@ -237,7 +248,7 @@ def _in_the_words_of(origin: Mapping[str, Any], new: dict[str, Any]) -> dict[str
         }
     if "dtype" in origin:
         new["dtype"] = new.pop("torch_dtype")
-    # a key that older files leave out, with the value it then has, need not appear
+    # Older files leave these keys out; they need not appear while they have the values implied.
     optional = {
         "head_dim": new["hidden_size"] // new["num_attention_heads"],
         "attention_dropout": 0.0,

@@ -1,32 +1,34 @@
-"""The model families of Hugging Face that are trained here, and what sets each apart. Needs no torch."""
+"""The Hugging Face model families supported here, and how they differ. Needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.conversion.hugging_face.config_rules import is_count, told
+from megatron_sorted.conversion.hugging_face.config_rules import is_count, shown_value
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.json_text import read_json_object
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.run import Settings
 
-CONFIG = "config.json"
-EXITS = "exits.safetensors"  # what intermediate exits own (norms, heads, blocks, MLPs, adapters); plain transformers does not look at it
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+EXITS_FILE = "exits.safetensors"
+"""Norms, heads, blocks, MLPs and adapters of intermediate exits; plain transformers ignores it."""
 DTYPES = ("float32", "bfloat16", "float16")
-MOST_CONFIG_BYTES = 4 << 20
+MAX_CONFIG_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one family apart from LLaMA.
+    """How one family differs from LLaMA.
 
     Attributes:
-        model_type, architecture: As config.json names them.
-        qkv_bias: Queries, keys and values have a bias.
-        qk_norm: Queries and keys of every head are normed.
-        slides: All layers look back over ``sliding_window`` tokens, if config.json gives one.
-        absent: What transformers takes for keys that config.json leaves out.
+        model_type, architecture: The names in config.json.
+        qkv_bias: Whether queries, keys and values have a bias.
+        qk_norm: Whether queries and keys of every head are normed.
+        slides: Whether all layers attend to ``sliding_window`` tokens, if config.json sets it.
+        absent: The values that transformers assumes for keys that config.json leaves out.
     """
 
     model_type: str
@@ -68,40 +70,41 @@ FAMILIES = {
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return the config.json of a Hugging Face directory.
+    """Read the config.json of a Hugging Face directory.
 
     Raises:
-        CheckpointError: There is none, or it is no JSON object of reasonable size and nesting.
+        CheckpointError: The file is missing, or is no JSON object of reasonable size and nesting.
     """
-    path = directory / CONFIG
+    path = directory / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{shown(directory)}: no {CONFIG}, so this is no Hugging Face model. Give a directory that holds "
-            "config.json and safetensors."
+            f"{shown(directory)}: no {CONFIG_FILE}, so this is no Hugging Face model. Give a "
+            "directory that holds config.json and safetensors."
         )
-    return read_json_object(path, "Fetch it again.", CheckpointError, MOST_CONFIG_BYTES)
+    return read_json_object(path, "Fetch it again.", CheckpointError, MAX_CONFIG_BYTES)
 
 
 def family_of_config(config: Mapping[str, Any], where: str) -> Family:
-    """Return the family a config.json is of.
+    """Return the family of the model that a config.json describes.
 
     Raises:
-        CheckpointError: None that is supported; says which are.
+        CheckpointError: The family is not supported. The message names those that are.
     """
-    said = config.get("model_type")
-    family = FAMILIES.get(said) if isinstance(said, str) else None
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     known = ", ".join(
         f"{family.model_type} ({family.architecture})" for family in FAMILIES.values()
     )
     if family is None:
         raise CheckpointError(
-            f"{where}: model_type {told(said)} is not supported. Supported are {known}."
+            f"{where}: model_type {shown_value(model_type)} is not supported. Supported are "
+            f"{known}."
         )
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
         raise CheckpointError(
-            f"{where}: architectures {shown(architectures, 60)} is not a language model of a supported kind. "
-            f"Supported are {known}."
+            f"{where}: architectures {shown(architectures, 60)} is not a language model of a "
+            f"supported kind. Supported are {known}."
         )
     return family
 
@@ -110,28 +113,42 @@ def num_layers_of_config(config: Mapping[str, Any], where: str) -> int:
     """Return the number of layers.
 
     Raises:
-        CheckpointError: It is no number above 0.
+        CheckpointError: The value is no whole number above 0.
     """
     return count_of_config(config, "num_hidden_layers", where)
 
 
 def max_length_of_config(config: Mapping[str, Any]) -> int:
-    """Return the longest sequence a supported model can be used with."""
+    """Return the longest sequence that a supported model can process, in tokens."""
     return (
         config.get("max_position_embeddings")
         or FAMILIES[config["model_type"]].absent["max_position_embeddings"]
     )
 
 
+def attention_window(config: Any, layer: int) -> int | None:
+    """Return the number of tokens that a layer attends to; None if all.
+
+    Args:
+        config: transformers' configuration of a model.
+        layer: The index of the layer, from 0.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
 def count_of_config(config: Mapping[str, Any], key: str, where: str) -> int:
-    """Return a number above 0 of a config.json.
+    """Return the value of a key of config.json that must be a whole number above 0.
 
     Raises:
-        CheckpointError: It is none.
+        CheckpointError: It is not.
     """
     if not is_count(config.get(key)):
         raise CheckpointError(
-            f"{where}: {key} is {told(config.get(key))} where a number above 0 is needed. Fetch the file again."
+            f"{where}: {key} is {shown_value(config.get(key))} where a number above 0 is needed. "
+            "Fetch the file again."
         )
     return config[key]
 
@@ -140,7 +157,7 @@ def family_of_settings(settings: Settings) -> Family:
     """Return the family whose models compute what a network of these settings computes.
 
     Raises:
-        CheckpointError: There is none, naming the setting that none has.
+        CheckpointError: No family does. The message names the setting that no family supports.
     """
     needed = {
         "normalization": "RMSNorm",
@@ -154,8 +171,8 @@ def family_of_settings(settings: Settings) -> Family:
     for name, value in needed.items():
         if getattr(settings, name) != value:
             raise CheckpointError(
-                f"--{name.replace('_', '-')}: {getattr(settings, name)}, which no supported Hugging Face family has "
-                f"(only {value}). Such a model stays a Megatron checkpoint."
+                f"--{name.replace('_', '-')}: {getattr(settings, name)}, which no supported "
+                f"Hugging Face family has (only {value}). Such a model stays a Megatron checkpoint."
             )
     for family in FAMILIES.values():
         if (family.qkv_bias, family.qk_norm, family.slides) == (
@@ -165,5 +182,6 @@ def family_of_settings(settings: Settings) -> Family:
         ):
             return family
     raise CheckpointError(
-        "--add-qkv-bias, --qk-layernorm and --sliding-window: no supported Hugging Face family has them together."
+        "--add-qkv-bias, --qk-layernorm and --sliding-window: no supported Hugging Face family "
+        "has them together."
     )

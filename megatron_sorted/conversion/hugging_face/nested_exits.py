@@ -1,11 +1,15 @@
-"""The exits of the nested language model in this directory, with plain transformers: depth k says what the model says after k layers.
+"""Exits of the nested language model in this directory, run with plain transformers.
 
-A part of megatron_sorted, Apache-2.0 licence; it stands alone and needs torch, safetensors and transformers. What intermediate exits own
-(norms, heads, blocks, MLPs, adapters) lies in exits.safetensors beside config.json, which transformers does not look at. In three lines:
+The exit at depth k predicts after k layers. This module is a part of megatron_sorted (Apache-2.0)
+that stands alone; it needs torch, safetensors and transformers. Norms, heads, blocks, MLPs and
+adapters of intermediate exits lie in exits.safetensors beside config.json, which transformers
+ignores. Copy this file next to yours and write:
 
-    from nested_exits import load_nested_exits     # this file copied next to yours
+    from nested_exits import load_nested_exits
+
     model = load_nested_exits("path/to/directory")
-    logits, tokens = model(input_ids, depth=8), model.generate(input_ids, depth=8, max_new_tokens=32)
+    logits = model(input_ids, depth=8)
+    tokens = model.generate(input_ids, depth=8, max_new_tokens=32)
 """
 
 import copy
@@ -29,7 +33,7 @@ CODE_KEYS = (
     "transformers_weights",
     "text_config",
 )
-"""Of config.json; no exported model has them."""
+"""Keys of config.json that may run or fetch code; no exported model has them."""
 
 
 class ExitAdapter(nn.Module):
@@ -43,53 +47,59 @@ class ExitAdapter(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the hidden state with the addition."""
+        """Return the hidden state [..., h] with the low-rank term added."""
         return hidden + self.up(self.down(hidden))
 
 
 class ExitMlp(nn.Module):
-    """A normed MLP of an exit's own: h + mlp(norm(h))."""
+    """An exit's own MLP with a norm before it: h + mlp(norm(h))."""
 
     def __init__(self, norm: nn.Module, mlp: nn.Module):
         super().__init__()
         self.norm, self.mlp = norm, mlp
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the hidden state with what the MLP adds."""
+        """Return the hidden state [..., h] with the MLP's output added."""
         return hidden + self.mlp(self.norm(hidden))
 
 
 class ExitNorm(nn.Module):
-    """What stands in the place of the norm where an exit has parts that look at one token at a time: they come first."""
+    """An exit's norm with the parts before it that treat every token by itself."""
 
     def __init__(self, parts: Iterable[nn.Module], norm: nn.Module):
         super().__init__()
         self.parts, self.norm = nn.ModuleList(parts), norm
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the normed hidden state."""
+        """Return the normed hidden state [..., h]."""
         for part in self.parts:
             hidden = part(hidden)
         return self.norm(hidden)
 
 
 class ExitBlock(nn.Module):
-    """A layer of an exit's own, after its adapter where it has one; stands in the place of the next layer."""
+    """An exit's own layer, with the exit's adapter before it if any; it replaces the next layer."""
 
     def __init__(self, layer: nn.Module, adapter: nn.Module | None = None):
         super().__init__()
         self.layer, self.adapter = layer, adapter
 
     def forward(self, hidden_states: Tensor, *args, **more) -> Tensor:
-        """Return the hidden state after the layer, which gets what any layer of the model gets."""
+        """Return the hidden state after the layer, which takes the arguments of any other layer."""
         return self.layer(
             hidden_states if self.adapter is None else self.adapter(hidden_states), *args, **more
         )
 
 
 @dataclass
-class Exit:
-    """What reads the hidden state after some layers: a block (or none), a norm (with an MLP or adapter before it), a head."""
+class NestedExit:
+    """The modules that read the hidden state at an exit.
+
+    Attributes:
+        norm: The norm, with the exit's MLP or adapter before it.
+        head: The output matrix.
+        block: The exit's own layer before the norm, if any.
+    """
 
     norm: nn.Module
     head: nn.Module
@@ -101,24 +111,27 @@ class NestedExits(nn.Module):
 
     Attributes:
         base: The full model, an ordinary one.
-        depths: Where there are exits, increasing; the last is the full model.
+        depths: The depths of the exits, increasing; the last is the full model.
     """
 
-    def __init__(self, base: nn.Module, exits: dict[int, Exit]):
+    def __init__(self, base: nn.Module, exits: dict[int, NestedExit]):
         super().__init__()
         self.base, self.depths = base, tuple(sorted(exits))
         own = {
             str(depth): nn.ModuleList(
-                part for part in (found.block, found.norm, found.head) if part is not None
+                part for part in (one.block, one.norm, one.head) if part is not None
             )
-            for depth, found in exits.items()
+            for depth, one in exits.items()
             if depth != self.depths[-1]
         }
         self.own = nn.ModuleDict(own)
         self._exits, self._models = exits, {self.depths[-1]: base}
 
     def model_at(self, depth: int | None = None) -> nn.Module:
-        """Return the sub-model of an exit as an ordinary transformers model that shares all parameters; the full one by default.
+        """Return the sub-model of an exit, a transformers model that shares all parameters.
+
+        Args:
+            depth: The depth of the exit; by default the full model's.
 
         Raises:
             ValueError: There is no exit at ``depth``.
@@ -126,7 +139,8 @@ class NestedExits(nn.Module):
         depth = self.depths[-1] if depth is None else depth
         if depth not in self.depths:
             raise ValueError(
-                f"depth {depth} is no exit of this model; its exits are {', '.join(map(str, self.depths))}"
+                f"depth {depth} is no exit of this model; its exits are "
+                f"{', '.join(map(str, self.depths))}"
             )
         if depth not in self._models:
             self._models[depth] = shallow_model(self.base, depth, self._exits[depth])
@@ -144,16 +158,18 @@ class NestedExits(nn.Module):
     def generate(
         self, input_ids: Tensor, depth: int | None = None, max_new_tokens: int = 32, **more
     ) -> Tensor:
-        """Return the tokens and what the exit adds to them greedily, each read once (a block keeps keys and values like any layer).
+        """Return the tokens with those that the exit adds to them greedily.
+
+        Every token is processed once; a block has keys and values in the cache like any layer.
 
         Args:
             input_ids: Prompts [batch, tokens].
-            depth: Of the exit; the full model by default.
-            max_new_tokens: At most so many.
-            more: For transformers' own ``generate``: attention_mask, eos_token_id, pad_token_id, ...
+            depth: The depth of the exit; by default the full model's.
+            max_new_tokens: Largest number of tokens to add.
+            more: Arguments of transformers' ``generate``: attention_mask, eos_token_id, ...
         """
         config = greedy(self.base, max_new_tokens=max_new_tokens)
-        # without a mask transformers takes the tokens that fill up for filling, wherever they stand
+        # Without a mask transformers treats every token equal to pad_token_id as padding.
         more = {"attention_mask": torch.ones_like(input_ids), **more}
         return self.model_at(depth).generate(input_ids, generation_config=config, **more)
 
@@ -161,24 +177,26 @@ class NestedExits(nn.Module):
 def load_nested_exits(
     directory: str | Path, dtype: torch.dtype | str = "auto", **more
 ) -> NestedExits:
-    """Return the model of a directory with its exits; nothing in the directory is executed.
+    """Load the model of a directory with its exits; nothing in the directory is executed.
 
     Args:
-        directory: With config.json, model*.safetensors and exits.safetensors.
-        dtype: Kind of numbers; by default as stored.
-        more: For transformers' ``from_pretrained``.
+        directory: A directory with config.json, model*.safetensors and exits.safetensors.
+        dtype: Data type; by default as stored.
+        more: Arguments of transformers' ``from_pretrained``.
 
     Raises:
-        ValueError: Tensors of exits are missing, unknown, or of another shape than config.json says.
+        ValueError: Tensors of exits are missing, unknown, or of another shape than config.json
+            says.
     """
     from transformers import AutoModelForCausalLM
 
     config = _read_config(Path(directory))
     if named := [key for key in CODE_KEYS if config.get(key)]:
         raise ValueError(
-            f"{directory}: config.json says {', '.join(named)}, which can make transformers fetch or run code; remove it"
+            f"{directory}: config.json has {', '.join(named)}, which can make transformers fetch "
+            "or run code; remove it"
         )
-    base, found = AutoModelForCausalLM.from_pretrained(
+    base, loading_info = AutoModelForCausalLM.from_pretrained(
         str(directory),
         dtype=dtype,
         local_files_only=True,
@@ -187,15 +205,10 @@ def load_nested_exits(
         output_loading_info=True,
         **more,
     )
-    for kind in (
-        "missing_keys",
-        "mismatched_keys",
-        "unexpected_keys",
-    ):  # transformers fills what is missing with random numbers
-        if found.get(kind):
-            raise ValueError(
-                f"{directory}: {kind.replace('_', ' ')}: {', '.join(sorted(map(str, found[kind]))[:3])}"
-            )
+    # transformers would fill missing tensors with random numbers.
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, loading_info.get(kind) or ())):
+            raise ValueError(f"{directory}: {kind.replace('_', ' ')}: {', '.join(names[:3])}")
     return NestedExits(base.eval(), read_exits(Path(directory), base, config)).requires_grad_(False)
 
 
@@ -208,47 +221,53 @@ def _read_config(directory: Path) -> dict:
         ) from error
 
 
-def read_exits(directory: Path, base: nn.Module, config: dict | None = None) -> dict[int, Exit]:
-    """Return {depth: exit} of a directory for the model that was loaded of it; of a model without exits its last layer alone.
+def read_exits(
+    directory: Path, base: nn.Module, config: dict | None = None
+) -> dict[int, NestedExit]:
+    """Read the exits of a directory for the model loaded from it, {depth: exit}.
+
+    A model that names no exits has its last layer alone.
 
     Args:
-        directory: With exits.safetensors, where exits have parts of their own.
+        directory: The directory, with exits.safetensors if exits have parts of their own.
         base: The model.
-        config: What config.json says; by default it is read.
+        config: The content of config.json; by default it is read.
 
     Raises:
-        ValueError: config.json contradicts itself, or exits.safetensors does not hold what it says.
+        ValueError: config.json contradicts itself, or exits.safetensors does not match it.
     """
     config = _read_config(directory) if config is None else config
     last = base.config.num_hidden_layers
     depths = tuple(config.get("exit_layer_indices") or (last,))
     if config.get("exit_block") and config.get("exit_mlp"):
         raise ValueError(
-            f"{directory / 'config.json'}: says exit_block and exit_mlp; an exit has a block or an MLP of its own, never both"
+            f"{directory / 'config.json'}: declares exit_block and exit_mlp; an exit has a block "
+            "or an MLP of its own, never both"
         )
     modules = {depth: _new_modules(base, config, depth) for depth in depths if depth != last}
     own = {
         name: module.get_parameter(inner)
-        for depth, made in modules.items()
-        for kind, module in made.items()
+        for depth, parts in modules.items()
+        for kind, module in parts.items()
         for inner, name in _names(depth, kind, module).items()
     }
     tensors = _read(directory / FILE, own) if own else {}
     weight = base.get_input_embeddings().weight
-    exits = {last: Exit(base.model.norm, base.lm_head)}
-    for depth, made in modules.items():
-        for kind, module in made.items():
+    exits = {last: NestedExit(base.model.norm, base.lm_head)}
+    for depth, parts in modules.items():
+        for kind, module in parts.items():
             state = {inner: tensors[name] for inner, name in _names(depth, kind, module).items()}
             module.load_state_dict(state, strict=True, assign=True)
             module.to(device=weight.device, dtype=weight.dtype).eval()
-        exits[depth] = _assemble(base, made)
+        exits[depth] = _assemble(base, parts)
     return exits
 
 
 def greedy(base: nn.Module, **more):
-    """Return transformers' GenerationConfig of greedy decoding that ends texts where the model does; ``more`` goes into it.
+    """Return transformers' GenerationConfig for greedy decoding, with ``more`` as further fields.
 
-    Of the model's own only the tokens are taken: its temperature and penalties would make it something else.
+    Only special tokens are taken from the model's own: its temperature and penalties would make
+    decoding other than greedy.
     """
     from transformers import GenerationConfig
 
@@ -263,14 +282,14 @@ def greedy(base: nn.Module, **more):
     )
 
 
-def shallow_model(base: nn.Module, depth: int, found: Exit) -> nn.Module:
-    """Return an ordinary transformers model of the first ``depth`` layers (and the exit's block) that shares all parameters."""
-    layers = [*base.model.layers[:depth], *([] if found.block is None else [found.block])]
+def shallow_model(base: nn.Module, depth: int, readout: NestedExit) -> nn.Module:
+    """Return a model of the first layers and the exit's block that shares all parameters."""
+    layers = [*base.model.layers[:depth], *([] if readout.block is None else [readout.block])]
     config = copy.deepcopy(base.config)
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: len(layers)]
-    config.tie_word_embeddings = found.head.weight is base.model.embed_tokens.weight
+    config.tie_word_embeddings = readout.head.weight is base.model.embed_tokens.weight
     with torch.device("meta"):
         model = type(base)(config)
     model.model.embed_tokens, model.model.rotary_emb = (
@@ -279,35 +298,35 @@ def shallow_model(base: nn.Module, depth: int, found: Exit) -> nn.Module:
     )
     model.model.layers, model.model.norm, model.lm_head = (
         nn.ModuleList(layers),
-        found.norm,
-        found.head,
+        readout.norm,
+        readout.head,
     )
-    # that of its family may end texts at a token that means something else here
+    # The family's default may end texts at a token that means something else here.
     model.generation_config = copy.deepcopy(base.generation_config)
     return model.requires_grad_(False).eval()
 
 
 def _new_modules(base: nn.Module, config: dict, depth: int) -> dict[str, nn.Module]:
-    """Return {kind: module} of what the exit at ``depth`` owns, like the model's own modules and without numbers."""
-    hidden, vocabulary, made = base.config.hidden_size, base.config.vocab_size, {}
+    """Return {kind: module} of an exit's parts, shaped like the model's, on the meta device."""
+    hidden, vocabulary, parts = base.config.hidden_size, base.config.vocab_size, {}
     with torch.device("meta"):
         if config.get("exit_adapter_rank"):
-            made["adapter"] = ExitAdapter(hidden, config["exit_adapter_rank"])
+            parts["adapter"] = ExitAdapter(hidden, config["exit_adapter_rank"])
         if config.get("exit_block"):
             if len(set(getattr(base.config, "layer_types", None) or [""])) > 1:
                 raise ValueError(
-                    "layer_types: the layers are of several kinds, and config.json does not say of which an exit's block is"
+                    "layer_types: the layers are of several kinds, and config.json does not say "
+                    "of which an exit's block is"
                 )
-            made["block"] = type(base.model.layers[0])(
-                base.config, depth
-            )  # keeps its keys and values in the next layer's place
+            # Its keys and values take the next layer's place in the cache.
+            parts["block"] = type(base.model.layers[0])(base.config, depth)
         if config.get("exit_mlp"):
-            made["mlp"] = ExitMlp(_copy_norm(base), type(base.model.layers[0].mlp)(base.config))
+            parts["mlp"] = ExitMlp(_copy_norm(base), type(base.model.layers[0].mlp)(base.config))
         if config.get("own_exit_norms"):
-            made["norm"] = _copy_norm(base)
+            parts["norm"] = _copy_norm(base)
         if not config.get("tie_exit_lm_head", True):
-            made["lm_head"] = nn.Linear(hidden, vocabulary, bias=False)
-    return made
+            parts["lm_head"] = nn.Linear(hidden, vocabulary, bias=False)
+    return parts
 
 
 def _copy_norm(base: nn.Module) -> nn.Module:
@@ -315,38 +334,37 @@ def _copy_norm(base: nn.Module) -> nn.Module:
 
 
 def _names(depth: int, kind: str, module: nn.Module) -> dict[str, str]:
-    """Return {name within the module: name in the file} of a module's parameters."""
+    """Return {name in the module: name in the file} of a module's parameters."""
     return {
         name: f"exits.{depth}.{kind}.{name.removeprefix('mlp.') if kind == 'mlp' else name}"
         for name, _ in module.named_parameters()
     }
 
 
-def _assemble(base: nn.Module, made: dict[str, nn.Module]) -> Exit:
-    norm, head = made.get("norm", base.model.norm), made.get("lm_head", base.lm_head)
-    if "block" in made:
-        own = ExitBlock(made["block"], made["adapter"]) if "adapter" in made else made["block"]
-        return Exit(norm, head, own)
-    before = [made[kind] for kind in ("adapter", "mlp") if kind in made]
-    return Exit(ExitNorm(before, norm) if before else norm, head)
+def _assemble(base: nn.Module, parts: dict[str, nn.Module]) -> NestedExit:
+    norm, head = parts.get("norm", base.model.norm), parts.get("lm_head", base.lm_head)
+    if "block" in parts:
+        own = ExitBlock(parts["block"], parts["adapter"]) if "adapter" in parts else parts["block"]
+        return NestedExit(norm, head, own)
+    before = [parts[kind] for kind in ("adapter", "mlp") if kind in parts]
+    return NestedExit(ExitNorm(before, norm) if before else norm, head)
 
 
 def _read(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a file, which must be those that are wanted."""
+    """Read the tensors of a file and check that they are those of ``wanted``."""
     try:
         with safe_open(str(path), framework="pt") as stream:
-            found = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - it is no dict
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - it is no dict
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     for name, parameter in wanted.items():
-        if name not in found:
+        if name not in tensors:
             raise ValueError(f"{path}: {name} is missing")
-        if found[name].shape != parameter.shape:
+        if tensors[name].shape != parameter.shape:
             raise ValueError(
-                f"{path}: {name} has shape {list(found[name].shape)}, the model's own has {list(parameter.shape)}"
+                f"{path}: {name} has shape {list(tensors[name].shape)}, the model's own has "
+                f"{list(parameter.shape)}"
             )
-    if unknown := sorted(found.keys() - wanted.keys()):
-        raise ValueError(
-            f"{path}: {', '.join(unknown[:3])}: config.json says nothing of such a tensor"
-        )
-    return found
+    if unknown := sorted(tensors.keys() - wanted.keys()):
+        raise ValueError(f"{path}: {', '.join(unknown[:3])}: config.json declares no such tensor")
+    return tensors

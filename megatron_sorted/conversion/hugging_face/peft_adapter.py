@@ -1,6 +1,7 @@
-"""The adapters of a checkpoint as a directory in the format of Hugging Face's peft, for the model they were trained on.
+"""Export of a checkpoint's adapters in the format of Hugging Face's peft, for their base model.
 
-Exact: queries, keys and values are rows of one matrix of ours, so they share A, and B is cut into their rows; so are gate and up.
+The export is exact: queries, keys and values are rows of one matrix of ours, so they share A, and
+each gets its rows of B. The same holds for gate and up projections.
 """
 
 import json
@@ -22,12 +23,12 @@ from megatron_sorted.conversion.tokenizers.prompt_form_files import (
 )
 from megatron_sorted.errors import CheckpointError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # peft's name of the model it wraps
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # peft's name for the model it wraps
 
 
 def _config(adapters: AdapterOf, targets: list[str], base: str) -> dict[str, Any]:
-    """Return the configuration that peft's ``LoraConfig`` reads; what it does not name has its defaults, of a finished adapter."""
+    """Return the configuration of a finished adapter that peft's ``LoraConfig`` reads."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -49,36 +50,37 @@ def _config(adapters: AdapterOf, targets: list[str], base: str) -> dict[str, Any
 def export_adapter(
     model: OpenModel, destination: Path, base: str, overwrite: bool = False
 ) -> tuple[int, int]:
-    """Return the number of tensors and of bytes of the adapter written to ``destination``.
+    """Write an adapter to ``destination`` and return its number of tensors and of bytes.
 
-    Peft adds ``lora_alpha / r`` times B A to a matrix, as we do. Numbers keep the kind they are stored in.
+    Peft adds ``lora_alpha / r`` times B A to a matrix, as we do. Numbers keep their data type.
 
     Args:
-        model: A checkpoint with adapters, opened with the ranks that are to be used.
+        model: A checkpoint with adapters, opened with the number of ranks to use.
         destination: A new directory.
-        base: Name or path of the Hugging Face model that the adapters were trained on, for peft's configuration.
-        overwrite: Replace what is there.
+        base: Name or path of the Hugging Face model that the adapters were trained on, for peft's
+            configuration.
+        overwrite: Whether to replace an existing directory.
 
     Raises:
-        CheckpointError: The model has no adapters, its exits learned things that no adapter holds, the destination exists, or the disk is
-            full; nothing is left there then.
+        CheckpointError: The model has no adapters, its exits have trained parts that peft cannot
+            hold, the destination exists, or the disk is full. The destination is then left as it
+            was.
     """
     source = model.source
     if not isinstance(source, MergedLora) or not source.adapters.rank_used:
         raise CheckpointError(
-            f"{model.directory}: has no adapters to write (a checkpoint of a run with --lora-rank has). Use export for "
-            "the whole model."
+            f"{model.directory}: has no adapters to write (a checkpoint of a run with --lora-rank "
+            "has). Use export for the whole model."
         )
-    if own := [pair.ours for pair in model.pairs if pair.is_own_exit]:
+    if exit_tensors := [pair.ours for pair in model.pairs if pair.is_own_exit]:
         raise CheckpointError(
-            f"{model.directory}: {own[0]} was trained beside the adapters, and peft has no place for it. Use export, "
-            "which merges the adapters and keeps what exits own."
+            f"{model.directory}: {exit_tensors[0]} was trained beside the adapters, and peft has "
+            "no place for it. Use export, which merges the adapters and keeps what exits own."
         )
-    form = form_of(model)
-    ends = trained_ends(model, form)
-    halves: list[
-        tuple[str, TensorPair, int, bool]
-    ] = []  # name of theirs, our matrix, part of it, whether A
+    prompt_form = form_of(model)
+    end_ids = trained_ends(model, prompt_form)
+    # (peft's name, our matrix, index of the projection in it, whether it is A)
+    matrices: list[tuple[str, TensorPair, int, bool]] = []
     tensors: dict[str, TensorInfo] = {}
     pairs = [pair for pair in model.pairs if source.is_adapted(pair.ours)]
     for pair in pairs:
@@ -90,27 +92,26 @@ def export_adapter(
             ):
                 theirs = f"{PREFIX}{name.removesuffix('weight')}lora_{letter}.weight"
                 tensors[theirs] = TensorInfo(shape, dtype)
-                halves.append((theirs, pair, part, letter == "A"))
+                matrices.append((theirs, pair, part, letter == "A"))
     targets = sorted({name.split(".")[-2] for pair in pairs for name in pair.theirs})
     total = sum(info.num_bytes for info in tensors.values())
-    with staged_directory(destination, overwrite, total, model.directory) as aside:
-        writer = SafetensorsWriter(aside, tensors, total + 1, WEIGHTS)
-        for theirs, pair, part, is_a in halves:
+    with staged_directory(destination, overwrite, total, model.directory) as staged:
+        writer = SafetensorsWriter(staged, tensors, total + 1, ADAPTER_WEIGHTS)
+        for theirs, pair, part, is_a in matrices:
             a_rc, b_or = source.pair(pair.ours)
             half = a_rc if is_a else pair.operation.split(b_or)[part]
             writer.write(theirs, half.to(tensors[theirs].dtype))
         writer.close()
         for name, path in model.files.items():
             folder, short = name.split("/", 1)
-            if (
-                folder == TOKENIZER
-            ):  # as with peft: who loads the adapter also finds how the model is asked
-                (aside / short).parent.mkdir(exist_ok=True)
-                (aside / short).write_bytes(path.read_bytes())
-        if form is not None:
-            write_form(aside, form)
-            write_generation_config(aside, {}, ends)
-        (aside / CONFIG).write_text(
+            # As peft does: whoever loads the adapter also gets the tokenizer and chat template.
+            if folder == TOKENIZER:
+                (staged / short).parent.mkdir(exist_ok=True)
+                (staged / short).write_bytes(path.read_bytes())
+        if prompt_form is not None:
+            write_form(staged, prompt_form)
+            write_generation_config(staged, {}, end_ids)
+        (staged / ADAPTER_CONFIG).write_text(
             json.dumps(_config(source.adapters, targets, base), indent=2) + "\n", encoding="utf-8"
         )
     return len(tensors), total

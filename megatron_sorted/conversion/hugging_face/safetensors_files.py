@@ -1,8 +1,9 @@
-"""Safetensors files: read tensor by tensor, written tensor by tensor, so that no more than one is in memory.
+"""Safetensors files, read and written one tensor at a time.
 
-The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of a JSON header, the header with kind, shape and
-place of every tensor, then their bytes. The library maps whole files into memory and saves whole dictionaries; here a tensor's bytes are
-read into memory of its own, and a header is written before the tensors it describes exist.
+The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of a JSON
+header, the header with data type, shape and position of every tensor, then their bytes. The library
+maps whole files into memory and saves whole dictionaries. Here no more than one tensor is in
+memory: its bytes are read into memory of its own, and a header is written before its tensors exist.
 """
 
 import json
@@ -36,15 +37,15 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MOST_HEADER_BYTES = 100_000_000
-"""Of a header: the format's own limit."""
-MOST_DIMENSIONS, MOST_NAME = 8, 100
+MAX_HEADER_BYTES = 100_000_000
+"""Largest size of a header: the limit of the format."""
+MAX_DIMENSIONS, MAX_NAME = 8, 100
 AGAIN = "Fetch it again."
 
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor's bytes are."""
+    """The position of a tensor's bytes: file, offset, shape and data type."""
 
     file: Path
     offset: int
@@ -52,13 +53,14 @@ class TensorLocation:
 
 
 def read_header(path: Path) -> dict[str, TensorLocation]:
-    """Return where every tensor of a safetensors file is, in the order of their bytes.
+    """Return the location of every tensor of a safetensors file, in the order of their bytes.
 
-    Nothing in it is believed before the size of the file allows it: places lie within the file, leave neither holes nor
-    overlaps, and hold as many bytes as their shapes need.
+    The header is checked against the size of the file: the tensors lie within the file, leave
+    neither holes nor overlaps, and have as many bytes as their shapes need.
 
     Raises:
-        CheckpointError: The file is missing, cut short, not a safetensors file, holds a name twice, or a kind of numbers not known here.
+        CheckpointError: The file is missing, cut short, not a safetensors file, holds a name twice,
+            or a data type not known here.
     """
     header, begin, size = _header_object(path)
     header.pop("__metadata__", None)
@@ -66,7 +68,8 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
         spans = sorted((*_span(value), name) for name, value in header.items())
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{shown(path)}: not a safetensors file (a tensor's data_offsets: {shown(error)}). {AGAIN}"
+            f"{shown(path)}: not a safetensors file (a tensor's data_offsets: {shown(error)}). "
+            f"{AGAIN}"
         ) from error
     last = max((end for _, end, _ in spans), default=0)
     if begin + last != size:
@@ -76,31 +79,32 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
             else "longer than its header says"
         )
         raise CheckpointError(
-            f"{shown(path)}: {size} bytes where its header says {begin + last}; it is {state}. {AGAIN}"
+            f"{shown(path)}: {size} bytes where its header says {begin + last}; it is {state}. "
+            f"{AGAIN}"
         )
-    places, at = {}, 0
+    places, expected_offset = {}, 0
     for offset, end, name in spans:
-        told = f"{shown(path)}: {shown(name, MOST_NAME)}"
-        info = _info(header[name], told)
-        if offset != at or end - offset != info.num_bytes:
+        label = f"{shown(path)}: {shown(name, MAX_NAME)}"
+        info = _info(header[name], label)
+        if offset != expected_offset or end - offset != info.num_bytes:
             raise CheckpointError(
-                f"{told} of shape {list(info.shape)} is said to lie from byte {offset} to {end}, where "
-                f"{info.num_bytes} bytes from {at} on are its place. {AGAIN}"
+                f"{label} of shape {list(info.shape)} has bytes {offset} to {end} by its header, "
+                f"which should be {info.num_bytes} bytes from {expected_offset} on. {AGAIN}"
             )
-        places[name], at = TensorLocation(path, begin + offset, info), end
+        places[name], expected_offset = TensorLocation(path, begin + offset, info), end
     return places
 
 
 def _header_object(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Return the object in the header of a file, where its tensors begin, and the size of the file."""
+    """Return the header of a file, the offset of its first tensor, and the size of the file."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
-            if size >= 8 and length > MOST_HEADER_BYTES:
+            if size >= 8 and length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{shown(path)}: not a safetensors file: its header would have {length:,} bytes, more than the "
-                    f"format allows ({MOST_HEADER_BYTES:,}). {AGAIN}"
+                    f"{shown(path)}: not a safetensors file: its header would have {length:,} "
+                    f"bytes, more than the format allows ({MAX_HEADER_BYTES:,}). {AGAIN}"
                 )
             if length > size - 8:
                 raise CheckpointError(
@@ -111,14 +115,14 @@ def _header_object(path: Path) -> tuple[dict[str, Any], int, int]:
         raise CheckpointError(
             f"{shown(path)}: cannot be read ({error.strerror or error}). {AGAIN}"
         ) from error
-    found = parse_json(
+    header = parse_json(
         text, f"{path}: not a safetensors file", AGAIN, CheckpointError, unique_names=True
     )
-    if not isinstance(found, dict):
+    if not isinstance(header, dict):
         raise CheckpointError(
             f"{shown(path)}: not a safetensors file: its header is no object. {AGAIN}"
         )
-    return found, 8 + length, size
+    return header, 8 + length, size
 
 
 def _span(value: Mapping[str, Any]) -> tuple[int, int]:
@@ -128,21 +132,22 @@ def _span(value: Mapping[str, Any]) -> tuple[int, int]:
     return begin, end
 
 
-def _info(value: Mapping[str, Any], told: str) -> TensorInfo:
+def _info(value: Mapping[str, Any], label: str) -> TensorInfo:
+    """Return shape and data type of an entry of the header, checked."""
     dtype, shape = value.get("dtype"), value.get("shape")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
-            f"{told} is of kind {shown(dtype, MOST_NAME)}; known are {', '.join(DTYPES)}. Convert quantised weights "
-            "to one of these first."
+            f"{label} is of kind {shown(dtype, MAX_NAME)}; known are {', '.join(DTYPES)}. Convert "
+            "quantised weights to one of these first."
         )
     if (
         not isinstance(shape, list)
-        or len(shape) > MOST_DIMENSIONS
+        or len(shape) > MAX_DIMENSIONS
         or not all(map(_is_size, shape))
         or math.prod(shape) >= 1 << 60
     ):
         raise CheckpointError(
-            f"{told} is of shape {shown(repr(shape), MOST_NAME)}, which no tensor has. {AGAIN}"
+            f"{label} is of shape {shown(repr(shape), MAX_NAME)}, which no tensor has. {AGAIN}"
         )
     return TensorInfo(tuple(shape), DTYPES[dtype])
 
@@ -159,12 +164,12 @@ class SafetensorsFile(TensorSource):
         self.tensors = {name: place.info for name, place in self._places.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in memory of its own."""
+        """Read a tensor into memory of its own."""
         return read_tensor(name, self._places[name])
 
 
 def read_tensor(name: str, place: TensorLocation) -> torch.Tensor:
-    """Return a tensor in memory of its own.
+    """Read a tensor into memory of its own.
 
     Raises:
         CheckpointError: The file cannot be read, or has become shorter.
@@ -180,26 +185,29 @@ def read_tensor(name: str, place: TensorLocation) -> torch.Tensor:
                 got = file.readinto(target)
                 if not got:
                     raise CheckpointError(
-                        f"{shown(place.file)}: ends within {shown(name, MOST_NAME)}. Fetch it again."
+                        f"{shown(place.file)}: ends within {shown(name, MAX_NAME)}. Fetch it again."
                     )
                 target = target[got:]
     except OSError as error:
         raise CheckpointError(
-            f"{shown(place.file)}: {shown(name, MOST_NAME)} could not be read ({error.strerror or error})."
+            f"{shown(place.file)}: {shown(name, MAX_NAME)} could not be read "
+            f"({error.strerror or error})."
         ) from error
     return tensor
 
 
 class SafetensorsWriter:
-    """Writes tensors into one or several safetensors files as they come, in the order that was announced.
+    """Writes tensors into one or several safetensors files, in an order announced beforehand.
 
     Args:
-        directory: Where; must exist.
-        tensors: What will come, in order.
-        max_shard_bytes: A new file is begun before one grows beyond this; a larger tensor gets a file of its own.
-        single_name: Name of the file if there is just one.
-        always_index: Write an index of a single file too. Programs that read every ``*.safetensors`` (vLLM) then leave out
-            what it does not name, such as ``exits.safetensors``.
+        directory: An existing directory.
+        tensors: The tensors that will be written, in order.
+        max_shard_bytes: A new file is begun before one grows beyond this; a larger tensor gets a
+            file of its own.
+        single_name: The name of the file if there is just one.
+        always_index: Whether to write an index of a single file too. Programs that read every
+            ``*.safetensors`` (vLLM) then leave out what it does not name, such as
+            ``exits.safetensors``.
     """
 
     def __init__(
@@ -258,10 +266,10 @@ class SafetensorsWriter:
                 rest = rest[self._file.write(rest) :]
 
     def _begin(self, file_name: str) -> None:
+        """Open the next file and write its header."""
         self._end()
-        header: dict[str, object] = {
-            "__metadata__": {"format": "pt"}
-        }  # transformers refuses files that do not say so
+        # transformers refuses files without this entry.
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, info in dict(self._shards)[file_name].items():
             header[name] = {
@@ -282,13 +290,13 @@ class SafetensorsWriter:
             self._file = None
 
     def close(self) -> None:
-        """End the last file and write the index of several.
+        """Finish the last file, and write the index if there are several.
 
         Raises:
             OSError: The disk is full or fails.
         """
         left = next(self._expected, None)
-        assert left is None, f"{left} was announced and did not come"
+        assert left is None, f"{left} was announced but not written"
         self._end()
         if len(self._shards) > 1 or self._always_index:
             index = {

@@ -1,7 +1,8 @@
-"""A model of transformers made of a config.json and tensors that were read here.
+"""A transformers model built from a config.json and tensors that were read here.
 
-transformers is not shown the directory. It is given the keys that describe a network of the four families, and no others: whatever
-else a config.json says (which kernels, code, quantiser, adapter, file or repository to fetch) reaches nothing.
+transformers never sees the directory. It is given the keys that describe a network of the four
+families, and no others: no other entry of a config.json (kernels, code, quantiser, adapter, file or
+repository to fetch) has an effect.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from megatron_sorted.conversion.hugging_face.config_rules import REMEDY, RULES, check_config
+from megatron_sorted.conversion.hugging_face.config_rules import REMEDY, VALUE_RULES, check_config
 from megatron_sorted.conversion.hugging_face.families import family_of_config
 from megatron_sorted.conversion.tensors.source import TensorSource
 from megatron_sorted.conversion.tensors.table import check_shapes, check_tied
@@ -25,79 +26,83 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
-NOT_OF_THE_CONFIG = ("dtype", "torch_dtype")
+SEPARATE_KEYS = ("dtype", "torch_dtype")
 OLDER_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-"""Of transformers 4, which later ones still take."""
+"""Keys of transformers 4 that later versions still accept."""
 DECIMAL = ("rms_norm_eps", "initializer_range")
-MOST_REASON = 300
-"""Letters of another library's words that are passed on."""
+MAX_REASON = 300
+"""Most characters of another library's error message that are passed on."""
 
 
 def config_for_transformers(config: Mapping[str, Any], where: str) -> "PreTrainedConfig":
-    """Return transformers' config of what a config.json says of its network.
+    """Return transformers' config of the network that a config.json describes.
 
     Args:
-        config: Of ``families.read_config``.
-        where: Its name, for messages.
+        config: The content, as ``families.read_config`` returns it.
+        where: The file's name, for messages.
 
     Raises:
-        CheckpointError: Its family is not supported, or a value is not what ``config_rules`` or transformers ask for.
+        CheckpointError: Its family is not supported, or ``config_rules`` or transformers refuse a
+            value.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     family = family_of_config(config, where)
     check_config(config, where)
-    made = CONFIG_MAPPING[family.model_type]
-    known = {field.name for field in dataclasses.fields(made)} | set(OLDER_KEYS)
-    words = {
+    transformers_config = CONFIG_MAPPING[family.model_type]
+    known = {field.name for field in dataclasses.fields(transformers_config)} | set(OLDER_KEYS)
+    values = {
         key: float(config[key]) if key in DECIMAL else config[key]
-        for key in RULES
-        if key in config and key in known and key not in NOT_OF_THE_CONFIG
+        for key in VALUE_RULES
+        if key in config and key in known and key not in SEPARATE_KEYS
     }
-    with _in_plain_words(where):
-        return made(**words, architectures=[family.architecture])
+    with _as_checkpoint_errors(where):
+        return transformers_config(**values, architectures=[family.architecture])
 
 
 def network_of_config(
     config: Mapping[str, Any], where: str, dtype: torch.dtype, attention: str
 ) -> nn.Module:
-    """Return a model whose parameters and rotary frequencies are on no device yet.
+    """Return a model whose parameters and rotary frequencies are on the meta device.
 
     Args:
-        config: Of ``families.read_config``.
-        where: Its name, for messages.
-        dtype: Kind of numbers.
-        attention: transformers' name of an implementation of its own.
+        config: The content, as ``families.read_config`` returns it.
+        where: The file's name, for messages.
+        dtype: The data type.
+        attention: transformers' name of one of its attention implementations.
 
     Raises:
-        CheckpointError: As for ``config_for_transformers``.
+        CheckpointError: ``config_for_transformers`` fails.
     """
     from transformers import AutoModelForCausalLM
 
-    made = config_for_transformers(config, where)
-    with _in_plain_words(where), torch.device("meta"), warnings.catch_warnings():
+    transformers_config = config_for_transformers(config, where)
+    with _as_checkpoint_errors(where), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = AutoModelForCausalLM.from_config(
-            made, dtype=dtype, attn_implementation=attention
+            transformers_config, dtype=dtype, attn_implementation=attention
         ).eval()
     return network
 
 
 def compute_rotations(network: nn.Module, where: str) -> None:
-    """Compute the frequencies of rotary positions, which are in no file; only for a head size that the files have been found to have.
+    """Compute the frequencies of rotary positions, which no file holds.
+
+    The head size must have been compared with the files, as memory is allocated for it.
 
     Raises:
-        CheckpointError: transformers refuses what config.json says of them.
+        CheckpointError: transformers refuses the values of config.json.
     """
-    with _in_plain_words(where):
+    with _as_checkpoint_errors(where):
         network.model.rotary_emb = type(network.model.rotary_emb)(network.config)
 
 
 def fill_network(network: nn.Module, source: TensorSource, where: str) -> None:
-    """Give a model of ``network_of_config`` its weights, one tensor at a time.
+    """Load the weights of a model of ``network_of_config``, one tensor at a time.
 
     Raises:
-        CheckpointError: A tensor is missing, unknown or of another shape, cannot be read, or a tied head differs from the embedding.
+        CheckpointError: A tensor is missing, unknown or of another shape, cannot be read, or a tied
+            head differs from the embedding.
     """
     parameters = dict(network.named_parameters())
     if check_shapes(
@@ -116,8 +121,8 @@ def fill_network(network: nn.Module, source: TensorSource, where: str) -> None:
 
 
 @contextmanager
-def _in_plain_words(where: str) -> "Iterator[None]":
-    """Pass on what transformers says of a config; it and what it calls raise what they like, also ZeroDivisionError."""
+def _as_checkpoint_errors(where: str) -> "Iterator[None]":
+    """Re-raise every error of transformers, which may be of any class, as a CheckpointError."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -127,5 +132,5 @@ def _in_plain_words(where: str) -> "Iterator[None]":
     except CheckpointError:
         raise
     except Exception as error:
-        reason = shown(" ".join(str(error).split()) or type(error).__name__, MOST_REASON)
+        reason = shown(" ".join(str(error).split()) or type(error).__name__, MAX_REASON)
         raise CheckpointError(f"{where}: transformers refuses it: {reason}. {REMEDY}") from error

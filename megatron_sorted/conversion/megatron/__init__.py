@@ -1,1 +1,1 @@
-"""Checkpoints of Megatron-core, Megatron-LM and MindSpeed, read and written tensor by tensor."""
+"""Checkpoints of Megatron-core, Megatron-LM and MindSpeed, one tensor at a time."""

@@ -1,4 +1,7 @@
-"""Megatron-LM's arguments, as its checkpoints carry them, in the words of our settings; what we cannot represent is refused by name."""
+"""Translation of the arguments in Megatron-LM's checkpoints into our settings.
+
+Arguments of networks that the settings cannot represent are refused by name.
+"""
 
 import argparse
 from collections.abc import Mapping
@@ -54,7 +57,7 @@ REFUSED = {
     "interleave_sliding_window": "a window on some layers only",
     "add_output_layer_bias": "a biased head",
 }
-"""Arguments whose network we do not have, when they are set. Those from "geglu" on are MindSpeed-LLM's."""
+"""Arguments that, when set, mean an unsupported network; from "geglu" on MindSpeed-LLM's."""
 SIZES = (
     "num_layers",
     "hidden_size",
@@ -82,14 +85,14 @@ DEFAULTS = {
     "rotary_percent": 1.0,
     "rotary_seq_len_interpolation_factor": None,
 }
-"""What Megatron-LM means where a version had no such argument yet."""
+"""The values that Megatron-LM had before these arguments existed."""
 LLAMA_3 = {
     "rope_scaling_factor": 8.0,
     "rope_scaling_low_freq_factor": 1.0,
     "rope_scaling_high_freq_factor": 4.0,
     "rope_scaling_original_max_position_embeddings": 8192,
 }
-"""What megatron-core computes with under ``--use-rope-scaling``; only the factor is an argument of it."""
+"""megatron-core's values under ``--use-rope-scaling``; only the factor is one of its arguments."""
 
 
 def _refuse(name: str, value: Any, reason: str) -> CheckpointError:
@@ -98,13 +101,14 @@ def _refuse(name: str, value: Any, reason: str) -> CheckpointError:
     )
 
 
-def _position_embedding(said: Mapping[str, Any]) -> str:
-    if said.get("use_rotary_position_embeddings"):
+def _position_embedding(arguments: Mapping[str, Any]) -> str:
+    """Return the kind of position embedding."""
+    if arguments.get("use_rotary_position_embeddings"):
         return "rope"
-    kind = said.get("position_embedding_type")
+    kind = arguments.get("position_embedding_type")
     kind = getattr(kind, "name", kind)  # an enumeration in some versions
     if kind is None:
-        kind = "learned_absolute" if said.get("add_position_embedding", True) else "none"
+        kind = "learned_absolute" if arguments.get("add_position_embedding", True) else "none"
     if kind not in ("rope", "learned_absolute", "none"):
         raise _refuse(
             "position_embedding_type", kind, "only rope, learned_absolute and none can be converted"
@@ -112,15 +116,16 @@ def _position_embedding(said: Mapping[str, Any]) -> str:
     return kind
 
 
-def _rope_scaling(said: Mapping[str, Any]) -> dict[str, Any]:
-    kind = said.get("rope_scaling_type")  # MindSpeed-LLM
+def _rope_scaling(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of scaled rotary positions; empty without scaling."""
+    kind = arguments.get("rope_scaling_type")  # MindSpeed-LLM
     if kind not in (None, "llama3"):
         raise _refuse("rope_scaling_type", kind, "only llama3's scaling can be converted")
-    if not (said.get("use_rope_scaling") or kind):
+    if not (arguments.get("use_rope_scaling") or kind):
         return {}
-    found = dict(LLAMA_3)
-    if said.get("rope_scaling_factor") is not None:
-        found["rope_scaling_factor"] = float(said["rope_scaling_factor"])
+    scaling = dict(LLAMA_3)
+    if arguments.get("rope_scaling_factor") is not None:
+        scaling["rope_scaling_factor"] = float(arguments["rope_scaling_factor"])
     if kind:
         for theirs, ours in (
             ("low_freq_factor", "rope_scaling_low_freq_factor"),
@@ -130,15 +135,18 @@ def _rope_scaling(said: Mapping[str, Any]) -> dict[str, Any]:
                 "rope_scaling_original_max_position_embeddings",
             ),
         ):
-            if said.get(theirs) is not None:
-                found[ours] = type(LLAMA_3[ours])(said[theirs])
-    return {"use_rope_scaling": True, **found}
+            if arguments.get(theirs) is not None:
+                scaling[ours] = type(LLAMA_3[ours])(arguments[theirs])
+    return {"use_rope_scaling": True, **scaling}
 
 
-def _sliding_window(said: Mapping[str, Any]) -> dict[str, Any]:
-    if said.get("sliding_window"):  # MindSpeed-LLM counts the token itself, as Hugging Face does
-        return {"sliding_window": int(said["sliding_window"])}
-    window = said.get("window_size")
+def _sliding_window(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the setting of the attention window; empty without one."""
+    if arguments.get(
+        "sliding_window"
+    ):  # MindSpeed-LLM counts the token itself, as Hugging Face does
+        return {"sliding_window": int(arguments["sliding_window"])}
+    window = arguments.get("window_size")
     if window is None or window[0] < 0:
         return {}
     if window[1] != 0:
@@ -147,23 +155,25 @@ def _sliding_window(said: Mapping[str, Any]) -> dict[str, Any]:
             tuple(window),
             "only windows that look back, (tokens, 0), can be converted",
         )
-    return {
-        "sliding_window": int(window[0]) + 1
-    }  # Megatron counts the tokens before the one that looks
+    # Megatron's window does not count the token itself.
+    return {"sliding_window": int(window[0]) + 1}
 
 
-def _exits(said: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = said.get("exit_layer_nums") or ()
+def _exits(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of EE-LLM's exits; empty without exits."""
+    numbers = arguments.get("exit_layer_nums") or ()
     if not numbers:
         return {}
-    if not said.get("use_exit_norm"):
+    if not arguments.get("use_exit_norm"):
         raise _refuse(
             "exit_layer_nums",
             list(numbers),
             "its exits (EE-LLM, without --use-exit-norm) feed their head without a norm, which "
-            "ours never do, so they would say something else. Leave its exits out and train ours",
+            "ours never do, so they would predict other tokens. Leave its exits out and train ours",
         )
-    depths = tuple(sorted(number - 1 if said.get("pre_exit") else number for number in numbers))
+    depths = tuple(
+        sorted(number - 1 if arguments.get("pre_exit") else number for number in numbers)
+    )
     if depths[0] < 1:
         raise _refuse(
             "exit_layer_nums",
@@ -173,76 +183,78 @@ def _exits(said: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "exit_layer_nums": depths,
         "use_exit_norm": True,
-        "untie_exit_output_weights": bool(said.get("untie_exit_output_weights")),
+        "untie_exit_output_weights": bool(arguments.get("untie_exit_output_weights")),
     }
 
 
 def vocabulary_sizes(
     arguments: argparse.Namespace | Mapping[str, Any],
 ) -> tuple[int | None, int | None]:
-    """Return the number of real tokens and of the embedding's rows, each None where the arguments do not say."""
-    said = arguments if isinstance(arguments, Mapping) else vars(arguments)
-    real, padded = said.get("vocab_size"), said.get("padded_vocab_size")
+    """Return the number of real tokens and of the embedding's rows; None if not given."""
+    values = arguments if isinstance(arguments, Mapping) else vars(arguments)
+    real, padded = values.get("vocab_size"), values.get("padded_vocab_size")
     if real is not None and padded is not None and real > padded:
         raise _refuse("vocab_size", real, f"that is more than padded_vocab_size = {padded}")
     return real, padded
 
 
 def settings_of(arguments: argparse.Namespace | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the network that Megatron-LM's (MindSpeed's, EE-LLM's) arguments describe.
+    """Return the network settings that arguments of Megatron-LM, MindSpeed or EE-LLM describe.
 
-    Where the real size of the vocabulary is not known, "vocab_size" is that of the padded one (``vocabulary_sizes`` tells which).
+    Where the real size of the vocabulary is not known, "vocab_size" is the padded size
+    (``vocabulary_sizes`` tells which it is).
 
     Args:
-        arguments: As saved in a checkpoint.
+        arguments: The arguments, as saved in a checkpoint.
 
     Raises:
-        CheckpointError: Something that the network does is not among what we can represent, or a size is missing.
+        CheckpointError: The settings cannot represent the network, or a size is missing.
     """
-    said = arguments if isinstance(arguments, Mapping) else vars(arguments)
+    values = arguments if isinstance(arguments, Mapping) else vars(arguments)
     for name, reason in REFUSED.items():
-        value = said.get(name)
+        value = values.get(name)
         if value and not (name.startswith("scale_") and value == 1.0 and value is not True):
             raise _refuse(name, value, f"{reason} cannot be converted")
-    if (kind := getattr(said.get("softmax_type"), "name", said.get("softmax_type"))) not in (
+    if (kind := getattr(values.get("softmax_type"), "name", values.get("softmax_type"))) not in (
         None,
         "vanilla",
     ):
         raise _refuse("softmax_type", kind, "another softmax cannot be converted")
-    missing = [name for name in PLAIN if said.get(name) is None]
+    missing = [name for name in PLAIN if values.get(name) is None]
     if missing:
         raise CheckpointError(
-            f"the checkpoint's arguments do not say {', '.join(missing)}; they are not those of a GPT model."
+            f"the checkpoint's arguments do not say {', '.join(missing)}; they are not those of a "
+            "GPT model."
         )
     for name in SIZES:
-        value = said.get(name)
+        value = values.get(name)
         if value is not None and not is_count(value):
             raise _refuse(name, value, "a whole number above 0 is needed")
-    found = {name: said[name] for name in PLAIN} | {
-        name: said.get(name, default) for name, default in DEFAULTS.items()
+    fields = {name: values[name] for name in PLAIN} | {
+        name: values.get(name, default) for name, default in DEFAULTS.items()
     }
-    if found["normalization"] not in ("RMSNorm", "LayerNorm"):
+    if fields["normalization"] not in ("RMSNorm", "LayerNorm"):
         raise _refuse(
-            "normalization", found["normalization"], "only RMSNorm and LayerNorm can be converted"
+            "normalization", fields["normalization"], "only RMSNorm and LayerNorm can be converted"
         )
-    if found["rotary_base"] != int(found["rotary_base"]):
-        raise _refuse("rotary_base", found["rotary_base"], "only whole numbers can be converted")
-    found["rotary_base"] = int(found["rotary_base"])
-    grouped = bool(said.get("group_query_attention"))
-    found |= {
+    if fields["rotary_base"] != int(fields["rotary_base"]):
+        raise _refuse("rotary_base", fields["rotary_base"], "only whole numbers can be converted")
+    fields["rotary_base"] = int(fields["rotary_base"])
+    grouped = bool(values.get("group_query_attention"))
+    fields |= {
         "group_query_attention": grouped,
-        "num_query_groups": said.get("num_query_groups") if grouped else None,
+        "num_query_groups": values.get("num_query_groups") if grouped else None,
     }
-    found["norm_epsilon"] = said.get("norm_epsilon", said.get("layernorm_epsilon", 1e-5))
-    found["disable_bias_linear"] = not said.get(
-        "add_bias_linear", not said.get("disable_bias_linear", False)
+    fields["norm_epsilon"] = values.get("norm_epsilon", values.get("layernorm_epsilon", 1e-5))
+    fields["disable_bias_linear"] = not values.get(
+        "add_bias_linear", not values.get("disable_bias_linear", False)
     )
-    found["position_embedding_type"] = _position_embedding(said)
-    real, padded = vocabulary_sizes(said)
-    found["vocab_size"] = padded if real is None else real
+    fields["position_embedding_type"] = _position_embedding(values)
+    real, padded = vocabulary_sizes(values)
+    fields["vocab_size"] = padded if real is None else real
     return {
-        **{name: value for name, value in found.items() if value is not None},
-        **_rope_scaling(said),
-        **_sliding_window(said),
-        **_exits(said),
+        **{name: value for name, value in fields.items() if value is not None},
+        **_rope_scaling(values),
+        **_sliding_window(values),
+        **_exits(values),
     }

@@ -1,7 +1,7 @@
-"""Weights written tensor by tensor as one of our checkpoints: Megatron's torch_dist format, readable in any layout.
+"""Writer of our checkpoints, one tensor at a time, in Megatron's torch_dist format.
 
-What Megatron stores of a layer is a slice of a tensor over all layers, [layers, ...], under one name; a slice of it is written for every
-layer, so any number of pipeline stages finds its own.
+Megatron stores a tensor of a layer as a slice of a tensor over all layers, [layers, ...]. A slice
+is written for every layer, so any number of pipeline stages can read its own layers.
 """
 
 import io
@@ -29,7 +29,11 @@ SHARDS = "__0_0.distcp"
 
 
 def global_name(name: str) -> tuple[str, int | None]:
-    """Return the name a tensor is stored under and, for a layer's, which layer it is of."""
+    """Return the stored name of a tensor and the index of its layer; None outside of layers.
+
+    >>> global_name("decoder.layers.3.mlp.linear_fc1.weight")
+    ('decoder.layers.mlp.linear_fc1.weight', 3)
+    """
     match = LAYER.fullmatch(name)
     return (name, None) if match is None else (f"decoder.layers.{match[2]}", int(match[1]))
 
@@ -38,9 +42,9 @@ class WeightsWriter:
     """Writes the shards of a checkpoint, one tensor at a time.
 
     Args:
-        directory: Where; must exist.
-        tensors: What will come: names with the layer's index, whole shapes.
-        num_layers: Of the network.
+        directory: An existing directory.
+        tensors: The tensors that will be written: names with the layer's index, whole shapes.
+        num_layers: The number of layers of the network.
     """
 
     def __init__(self, directory: Path, tensors: Mapping[str, TensorInfo], num_layers: int):
@@ -65,14 +69,14 @@ class WeightsWriter:
         tensor = tensor.contiguous() if layer is None else tensor.contiguous().unsqueeze(0)
         offset = (layer or 0, *(0,) * (tensor.dim() - 1))
         full = info.shape if layer is None else (self.num_layers, *info.shape)
+        # torch.save writes the whole storage of a view.
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-            tensor = tensor.clone()  # a view's whole storage would be written
+            tensor = tensor.clone()
         begin = self._stream.tell()
         try:
             torch.save(tensor, self._stream)
-        except (
-            RuntimeError
-        ) as error:  # torch's own words for a stream that could not be written hide the reason
+        except RuntimeError as error:
+            # torch's error for a stream that cannot be written hides the reason.
             raise self._stream.failure or error from None
         index = MetadataIndex(stored, offset, layer or 0)
         entry = self._stored.setdefault(
@@ -88,13 +92,13 @@ class WeightsWriter:
         )
 
     def close(self, small_files: Mapping[str, bytes]) -> dict[str, FileRecord]:
-        """Return size and hash of every file of the checkpoint but the manifest, after writing the descriptions and ``small_files``.
+        """Write the descriptions and ``small_files``; return size and hash of every file.
 
         Raises:
             OSError: The disk is full or fails.
         """
         self._stream_context.__exit__(None, None, None)
-        assert len(self._results) == len(self.tensors), "not all tensors came"
+        assert len(self._results) == len(self.tensors), "not all announced tensors were written"
         self._writer.finish(Metadata(self._stored, version=CURRENT_DCP_VERSION), [self._results])
         common = io.BytesIO()
         torch.save({"content_metadata": CONTENT, "more": {}}, common)
@@ -116,5 +120,5 @@ class WeightsWriter:
         }
 
     def abandon(self) -> None:
-        """Close the file after a failure; what was written is the caller's to remove."""
+        """Close the file after a failure; the caller removes what was written."""
         self._stream.close()

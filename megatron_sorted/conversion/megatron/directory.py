@@ -1,4 +1,4 @@
-"""A directory of Megatron checkpoints, whoever wrote it and in whichever of its formats, as one source of weights."""
+"""Opening of Megatron checkpoints of every writer and format as one source of weights."""
 
 import re
 from pathlib import Path
@@ -15,24 +15,42 @@ from megatron_sorted.reading.json_text import read_json
 from megatron_sorted.reading.shown import shown
 
 RELEASE = "release"
-MOST_METADATA_BYTES, MOST_DIGITS = 4 << 20, 18
+MAX_METADATA_BYTES, MAX_DIGITS = 4 << 20, 18
 KINDS = "our own or Megatron-LM's torch_dist checkpoints, and legacy mp_rank_* directories"
 
 
-def find_megatron(path: Path) -> Path:
-    """Return the directory of one checkpoint: the path itself, or the one that the tracker in it names.
+def find_megatron(path: Path, ckpt_step: int | None = None) -> Path:
+    """Return the directory of one checkpoint: the path itself, or one in it.
+
+    Args:
+        path: A checkpoint, or the directory of several.
+        ckpt_step: The checkpoint's step; by default the one that the tracker names.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is no checkpoint.
     """
     if not path.is_dir():
         raise CheckpointError(
             f"{path}: is no directory. Give a checkpoint ({KINDS}), or the directory of several."
         )
     if (path / METADATA).exists() or any(path.glob("mp_rank_*")):
+        if ckpt_step is not None and path.name != iteration_directory(path, ckpt_step).name:
+            raise CheckpointError(
+                f"--ckpt-step: {ckpt_step}, but {path} is one checkpoint. Leave the option out, or "
+                "give the directory of all checkpoints."
+            )
         return path
+    if ckpt_step is not None:
+        directory = iteration_directory(path, ckpt_step)
+        if not directory.is_dir():
+            steps = ", ".join(sorted(p.name for p in path.iterdir() if ITERATION.fullmatch(p.name)))
+            raise CheckpointError(
+                f"--ckpt-step: {ckpt_step}, but {path} holds no {directory.name}. Give one of "
+                f"those in it: {steps or 'none'}."
+            )
+        return directory
     try:
-        said = (path / TRACKER).read_text(encoding="utf-8").strip()
+        tracked = (path / TRACKER).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         hint = " It looks like a Hugging Face directory." if (path / "config.json").exists() else ""
         steps = sorted(
@@ -46,29 +64,31 @@ def find_megatron(path: Path) -> Path:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / TRACKER}: not readable ({error}).") from error
-    if said != RELEASE and not (re.fullmatch(r"[0-9]+", said) and len(said) <= MOST_DIGITS):
+    if tracked != RELEASE and not (re.fullmatch(r"[0-9]+", tracked) and len(tracked) <= MAX_DIGITS):
         raise CheckpointError(
-            f"{path / TRACKER}: says {shown(repr(said), 60)}, which is neither a number nor {RELEASE!r}."
+            f"{path / TRACKER}: says {shown(repr(tracked), 60)}, which is neither a number nor "
+            f"{RELEASE!r}."
         )
-    directory = path / RELEASE if said == RELEASE else iteration_directory(path, int(said))
+    directory = path / RELEASE if tracked == RELEASE else iteration_directory(path, int(tracked))
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory}: is missing, though {TRACKER} names it. Copy it too, or give another checkpoint's directory."
+            f"{directory}: is missing, though {TRACKER} names it. Copy it too, or give another "
+            "checkpoint's directory."
         )
     return directory
 
 
 def _backend(directory: Path) -> str | None:
-    """Return how metadata.json says that the checkpoint is stored; None if it does not say."""
+    """Return the storage format that metadata.json names; None if it names none."""
     path = directory / "metadata.json"
     if not path.is_file():
         return None
-    said = read_json(path, "Copy it again.", CheckpointError, MOST_METADATA_BYTES)
-    return said.get("sharded_backend") if isinstance(said, dict) else None
+    metadata = read_json(path, "Copy it again.", CheckpointError, MAX_METADATA_BYTES)
+    return metadata.get("sharded_backend") if isinstance(metadata, dict) else None
 
 
 def _settings(arguments: dict[str, Any] | None, directory: Path) -> dict[str, Any] | None:
-    """Return the settings that a checkpoint's arguments describe; None where it holds none."""
+    """Return the settings that a checkpoint's arguments describe; None without arguments."""
     if arguments is None:
         return None
     try:
@@ -80,22 +100,24 @@ def _settings(arguments: dict[str, Any] | None, directory: Path) -> dict[str, An
         ) from error
 
 
-def open_megatron(path: str | Path) -> tuple[TorchDistFiles | LegacyFiles, dict[str, Any] | None]:
-    """Return the weights of a checkpoint of Megatron-LM, MindSpeed or EE-LLM, and the settings of its network.
+def open_megatron(
+    path: str | Path, ckpt_step: int | None = None
+) -> tuple[TorchDistFiles | LegacyFiles, dict[str, Any] | None]:
+    """Return the weights of a checkpoint of Megatron-LM, MindSpeed or EE-LLM, and its settings.
 
-    Settings are in our words (with those of exits where it has any), None where it does not say; whatever cannot be represented is
-    refused.
+    The settings include those of exits; they are None if the checkpoint holds no arguments.
 
     Raises:
-        CheckpointError: It is no checkpoint of a GPT model, or is damaged or refused.
+        CheckpointError: It is no checkpoint of a GPT model, is damaged, or describes a network that
+            the settings cannot represent.
     """
-    directory, arguments = find_megatron(Path(path)), None
+    directory, arguments = find_megatron(Path(path), ckpt_step), None
     if (directory / METADATA).exists():
         backend = _backend(directory)
         if backend not in (None, "torch_dist"):
             raise CheckpointError(
-                f"{directory}: is stored as {shown(repr(backend), 60)}, which cannot be read. Load it in Megatron-LM and "
-                "save it with --ckpt-format torch_dist."
+                f"{directory}: is stored as {shown(repr(backend), 60)}, which cannot be read. Load "
+                "it in Megatron-LM and save it with --ckpt-format torch_dist."
             )
         source: TorchDistFiles | LegacyFiles = TorchDistFiles(directory)
         if (directory / COMMON).exists():
@@ -105,12 +127,14 @@ def open_megatron(path: str | Path) -> tuple[TorchDistFiles | LegacyFiles, dict[
         arguments = source.arguments
     else:
         raise CheckpointError(
-            f"{directory}: holds neither {METADATA} nor mp_rank_* directories, so it is none of {KINDS}."
+            f"{directory}: holds neither {METADATA} nor mp_rank_* directories, so it is none of "
+            f"{KINDS}."
         )
     settings = _settings(arguments, directory)
     if EMBEDDING not in source.tensors:
         some = ", ".join(shown(name, 60) for name in list(source.tensors)[:3])
         raise CheckpointError(
-            f"{directory}: holds no {EMBEDDING} (but {some}, ...), so it is no GPT model of Megatron."
+            f"{directory}: holds no {EMBEDDING} (but {some}, ...), so it is no GPT model of "
+            "Megatron."
         )
     return source, settings

@@ -1,4 +1,4 @@
-"""Which files a legacy checkpoint of Megatron-LM or MindSpeed consists of, and which of them hold which part of the model."""
+"""Files of a legacy checkpoint of Megatron-LM or MindSpeed, and what each holds of the model."""
 
 import argparse
 import re
@@ -17,12 +17,20 @@ from megatron_sorted.reading.shown import shown
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 OLDEST_VERSION = 2.0
-"""Checkpoints before it order queries, keys and values another way."""
+"""Checkpoints of earlier versions order queries, keys and values differently."""
 
 
 @dataclass
 class RankFile:
-    """What one rank saved: its chunks of the model, each {name in megatron-core's words: where it lies}, layers counted within it."""
+    """What one rank saved.
+
+    Attributes:
+        file: The file.
+        chunks: The model chunks, each {megatron-core's name: location}; layers count from 0 in
+            each.
+        arguments: Megatron's arguments; None if the file has none.
+        step: The iteration at which it was saved.
+    """
 
     file: SavedFile
     chunks: list[dict[str, SavedTensor]]
@@ -31,12 +39,12 @@ class RankFile:
 
 
 def rank_files(directory: Path) -> dict[tuple[int, int], Path]:
-    """Return {(pipeline rank, tensor rank): file}, complete in both.
+    """Return {(pipeline rank, tensor rank): file} of all ranks.
 
     Raises:
-        CheckpointError: A file is missing, or there are files of experts.
+        CheckpointError: A file is missing, or there are files of expert parallel ranks.
     """
-    found: dict[tuple[int, int], Path] = {}
+    files_by_rank: dict[tuple[int, int], Path] = {}
     for path in sorted(directory.iterdir()):
         match = RANK.fullmatch(path.name)
         files = [path / name for name in FILES if (path / name).is_file()] if match else []
@@ -44,64 +52,68 @@ def rank_files(directory: Path) -> dict[tuple[int, int], Path]:
             continue
         if match[3] is not None and files:
             raise CheckpointError(
-                f"{path}: is of a model spread over expert parallel ranks; models with experts cannot be converted."
+                f"{path}: is of a model spread over expert parallel ranks; models with experts "
+                "cannot be converted."
             )
         if match[3] is not None:
-            continue  # the optimizer's own directories of Megatron-LM in 2023
+            continue  # a directory of the optimizer, as Megatron-LM of 2023 writes
         if not files:
             raise CheckpointError(f"{path / FILES[0]}: is missing. Copy the whole directory again.")
         place = (int(match[2] or 0), int(match[1]))
-        if place in found:
+        if place in files_by_rank:
             raise CheckpointError(
-                f"{directory}: both {found[place].parent.name} and {path.name} are there; they are of different saves."
+                f"{directory}: both {files_by_rank[place].parent.name} and {path.name} are there; "
+                "they are of different saves."
             )
-        found[place] = files[0]
-    if not found:
+        files_by_rank[place] = files[0]
+    if not files_by_rank:
         raise CheckpointError(
             f"{directory}: holds no mp_rank_* directories, so it is no legacy Megatron checkpoint."
         )
-    stages, tensor_ranks = (1 + max(place[axis] for place in found) for axis in (0, 1))
-    pipeline = any(path.parent.name.count("_") > 2 for path in found.values())
+    stages, tensor_ranks = (1 + max(place[axis] for place in files_by_rank) for axis in (0, 1))
+    pipeline = any(path.parent.name.count("_") > 2 for path in files_by_rank.values())
     for stage in range(stages):
         for rank in range(tensor_ranks):
-            if (stage, rank) not in found:
+            if (stage, rank) not in files_by_rank:
                 name = f"mp_rank_{rank:02d}_{stage:03d}" if pipeline else f"mp_rank_{rank:02d}"
                 raise CheckpointError(
-                    f"{directory / name}: is missing; there are {len(found)} of {stages * tensor_ranks} ranks' files. "
-                    "Copy the whole directory again."
+                    f"{directory / name}: is missing; there are {len(files_by_rank)} of "
+                    f"{stages * tensor_ranks} ranks' files. Copy the whole directory again."
                 )
-    return found
+    return files_by_rank
 
 
 def plain_arguments(arguments: Any) -> dict[str, Any] | None:
-    """Return Megatron's arguments as a dict; None where there are none."""
+    """Return Megatron's arguments as a dict; None if there are none."""
     if isinstance(arguments, argparse.Namespace):
         return dict(vars(arguments))
     return dict(arguments) if isinstance(arguments, Mapping) else None
 
 
-def _flatten(content: Mapping[str, Any], prefix: str, told: str) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+def _flatten(content: Mapping[str, Any], prefix: str, label: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of nested mappings by their joined names."""
+    tensors: dict[str, torch.Tensor] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, torch.Tensor):
-            found[name] = value
+            tensors[name] = value
         elif isinstance(value, Mapping):
-            found.update(_flatten(value, f"{name}.", told))
+            tensors.update(_flatten(value, f"{name}.", label))
         elif value is not None and not is_no_weight(name):
             raise CheckpointError(
-                f"{told}: {shown(name)} is a {type(value).__name__}, where weights should be."
+                f"{label}: {shown(name)} is a {type(value).__name__}, where weights should be."
             )
-    return found
+    return tensors
 
 
-def _chunk(saved: SavedFile, content: Any, told: str) -> dict[str, SavedTensor]:
+def _chunk(saved: SavedFile, content: Any, label: str) -> dict[str, SavedTensor]:
+    """Return the location of every weight of a model chunk by its current name."""
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{told}: is a {type(content).__name__}, where the model's weights should be."
+            f"{label}: is a {type(content).__name__}, where the model's weights should be."
         )
-    found: dict[str, SavedTensor] = {}
-    for name, tensor in _flatten(content, "", told).items():
+    tensors: dict[str, SavedTensor] = {}
+    for name, tensor in _flatten(content, "", label).items():
         while name.startswith("module."):
             name = name.removeprefix("module.")
         if is_no_weight(name):
@@ -111,30 +123,32 @@ def _chunk(saved: SavedFile, content: Any, told: str) -> dict[str, SavedTensor]:
             if name.startswith(("language_model.", "word_embeddings_for_head."))
             else name
         )
-        if current in found:
-            raise CheckpointError(f"{told}: {shown(current)} is there twice.")
-        found[current] = saved.place(tensor)
-    return found
+        if current in tensors:
+            raise CheckpointError(f"{label}: {shown(current)} is there twice.")
+        tensors[current] = saved.place(tensor)
+    return tensors
 
 
 def read_rank_file(path: Path) -> RankFile:
-    """Return what one rank saved, without data.
+    """Read the structure of one rank's file, without the tensors' data.
 
     Raises:
-        CheckpointError: It is damaged, older than what can be read, or holds no model.
+        CheckpointError: The file is damaged, too old, or holds no model.
     """
     saved = SavedFile(path)
     content = saved.content
-    saved.content = None  # the optimizer's part of it may be large
+    saved.content = None  # frees the optimizer state, which may be large
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{path}: holds a {type(content).__name__}, not a dict; it is no checkpoint of Megatron."
+            f"{path}: holds a {type(content).__name__}, not a dict; it is no checkpoint of "
+            "Megatron."
         )
     version = content.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < OLDEST_VERSION:
         raise CheckpointError(
-            f"{path}: is of checkpoint version {version}, which orders queries, keys and values another way; from "
-            f"{OLDEST_VERSION} on it can be read. Load it in Megatron-LM and save it again."
+            f"{path}: is of checkpoint version {version}, which orders queries, keys and values "
+            f"differently; from {OLDEST_VERSION} on it can be read. Load it in Megatron-LM and "
+            "save it again."
         )
     keys = (
         ["model"]
@@ -157,8 +171,8 @@ def read_rank_file(path: Path) -> RankFile:
     )
 
 
-def num_layers(chunk: Mapping[str, SavedTensor], told: str) -> int:
-    """Return how many layers a chunk holds.
+def num_layers(chunk: Mapping[str, SavedTensor], label: str) -> int:
+    """Return the number of layers in a model chunk.
 
     Raises:
         CheckpointError: Their numbers have a gap.
@@ -166,6 +180,7 @@ def num_layers(chunk: Mapping[str, SavedTensor], told: str) -> int:
     layers = {int(match[1]) for match in map(LAYER.fullmatch, chunk) if match}
     if layers != set(range(len(layers))):
         raise CheckpointError(
-            f"{told}: holds layers {sorted(layers)} of its stage, which do not go from 0 on without a gap."
+            f"{label}: holds layers {sorted(layers)} of its stage, which do not go from 0 on "
+            "without a gap."
         )
     return len(layers)

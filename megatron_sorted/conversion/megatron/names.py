@@ -1,6 +1,7 @@
-"""Names of weights: the dialects of Megatron's checkpoints, told in one, and how tensor parallelism cuts each.
+"""Names of weights in Megatron's checkpoints, and the dimension that tensor parallelism splits.
 
-The one dialect is that of Transformer Engine's layers, with the norm in the name of the linear layer after it.
+Every naming scheme is translated into that of Transformer Engine's layers, which names a norm after
+the linear layer behind it.
 """
 
 import re
@@ -13,7 +14,7 @@ NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-"""What layers of plain PyTorch call the two norms of a layer."""
+"""Names of a layer's two norms in plain PyTorch layers -> in Transformer Engine's layers."""
 
 OLD_LAYER = {
     "input_norm": "self_attention.linear_qkv.layer_norm_",
@@ -29,7 +30,7 @@ OLD_LAYER = {
     "mlp.dense_h_to_4h": "mlp.linear_fc1.",
     "mlp.dense_4h_to_h": "mlp.linear_fc2.",
 }
-"""Parts of a layer of Megatron-LM's older ``language_model`` (megatron/model, later megatron/legacy/model)."""
+"""Names within a layer of Megatron-LM's older ``language_model`` -> megatron-core's."""
 OLD_REST = {
     "language_model.embedding.word_embeddings.weight": "embedding.word_embeddings.weight",
     "language_model.embedding.position_embeddings.weight": "embedding.position_embeddings.weight",
@@ -55,7 +56,10 @@ WHOLE = re.compile(
 
 
 def is_no_weight(name: str) -> bool:
-    """Return whether a stored name is no weight of the model: extra state of layers, rotary frequencies, optimizer, random state."""
+    """Return whether a stored name belongs to something other than a weight of the model.
+
+    These are extra states of layers, rotary frequencies, optimizer and random state.
+    """
     return (
         "_extra_state" in name
         or name.endswith("rotary_pos_emb.inv_freq")
@@ -73,7 +77,11 @@ def is_no_weight(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Return the name of Transformer Engine's dialect for a megatron-core name of either."""
+    """Return Transformer Engine's name for a megatron-core name of either naming scheme.
+
+    >>> plain_name("decoder.layers.0.input_layernorm.weight")
+    'decoder.layers.0.self_attention.linear_qkv.layer_norm_weight'
+    """
     for theirs, ours in NORMS.items():
         name = re.sub(
             rf"^(decoder\.layers\.(?:\d+\.)?|exit_blocks\.\d+\.){re.escape(theirs)}",
@@ -84,12 +92,13 @@ def plain_name(name: str) -> str:
 
 
 def current_name(old: str) -> str:
-    """Return the megatron-core name of a weight of the older ``language_model``; layers keep their number in the stage.
+    """Return the megatron-core name of a weight of the older ``language_model``.
 
-    An exit's own norm (EE-LLM) becomes "decoder.layers.N.exit_norm.weight", a head of its own "exit_output_layer.N.weight".
+    Layers keep their number within the stage. An exit's own norm (EE-LLM) becomes
+    "decoder.layers.N.exit_norm.weight", its own head "exit_output_layer.N.weight".
 
     Raises:
-        CheckpointError: It has none.
+        CheckpointError: There is no such name.
     """
     if old in OLD_REST:
         return OLD_REST[old]
@@ -102,15 +111,16 @@ def current_name(old: str) -> str:
         if part == "exit_norm":
             return f"decoder.layers.{layer}.exit_norm.{kind}"
     raise CheckpointError(
-        f"{old}: no weight of a plain GPT model (decoder only, no experts, no exit blocks), so it cannot be converted."
+        f"{old}: no weight of a plain GPT model (decoder only, no experts, no exit blocks), so it "
+        "cannot be converted."
     )
 
 
 def cut_axis(name: str) -> int | None:
-    """Return the dimension along which tensor parallel ranks hold parts; None for a copy on every rank.
+    """Return the dimension that tensor parallelism splits; None if every rank has a copy.
 
     Raises:
-        CheckpointError: It is not known how this weight is cut.
+        CheckpointError: It is not known how this weight is split.
     """
     if COLUMN.fullmatch(name):
         return 0
@@ -119,6 +129,6 @@ def cut_axis(name: str) -> int | None:
     if WHOLE.fullmatch(name):
         return None
     raise CheckpointError(
-        f"{name}: it is not known how tensor parallel ranks share this weight. Save the checkpoint with tensor "
-        "parallel size 1, or as torch_dist."
+        f"{name}: it is not known how tensor parallel ranks share this weight. Save the checkpoint "
+        "with tensor parallel size 1, or as torch_dist."
     )

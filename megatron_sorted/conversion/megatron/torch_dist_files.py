@@ -1,4 +1,4 @@
-"""Weights of a ``torch_dist`` checkpoint: ours, and those of GPT models that Megatron-LM and MindSpeed save; in any layout."""
+"""Weights of a ``torch_dist`` checkpoint, ours or Megatron-LM's or MindSpeed's, of any layout."""
 
 import math
 from collections.abc import Mapping
@@ -23,13 +23,13 @@ from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
 
 COMMON = "common.pt"
-MOST_LAYERS = 1 << 16
-"""Of one tensor over all layers: far more than any network has."""
+MAX_LAYERS = 1 << 16
+"""Limit for layers of one stored tensor: far more than any network has."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor offered: the stored one it is, or whose layer it is."""
+    """The stored tensor that holds a tensor, and the index of the layer if it holds all layers."""
 
     stored: str
     layer: int | None
@@ -38,7 +38,11 @@ class _Place:
 def _overlap(
     chunk: StoredChunk, layer: int | None
 ) -> tuple[tuple[slice, ...], tuple[slice, ...], int] | None:
-    """Return where a chunk's part of a tensor goes, where in the chunk it is, and its elements; None if it has no part of it."""
+    """Return a chunk's share of a tensor; None if it has none.
+
+    Returns:
+        The slices in the tensor, the slices in the chunk, and the number of elements.
+    """
     offsets, sizes = chunk.offsets, chunk.sizes
     source = tuple(slice(0, size) for size in sizes)
     if layer is not None:
@@ -50,58 +54,55 @@ def _overlap(
     return target, source, torch.Size(sizes).numel()
 
 
-def _meet(one: tuple[slice, ...], other: tuple[slice, ...]) -> bool:
+def _intersect(one: tuple[slice, ...], other: tuple[slice, ...]) -> bool:
     return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True))
 
 
 class TorchDistFiles(TensorSource):
     """The weights of one checkpoint directory, in the names of ``TensorSource``.
 
-    Layers stored as one tensor over all of them, or one by one, are offered one by one. Reading takes the memory of one tensor and
-    one stored piece of it.
+    Tensors of layers have names of their own, even if one stored tensor holds all layers. Reading
+    takes the memory of one tensor and one stored piece of it.
 
     Attributes:
-        tensors: In the order in which they lie in the files.
+        tensors: Shapes and data types, in the order of their positions in the files.
     """
 
     def __init__(self, directory: str | Path):
-        """Read what there is, and check that every file that should hold some of it is there and long enough.
+        """Read the metadata, and check that every file exists and is long enough.
 
         Raises:
-            CheckpointError: It is no such checkpoint, asks for something refused, or lacks files or parts of tensors.
+            CheckpointError: It is no such checkpoint, names a class that is refused, or lacks files
+                or parts of tensors.
         """
         self.directory = Path(directory)
         names = read_stored_names(self.directory)
-        self._sound: set[StoredPiece] = (
-            set()
-        )  # whose bytes were found to be those that were saved; once is enough
+        # Pieces whose checksums matched; they are not compared again.
+        self._verified: set[StoredPiece] = set()
         self._stored = {
             name: stored for name, stored in names.tensors.items() if not is_no_weight(name)
         }
-        found: dict[str, tuple[tuple[str, int], TensorInfo, _Place]] = {}
+        tensors: dict[str, tuple[tuple[str, int], TensorInfo, _Place]] = {}
         sizes: dict[str, int] = {}
-        for name, stored in self._stored.items():
-            self._check_pieces(name, stored, sizes)
-            for offered, place in self._offers(name, stored):
-                if offered in found:
+        for stored_name, stored in self._stored.items():
+            self._check_pieces(stored_name, stored, sizes)
+            for name, place in self._offers(stored_name, stored):
+                if name in tensors:
                     raise CheckpointError(
-                        f"{shown(self.directory)}: {shown(offered)} is there twice, as {shown(found[offered][2].stored)} "
-                        f"and as {shown(name)}."
+                        f"{shown(self.directory)}: {shown(name)} is there twice, as "
+                        f"{shown(tensors[name][2].stored)} and as {shown(stored_name)}."
                     )
                 shape = stored.shape if place.layer is None else stored.shape[1:]
-                parts = [chunk.piece for chunk in stored.chunks if _overlap(chunk, place.layer)]
-                if not parts:
-                    raise self._hole(offered, place)
-                found[offered] = (
-                    min((p.file, p.offset) for p in parts),
-                    TensorInfo(shape, stored.dtype),
-                    place,
-                )
-        if not found:
+                pieces = [chunk.piece for chunk in stored.chunks if _overlap(chunk, place.layer)]
+                if not pieces:
+                    raise self._incomplete(name, place)
+                position = min((piece.file, piece.offset) for piece in pieces)
+                tensors[name] = position, TensorInfo(shape, stored.dtype), place
+        if not tensors:
             raise CheckpointError(f"{self.directory}: holds no weights of a GPT model.")
-        order = sorted(found, key=lambda name: found[name][0])
-        self.tensors: Mapping[str, TensorInfo] = {name: found[name][1] for name in order}
-        self._places = {name: found[name][2] for name in order}
+        order = sorted(tensors, key=lambda name: tensors[name][0])
+        self.tensors: Mapping[str, TensorInfo] = {name: tensors[name][1] for name in order}
+        self._places = {name: tensors[name][2] for name in order}
 
     @staticmethod
     def _offers(name: str, stored: StoredTensor) -> list[tuple[str, _Place]]:
@@ -112,28 +113,31 @@ class TorchDistFiles(TensorSource):
             ]
         return [(plain_name(name), _Place(name, None))]
 
-    def _hole(self, name: str, place: _Place) -> CheckpointError:
+    def _incomplete(self, name: str, place: _Place) -> CheckpointError:
         files = sorted(
             {chunk.piece.file for chunk in self._stored[place.stored].chunks if chunk.piece}
         )
         return CheckpointError(
-            f"{shown(self.directory)}: {shown(name)}: parts of it are in no file (those of {place.stored} lie in "
-            f"{', '.join(files) or 'none'}). The save was not complete, or the files are of different saves."
+            f"{shown(self.directory)}: {shown(name)}: parts of it are in no file (those of "
+            f"{place.stored} lie in {', '.join(files) or 'none'}). The save was not complete, or "
+            "the files are of different saves."
         )
 
     def _check_pieces(self, name: str, stored: StoredTensor, sizes: dict[str, int]) -> None:
+        """Check shape, size and file of every piece of a stored tensor."""
         if 0 in stored.shape or (
-            STACKED.fullmatch(name) and (not stored.shape or stored.shape[0] > MOST_LAYERS)
+            STACKED.fullmatch(name) and (not stored.shape or stored.shape[0] > MAX_LAYERS)
         ):
             raise CheckpointError(
-                f"{shown(self.directory)}: {shown(name)} is of shape {shown(list(stored.shape), 60)}, which no weight "
-                f"has (layers: {MOST_LAYERS:,} at most). The metadata is damaged; copy the directory again."
+                f"{shown(self.directory)}: {shown(name)} is of shape "
+                f"{shown(list(stored.shape), 60)}, which no weight has (layers: {MAX_LAYERS:,} at "
+                "most). The metadata is damaged; copy the directory again."
             )
         for chunk in stored.chunks:
             if chunk.piece is None:
                 raise CheckpointError(
-                    f"{shown(self.directory)}: {shown(name)}: the metadata does not say where its part "
-                    f"at {list(chunk.offsets)} lies."
+                    f"{shown(self.directory)}: {shown(name)}: the metadata does not say where its "
+                    f"part at {list(chunk.offsets)} lies."
                 )
             file = chunk.piece.file
             if file not in sizes:
@@ -146,54 +150,57 @@ class TorchDistFiles(TensorSource):
                 )
             if math.prod(chunk.sizes) * stored.dtype.itemsize > chunk.piece.num_bytes:
                 raise CheckpointError(
-                    f"{shown(self.directory)}: {shown(name)} has a part of shape {shown(list(chunk.sizes), 60)} in "
-                    f"{chunk.piece.num_bytes} bytes, which do not hold it. The metadata is damaged; copy the directory "
-                    "again."
+                    f"{shown(self.directory)}: {shown(name)} has a part of shape "
+                    f"{shown(list(chunk.sizes), 60)} in {chunk.piece.num_bytes} bytes, which do "
+                    "not hold it. The metadata is damaged; copy the directory again."
                 )
             end = chunk.piece.offset + chunk.piece.num_bytes
             if sizes[file] < end:
                 raise CheckpointError(
-                    f"{shown(self.directory)}: {shown(file)} has {sizes[file]} bytes, but {shown(name)} lies up "
-                    f"to byte {end}; it was cut off. Copy it again."
+                    f"{shown(self.directory)}: {shown(file)} has {sizes[file]} bytes, but "
+                    f"{shown(name)} lies up to byte {end}; it was cut off. Copy it again."
                 )
 
     def common(self) -> dict[str, Any]:
-        """Return what all ranks share (``common.pt``): arguments, step, and whatever else the program put there.
+        """Read ``common.pt``, which all ranks share: arguments, step and whatever else was saved.
 
         Raises:
-            CheckpointError: It is missing or damaged, or holds a class that is not on the list of plain ones.
+            CheckpointError: The file is missing or damaged, or holds a class that is not on the
+                list of plain ones.
         """
-        found = load_plain(self.directory / COMMON, str(self.directory / COMMON))
-        if not isinstance(found, dict):
+        content = load_plain(self.directory / COMMON, str(self.directory / COMMON))
+        if not isinstance(content, dict):
             raise CheckpointError(
-                f"{self.directory / COMMON}: holds a {type(found).__name__}, not a dict; it is no common part of a save."
+                f"{self.directory / COMMON}: holds a {type(content).__name__}, not a dict; it is "
+                "no common part of a save."
             )
-        return found
+        return content
 
     def _load(self, name: str, stored: StoredTensor, chunk: StoredChunk) -> torch.Tensor:
-        told = f"{self.directory}: {name} in {chunk.piece.file}"
-        saved = SavedFile(self.directory / chunk.piece.file, chunk.piece, told)
+        """Read one piece, checked against the metadata."""
+        label = f"{self.directory}: {name} in {chunk.piece.file}"
+        saved = SavedFile(self.directory / chunk.piece.file, chunk.piece, label)
         tensor = saved.content
         if (
             not isinstance(tensor, torch.Tensor)
             or tensor.dtype != stored.dtype
             or tuple(tensor.shape) != chunk.sizes
         ):
-            said = (
+            actual = (
                 f"{tensor.dtype} {list(tensor.shape)}"
                 if isinstance(tensor, torch.Tensor)
                 else type(tensor).__name__
             )
             raise CheckpointError(
-                f"{told}: {said} lies where the metadata says {stored.dtype} {list(chunk.sizes)}; the files are of "
-                "different saves."
+                f"{label}: {actual} lies where the metadata says {stored.dtype} "
+                f"{list(chunk.sizes)}; the files are of different saves."
             )
-        result = saved.read(saved.place(tensor), check=chunk.piece not in self._sound)
-        self._sound.add(chunk.piece)
+        result = saved.read(saved.place(tensor), check=chunk.piece not in self._verified)
+        self._verified.add(chunk.piece)
         return result
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in memory of its own.
+        """Read a tensor into memory of its own.
 
         Raises:
             CheckpointError: A part of it is missing or damaged.
@@ -204,9 +211,9 @@ class TorchDistFiles(TensorSource):
         rectangles = [target for _, (target, _, _) in parts]
         count = sum(numel for *_, (_, _, numel) in parts)
         if count != torch.Size(info.shape).numel() or any(
-            _meet(a, b) for i, a in enumerate(rectangles) for b in rectangles[:i]
+            _intersect(a, b) for i, a in enumerate(rectangles) for b in rectangles[:i]
         ):
-            raise self._hole(name, place)
+            raise self._incomplete(name, place)
         if len(parts) == 1:
             chunk, (_, source, numel) = parts[0]
             whole = self._load(name, stored, chunk)

@@ -1,1 +1,1 @@
-"""Tensors of a model on disk: by name, by pairs of ours and theirs, merged with adapters; the memory they are read into."""
+"""Tensors of models on disk: sources, the correspondence of names, merged adapters, memory."""

@@ -1,4 +1,7 @@
-"""A checkpoint with low-rank adapters, read as the ordinary model it computes: W + (alpha / b) B A of the first b ranks."""
+"""A checkpoint with low-rank adapters, read as an ordinary model with adapters merged.
+
+A matrix becomes W + (alpha / b) B A, with the first b ranks of A and B.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,7 +26,13 @@ WHERE = {
 
 @dataclass(frozen=True)
 class AdapterOf:
-    """The adapters of a checkpoint: which matrices have one, and how many of its ranks are used."""
+    """The adapters of a checkpoint.
+
+    Attributes:
+        targets: The matrices that have one.
+        alpha: The scale of the products.
+        rank_used: The number of ranks that are used.
+    """
 
     targets: tuple[str, ...]
     alpha: float
@@ -31,10 +40,10 @@ class AdapterOf:
 
 
 class MergedLora(TensorSource):
-    """The tensors of another source without its adapters, these being added to the matrices they are on.
+    """The tensors of another source, with its adapters added to their matrices.
 
-    Products and sums are made in fp32 a block of rows at a time and rounded once, to the kind of numbers the matrix is stored in. Every
-    read gives the same bits.
+    Products and sums are computed in fp32, a block of rows at a time, and rounded once to the data
+    type of the matrix. Every read gives the same bits.
     """
 
     def __init__(self, source: TensorSource, adapters: AdapterOf):
@@ -53,17 +62,17 @@ class MergedLora(TensorSource):
         )
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A [b, in] and B [out, b] of the ranks used of the matrix called ``name``, in fp32."""
+        """Read A [b, in] and B [out, b] of a matrix in fp32, restricted to the used ranks."""
         target, b = name.removesuffix("weight"), self.adapters.rank_used
         a_rc, b_or = (
             self.source.read(f"{target}lora_a")[:b],
             self.source.read(f"{target}lora_b")[:, :b],
         )
-        # copies, so that both begin where a library's kernels are fastest, whatever lay before them in the file
+        # Copies begin at addresses where kernels are fastest, whatever their offsets in the file.
         return a_rc.to(torch.float32, copy=True), b_or.to(torch.float32, copy=True).contiguous()
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor, its adapter merged."""
+        """Read a tensor and merge its adapter."""
         tensor = self.source.read(name)
         if not self.is_adapted(name):
             return tensor
@@ -85,16 +94,19 @@ class MergedLora(TensorSource):
 def merge_adapters(
     source: TensorSource, settings: Settings, rank_used: int | None, where: str
 ) -> tuple[TensorSource, Settings]:
-    """Return source and settings of the ordinary model that a checkpoint with adapters is; others as they are.
+    """Return source and settings of a model with its adapters merged.
+
+    Without adapters they are returned unchanged.
 
     Args:
         source: The checkpoint's tensors.
-        settings: It was saved with.
-        rank_used: How many ranks of every adapter count, 0 for the network without; by default all.
-        where: The checkpoint, for messages.
+        settings: The settings it was saved with.
+        rank_used: The number of ranks to use of every adapter; 0 for none, by default all.
+        where: The name of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: It was not trained to be used at that rank, or its tensors are not those that the settings describe.
+        CheckpointError: The adapters were not trained for that rank, or the tensors are not those
+            that the settings describe.
     """
     if not settings.lora_rank:
         return source, settings
@@ -106,25 +118,25 @@ def merge_adapters(
             else f"all {settings.lora_rank} ranks together (no --dylora)"
         )
         raise CheckpointError(
-            f"--lora-rank-used: {used}, but the adapters of {where} were trained to work at {what}. Use one of "
-            f"{', '.join(map(str, (0, *ranks)))} (0: the network without them)."
+            f"--lora-rank-used: {used}, but the adapters of {where} were trained to work at "
+            f"{what}. Use one of {', '.join(map(str, (0, *ranks)))} (0: the network without them)."
         )
     _check_adapters(source, settings, where)
-    plain = {
+    without_adapters = {
         field.name: field.default
         for field in dataclasses.fields(Settings)
         if field.name in MUST_AGREE or field.name.startswith(("lora_", "dylora"))
     }
     return MergedLora(
         source, AdapterOf(settings.lora_targets, settings.lora_alpha, used)
-    ), dataclasses.replace(settings, **plain)
+    ), dataclasses.replace(settings, **without_adapters)
 
 
 def _check_adapters(source: TensorSource, settings: Settings, where: str) -> None:
     """Check that a checkpoint holds the adapters that its settings describe, each exactly once.
 
     Raises:
-        CheckpointError: Naming one that is missing, unknown, or of another shape.
+        CheckpointError: An adapter is missing, unknown, or of another shape.
     """
     wanted = {}
     for target in settings.lora_targets:
@@ -135,10 +147,11 @@ def _check_adapters(source: TensorSource, settings: Settings, where: str) -> Non
                 f"{name}.lora_a": (settings.lora_rank, columns),
                 f"{name}.lora_b": (rows, settings.lora_rank),
             }
-    found = {name: info.shape for name, info in source.tensors.items() if is_adapter(name)}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
+    stored = {name: info.shape for name, info in source.tensors.items() if is_adapter(name)}
+    for name in sorted(wanted.keys() | stored.keys()):
+        if wanted.get(name) != stored.get(name):
             raise CheckpointError(
-                f"{where}: {name} has shape {list(found.get(name) or ()) or 'none, for it is missing'}, and its settings "
+                f"{where}: {name} has shape "
+                f"{list(stored.get(name) or ()) or 'none, for it is missing'}, and its settings "
                 f"make it {list(wanted.get(name) or ()) or 'unknown'}."
             )

@@ -1,7 +1,7 @@
 """Invertible operations between one tensor of ours and one or several of Hugging Face's.
 
-``join`` takes theirs one after another, so that no more than one of them and the result are in memory; ``split`` gives them back. Both are
-exact: numbers are moved, never computed.
+``join`` takes theirs one after another, so that no more than one of them and the result are in
+memory; ``split`` is the inverse. Both are exact: numbers are moved, never computed.
 """
 
 from abc import ABC, abstractmethod
@@ -16,19 +16,19 @@ Shape = tuple[int, ...]
 
 
 class Operation(ABC):
-    """How tensors of theirs make up one of ours."""
+    """A relation between one tensor of ours and one or several of Hugging Face's (theirs)."""
 
     @abstractmethod
     def joined_shape(self, shapes: list[Shape]) -> Shape:
-        """Return the shape of ours from those of theirs."""
+        """Return the shape of our tensor from the shapes of theirs."""
 
     @abstractmethod
     def join(self, parts: Iterator[torch.Tensor], shape: Shape) -> torch.Tensor:
-        """Return ours, of ``shape``."""
+        """Return our tensor, of ``shape``, from theirs."""
 
     @abstractmethod
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Return theirs, which may be views of ours."""
+        """Return their tensors, which may be views of ours."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ class Copy(Operation):
     """The same tensor on both sides."""
 
     def joined_shape(self, shapes: list[Shape]) -> Shape:
-        """Return its shape."""
+        """Return the shape of the tensor."""
         return shapes[0]
 
     def join(self, parts: Iterator[torch.Tensor], shape: Shape) -> torch.Tensor:
-        """Return it."""
+        """Return the tensor itself."""
         return next(parts)
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Return it."""
+        """Return the tensor itself."""
         return [tensor]
 
 
 @dataclass(frozen=True)
 class Vocabulary(Copy):
-    """A matrix [v, h] with a row for every token; ours may have further rows that pad it for tensor parallelism.
+    """A matrix [v, h] with a row for every token; ours may have padding rows below.
 
-    Padding depends on the layout, and Megatron adds it when it loads.
+    Padding depends on the tensor parallel size, and Megatron adds it when it loads.
     """
 
     vocab_size: int
@@ -63,19 +63,20 @@ class Vocabulary(Copy):
 
 
 class Rows(Operation):
-    """Tensors whose rows stand in one tensor."""
+    """Tensors whose rows are joined in one tensor."""
 
     def joined_shape(self, shapes: list[Shape]) -> Shape:
-        """Return the sum of rows."""
+        """Return the shape with the sum of their rows."""
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 @dataclass(frozen=True)
 class QueryKeyValue(Rows):
-    """Queries [n*d, ...], keys [g*d, ...] and values [g*d, ...], which Megatron keeps in one tensor [(n + 2g)*d, ...].
+    """Queries, keys and values that are joined in one tensor.
 
-    Megatron orders it by group, so that a tensor parallel rank's part is a contiguous slice: for each of the g key/value heads the n/g
-    query heads that read it, then its key, then its value.
+    Queries [n*d, ...], keys [g*d, ...] and values [g*d, ...] form one tensor [(n + 2g)*d, ...].
+    Megatron orders its rows by group, so that a tensor parallel rank's shard is a contiguous slice:
+    for each of the g key/value heads the n/g query heads that use it, then its key, then its value.
     """
 
     num_heads: int
@@ -96,7 +97,7 @@ class QueryKeyValue(Rows):
         return [view.reshape(-1, *tensor.shape[1:]) for view in self._views(tensor)]
 
     def _views(self, fused: torch.Tensor) -> list[torch.Tensor]:
-        """Return views [g, heads of a group, d, ...] of the queries, keys and values in a fused tensor."""
+        """Return views [g, heads of a group, d, ...] of the fused queries, keys and values."""
         queries = self.num_heads // self.num_groups
         grouped = fused.view(self.num_groups, queries + 2, -1, *fused.shape[1:])
         return [grouped[:, :queries], grouped[:, queries:-1], grouped[:, -1:]]

@@ -1,7 +1,7 @@
-"""What every directory of weights looks like to a conversion: names with shapes, and tensors read one at a time."""
+"""The interface of every source of weights: names, shapes, and tensors read one at a time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,49 +9,55 @@ import torch
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and kind of one stored tensor, known without reading it."""
+    """Shape and data type of one stored tensor, known without reading it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Return its size."""
+        """Size of the tensor in bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 class TensorSource(ABC):
     """Named tensors on disk.
 
-    A source of Megatron weights uses the global names of a sharded checkpoint with the layer's index (from 0) after ``decoder.layers.``,
-    such as ``decoder.layers.3.self_attention.linear_qkv.weight``, and returns whole tensors, whatever layout they were saved in.
+    A source of Megatron weights uses the global names of a sharded checkpoint with the layer's
+    index (from 0) after ``decoder.layers.``, such as
+    ``decoder.layers.3.self_attention.linear_qkv.weight``, and returns whole tensors, whatever
+    layout they were saved in.
 
     Attributes:
-        tensors: What there is, by name, in the order in which it is best read.
+        tensors: Shapes and data types by name, in the order in which they are read fastest.
     """
 
     tensors: Mapping[str, TensorInfo]
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in memory of its own, on the CPU; nothing else stays in memory.
+        """Read a tensor into memory of its own on the CPU, and keep nothing else in memory.
 
         Raises:
-            CheckpointError: It cannot be read, or is damaged.
+            CheckpointError: The tensor cannot be read, or is damaged.
         """
 
 
-class Renamed(TensorSource):
-    """The tensors of a source, some of them under a second name too."""
+class Overlay(TensorSource):
+    """The tensors of a source, and further ones.
 
-    def __init__(self, source: TensorSource, names: Mapping[str, str]):
-        """Args: ``names`` gives the source's name of a tensor by its second one."""
-        self.source, self.names = source, names
-        self.tensors = {
-            **source.tensors,
-            **{name: source.tensors[old] for name, old in names.items()},
-        }
+    Attributes:
+        extra: {name: (shape and data type, function that reads it)} of the further tensors.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        extra: Mapping[str, tuple[TensorInfo, Callable[[], torch.Tensor]]],
+    ):
+        self.source, self.extra = source, extra
+        self.tensors = {**source.tensors, **{name: info for name, (info, _) in extra.items()}}
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in memory of its own."""
-        return self.source.read(self.names.get(name, name))
+        """Read a tensor into memory of its own."""
+        return self.extra[name][1]() if name in self.extra else self.source.read(name)

@@ -1,4 +1,4 @@
-"""Which tensor of ours is made of which tensors of a Hugging Face directory; every name on both sides exactly once."""
+"""Correspondence of our tensors and those of a Hugging Face directory, every name exactly once."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,203 +25,159 @@ LAYER_NORM, OUR_LAYER_NORM = (
     "model.layers.{}.input_layernorm.weight",
     "decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight",
 )
-MOST_NAME = 100
-# Older files store what is computed from config.json; nothing is lost without it.
+MAX_NAME = 100
+# Older files also store these tensors, which are computed from config.json.
 COMPUTED = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
 class TensorPair:
-    """One tensor of ours and the tensors of theirs it is made of.
+    """One tensor of ours and the tensors of Hugging Face (theirs) that it corresponds to.
 
     Attributes:
-        ours: Global name of the sharded checkpoint, with the layer's index.
-        theirs: Names in the Hugging Face directory, in the operation's order.
-        shapes: Of theirs, as the settings ask.
-        operation: Between them.
-        is_own_exit: Whether it is an intermediate exit's own (norm, head, block, MLP, adapter), which lies in a file beside the model's.
+        ours: The global name in a sharded checkpoint, with the layer's index.
+        theirs: The names in the Hugging Face directory, in the order of the operation.
+        shapes: The shapes of theirs that the settings require.
+        operation: The operation that joins theirs into ours.
     """
 
     ours: str
     theirs: tuple[str, ...]
     shapes: tuple[Shape, ...]
     operation: Operation
-    is_own_exit: bool = False
 
     @property
     def shape(self) -> Shape:
-        """Return the shape of ours, without padding of the vocabulary."""
+        """Shape of our tensor, without padding of the vocabulary."""
         return self.operation.joined_shape(list(self.shapes))
+
+    @property
+    def is_own_exit(self) -> bool:
+        """Whether it is an intermediate exit's own tensor, stored in exits.safetensors."""
+        return self.theirs[0].startswith("exits.")
+
+
+def _copied(ours: str, theirs: str, shape: Shape) -> TensorPair:
+    """Return the pair of a tensor that is the same on both sides."""
+    return TensorPair(ours, (theirs,), (shape,), Copy())
 
 
 def tensor_table(settings: Settings) -> list[TensorPair]:
-    """Return the pairs of a network, in the order in which a token meets them."""
+    """Return the pairs of a network, in the order in which a token passes them."""
     h, v = settings.hidden_size, settings.vocab_size
-    pairs = [TensorPair("embedding.word_embeddings.weight", (EMBEDDING,), ((v, h),), Vocabulary(v))]
+
+    def vocabulary(ours: str, theirs: str) -> TensorPair:
+        return TensorPair(ours, (theirs,), ((v, h),), Vocabulary(v))
+
+    pairs = [vocabulary("embedding.word_embeddings.weight", EMBEDDING)]
     for layer in range(settings.num_layers):
-        pairs += layer_pairs(settings, f"decoder.layers.{layer}", f"model.layers.{layer}")
-    pairs.append(
-        TensorPair("decoder.final_layernorm.weight", ("model.norm.weight",), ((h,),), Copy())
-    )
+        pairs += _layer_pairs(settings, f"decoder.layers.{layer}", f"model.layers.{layer}")
+    pairs.append(_copied("decoder.final_layernorm.weight", "model.norm.weight", (h,)))
     if settings.untie_embeddings_and_output_weights:
-        pairs.append(TensorPair("output_layer.weight", (HEAD,), ((v, h),), Vocabulary(v)))
+        pairs.append(vocabulary("output_layer.weight", HEAD))
     for depth in exit_depths(settings)[:-1]:
+        ours, theirs = f"{depth}.weight", f"exits.{depth}"
         pairs += _part_pairs(settings, depth)
         if settings.use_exit_norm:
-            pairs.append(
-                TensorPair(
-                    f"exit_norms.{depth}.weight",
-                    (f"exits.{depth}.norm.weight",),
-                    ((h,),),
-                    Copy(),
-                    True,
-                )
-            )
+            pairs.append(_copied(f"exit_norms.{ours}", f"{theirs}.norm.weight", (h,)))
         if settings.untie_exit_output_weights:
-            pairs.append(
-                TensorPair(
-                    f"exit_output_layers.{depth}.weight",
-                    (f"exits.{depth}.lm_head.weight",),
-                    ((v, h),),
-                    Vocabulary(v),
-                    True,
-                )
-            )
+            pairs.append(vocabulary(f"exit_output_layers.{ours}", f"{theirs}.lm_head.weight"))
     return pairs
 
 
-def layer_pairs(
-    settings: Settings, ours: str, theirs: str, is_own_exit: bool = False
-) -> list[TensorPair]:
-    """Return the pairs of one layer, called ``ours`` and ``theirs``, in the order in which a token meets them."""
+def _layer_pairs(settings: Settings, ours: str, theirs: str) -> list[TensorPair]:
+    """Return the pairs of one layer, whose names begin with ``ours`` and ``theirs``."""
     shapes = layer_shapes(settings)
     h, d, rows = shapes.hidden, shapes.head, (shapes.query, shapes.key_value, shapes.key_value)
     fuse = QueryKeyValue(settings.num_attention_heads, num_query_groups(settings))
-    names = tuple(f"{theirs}.self_attn.{part}_proj" for part in "qkv")
-    pairs = [
-        TensorPair(
-            f"{ours}.self_attention.linear_qkv.layer_norm_weight",
-            (f"{theirs}.input_layernorm.weight",),
-            ((h,),),
-            Copy(),
-            is_own_exit,
-        ),
-        TensorPair(
-            f"{ours}.self_attention.linear_qkv.weight",
-            tuple(f"{name}.weight" for name in names),
-            tuple((row, h) for row in rows),
+    projections = [f"{theirs}.self_attn.{letter}_proj" for letter in "qkv"]
+    attention = f"{ours}.self_attention"
+
+    def fused(kind: str, *row_shape: int) -> TensorPair:
+        return TensorPair(
+            f"{attention}.linear_qkv.{kind}",
+            tuple(f"{name}.{kind}" for name in projections),
+            tuple((row, *row_shape) for row in rows),
             fuse,
-            is_own_exit,
+        )
+
+    pairs = [
+        _copied(
+            f"{attention}.linear_qkv.layer_norm_weight", f"{theirs}.input_layernorm.weight", (h,)
         ),
+        fused("weight", h),
     ]
     if settings.add_qkv_bias:
-        pairs.append(
-            TensorPair(
-                f"{ours}.self_attention.linear_qkv.bias",
-                tuple(f"{name}.bias" for name in names),
-                tuple((row,) for row in rows),
-                fuse,
-                is_own_exit,
-            )
-        )
+        pairs.append(fused("bias"))
     if settings.qk_layernorm:
         pairs += [
-            TensorPair(
-                f"{ours}.self_attention.{part}_layernorm.weight",
-                (f"{theirs}.self_attn.{part}_norm.weight",),
-                ((d,),),
-                Copy(),
-                is_own_exit,
+            _copied(
+                f"{attention}.{letter}_layernorm.weight",
+                f"{theirs}.self_attn.{letter}_norm.weight",
+                (d,),
             )
-            for part in "qk"
+            for letter in "qk"
         ]
+    output, mlp_norm = f"{theirs}.self_attn.o_proj", f"{theirs}.post_attention_layernorm"
     return [
         *pairs,
-        TensorPair(
-            f"{ours}.self_attention.linear_proj.weight",
-            (f"{theirs}.self_attn.o_proj.weight",),
-            (shapes.matrices["linear_proj"],),
-            Copy(),
-            is_own_exit,
+        _copied(
+            f"{attention}.linear_proj.weight", f"{output}.weight", shapes.matrices["linear_proj"]
         ),
-        *_mlp_pairs(
-            settings,
-            f"{ours}.mlp",
-            f"{theirs}.post_attention_layernorm.weight",
-            f"{theirs}.mlp",
-            is_own_exit,
-        ),
+        *_mlp_pairs(settings, f"{ours}.mlp", f"{mlp_norm}.weight", f"{theirs}.mlp"),
     ]
 
 
-def _mlp_pairs(
-    settings: Settings, ours: str, their_norm: str, theirs: str, is_own_exit: bool
-) -> list[TensorPair]:
+def _mlp_pairs(settings: Settings, ours: str, their_norm: str, theirs: str) -> list[TensorPair]:
     """Return the pairs of an MLP and the norm before it."""
     shapes = layer_shapes(settings)
     h, ffn = shapes.hidden, shapes.ffn
+    gate_and_up = tuple(f"{theirs}.{part}_proj.weight" for part in ("gate", "up"))
     return [
-        TensorPair(
-            f"{ours}.linear_fc1.layer_norm_weight", (their_norm,), ((h,),), Copy(), is_own_exit
-        ),
-        TensorPair(
-            f"{ours}.linear_fc1.weight",
-            tuple(f"{theirs}.{part}_proj.weight" for part in ("gate", "up")),
-            ((ffn, h), (ffn, h)),
-            Stack(),
-            is_own_exit,
-        ),
-        TensorPair(
-            f"{ours}.linear_fc2.weight",
-            (f"{theirs}.down_proj.weight",),
-            ((h, ffn),),
-            Copy(),
-            is_own_exit,
-        ),
+        _copied(f"{ours}.linear_fc1.layer_norm_weight", their_norm, (h,)),
+        TensorPair(f"{ours}.linear_fc1.weight", gate_and_up, ((ffn, h), (ffn, h)), Stack()),
+        _copied(f"{ours}.linear_fc2.weight", f"{theirs}.down_proj.weight", (h, ffn)),
     ]
 
 
 def _part_pairs(settings: Settings, depth: int) -> list[TensorPair]:
-    """Return the pairs of what stands between an intermediate exit's hidden state and its norm."""
+    """Return the pairs of the parts between an intermediate exit's hidden state and its norm."""
     h, rank, theirs, pairs = settings.hidden_size, settings.exit_adapter_rank, f"exits.{depth}", []
     if rank:
         pairs += [
-            TensorPair(
-                f"exit_adapters.{depth}.{part}.weight",
-                (f"{theirs}.adapter.{part}.weight",),
-                (shape,),
-                Copy(),
-                True,
+            _copied(
+                f"exit_adapters.{depth}.{half}.weight", f"{theirs}.adapter.{half}.weight", shape
             )
-            for part, shape in (("down", (rank, h)), ("up", (h, rank)))
+            for half, shape in (("down", (rank, h)), ("up", (h, rank)))
         ]
     if settings.use_exit_block:
-        pairs += layer_pairs(settings, f"exit_blocks.{depth}", f"{theirs}.block", True)
+        pairs += _layer_pairs(settings, f"exit_blocks.{depth}", f"{theirs}.block")
     if settings.use_exit_mlp:
-        pairs += _mlp_pairs(
-            settings, f"exit_mlps.{depth}", f"{theirs}.mlp.norm.weight", f"{theirs}.mlp", True
-        )
+        norm = f"{theirs}.mlp.norm.weight"
+        pairs += _mlp_pairs(settings, f"exit_mlps.{depth}", norm, f"{theirs}.mlp")
     return pairs
 
 
-def check_names(wanted: Iterable[str], found: Iterable[str], where: str) -> None:
-    """Check that the two are the same names.
+def check_names(wanted: Iterable[str], present: Iterable[str], where: str) -> None:
+    """Check that two lists hold the same names.
 
     Raises:
-        CheckpointError: Naming what is missing and what is unknown.
+        CheckpointError: A name is missing or unknown.
     """
-    wanted, found = list(wanted), set(found)
-    missing = [name for name in wanted if name not in found]
-    unknown = sorted(found - set(wanted))
+    wanted, present = list(wanted), set(present)
+    missing = [name for name in wanted if name not in present]
+    unknown = sorted(present - set(wanted))
     if missing or unknown:
         problems = [
-            f"{len(names)} {what}: {', '.join(shown(name, MOST_NAME) for name in names[:5])}{' ...' if len(names) > 5 else ''}"
-            for what, names in (("missing", missing), ("unknown", unknown))
+            f"{len(names)} {state}: {', '.join(shown(name, MAX_NAME) for name in names[:5])}"
+            + (" ..." if len(names) > 5 else "")
+            for state, names in (("missing", missing), ("unknown", unknown))
             if names
         ]
         raise CheckpointError(
-            f"{where}: its tensors are not those its configuration describes; {'; '.join(problems)}. Every "
-            "tensor must be used exactly once: fetch the files again, or mend the configuration."
+            f"{where}: its tensors are not those its configuration describes; "
+            f"{'; '.join(problems)}. Every tensor must be used exactly once: fetch the files "
+            "again, or correct the configuration."
         )
 
 
@@ -232,58 +188,63 @@ def check_num_layers(
     key: str = "num_hidden_layers",
     named: str = LAYER_NORM,
 ) -> None:
-    """Check that a number of layers is one that so many tensors can make up, before anything is built for each.
+    """Check that there is at least one tensor a layer, before anything is built for each layer.
 
     Raises:
-        CheckpointError: There are fewer tensors than layers, naming the first that is missing.
+        CheckpointError: There are fewer tensors than layers. The message names the first missing.
     """
     if num_layers > len(tensors):
         first = next(
             name for layer in range(num_layers) if (name := named.format(layer)) not in tensors
         )
         raise CheckpointError(
-            f"{where}: {key} is {num_layers:,}, but its weight files hold {len(tensors):,} tensors in all; "
-            f"{first} is the first that is missing. Fetch the files again, or mend the number."
+            f"{where}: {key} is {num_layers:,}, but its weight files hold {len(tensors):,} tensors "
+            f"in all; {first} is the first that is missing. Fetch the files again, or correct the "
+            "number."
         )
 
 
 def check_shapes(
     wanted: Mapping[str, Shape], tensors: Mapping[str, TensorInfo], where: str
 ) -> bool:
-    """Return whether a tied model stores its head all the same (it must then equal the embedding), after comparing names and shapes.
+    """Check names, shapes and data types; return whether a tied model also stores its head.
+
+    The stored head must then equal the embedding (``check_tied``).
 
     Args:
-        wanted: Names and shapes that config.json asks for.
-        tensors: What the weight files hold.
-        where: The directory, for messages.
+        wanted: Names and shapes that config.json requires.
+        tensors: The tensors of the weight files.
+        where: The directory's name, for messages.
 
     Raises:
-        CheckpointError: A tensor is missing, unknown, of another shape than the configuration says, or holds no floating point numbers.
+        CheckpointError: A tensor is missing, unknown, of another shape than the configuration says,
+            or holds no floating point numbers.
     """
     wanted = dict(wanted)
-    found = {name: info for name, info in tensors.items() if not name.endswith(COMPUTED)}
-    stored_twice = HEAD in found and HEAD not in wanted
-    check_names(wanted, [name for name in found if not (stored_twice and name == HEAD)], where)
+    present = {name: info for name, info in tensors.items() if not name.endswith(COMPUTED)}
+    stored_twice = HEAD in present and HEAD not in wanted
+    check_names(wanted, [name for name in present if not (stored_twice and name == HEAD)], where)
     if stored_twice:
         wanted[HEAD] = wanted[EMBEDDING]
     for name, shape in wanted.items():
-        if found[name].shape != shape:
+        if present[name].shape != shape:
             raise CheckpointError(
-                f"{where}: {name} has shape {list(found[name].shape)}, and config.json makes it {list(shape)}. "
-                "One of the two is wrong; fetch both again."
+                f"{where}: {name} has shape {list(present[name].shape)}, and config.json makes it "
+                f"{list(shape)}. One of the two is wrong; fetch both again."
             )
-        if not found[name].dtype.is_floating_point:
+        if not present[name].dtype.is_floating_point:
             raise CheckpointError(
-                f"{where}: {name} holds {found[name].dtype}; only floating point weights are supported."
+                f"{where}: {name} holds {present[name].dtype}; only floating point weights are "
+                "supported."
             )
     return stored_twice
 
 
 def check_tied(source: TensorSource, where: str) -> None:
-    """Check that the head that a tied model stores is its embedding.
+    """Check that the head that a tied model stores equals its embedding.
 
     Raises:
-        CheckpointError: It is not.
+        CheckpointError: It does not.
     """
     if not torch.equal(source.read(EMBEDDING), source.read(HEAD)):
         raise CheckpointError(
@@ -295,10 +256,10 @@ def check_tied(source: TensorSource, where: str) -> None:
 def check_theirs(
     pairs: Iterable[TensorPair], tensors: Mapping[str, TensorInfo], where: str
 ) -> bool:
-    """Return what ``check_shapes`` does, after comparing names, shapes and kinds with those of the table.
+    """Check a Hugging Face source against the table; return what ``check_shapes`` returns.
 
     Raises:
-        CheckpointError: As ``check_shapes``; or tensors that become one are of different kinds.
+        CheckpointError: ``check_shapes`` fails, or tensors to be joined have different data types.
     """
     pairs = list(pairs)
     wanted = {
@@ -306,20 +267,20 @@ def check_theirs(
     }
     stored_twice = check_shapes(wanted, tensors, where)
     for pair in pairs:
-        kinds = {tensors[name].dtype for name in pair.theirs}
-        if len(kinds) > 1:
+        dtypes = {tensors[name].dtype for name in pair.theirs}
+        if len(dtypes) > 1:
             raise CheckpointError(
-                f"{where}: {', '.join(pair.theirs)} are of different kinds ({', '.join(map(str, kinds))}) and become one "
-                "tensor. Store them alike."
+                f"{where}: {', '.join(pair.theirs)} are of different kinds "
+                f"({', '.join(map(str, dtypes))}) and become one tensor. Store them alike."
             )
     return stored_twice
 
 
 def check_ours(pairs: Iterable[TensorPair], tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """Check that a Megatron source holds the tensors of the table; a vocabulary may have padding.
+    """Check that a Megatron source holds the tensors of the table; a vocabulary may be padded.
 
     Raises:
-        CheckpointError: Naming one that is missing, unknown, or of another shape.
+        CheckpointError: A tensor is missing, unknown, or of another shape.
     """
     pairs = list(pairs)
     check_names([pair.ours for pair in pairs], tensors, where)
@@ -332,5 +293,6 @@ def check_ours(pairs: Iterable[TensorPair], tensors: Mapping[str, TensorInfo], w
         )
         if shape != wanted and not padded:
             raise CheckpointError(
-                f"{where}: {pair.ours} has shape {list(shape)}, and its settings make it {list(wanted)}."
+                f"{where}: {pair.ours} has shape {list(shape)}, and its settings make it "
+                f"{list(wanted)}."
             )

@@ -1,4 +1,4 @@
-"""Does a fast tokenizer read as sentencepiece does? Asked on texts of many kinds."""
+"""Comparison of a fast tokenizer with sentencepiece on texts of many kinds."""
 
 import random
 import unicodedata
@@ -53,9 +53,11 @@ TEXTS = (
     "((((()))))",
     "\u2047 <0x41> <0x0A>",
     "ALL CAPS, MiXeD cAsE, camelCaseWords, snake_case",
-    "Once upon a time there was a small red cat. \"Yes\", said Tom's mother; it's 5 o'clock!",
-    "def f(x):\n    if x > 0:\n        return [x ** 2 for _ in range(10)]  # why?\n\treturn {'a': \"b\"}\n",
-    '<div class="a">&nbsp;</div> {{ x }} $\\frac{1}{2}$ http://a.b/c?d=e&f=%20 me@b.c #tag @you ~/.x *.py __init__ -- --- ...',
+    "Once upon a time there was a small red cat. \"Yes\", replied Tom's mother; it's 5 o'clock!",
+    "def f(x):\n    if x > 0:\n        return [x ** 2 for _ in range(10)]  # why?\n\treturn "
+    "{'a': \"b\"}\n",
+    '<div class="a">&nbsp;</div> {{ x }} $\\frac{1}{2}$ http://a.b/c?d=e&f=%20 me@b.c #tag @you '
+    "~/.x *.py __init__ -- --- ...",
     "Größer, naïve façade, œuvre, ñandú, şöyle, łódź, ÅÄÖ, ÿ",
     "Лифт на восьмой этаж, ёлка, Ґанок",
     "Ελληνικά ώστε ψυχή",
@@ -75,32 +77,35 @@ TEXTS = (
     "한국어 문장입니다",
     "Tiếng Việt có dấu: ươ ắ ộ",
     "𐍈𐌰𐌲 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𠜎𠜱",
-    "\U0001f600\U0001f680 \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd \u2764\ufe0f 1\ufe0f\u20e3",
+    "\U0001f600\U0001f680 \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea "
+    "\U0001f44d\U0001f3fd \u2764\ufe0f 1\ufe0f\u20e3",
     "\u00a0\u2003\u3000 blanks\u200b of other\u2028kinds\u0085",
     "\x00\x01\x07\x08\x0b\x0c\x1b[0m\x1f\x7f\x80\x9f\ufeff\ufffd\U0010ffff",
-    "e\u0301 a\u0308 o\u0302\u0323 o\u0323\u0302 \u00f4\u0300 a\u0323\u0301 a\u0301\u0323 \u1e9b\u0323 \u0344 \u2460\u0301",
-    "\ufb01n \u00bd \u2460 \u33a1 \u2122 \u2026 \uff21\uff22\uff43\uff11 \u00b2\u2075 \u2160\u217b \u212b \u2126 \u00b5",
+    "e\u0301 a\u0308 o\u0302\u0323 o\u0323\u0302 \u00f4\u0300 a\u0323\u0301 a\u0301\u0323 "
+    "\u1e9b\u0323 \u0344 \u2460\u0301",
+    "\ufb01n \u00bd \u2460 \u33a1 \u2122 \u2026 \uff21\uff22\uff43\uff11 \u00b2\u2075 "
+    "\u2160\u217b \u212b \u2126 \u00b5",
     "\uff76\uff9e\uff8a\uff9f \uff83\uff9e \u30cf\uff9e",
     "\u1100\u1161\u11a8 \uac00\u11a8 \u304b\u3099 \u0cca\u0cd5",
 )
-"""What a tokenizer has to read as sentencepiece does, beside every piece of its own and mixtures of them."""
+"""Texts to compare, beside the pieces of a tokenizer and mixtures of them."""
 
 
-def check_texts(said: SentencePieceFile) -> list[str]:
-    """Return TEXTS, every piece by itself, mixtures of pieces and, where characters are rewritten, every character and its parts."""
-    words = [
+def check_texts(file: SentencePieceFile) -> list[str]:
+    """Return TEXTS, pieces, mixtures of them and, if any are rewritten, all characters."""
+    pieces = [
         piece.text.replace(BLANK, " ")
-        for piece in said.pieces
+        for piece in file.pieces
         if piece.kind in (NORMAL, USER_DEFINED)
     ]
-    symbols, chance = (
-        [symbol.replace(BLANK, " ") for symbol in user_symbols(said)],
+    symbols, random_numbers = (
+        [symbol.replace(BLANK, " ") for symbol in user_symbols(file)],
         random.Random(0),
     )
-    texts = [*TEXTS, "\n".join(TEXTS), *words]
+    texts = [*TEXTS, "\n".join(TEXTS), *pieces]
     texts += [
-        "".join(chance.choices(words, k=chance.randint(2, 12)))
-        for _ in range(NUM_MIXTURES if words else 0)
+        "".join(random_numbers.choices(pieces, k=random_numbers.randint(2, 12)))
+        for _ in range(NUM_MIXTURES if pieces else 0)
     ]
     texts += [
         text
@@ -108,67 +113,72 @@ def check_texts(said: SentencePieceFile) -> list[str]:
         for text in (f"a{symbol}b", f" {symbol} {symbol}{symbol}  x", f"{symbol}\n{symbol}")
     ]
     texts += [
-        "".join(chance.choices([*symbols, *words[:50], "a", " ", "b "], k=8))
+        "".join(random_numbers.choices([*symbols, *pieces[:50], "a", " ", "b "], k=8))
         for _ in range(300 if symbols else 0)
     ]
-    if said.charsmap:
-        signs = [
+    if file.charsmap:
+        characters = [
             chr(code)
             for code in range(1, 0x110000)
             if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")
         ]
-        signs += composed_characters().values()
-        texts += ["a" + "a".join(signs[begin : begin + 64]) for begin in range(0, len(signs), 64)]
+        characters += composed_characters().values()
+        texts += [
+            "a" + "a".join(characters[begin : begin + 64])
+            for begin in range(0, len(characters), 64)
+        ]
     return texts
 
 
 def compare_tokenizers(
-    said: SentencePieceFile, own: SentencePieceTokenizer, fast: "Tokenizer"
+    file: SentencePieceFile, own: SentencePieceTokenizer, fast: "Tokenizer"
 ) -> tuple[int, int]:
-    """Return the number of texts that were compared, and of those that can be cut in two ways.
+    """Check that a fast tokenizer encodes and decodes as sentencepiece does.
 
-    Unigram pieces can be put together in several ways of the same score, up to the rounding of sentencepiece's sums. Which one is taken
-    is chance; such texts are counted, not refused.
+    With unigram pieces several splits of a text may have the same score, up to the rounding of
+    sentencepiece's sums. Which one wins is arbitrary; such ties are counted, not refused.
 
     Args:
-        said: The file.
-        own: Our reading of it: sentencepiece's own, and the names of control and added tokens.
-        fast: The tokenizer that is to equal it.
+        file: The content of the sentencepiece file.
+        own: Our tokenizer: sentencepiece, with names of control and added tokens.
+        fast: The fast tokenizer.
+
+    Returns:
+        The number of texts compared, and of ties among them.
 
     Raises:
-        ValueError: A text is cut or put together differently.
+        ValueError: A text is encoded or decoded differently.
     """
     special = list(own.named_tokens)
-    texts = [text for text in check_texts(said) if not any(token in text for token in special)]
+    texts = [text for text in check_texts(file) if not any(token in text for token in special)]
     num_plain, ties = len(texts), 0
     texts += [text for text in probes(special) if any(token in text for token in special)]
     wanted, got = (
         own.encode_batch(texts),
-        [found.ids for found in fast.encode_batch_fast(texts, add_special_tokens=False)],
+        [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
     )
     decoded = fast.decode_batch(wanted[:num_plain], skip_special_tokens=False)
-    decoded += [
-        own.decode(ids) for ids in wanted[num_plain:]
-    ]  # joined by rules of each library behind a token
+    # After special tokens the libraries join texts by rules of their own; these are not compared.
+    decoded += [own.decode(ids) for ids in wanted[num_plain:]]
     for text, right, ids, read in zip(texts, wanted, got, decoded, strict=True):
         if ids != right:
-            if not (said.algorithm == UNIGRAM and _is_tie(said, own, right, ids)):
+            if not (file.algorithm == UNIGRAM and _is_tie(file, own, right, ids)):
                 cut, right_cut = (
                     fast.decode_batch([[i] for i in ids[:12]]),
                     [own.token_text(i) for i in right[:12]],
                 )
-                raise ValueError(f"{text[:60]!r} is cut into {cut}, not {right_cut}")
+                raise ValueError(f"{text[:60]!r} is split into {cut}, not {right_cut}")
             ties += 1
         if read != own.decode(right):
             raise ValueError(
-                f"{text[:60]!r} is read back as {read[:60]!r}, not {own.decode(right)[:60]!r}"
+                f"{text[:60]!r} is decoded to {read[:60]!r}, not {own.decode(right)[:60]!r}"
             )
     return len(texts), ties
 
 
 def _is_tie(
-    said: SentencePieceFile, own: SentencePieceTokenizer, first: list[int], second: list[int]
+    file: SentencePieceFile, own: SentencePieceTokenizer, first: list[int], second: list[int]
 ) -> bool:
-    score, other = (sum(said.pieces[i].score for i in ids) for ids in (first, second))
+    score, other = (sum(file.pieces[i].score for i in ids) for ids in (first, second))
     same_text = own.decode(first) == own.decode(second)
     return same_text and abs(score - other) <= ROUNDING * max(1.0, abs(score))

@@ -1,12 +1,12 @@
-"""Tokenizer files that go out with a model: AutoTokenizer reads them as the model was trained.
+"""Tokenizer files for export, which AutoTokenizer reads as the model was trained.
 
-Where transformers reads a directory otherwise than this project (it rebuilds some classes, puts no
-bos that tokenizer_config.json asks for, keeps dropout), the files are written anew so that nothing
-is left to read otherwise: tokenizer.json says everything, and the class takes it as it stands.
+transformers reads some directories differently from this project: it rebuilds some classes, adds no
+bos that tokenizer_config.json asks for, keeps dropout. Such files are written anew: tokenizer.json
+holds everything, and the class takes it unchanged.
 
-A directory that holds a sentencepiece file alone gets a tokenizer.json: transformers and vLLM
-rebuild such a file by rules of their own, and for tokenizers of other settings than LLaMA's the ids
-are then others than those the model was trained with, and nothing says so.
+A directory with a sentencepiece file alone gets a tokenizer.json: transformers and vLLM convert
+such a file by rules of their own, and for tokenizers with other options than LLaMA's the ids then
+differ silently from those the model was trained with.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from megatron_sorted.conversion.tokenizers.fast_tokenizer import rebuild
 from megatron_sorted.conversion.tokenizers.sentencepiece_file import read_sentencepiece
 from megatron_sorted.errors import CheckpointError, DataError
 from megatron_sorted.files import write_text_atomically
-from megatron_sorted.reading.json_text import read_settings
+from megatron_sorted.reading.json_text import read_optional_object
 from megatron_sorted.text.tokenizer.classes import ALWAYS_OF_TYPE
 from megatron_sorted.text.tokenizer.fast import MADE_OF, HuggingFaceTokenizer
 from megatron_sorted.text.tokenizer.files import (
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MODULE, CLASS = "tokenizer_as_written.py", "TokenizerAsWritten"
-MODULE_TEXT = f'''"""A tokenizer.json read as it stands; only for readers that set trust_remote_code."""
+MODULE_TEXT = f'''"""A tokenizer.json read unchanged; used only with trust_remote_code."""
 
 from transformers import PreTrainedTokenizerFast
 
@@ -47,7 +47,7 @@ from transformers import PreTrainedTokenizerFast
 class {CLASS}(PreTrainedTokenizerFast):
     """Nothing but the file."""
 '''
-OF_THE_OLD_CLASS = (
+OLD_CLASS_KEYS = (
     "auto_map",
     "sp_model_kwargs",
     "vocab_file",
@@ -55,11 +55,11 @@ OF_THE_OLD_CLASS = (
     "use_fast",
     "spaces_between_special_tokens",
 )
-"""Entries of a tokenizer_config.json that speak to the class it named before."""
+"""Keys of a tokenizer_config.json that are arguments of the class it named before."""
 
 
 def write_for_transformers(directory: Path) -> list[str]:
-    """Make AutoTokenizer read a model's directory as we do, and return lines about what was done.
+    """Change a directory so that AutoTokenizer reads it as we do; return lines about the changes.
 
     Raises:
         DataError: The tokenizer in the directory cannot be read.
@@ -77,10 +77,10 @@ def write_for_transformers(directory: Path) -> list[str]:
 
 
 def _write_anew(directory: Path, tokenizer: HuggingFaceTokenizer) -> str:
-    """Write what ``tokenizer`` is as tokenizer.json and a tokenizer_config.json that fits."""
-    config = read_settings(directory / CONFIG)
+    """Write ``tokenizer`` as tokenizer.json with a matching tokenizer_config.json."""
+    config = read_optional_object(directory / CONFIG)
     kept: dict[str, Any] = {
-        name: value for name, value in config.items() if name not in OF_THE_OLD_CLASS
+        name: value for name, value in config.items() if name not in OLD_CLASS_KEYS
     }
     kept |= tokenizer.special_tokens
     kept |= {
@@ -89,7 +89,7 @@ def _write_anew(directory: Path, tokenizer: HuggingFaceTokenizer) -> str:
         "add_eos_token": tokenizer.adds_eos,
         MADE_OF: sorted(tokenizer.hashes),
     }
-    model = read_settings(directory / "config.json")
+    model = read_optional_object(directory / "config.json")
     add_ends(tokenizer.fast, kept)
     write_text_atomically(directory / JSON, tokenizer.fast.to_str())
     write_settings(directory, kept, model.get("model_type"))
@@ -108,10 +108,10 @@ def _check_alike(directory: Path, tokenizer: HuggingFaceTokenizer) -> None:
 
 
 def add_fast_tokenizer(directory: Path) -> str | None:
-    """Return a line about what was done for a directory with a sentencepiece file; None if there was nothing to do.
+    """Add tokenizer.json beside a sentencepiece file; return a line about it, None without changes.
 
-    It gets tokenizer.json and a tokenizer_config.json that fits, if the ids are those of our own
-    reading; otherwise it stays as it is.
+    The directory gets tokenizer.json and a matching tokenizer_config.json if they give the same ids
+    as sentencepiece; otherwise nothing is written.
     """
     if not (directory / PIECES).is_file() or (directory / JSON).exists():
         return None
@@ -119,10 +119,10 @@ def add_fast_tokenizer(directory: Path) -> str | None:
         text, config, line = _tokenizer_json(directory)
     except (ImportError, OSError, ValueError, DataError) as error:
         return (
-            f"{PIECES} goes alone, without {JSON}: {str(error).rstrip('.')}. Transformers and vLLM "
-            "may cut texts into other tokens; sentencepiece and our own tools read it as it is."
+            f"{PIECES} is exported without {JSON}: {str(error).rstrip('.')}. transformers and vLLM "
+            "may split texts into other tokens; sentencepiece and our own tools read it unchanged."
         )
-    model = read_settings(directory / "config.json")
+    model = read_optional_object(directory / "config.json")
     if isinstance(model.get("max_position_embeddings"), int):
         config.setdefault("model_max_length", model["max_position_embeddings"])
     write_text_atomically(directory / JSON, text)
@@ -131,11 +131,11 @@ def add_fast_tokenizer(directory: Path) -> str | None:
 
 
 def write_settings(directory: Path, config: Mapping[str, Any], model_type: str | None) -> None:
-    """Write a tokenizer_config.json with which AutoTokenizer takes tokenizer.json as it stands.
+    """Write a tokenizer_config.json with which AutoTokenizer takes tokenizer.json unchanged.
 
-    For models of type qwen2 AutoTokenizer of transformers 5 takes Qwen's class, whatever is named,
-    and so cuts texts in another way; with an ``auto_map`` it does not. Without trust_remote_code
-    nothing of the module that the map names is run, with it nothing but the file is read.
+    For models of type qwen2, AutoTokenizer of transformers 5 takes Qwen's class, whatever is named,
+    and splits texts differently; with an ``auto_map`` it does not. Without trust_remote_code
+    the module that the map names is not run; with it, it reads nothing but the file.
     """
     if model_type in ALWAYS_OF_TYPE:
         module = MODULE.removesuffix(".py")
@@ -147,26 +147,23 @@ def write_settings(directory: Path, config: Mapping[str, Any], model_type: str |
 
 
 def _tokenizer_json(directory: Path) -> tuple[str, dict[str, Any], str]:
-    """Return the content of tokenizer.json and of tokenizer_config.json and a line about them.
+    """Return the contents of tokenizer.json and tokenizer_config.json, and a line about them.
 
-    The settings that the directory has stay in force: special and added tokens, whether bos is
-    added, chat template.
+    Special and added tokens, the addition of bos, and the chat template of the directory are kept.
 
     Raises:
         ImportError: A library is not installed.
-        DataError, ValueError: The directory holds no sentencepiece file, or contradicts itself, or
-            the two would not read alike.
+        DataError, ValueError: The directory holds no sentencepiece file, contradicts itself, or the
+            two tokenizers differ.
     """
     files = read_tokenizer_files(directory / PIECES)
     own = SentencePieceTokenizer(files)
     data = files.main.read_bytes()
-    said = read_sentencepiece(data)
-    if own.blank_before == "never":
-        said = dataclasses.replace(said, adds_blank=False)
-    fast = rebuild(said, data, own.blank_before)
-    if isinstance(fast, str):
-        raise ValueError(fast)
-    config = {name: value for name, value in files.config.items() if name not in OF_THE_OLD_CLASS}
+    content = read_sentencepiece(data)
+    if own.space_before == "never":
+        content = dataclasses.replace(content, adds_blank=False)
+    fast = rebuild(content, data, own.space_before)
+    config = {name: value for name, value in files.config.items() if name not in OLD_CLASS_KEYS}
     _add_tokens(fast, files, own)
     config |= {
         **own.special_tokens,
@@ -185,18 +182,21 @@ def _tokenizer_json(directory: Path) -> tuple[str, dict[str, Any], str]:
             for i in sorted(files.added)
         }
     add_ends(fast, config)
-    count, ties = compare_tokenizers(said, own, fast)
-    line = f"{JSON}: made of {PIECES}, the same ids and texts as sentencepiece on {count - ties:,} of {count:,} texts"
+    count, ties = compare_tokenizers(content, own, fast)
+    line = (
+        f"{JSON}: built from {PIECES}, the same ids and texts as sentencepiece on "
+        f"{count - ties:,} of {count:,} texts"
+    )
     if ties:
-        line += f"; {ties} are cut into other pieces of the same score"
+        line += f"; {ties} are split into other pieces of the same score"
     return fast.to_str(), config, line
 
 
 def _add_tokens(fast: "Tokenizer", files: TokenizerFiles, own: SentencePieceTokenizer) -> None:
-    """Add the tokens that a text can name.
+    """Add the tokens that texts can contain by name.
 
     Raises:
-        ValueError: One gets another id.
+        ValueError: A token gets another id than it had.
     """
     from tokenizers import AddedToken
 
@@ -204,7 +204,7 @@ def _add_tokens(fast: "Tokenizer", files: TokenizerFiles, own: SentencePieceToke
     for content, (number, is_special) in sorted(
         own.named_tokens.items(), key=lambda pair: pair[1][0]
     ):
-        # a normalized name has a blank before it, which a text has not
+        # Normalization would put a blank before the name, which texts do not have.
         fast.add_tokens(
             [
                 AddedToken(
@@ -221,7 +221,7 @@ def _add_tokens(fast: "Tokenizer", files: TokenizerFiles, own: SentencePieceToke
 
 
 def add_ends(fast: "Tokenizer", config: Mapping[str, Any]) -> None:
-    """Make the tokenizer put bos before a text and eos behind it where the configuration says so."""
+    """Make the tokenizer add bos before and eos after a text if the configuration asks for it."""
     from tokenizers import processors
 
     ends = {name: config[f"{name}_token"] for name in ("bos", "eos") if config[f"add_{name}_token"]}

@@ -1,4 +1,4 @@
-"""What a model directory says of its prompt form: the form itself, a chat template for transformers, and every token that ends a text."""
+"""Files of a model directory that define its prompt template and the tokens that end a text."""
 
 import json
 from collections.abc import Mapping
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER
+from megatron_sorted.conversion.hugging_face.families import GENERATION_FILE
 from megatron_sorted.conversion.open_model import OpenModel
-from megatron_sorted.reading.json_text import read_settings
+from megatron_sorted.reading.json_text import read_optional_object
 from megatron_sorted.text.prompt_form import (
     CHAT,
     FILE,
@@ -20,14 +21,12 @@ from megatron_sorted.text.prompt_form import (
 from megatron_sorted.text.tokenizer.template_files import CONFIG as SETTINGS
 from megatron_sorted.text.tokenizer.template_files import LEGACY_TEMPLATE, MORE_TEMPLATES, TEMPLATE
 
-GENERATION = "generation_config.json"
-
 
 def form_of(model: OpenModel) -> PromptForm | None:
-    """Return the form that came with a model; None where none did.
+    """Return the prompt template that came with a model; None if there is none.
 
     Raises:
-        DataError: It is damaged, or neither its tokenizer nor its network can write the form's tokens.
+        DataError: The template is damaged, or the tokenizer or the network lacks its tokens.
     """
     path = model.files.get(f"{TOKENIZER}/{FILE}")
     if path is None:
@@ -40,41 +39,40 @@ def form_of(model: OpenModel) -> PromptForm | None:
 
 
 def trained_ends(model: OpenModel, form: PromptForm | None) -> tuple[int, ...]:
-    """Return the tokens that end a text: those that the model came with, then those it was trained with.
+    """Return the tokens that end a text: those of the model's files, then those of the template.
 
     Raises:
-        DataError: What it came with are no tokens of it.
+        DataError: An entry of the files is no token of the model.
     """
     rows = model.settings.vocab_size
     path = model.files.get(
-        f"{HUGGING_FACE}/{GENERATION}", model.files.get(f"{TOKENIZER}/{GENERATION}")
+        f"{HUGGING_FACE}/{GENERATION_FILE}", model.files.get(f"{TOKENIZER}/{GENERATION_FILE}")
     )
-    said = read_settings(path) if path is not None else {}
-    found = [
-        *end_tokens(said.get("eos_token_id"), f"{path}", rows),
+    generation = read_optional_object(path) if path is not None else {}
+    own = [
+        *end_tokens(generation.get("eos_token_id"), f"{path}", rows),
         *end_tokens(
             (model.config or {}).get("eos_token_id"), f"{model.directory}: config.json", rows
         ),
     ]
-    return tuple(dict.fromkeys([*found, *(form.end_ids if form else ())]))
+    return tuple(dict.fromkeys([*own, *(form.end_ids if form else ())]))
 
 
 def write_form(directory: Path, form: PromptForm) -> list[str]:
-    """Write a form into a directory: by itself, and as the chat template that transformers takes.
+    """Write a prompt template as a file of its own and as a chat template for transformers.
 
-    It takes the place of any template that was not trained.
+    It replaces all templates that the model was not trained with.
 
     Args:
-        directory: With the tokenizer's files.
-        form: To write.
+        directory: The directory of the tokenizer's files.
+        form: The prompt template.
 
     Returns:
-        A line about it, if there is something to say.
+        A line about it, if anything changed.
     """
     (directory / FILE).write_text(form.as_json(), encoding="utf-8")
-    if not form.is_conversation or (
-        form.name == CHAT and _own_template(directory) == form.template
-    ):
+    is_same = _own_template(directory) == form.template
+    if not form.is_conversation or (form.name == CHAT and is_same):
         return []
     others = [
         *(directory / MORE_TEMPLATES).glob("*.jinja"),
@@ -86,44 +84,46 @@ def write_form(directory: Path, form: PromptForm) -> list[str]:
         path.unlink(missing_ok=True)
     if (directory / MORE_TEMPLATES).is_dir():
         (directory / MORE_TEMPLATES).rmdir()
-    if (settings := read_settings(directory / SETTINGS)).pop("chat_template", None) is not None:
+    if (settings := read_optional_object(directory / SETTINGS)).pop(
+        "chat_template", None
+    ) is not None:
         replaces = True
         _write_object(directory / SETTINGS, settings)
     (directory / TEMPLATE).write_text(form.template, encoding="utf-8")
     instead = (
         " in place of the tokenizer's own, which was not trained"
-        if replaces and form.name != CHAT
+        if replaces and form.name != CHAT and not is_same
         else ""
     )
     return [f"{TEMPLATE}: the {form.label} form, as trained{instead}"]
 
 
 def _own_template(directory: Path) -> str | None:
-    """Return the template that transformers takes from a directory if it has one template alone."""
+    """Return the only chat template of a directory; None if there are several or none."""
     if (directory / MORE_TEMPLATES).is_dir():
         return None
     if (directory / TEMPLATE).is_file():
         return (directory / TEMPLATE).read_text(encoding="utf-8")
-    return read_settings(directory / SETTINGS).get("chat_template")
+    return read_optional_object(directory / SETTINGS).get("chat_template")
 
 
 def write_generation_config(
     directory: Path, config: Mapping[str, Any], ends: tuple[int, ...]
 ) -> None:
-    """Write generation_config.json: what stands there stays, and every token that ends a text is added.
+    """Write generation_config.json: keep its entries and add every token that ends a text.
 
     Raises:
-        DataError: What stands there is no JSON object.
+        DataError: The existing file is no JSON object.
     """
-    path = directory / GENERATION
-    said = read_settings(path) or {
+    path = directory / GENERATION_FILE
+    generation = read_optional_object(path) or {
         name: config[name]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         if config.get(name) is not None
     }
     if ends:
-        said["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
-    _write_object(path, said)
+        generation["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
+    _write_object(path, generation)
 
 
 def _write_object(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a sentencepiece file says of itself, read without protobuf: pieces with scores and kinds, and how text is normalised."""
+"""Reader of sentencepiece files without protobuf: pieces, scores, kinds and normalization."""
 
 import struct
 from collections.abc import Iterator
@@ -19,19 +19,19 @@ class VocabularyPiece:
 
 @dataclass(frozen=True)
 class SentencePieceFile:
-    """The parts of sentencepiece's ModelProto that decide on ids and texts, by its numbers of fields and with its defaults.
+    """The fields of sentencepiece's ModelProto that determine ids and texts.
 
     Attributes:
         pieces: The vocabulary.
         algorithm: UNIGRAM, BPE, CHAR or another.
-        byte_fallback: Unknown characters are written as bytes.
-        suffix_blank: A word's blank stands behind it.
-        unknown_text: What an unknown piece is read as.
-        charsmap: Compiled rules of normalisation; empty: none.
-        adds_blank: A blank is put before every text.
-        removes_blanks: Blanks at either end and repeated ones are dropped.
-        escapes_blanks: A blank is written as a sign of its own, U+2581.
-        changes_decoded: Texts are rewritten after decoding.
+        byte_fallback: Whether unknown characters are encoded as bytes.
+        suffix_blank: Whether a blank belongs to the word before it.
+        unknown_text: The text to which an unknown piece is decoded.
+        charsmap: Compiled normalization rules; empty if there are none.
+        adds_blank: Whether a blank is added before every text.
+        removes_blanks: Whether blanks at both ends and repeated ones are dropped.
+        escapes_blanks: Whether a blank is encoded as U+2581.
+        changes_decoded: Whether texts are rewritten after decoding.
     """
 
     pieces: tuple[VocabularyPiece, ...]
@@ -47,10 +47,12 @@ class SentencePieceFile:
 
 
 def read_sentencepiece(data: bytes) -> SentencePieceFile:
-    """Return what the bytes of a sentencepiece file say.
+    """Parse the bytes of a sentencepiece file.
+
+    Field numbers and defaults are those of sentencepiece's protobuf definition.
 
     Raises:
-        ValueError: They are none, or cut off.
+        ValueError: The bytes are no such file, or are cut off.
     """
     fields = list(_fields(data))
     pieces = tuple(_piece(content) for number, content in fields if number == 1)
@@ -73,16 +75,19 @@ def read_sentencepiece(data: bytes) -> SentencePieceFile:
 
 
 def _piece(content: bytes) -> VocabularyPiece:
-    found = dict(_fields(content))
+    fields = dict(_fields(content))
     return VocabularyPiece(
-        found.get(1, b"").decode(),
-        struct.unpack("<f", found.get(2, bytes(4)))[0],
-        found.get(3, NORMAL),
+        fields.get(1, b"").decode(),
+        struct.unpack("<f", fields.get(2, bytes(4)))[0],
+        fields.get(3, NORMAL),
     )
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield number and content of every field of a protobuf message: numbers as int, everything else as its bytes."""
+    """Yield (number, content) of every field of a protobuf message.
+
+    The content is an int for varints, otherwise the bytes.
+    """
     position = 0
     while position < len(data):
         key, position = _varint(data, position)

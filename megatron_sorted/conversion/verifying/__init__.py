@@ -1,1 +1,1 @@
-"""Are two directories the same model? Every tensor bit for bit, and the logits of every exit by two programs."""
+"""Comparison of two directories: every tensor bit for bit, the logits of every exit."""

@@ -1,7 +1,8 @@
-"""What a network in Megatron's form computes at every depth, in plain PyTorch with one matrix in memory at a time.
+"""Exits of a network in Megatron's layout, computed in plain PyTorch, one matrix at a time.
 
-Written from the definition of the network, apart from both Megatron and transformers: fused projections are used as they are stored. Tests
-compare it with Megatron's own layers in parallel layouts; `verify` compares it with transformers.
+This is an implementation independent of Megatron and transformers: it uses fused projections as
+they are stored. Tests compare it with Megatron's own layers in parallel layouts; `verify` compares
+it with transformers.
 """
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional
 
-from megatron_sorted.conversion.verifying.streamed import ReadExit, multiply
+from megatron_sorted.conversion.verifying.streamed import StreamedExit, multiply
 from megatron_sorted.settings.derived import exit_depths, kv_channels, num_query_groups
 from megatron_sorted.settings.run import Settings
 
@@ -18,11 +19,12 @@ Read = Callable[[str], torch.Tensor]
 
 
 def rotary_frequencies(settings: Settings) -> torch.Tensor:
-    """Return how far each pair of channels turns from one position to the next [d / 2], in radians.
+    """Return each channel pair's rotation from one position to the next [d / 2], in radians.
 
-    RoPE (Su et al. 2021, arXiv 2104.09864, eq. 15): base ** (-2i / d). Linear interpolation (Chen et al. 2023, arXiv 2306.15595) divides
-    all by a factor. Llama 3.1 divides the slow ones by a factor, leaves the fast ones, and goes from one to the other linearly in the
-    number of turns within the original context (its reference implementation, ``apply_scaling``).
+    RoPE (Su et al. 2021, arXiv 2104.09864, eq. 15): base ** (-2i / d). Linear interpolation (Chen
+    et al. 2023, arXiv 2306.15595) divides all by a factor. Llama 3.1 divides the slow ones by a
+    factor, leaves the fast ones, and goes from one to the other linearly in the number of turns
+    within the original context (its reference implementation, ``apply_scaling``).
     """
     d = kv_channels(settings)
     frequencies = 1.0 / settings.rotary_base ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
@@ -48,20 +50,20 @@ def _rotate(heads_bnsd: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor
 
 def nested_exits(
     settings: Settings, read: Read, tokens_bs: torch.Tensor, depths: Sequence[int]
-) -> dict[int, ReadExit]:
-    """Return {depth: exit} in fp32; a depth that is no exit is read by the last exit's norm and head.
+) -> dict[int, StreamedExit]:
+    """Compute {depth: exit} in fp32; a depth without an exit uses the last norm and head.
 
     Args:
-        settings: Of the network; one that ``families.family_of_settings`` knows.
-        read: Gives a tensor by its global name.
-        tokens_bs: Token ids.
-        depths: At which to read the network.
+        settings: The settings of a network that ``families.family_of_settings`` supports.
+        read: A function that reads a tensor by its global name.
+        tokens_bs: Token ids [b, s].
+        depths: The depths to compute.
     """
-    exits: dict[int, ReadExit] = {}
+    exits: dict[int, StreamedExit] = {}
     with torch.no_grad():
         frequencies, length = rotary_frequencies(settings), tokens_bs.size(1)
         distance = torch.arange(length)[:, None] - torch.arange(length)
-        # a token (row) sees itself and those before, at most a window of them
+        # A token (row) attends to itself and those before it, at most a window of tokens.
         visible = (distance >= 0) & (distance < (settings.sliding_window or length))
         hidden_bsh = read("embedding.word_embeddings.weight")[tokens_bs].float()
         for layer in range(max(depths)):
@@ -86,7 +88,7 @@ def _after_parts(
     frequencies: torch.Tensor,
     visible: torch.Tensor,
 ) -> torch.Tensor:
-    """Return what an exit's norm reads: the hidden state after the exit's own adapter, then its block or MLP, where it has them."""
+    """Return the input of an exit's norm: the hidden state after the exit's parts, if any."""
     if depth not in exit_depths(settings)[:-1]:
         return hidden_bsh
     if settings.exit_adapter_rank:
@@ -144,14 +146,16 @@ def _layer(
 
 
 def _mlp(settings: Settings, read: Read, hidden_bsh: torch.Tensor) -> torch.Tensor:
-    """Return the hidden state after an MLP with its norm."""
+    """Return the hidden state after a layer's MLP and the norm before it."""
     normed = _norm(settings, hidden_bsh, read("linear_fc1.layer_norm_weight"))
     gate, up = multiply(normed, read("linear_fc1.weight")).chunk(2, -1)
     return hidden_bsh + multiply(functional.silu(gate) * up, read("linear_fc2.weight"))
 
 
-def _read_exit(settings: Settings, read: Read, depth: int, hidden_bsh: torch.Tensor) -> ReadExit:
-    """Return one exit, over the real vocabulary."""
+def _read_exit(
+    settings: Settings, read: Read, depth: int, hidden_bsh: torch.Tensor
+) -> StreamedExit:
+    """Return one exit, without padded rows of the vocabulary."""
     is_own = depth in exit_depths(settings)[:-1]
     norm = (
         f"exit_norms.{depth}.weight"
@@ -165,6 +169,6 @@ def _read_exit(settings: Settings, read: Read, depth: int, hidden_bsh: torch.Ten
     )
     if is_own and settings.untie_exit_output_weights:
         head = f"exit_output_layers.{depth}.weight"
-    return ReadExit(
+    return StreamedExit(
         _norm(settings, hidden_bsh, read(norm)), lambda: read(head)[: settings.vocab_size]
     )

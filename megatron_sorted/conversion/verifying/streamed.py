@@ -1,4 +1,4 @@
-"""Products with matrices that are read when they are needed, a block of rows at a time in 32-bit numbers."""
+"""Products with matrices that are read on use, computed a block of rows at a time in fp32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,16 +8,15 @@ from torch.nn import functional
 
 from megatron_sorted.conversion.tensors.source import TensorSource
 
-BLOCK_BYTES = (
-    8 << 20
-)  # stays in the caches between being made and being used; smaller ones would only make threads wait for each other
+# A block stays in the caches until it is used; smaller ones would make threads wait for each other.
+BLOCK_BYTES = 8 << 20
 ROWS_AT_LEAST = 128
 
 
 def multiply(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return ``hidden @ weight.T + bias`` in fp32 for a weight [rows, h] of any kind; no fp32 copy of the whole weight is made."""
+    """Return ``hidden @ weight.T + bias`` in fp32, without an fp32 copy of the weight [rows, h]."""
     if weight.dtype == torch.float32:
         result = functional.linear(hidden, weight)
     else:
@@ -34,38 +33,38 @@ def multiply(
 
 
 @dataclass(frozen=True)
-class ReadExit:
-    """An exit before its head: the logits of many exits would fill the memory, so they are made one exit at a time.
+class StreamedExit:
+    """An exit whose logits are computed on demand, as those of all exits would fill the memory.
 
     Attributes:
-        normed_bsh: Hidden state after the exit's norm.
-        head: Reads the head's matrix [v, h].
+        normed_bsh: The hidden state after the exit's norm.
+        head: A function that reads the head's matrix [v, h].
     """
 
     normed_bsh: torch.Tensor
     head: Callable[[], torch.Tensor]
 
     def logits(self) -> torch.Tensor:
-        """Return them [b, s, v] in fp32."""
+        """Compute the logits [b, s, v] in fp32."""
         with torch.no_grad():
             return multiply(self.normed_bsh, self.head())
 
 
 class StreamedLinear(torch.nn.Module):
-    """A linear layer that holds nothing: its weight is read at each call."""
+    """A linear layer without parameters: it reads its weight at each call."""
 
     def __init__(self, source: TensorSource, name: str, bias: str | None = None):
         super().__init__()
         self.source, self.name, self.bias_name = source, name, bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the product."""
+        """Return the product, plus the bias if there is one."""
         bias = None if self.bias_name is None else self.source.read(self.bias_name)
         return multiply(hidden, self.source.read(self.name), bias)
 
 
 class StreamedEmbedding(torch.nn.Module):
-    """An embedding that holds nothing: its matrix is read at each call."""
+    """An embedding without parameters: it reads its matrix at each call."""
 
     def __init__(self, source: TensorSource, name: str):
         super().__init__()

@@ -1,7 +1,8 @@
-"""What transformers computes from a Hugging Face directory at every depth, with one matrix in memory at a time.
+"""Exits of a Hugging Face directory, computed by transformers, one matrix in memory at a time.
 
-Its own model classes run unchanged, but for their linear layers and embedding, which read a matrix when they are called. (Beside it
-`hugging_face.transformers_network` imports transformers, and `nested_exits`, which goes out with models.)
+Its model classes run unchanged except for linear layers and embedding, which read their matrices at
+each call. (The only other modules of `conversion` that import transformers are
+`hugging_face.transformers_network` and `nested_exits`, which is copied beside exported models.)
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from megatron_sorted.conversion.hugging_face.families import CONFIG
+from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE
 from megatron_sorted.conversion.hugging_face.transformers_network import (
     compute_rotations,
     network_of_config,
@@ -17,8 +18,8 @@ from megatron_sorted.conversion.hugging_face.transformers_network import (
 from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.conversion.tensors.table import EMBEDDING, HEAD
 from megatron_sorted.conversion.verifying.streamed import (
-    ReadExit,
     StreamedEmbedding,
+    StreamedExit,
     StreamedLinear,
 )
 from megatron_sorted.errors import CheckpointError
@@ -29,20 +30,22 @@ def require_transformers() -> None:
     """Check that transformers is installed.
 
     Raises:
-        CheckpointError: It is not.
+        CheckpointError: It is not installed.
     """
     if find_spec("transformers") is None:
         raise CheckpointError(
-            "Verifying compares with transformers, which is not installed. pip install transformers, or give "
-            "--no-verify."
+            "Verifying compares with transformers, which is not installed. pip install "
+            "transformers, or give --no-verify."
         )
 
 
 def _build(model: OpenModel) -> torch.nn.Module:
-    """Return transformers' model of a directory in fp32, its matrices on disk."""
+    """Return transformers' model of a directory in fp32, with its matrices left on disk."""
     assert model.config is not None
-    network = network_of_config(model.config, str(model.directory / CONFIG), torch.float32, "eager")
-    compute_rotations(network, str(model.directory / CONFIG))
+    network = network_of_config(
+        model.config, str(model.directory / CONFIG_FILE), torch.float32, "eager"
+    )
+    compute_rotations(network, str(model.directory / CONFIG_FILE))
     config = network.config
     return _stream(
         network,
@@ -54,12 +57,12 @@ def _build(model: OpenModel) -> torch.nn.Module:
 def _stream(
     network: torch.nn.Module, model: OpenModel, stored: Callable[[str], str]
 ) -> torch.nn.Module:
-    """Return a module of transformers whose matrices are read when they are needed and whose norms are read now.
+    """Make a transformers module read its matrices at each call; load its norms at once.
 
     Args:
-        network: Made on no device.
-        model: Whose tensors it gets.
-        stored: Gives the name of a tensor there by its name within the module.
+        network: The module, on the meta device.
+        model: The model that holds the tensors.
+        stored: A function from a tensor's name in the module to its name in the model.
     """
     for name, module in list(network.named_modules()):
         if isinstance(module, torch.nn.Linear):
@@ -87,14 +90,14 @@ def _stream(
 def _after_parts(
     model: OpenModel, network: torch.nn.Module, depth: int, hidden_bsh: torch.Tensor, more: dict
 ) -> torch.Tensor:
-    """Return what an exit's norm reads: the hidden state after the exit's adapter, then its block or MLP, where it has them.
+    """Return the input of an exit's norm: the hidden state after the exit's parts, if any.
 
     Args:
-        model: The directory.
+        model: The model on disk.
         network: transformers' model of it.
-        depth: Of the exit.
-        hidden_bsh: After so many layers.
-        more: What transformers gave the last of these layers beside the hidden state: mask and positions.
+        depth: The depth of the exit.
+        hidden_bsh: The hidden state after ``depth`` layers.
+        more: The other arguments of the last of these layers: mask and positions.
     """
     settings, layer, own = model.settings, network.model.layers[depth - 1], f"exits.{depth}"
     if depth not in exit_depths(settings)[:-1]:
@@ -118,7 +121,7 @@ def _after_parts(
 
 
 def _norm(model: OpenModel, network: torch.nn.Module, stored: str) -> torch.nn.Module:
-    """Return a norm like the model's last, of a stored weight."""
+    """Return a norm like the model's last one with a stored weight."""
     norm = type(network.model.norm)(model.settings.hidden_size, eps=model.settings.norm_epsilon)
     norm.weight = torch.nn.Parameter(model.source.read(stored).float(), requires_grad=False)
     return norm
@@ -126,8 +129,8 @@ def _norm(model: OpenModel, network: torch.nn.Module, stored: str) -> torch.nn.M
 
 def transformers_exits(
     model: OpenModel, tokens_bs: torch.Tensor, depths: Sequence[int]
-) -> dict[int, ReadExit]:
-    """Return {depth: exit} as transformers' own classes compute it in fp32.
+) -> dict[int, StreamedExit]:
+    """Compute {depth: exit} with transformers' own classes in fp32.
 
     Raises:
         CheckpointError: transformers is not installed.
@@ -161,5 +164,7 @@ def transformers_exits(
                 norm = _norm(model, network, f"exits.{depth}.norm.weight")
             if is_own and model.settings.untie_exit_output_weights:
                 head = f"exits.{depth}.lm_head.weight"
-            exits[depth] = ReadExit(norm(states[depth]), lambda head=head: model.source.read(head))
+            exits[depth] = StreamedExit(
+                norm(states[depth]), lambda head=head: model.source.read(head)
+            )
     return exits

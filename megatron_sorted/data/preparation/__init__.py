@@ -1,1 +1,1 @@
-"""From JSON lines to indexed token files."""
+"""Preparation of data: JSON lines to indexed token files."""

@@ -1,4 +1,4 @@
-"""What a preparation counts: samples read and left out, documents and tokens written."""
+"""Counts of a preparation: samples read and skipped, documents and tokens written."""
 
 import json
 from collections.abc import Mapping
@@ -12,33 +12,37 @@ SHOWN_LINES = 5
 
 @dataclass
 class Skipped:
-    """Samples left out: how many, and where the first of them are, by reason."""
+    """Skipped samples by reason: their number, and the positions of the first of them."""
 
     count: dict[str, int] = field(default_factory=dict)
     where: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, places: list[str], count: int = 1) -> None:
-        """Count ``count`` samples, of which ``places`` are the first."""
+        """Count ``count`` samples, the first of which are at ``places``."""
         self.count[reason] = self.count.get(reason, 0) + count
         first = self.where.setdefault(reason, [])
         first += places[: SHOWN_LINES - len(first)]
 
     def merge(self, other: "Skipped") -> None:
-        """Count the samples of a later block."""
+        """Add the counts of a later block."""
         for reason, count in other.count.items():
             self.add(reason, other.where[reason], count)
 
 
 @dataclass
 class SetCounts:
-    """What one indexed file holds."""
+    """The counts of one indexed file."""
 
     documents: int = 0
     tokens: int = 0
     trained_tokens: int = 0
 
     def add(self, documents: Documents) -> None:
-        """Count more documents; trained tokens are those of responses, without a document's first token, which nothing predicts."""
+        """Count more documents.
+
+        Trained tokens are those of responses, without a document's first token, which nothing
+        predicts.
+        """
         self.documents += len(documents.num_sequences)
         self.tokens += int(documents.lengths.sum())
         first = documents.num_sequences.cumsum() - documents.num_sequences
@@ -49,7 +53,7 @@ class SetCounts:
 
 @dataclass
 class Summary:
-    """Everything that was counted, as written to ``PREFIX.json``."""
+    """Everything that was counted, as it is written to ``PREFIX.json``."""
 
     samples_read: int = 0
     train: SetCounts = field(default_factory=SetCounts)
@@ -64,16 +68,16 @@ class Summary:
 
     @property
     def samples_per_second(self) -> float:
-        """Return how many samples were read in a second."""
+        """Return how many samples were read per second."""
         return self.samples_read / max(self.seconds, 1e-9)
 
-    def as_json(self, asked: Mapping[str, Any]) -> str:
-        """Return the content of ``PREFIX.json``; ``asked``: what was asked for, to stand there too."""
-        content = {**asdict(self), "samples_per_second": self.samples_per_second, **asked}
+    def as_json(self, options: Mapping[str, Any]) -> str:
+        """Return the content of ``PREFIX.json``, including the options of the preparation."""
+        content = {**asdict(self), "samples_per_second": self.samples_per_second, **options}
         return json.dumps(content, indent=1) + "\n"
 
     def lines(self) -> list[str]:
-        """Return a small table."""
+        """Return the counts as a small table."""
         rows = [
             ("samples read", f"{self.samples_read:,}"),
             ("documents", f"{self.train.documents:,}"),
@@ -90,7 +94,8 @@ class Summary:
             rows.append(
                 (
                     "in several documents",
-                    f"{self.split:,}  earlier turns are written otherwise once there are later ones",
+                    f"{self.split:,}  earlier turns are written differently once there are later "
+                    "ones",
                 )
             )
         rows += [

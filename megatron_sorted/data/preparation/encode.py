@@ -1,4 +1,7 @@
-"""What a worker of data preparation does: lines of JSON in, documents of tokens out. Imports neither torch nor megatron."""
+"""The work of one process of data preparation: lines of JSON in, documents of tokens out.
+
+Imports neither torch nor megatron.
+"""
 
 import contextlib
 import hashlib
@@ -19,13 +22,17 @@ from megatron_sorted.errors import DataError
 from megatron_sorted.reading.json_lines import Block, records
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.conversation import SkippedConversationError, TextSpan
-from megatron_sorted.text.piece_ids import PieceEncoder, TrainedIds
 from megatron_sorted.text.prompt_form import CHAT, PromptForm
+from megatron_sorted.text.span_ids import SpanEncoder, TrainedIds
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How samples become documents; ``seq_length`` None: no limit; ``takes_both``: each row as messages or an instruction, as it is."""
+    """How samples become documents.
+
+    With ``seq_length`` None there is no limit; with ``takes_both`` each row is read as messages or
+    as an instruction, whichever it is.
+    """
 
     tokenizer_type: str
     tokenizer_model: str | None
@@ -40,7 +47,7 @@ class EncodeOptions:
     takes_both: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what the summary of prepared data says of them; of the tokenizer it says more."""
+        """Return the options for the summary of prepared data, without those of the tokenizer."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -49,7 +56,7 @@ class EncodeOptions:
 
 
 class _Collector:
-    """Gathers documents as flat lists."""
+    """Documents collected in flat lists."""
 
     def __init__(self, dtype: np.dtype):
         self.dtype = dtype
@@ -63,8 +70,8 @@ class _Collector:
         self.modes += [RESPONSE if is_response else PROMPT for _, is_response in document]
         self.num_sequences.append(len(document))
 
-    def forget(self, count: int) -> None:
-        """Take the last documents away."""
+    def remove_last(self, count: int) -> None:
+        """Remove the last ``count`` documents."""
         for _ in range(count):
             last = self.num_sequences.pop()
             del self.sequences[-last:], self.modes[-last:]
@@ -79,11 +86,12 @@ class _Collector:
 
 @dataclass
 class Encoded:
-    """One block's documents, for training and for validation, and what was counted.
+    """The documents of one block, for training and for validation, and the counts.
 
     Attributes:
-        num_split: Samples that became several documents, since the template or the tokenizer rewrites earlier turns.
-        ends: Tokens that answers end with.
+        num_split: The number of samples that became several documents, since the template or the
+            tokenizer rewrites earlier turns.
+        ends: The tokens that answers end with.
     """
 
     skipped: Skipped
@@ -96,7 +104,7 @@ class Encoded:
 
 
 class Encoder:
-    """Turns blocks of lines into documents, with the tokenizer that the options name or a given one."""
+    """An encoder of blocks of lines into documents, by a given tokenizer or that of the options."""
 
     def __init__(self, options: EncodeOptions, tokenizer: Tokenizer | None = None):
         self.options = options
@@ -106,7 +114,8 @@ class Encoder:
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         if options.append_eod and self.tokenizer.eos_id is None and not self._has_own_ends():
             raise DataError(
-                f"--append-eod: {self.tokenizer.name} has no end-of-text token. Use --no-append-eod."
+                f"--append-eod: {self.tokenizer.name} has no end-of-text token. Use "
+                "--no-append-eod."
             )
         self.reader = SampleReader(
             options.data_format,
@@ -115,7 +124,7 @@ class Encoder:
             options.append_eod,
             options.takes_both,
         )
-        self.pieces = PieceEncoder(self.tokenizer, [end.text for end in self.form.ends])
+        self.span_encoder = SpanEncoder(self.tokenizer, [end.text for end in self.form.ends])
         self.specials = self.tokenizer.special_ids | set(self.form.end_ids)
 
     def _has_own_ends(self) -> bool:
@@ -133,7 +142,7 @@ class Encoder:
         """Return the documents of one block.
 
         Raises:
-            DataError: with ``strict``, at the first line that cannot be used.
+            DataError: A line cannot be used, and ``strict`` is set.
         """
         counts = Encoded(skipped=Skipped())
         samples: list[tuple[int, ConversationSample]] = []
@@ -142,7 +151,7 @@ class Encoder:
             if sample is not None:
                 samples.append((number, sample))
             else:
-                self._leave_out(block, counts, number, reason, more)
+                self._skip(block, counts, number, reason, more)
         train, valid = _Collector(self.dtype), _Collector(self.dtype)
         encoded = self._ids(samples)
         for number, sample in samples:
@@ -150,28 +159,29 @@ class Encoder:
             documents = [document for _ in sample.documents for document in next(encoded)]
             kept, reason = 0, None
             for document in documents:
-                reason = reason or self._take(document, to, counts)
+                reason = reason or self._collect(document, to, counts)
                 kept += reason is None
             if reason is not None:
-                to.forget(kept)
-                self._leave_out(block, counts, number, reason, "")
+                to.remove_last(kept)
+                self._skip(block, counts, number, reason, "")
                 continue
             counts.num_split += len(documents) > 1
-            counts.ends.update(
-                piece.end for pieces in sample.documents for piece in pieces if piece.end
-            )
+            counts.ends.update(span.end for spans in sample.documents for span in spans if span.end)
         counts.train, counts.valid = train.finish(), valid.finish()
         return counts
 
     def _samples(self, block: Block) -> Iterator[tuple[int, ConversationSample | None, str, str]]:
-        """Yield (line number, sample, "", ""), or (line number, None, reason, words) for a line that cannot be used."""
+        """Yield (line number, sample, "", "") of usable lines.
+
+        Of others yield (line number, None, reason, details).
+        """
         for number, record, reason in records(block):
             if reason is not None:
                 yield number, None, reason, ""
                 continue
             try:
                 sample = self.reader.read(record)
-                sample.key.encode()  # JSON can spell half a surrogate pair, which is no text
+                sample.key.encode()  # JSON can contain half a surrogate pair, which is not text
                 yield number, sample, "", ""
             except BrokenSampleError as error:
                 yield number, None, str(error), ""
@@ -180,30 +190,31 @@ class Encoder:
             except UnicodeEncodeError:
                 yield number, None, "invalid_unicode", ""
 
-    def _leave_out(
-        self, block: Block, counts: Encoded, number: int, reason: str, more: str
+    def _skip(
+        self, block: Block, counts: Encoded, number: int, reason: str, explanation: str
     ) -> None:
-        words = f" ({shown(more, 80)})" if more else ""
+        details = f" ({shown(explanation, 80)})" if explanation else ""
         if self.options.strict:
             raise DataError(
-                f"{block.place(number)}: {reason}{words}. Mend the line, or leave --strict out to skip and count such lines."
+                f"{block.place(number)}: {reason}{details}. Correct the line, or leave --strict "
+                "out to skip and count such lines."
             )
-        counts.skipped.add(reason, [f"{block.place(number, Path(block.path).name)}{words}"])
+        counts.skipped.add(reason, [f"{block.place(number, Path(block.path).name)}{details}"])
 
     def _ids(
         self, samples: list[tuple[int, ConversationSample]]
     ) -> Iterator[list[list[TrainedIds]]]:
-        """Yield, for every document of the samples in order, the sequences of what it becomes."""
-        documents = [pieces for _, sample in samples for pieces in sample.documents]
+        """Yield, for every document of the samples in order, the sequences it becomes."""
+        documents = [spans for _, sample in samples for spans in sample.documents]
         if self.options.data_format != "text":
-            yield from self.pieces.encode(documents)
+            yield from self.span_encoder.encode(documents)
             return
         begin = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
-        for ids in self.tokenizer.encode_batch([pieces[0].text for pieces in documents]):
+        for ids in self.tokenizer.encode_batch([spans[0].text for spans in documents]):
             yield [[([*begin, *ids, *self.form.end_ids], True)]]
 
-    def _take(self, document: list[TrainedIds], to: _Collector, counts: Encoded) -> str | None:
-        """Add a document to those collected; return why it cannot be used, if so."""
+    def _collect(self, document: list[TrainedIds], to: _Collector, counts: Encoded) -> str | None:
+        """Add a document to those collected; return the reason if it cannot be used."""
         if not document:
             return "nothing_to_predict"
         if self.options.data_format != "text" and self._names_controls(document):
@@ -215,21 +226,27 @@ class Encoder:
         return reason
 
     def _names_controls(self, document: list[TrainedIds]) -> bool:
-        """Return whether an answer names a control token, as which it would be trained: its end, or any where no template writes them."""
+        """Return whether an answer contains a control token that would be trained as one.
+
+        That is its end token, or any where no template writes them.
+        """
         ends = set(self.form.end_ids)
-        for place, (ids, is_response) in enumerate(document):
+        for position, (ids, is_response) in enumerate(document):
             if is_response and not self.specials.isdisjoint(ids[:-1]):
                 inside = (set(ids[:-1]) & self.specials) - {
                     self.tokenizer.unk_id,
-                    self.tokenizer.bos_id if place == 0 else None,
+                    self.tokenizer.bos_id if position == 0 else None,
                 }
                 if inside & ends or (inside and self.form.name != CHAT):
                     return True
         return False
 
     def _fit(self, document: list[TrainedIds]) -> tuple[bool, str | None]:
-        """Cut a document (in place) to what a sample holds; return whether it was cut, and why it is useless if it is."""
-        limit, cut = self.options.seq_length, False
+        """Truncate a document (in position) to the length of a sample.
+
+        Return whether it was truncated, and the reason if it is then useless.
+        """
+        limit, truncated = self.options.seq_length, False
         if (
             limit is not None
             and self.options.data_format != "text"
@@ -237,41 +254,44 @@ class Encoder:
         ):
             if self.options.too_long == "skip":
                 return False, "too_long"
-            cut, room, place = True, limit + 1, 0
-            while room > len(document[place][0]):
-                room -= len(document[place][0])
-                place += 1
-            document[place] = (document[place][0][:room], document[place][1])
-            del document[place + 1 :]
-        # The first token of a document is never predicted.
+            truncated, room, position = True, limit + 1, 0
+            while room > len(document[position][0]):
+                room -= len(document[position][0])
+                position += 1
+            document[position] = (document[position][0][:room], document[position][1])
+            del document[position + 1 :]
+        # the first token of a document is never predicted
         num_trained = sum(len(ids) for ids, is_response in document if is_response) - document[0][1]
         if num_trained > 0:
-            return cut, None
-        return cut, "response_cut_away" if cut else "nothing_to_predict"
+            return truncated, None
+        return truncated, "response_cut_away" if truncated else "nothing_to_predict"
 
     def _is_valid(self, key: str) -> bool:
-        """Decide by the text alone: copies of one sample never stand on both sides, and adding data moves no sample."""
+        """Return whether a sample belongs to the validation set, by its text alone.
+
+        So copies of one sample are never in both sets, and adding data moves no sample.
+        """
         if not self.options.valid_fraction:
             return False
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") < self.options.valid_fraction * 2**64
 
 
-def usable_pieces(block: Block, reader: SampleReader) -> Iterator[TextSpan]:
-    """Yield the pieces of every usable sample of a block."""
+def usable_spans(block: Block, reader: SampleReader) -> Iterator[TextSpan]:
+    """Yield the spans of every usable sample of a block."""
     for _, record, reason in records(block):
         with contextlib.suppress(BrokenSampleError, SkippedConversationError, UnicodeEncodeError):
             if reason is None:
                 sample = reader.read(record)
                 sample.key.encode()
-                yield from (piece for pieces in sample.documents for piece in pieces)
+                yield from (span for spans in sample.documents for span in spans)
 
 
 _encoder: Encoder | None = None
 
 
 def start_worker(options: EncodeOptions) -> None:
-    """Load the tokenizer of a worker process, once."""
+    """Load the tokenizer of a worker process."""
     global _encoder
     _encoder = Encoder(options)
 

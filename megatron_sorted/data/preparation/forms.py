@@ -1,4 +1,4 @@
-"""Records of a file to documents of pieces, in the form that was chosen."""
+"""Reader of records of a file as documents of text spans, in the chosen form."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from megatron_sorted.data.preparation.templates import (
     turns_of,
 )
 from megatron_sorted.errors import DataError
-from megatron_sorted.text.conversation import Conversations, TextSpan, chat_form
+from megatron_sorted.text.conversation import ConversationWriter, TextSpan, chat_form
 from megatron_sorted.text.prompt_form import ALPACA, CHAT, PLAIN, PromptForm, parse_label
 from megatron_sorted.text.tokenizer.contract import Tokenizer
-from megatron_sorted.text.written_forms import text_form, written_form, written_pieces
+from megatron_sorted.text.written_forms import text_form, written_form, written_spans
 
 AUTO = "auto"
-"""The tokenizer's own template for messages, where it has one; else plain."""
+"""The tokenizer's own template for messages if it has one, else plain."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class ConversationSample:
     """One usable record.
 
     Attributes:
-        documents: Pieces of each of its documents; several where a template rewrites earlier turns.
-        key: What says whether it is training or validation: its text, whatever the tokenizer writes around it.
+        documents: The spans of each of its documents; several where a template rewrites earlier
+            turns.
+        key: The text that decides between training and validation, without what the tokenizer adds.
     """
 
     documents: list[list[TextSpan]]
@@ -34,20 +35,21 @@ class ConversationSample:
 
 
 class SampleReader:
-    """Reads records of one format in one form.
+    """A reader of records of one format in one form.
 
     Args:
         data_format: messages, instruction or text.
         label: "plain", "alpaca", "chat", "chat:NAME" or "auto".
-        tokenizer: Whose control tokens and templates are used.
+        tokenizer: The tokenizer with the control tokens and templates.
         append_eod: Whether answers and texts end with eos.
-        takes_both: Whether a row that has only the other form of a conversation (messages, instruction) is read as that.
+        takes_both: Whether a row that has only the other format of a conversation (messages,
+            instruction) is read as that.
 
     Attributes:
         form: The form that was chosen.
 
     Raises:
-        DataError: The tokenizer has no such template, or answers cannot be found in what it writes.
+        DataError: The tokenizer has no such template, or it does not show which text is an answer.
     """
 
     def __init__(
@@ -66,8 +68,8 @@ class SampleReader:
         if name == CHAT:
             if not append_eod:
                 raise DataError(
-                    "--no-append-eod: the chat template itself writes what ends an answer. Leave the option out, or use "
-                    "--prompt-template plain."
+                    "--no-append-eod: the chat template itself writes the end of an answer. Leave "
+                    "the option out, or use --prompt-template plain."
                 )
             form, conversations = chat_form(tokenizer, template)
             self._set(form, data_format, conversations)
@@ -81,11 +83,11 @@ class SampleReader:
 
     @classmethod
     def of_form(cls, form: PromptForm, data_format: str, tokenizer: Tokenizer) -> "SampleReader":
-        """Return a reader for a form that came with a model; errors as for a new one."""
+        """Return a reader for a form that came with a model; errors are those of a new one."""
         reader = cls.__new__(cls)
         reader._takes_both = False
         conversations = (
-            Conversations(form.template, form.label, tokenizer)
+            ConversationWriter(form.template, form.label, tokenizer)
             if form.name == CHAT and data_format != "text"
             else None
         )
@@ -93,7 +95,7 @@ class SampleReader:
         return reader
 
     def _set(
-        self, form: PromptForm, data_format: str, conversations: Conversations | None = None
+        self, form: PromptForm, data_format: str, conversations: ConversationWriter | None = None
     ) -> None:
         self.form, self.data_format, self._chat = form, data_format, conversations
         self._opens = form.name == ALPACA and data_format == "instruction"
@@ -109,8 +111,9 @@ class SampleReader:
         """Return the documents of a record.
 
         Raises:
-            BrokenSampleError: It has another shape, or nothing to train on; its argument is the reason.
-            SkippedConversationError: The template does not take it.
+            BrokenSampleError: It has another shape, or nothing to train on; its argument is the
+                reason.
+            SkippedConversationError: The template rejects it.
         """
         return self._read(record)
 
@@ -123,23 +126,23 @@ class SampleReader:
 
     def _written(self, record: Any) -> ConversationSample:
         turns = turns_of(record, self._format_of(record))
-        pieces = written_pieces(self.form, turns, self._opens)
+        spans = written_spans(self.form, turns, self._opens)
         begin, end = self.form.begin, self.form.ends[0].text if self.form.ends else ""
-        texts = [
-            piece.text.removesuffix(end) if piece.is_response else piece.text for piece in pieces
-        ]
+        texts = [span.text.removesuffix(end) if span.is_response else span.text for span in spans]
         if begin is not None:
             texts[0] = texts[0].removeprefix(begin.text)
-        return ConversationSample([pieces], "\0".join(texts))
+        return ConversationSample([spans], "\0".join(texts))
 
     def _conversation(self, record: Any) -> ConversationSample:
-        found = conversation_of(record, self._format_of(record))
-        documents = self._chat.documents(found.messages, found.tools, found.documents)
-        return ConversationSample(documents, "".join(piece.text for piece in documents[-1]))
+        conversation = conversation_of(record, self._format_of(record))
+        documents = self._chat.documents(
+            conversation.messages, conversation.tools, conversation.documents
+        )
+        return ConversationSample(documents, "".join(span.text for span in documents[-1]))
 
 
 def resolved_label(label: str, data_format: str, tokenizer: Tokenizer) -> str:
-    """Return the form that is meant by "auto"."""
+    """Return the label of a form, with "auto" resolved."""
     if label != AUTO:
         return label
     return CHAT if data_format == "messages" and tokenizer.chat_templates else PLAIN

@@ -23,12 +23,12 @@ from megatron_sorted.data.preparation.encode import (
     Encoder,
     encode_in_worker,
     start_worker,
-    usable_pieces,
+    usable_spans,
 )
 from megatron_sorted.data.preparation.forms import SampleReader
 from megatron_sorted.data.preparation.replacing import publish, remove_partial
 from megatron_sorted.data.preparation.templates import detect_format
-from megatron_sorted.data.tokenizer import train_sentencepiece
+from megatron_sorted.data.preparation.train_tokenizer import train_sentencepiece
 from megatron_sorted.errors import DataError
 from megatron_sorted.files import discard_tree, same_path, write_text_atomically
 from megatron_sorted.reading.json_lines import Block, read_blocks, records, total_bytes
@@ -36,15 +36,15 @@ from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.prompt_form import ControlToken, PromptForm
 from megatron_sorted.text.tokenizer.contract import NullTokenizer, Tokenizer
 
-BLOCKS_AHEAD = (
-    4  # per worker: enough to keep all busy, few enough that memory does not grow with the input
-)
-FORMAT_LINES = 1000  # how many lines are looked at to find the format
+BLOCKS_AHEAD = 4
+"""Blocks in advance per worker: enough to keep all busy, few enough to bound memory."""
+FORMAT_LINES = 1000
+"""Number of lines that are searched for the format."""
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What megatron-sorted prepare is asked to do."""
+    """The options of megatron-sorted prepare."""
 
     inputs: tuple[str, ...]
     output_prefix: str
@@ -61,32 +61,32 @@ def output_names(prefix: str) -> tuple[str, str]:
 
 
 def find_format(paths: tuple[str, ...]) -> str:
-    """Return the format of the first line whose fields tell it.
+    """Return the format of the first line whose fields show it.
 
     Raises:
-        DataError: when none of the first lines does.
+        DataError: None of the first lines does.
     """
     fields: list[str] = []
     for block in read_blocks(paths, limit=FORMAT_LINES):
         for _, record, _ in records(block):
-            found = detect_format(record)
-            if found:
-                return found
+            if data_format := detect_format(record):
+                return data_format
             fields = fields or (sorted(record) if isinstance(record, dict) else [])
     if not fields:
         raise DataError(
-            f"--input: {shown(paths[0])} holds no JSON lines. {_of_plain_text(paths[0])}"
+            f"--input: {shown(paths[0])} holds no JSON lines. {_remedy_for_plain_text(paths[0])}"
         )
     raise DataError(
-        f"--format auto: no line among the first {FORMAT_LINES} of {shown(paths[0])} has a field 'messages', 'instruction' or "
-        f"'text' (found: {shown(', '.join(fields))}). Name the fields so, or check the file."
+        f"--format auto: no line among the first {FORMAT_LINES} of {shown(paths[0])} has a field "
+        f"'messages', 'instruction' or 'text' (found: {shown(', '.join(fields))}). Rename the "
+        "fields, or check the file."
     )
 
 
-def _of_plain_text(path: str) -> str:
+def _remedy_for_plain_text(path: str) -> str:
     return (
-        f"Of a plain text, megatron-sorted split --input {shown(path)} --separator ... --output DIRECTORY makes them: "
-        "DIRECTORY/train.jsonl."
+        f"To convert a plain text, use megatron-sorted split --input {shown(path)} --separator "
+        "... --output DIRECTORY; it writes DIRECTORY/train.jsonl."
     )
 
 
@@ -102,15 +102,17 @@ def _check_outputs(options: PrepareOptions) -> None:
     existing = [name for name in names if Path(name).exists()]
     if existing and not options.overwrite:
         raise DataError(
-            f"--output-prefix: {', '.join(existing)} exist already. Choose another prefix, or give --overwrite."
+            f"--output-prefix: {', '.join(existing)} exist already. Choose another prefix, or "
+            "give --overwrite."
         )
     read = [
         *options.inputs,
         *([options.encode.tokenizer_model] if options.encode.tokenizer_model else []),
     ]
-    if taken := [name for name in existing if any(same_path(name, one) for one in read)]:
+    if inputs := [name for name in existing if any(same_path(name, path) for path in read)]:
         raise DataError(
-            f"--output-prefix: {taken[0]} is read, and would be replaced by what is written. Choose another prefix."
+            f"--output-prefix: {inputs[0]} is an input, and would be replaced by the output. "
+            "Choose another prefix."
         )
 
 
@@ -120,7 +122,10 @@ def _staged_tokenizer(prefix: str) -> Path:
 
 
 def _train_tokenizer(options: PrepareOptions, encode: EncodeOptions) -> str:
-    """Return the path of a tokenizer trained on the texts of the input; it gets its name with the data that it encoded."""
+    """Return the path of a tokenizer trained on the texts of the input.
+
+    It gets its final name together with the data that it encoded.
+    """
     path = str(_staged_tokenizer(options.output_prefix))
 
     reader = SampleReader(
@@ -133,9 +138,9 @@ def _train_tokenizer(options: PrepareOptions, encode: EncodeOptions) -> str:
 
     def read_texts() -> Iterator[str]:
         return (
-            piece.text
+            span.text
             for block in read_blocks(options.inputs, options.limit)
-            for piece in usable_pieces(block, reader)
+            for span in usable_spans(block, reader)
         )
 
     train_sentencepiece(read_texts, path, options.train_tokenizer, num_threads=options.workers)
@@ -143,7 +148,7 @@ def _train_tokenizer(options: PrepareOptions, encode: EncodeOptions) -> str:
 
 
 def _encode_all(blocks: Iterator[Block], encode: EncodeOptions, workers: int) -> Iterator[Encoded]:
-    """Yield the blocks' documents in the order of the blocks, whatever process made them."""
+    """Yield the documents of the blocks in their order, whichever process encoded them."""
     if workers == 1:
         encoder = Encoder(encode)
         yield from map(encoder.encode, blocks)
@@ -168,7 +173,10 @@ def _encode_all(blocks: Iterator[Block], encode: EncodeOptions, workers: int) ->
 
 
 def _submit(pool: ProcessPoolExecutor, block: Block) -> Future[Encoded]:
-    """Return the future of a block. A process that is started for it never hears Ctrl-C: this one ends it, in good order."""
+    """Return the future of a block.
+
+    A process that is started for it ignores Ctrl-C: this process ends it in an orderly manner.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(encode_in_worker, block)
@@ -177,25 +185,25 @@ def _submit(pool: ProcessPoolExecutor, block: Block) -> Future[Encoded]:
 
 
 def prepare(options: PrepareOptions) -> Summary:
-    """Return what was counted, after writing the indexed files and ``PREFIX.json``.
+    """Write the indexed files and ``PREFIX.json``; return what was counted.
 
     Raises:
-        DataError: for missing or damaged input, outputs that exist, or nothing usable; then no file is written.
+        DataError: Input is missing or damaged, outputs exist, or nothing is usable; then no file is
+            written.
     """
     size = total_bytes(options.inputs)
     _check_outputs(options)
     try:
         return _prepare(options, size)
     finally:
-        for name in output_names(
-            options.output_prefix
-        ):  # of what failed; what was published has other names
+        # left by a failure; published files have other names
+        for name in output_names(options.output_prefix):
             remove_partial(name)
         discard_tree(_staged_tokenizer(options.output_prefix).parent)
 
 
 def _prepare(options: PrepareOptions, size: int) -> Summary:
-    began, encode = time.perf_counter(), options.encode
+    start_time, encode = time.perf_counter(), options.encode
     if encode.data_format == "auto":
         encode = replace(encode, data_format=find_format(options.inputs), takes_both=True)
     if options.train_tokenizer:
@@ -204,9 +212,8 @@ def _prepare(options: PrepareOptions, size: int) -> Summary:
             tokenizer_type="SentencePieceTokenizer",
             tokenizer_model=_train_tokenizer(options, encode),
         )
-    encoder = Encoder(
-        encode
-    )  # here too, so that a damaged tokenizer stops us before any process starts
+    # in this process too, so that a damaged tokenizer is an error before any process starts
+    encoder = Encoder(encode)
     encode = replace(encode, prompt_template=encoder.form.label)
     summary = Summary(
         tokenizer={
@@ -247,22 +254,25 @@ def _prepare(options: PrepareOptions, size: int) -> Summary:
                 valid.append(encoded.valid)
         _check_enough(summary, encode, options.inputs[0])
     summary.prompt_form = with_ends(encoder.form, ends, encoder.tokenizer).as_dict()
-    summary.seconds = time.perf_counter() - began
+    summary.seconds = time.perf_counter() - start_time
     _publish(options, [train_name] if valid is None else [train_name, valid_name])
     if valid is None:
-        for ending in ("idx", "bin"):  # of an earlier run that --overwrite replaces
+        for ending in ("idx", "bin"):  # from an earlier run that --overwrite replaces
             Path(f"{valid_name}.{ending}").unlink(missing_ok=True)
-    asked = {
+    requested = {
         "inputs": [Path(path).name for path in options.inputs],
         "workers": options.workers,
         **encode.as_dict(),
     }
-    write_text_atomically(f"{options.output_prefix}.json", summary.as_json(asked))
+    write_text_atomically(f"{options.output_prefix}.json", summary.as_json(requested))
     return summary
 
 
 def with_ends(form: PromptForm, ends: set[str], tokenizer: Tokenizer) -> PromptForm:
-    """Return the form with every token that an answer of these data ends with; calls of tools may end otherwise than words."""
+    """Return the form with every token that an answer of these data ends with.
+
+    Calls of tools may end differently from text.
+    """
     known = {end.text for end in form.ends}
     more = tuple(
         ControlToken(text, tokenizer.encode_rendered(text)[0]) for text in sorted(ends - known)
@@ -271,10 +281,10 @@ def with_ends(form: PromptForm, ends: set[str], tokenizer: Tokenizer) -> PromptF
 
 
 def _publish(options: PrepareOptions, names: list[str]) -> None:
-    """Give what was written its names, in place of what was there.
+    """Give the written files their names, in place of earlier ones.
 
-    Until the new summary is written the one that is there names no tokenizer, so that a run refuses
-    data that are perhaps another tokenizer's.
+    Until the new summary is written, the existing one names no tokenizer, so that a run refuses
+    data that may be another tokenizer's.
     """
     write_text_atomically(f"{options.output_prefix}.json", json.dumps({"unfinished": True}) + "\n")
     if options.train_tokenizer:
@@ -292,12 +302,12 @@ def _check_enough(summary: Summary, encode: EncodeOptions, path: str) -> None:
         )
         remedy = "Check the file and --format."
         if summary.skipped.count.keys() <= {"not_json"}:
-            remedy += f" {_of_plain_text(path)}"
+            remedy += f" {_remedy_for_plain_text(path)}"
         raise DataError(
             f"--input: none of {summary.samples_read} samples can be used ({reasons}). {remedy}"
         )
     if encode.valid_fraction and not summary.valid.documents:
         raise DataError(
-            f"--valid-fraction {encode.valid_fraction}: none of {summary.train.documents} documents fell into it. "
-            "Raise it, or give more data."
+            f"--valid-fraction {encode.valid_fraction}: none of {summary.train.documents} "
+            "documents fell into it. Raise it, or give more data."
         )

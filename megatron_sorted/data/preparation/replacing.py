@@ -1,8 +1,8 @@
-"""Indexed files take their names together: at every moment the old pair or the new one can be opened.
+"""Replacement of indexed files as a pair: at every moment the old or the new pair can be opened.
 
-A pair is first written as PREFIX.bin.partial and PREFIX.idx.partial, then, both on disk, called
-PREFIX.bin.complete and PREFIX.idx.complete. Without PREFIX.idx, which is removed next, these are the
-data: whoever opens them gives them their names, where a kill has left that undone.
+A pair is first written as PREFIX.bin.partial and PREFIX.idx.partial, then, when both are on disk,
+renamed to PREFIX.bin.complete and PREFIX.idx.complete. Then PREFIX.idx is removed; from that moment
+these are the data: if a kill prevented the final renaming, whoever opens them does it.
 """
 
 import contextlib
@@ -13,13 +13,15 @@ from pathlib import Path
 from megatron_sorted.errors import DataError
 from megatron_sorted.files import sync_directory, sync_file
 
-ENDINGS = ("bin", "idx")  # in this order: an .idx.complete says that both are
+ENDINGS = ("bin", "idx")
+"""In this order: an .idx.complete shows that both files are complete."""
 
 
 def publish(prefixes: Sequence[str]) -> None:
-    """Give pairs that are written their names, in place of those that were there.
+    """Give written pairs their names, in place of existing ones.
 
-    An index is removed before its tokens are replaced: it must never stand beside another's.
+    An index is removed before its tokens are replaced: it must never stand beside the tokens of
+        another.
 
     Raises:
         OSError: The disk failed, or a file cannot be renamed.
@@ -34,20 +36,19 @@ def publish(prefixes: Sequence[str]) -> None:
     for prefix in prefixes:
         Path(f"{prefix}.idx").unlink(missing_ok=True)
     for prefix in prefixes:
-        _name(prefix)
+        _rename_complete(prefix)
 
 
-def _name(prefix: str) -> None:
+def _rename_complete(prefix: str) -> None:
     for ending in ENDINGS:
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # another process that opens the data was first
+        # another process that opens the data may have been first
+        with contextlib.suppress(FileNotFoundError):
             os.replace(f"{prefix}.{ending}.complete", f"{prefix}.{ending}")
     sync_directory(Path(prefix).absolute().parent)
 
 
 def finish_interrupted(prefix: str) -> None:
-    """Finish what ``publish`` was killed in, if it was.
+    """Finish a ``publish`` that was killed.
 
     Raises:
         DataError: It cannot be finished here.
@@ -55,16 +56,20 @@ def finish_interrupted(prefix: str) -> None:
     if os.path.exists(f"{prefix}.idx") or not os.path.exists(f"{prefix}.idx.complete"):
         return
     try:
-        _name(prefix)
+        _rename_complete(prefix)
     except OSError as error:
         raise DataError(
-            f"{prefix}.idx.complete: megatron-sorted prepare was ended before this had its name, and it cannot be renamed "
-            f"here ({error.strerror}). Make the folder writable, or prepare the data again."
+            f"{prefix}.idx.complete: megatron-sorted prepare ended before it renamed this file, "
+            f"and it cannot be renamed here ({error.strerror}). Make the folder writable, or "
+            "prepare the data again."
         ) from error
 
 
 def remove_leftovers(prefix: str) -> None:
-    """Remove what an earlier writer left under names of its own; a pair that only lacks its names gets them."""
+    """Remove temporary files of an earlier writer.
+
+    A complete pair that only lacks its names gets them.
+    """
     finish_interrupted(prefix)
     remove_partial(prefix)
     for ending in ENDINGS:
@@ -72,6 +77,6 @@ def remove_leftovers(prefix: str) -> None:
 
 
 def remove_partial(prefix: str) -> None:
-    """Remove what was not written to its end."""
+    """Remove files that were not written completely."""
     for ending in ENDINGS:
         Path(f"{prefix}.{ending}.partial").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Samples of a text divided into those that are held out, those to choose learning rates by, and those to train on."""
+"""Division of samples into sets: held out, to tune learning rates with, and to train on."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,13 +18,17 @@ def divide(
     num_tokens: Sequence[int] = (),
     sizes_of: Callable[[Sequence[dict]], list[int]] | None = None,
 ) -> tuple[dict[str, list[dict]], dict[str, int]]:
-    """Return the sets by name, and what there is of them; copies are dropped first, so that no sample stands on two sides.
+    """Return the sets by name, and their sizes.
+
+    Copies are dropped first, so that no sample is in two sets.
 
     Args:
-        samples: All of them, in order.
-        counts: Samples that are held out, and those to choose by; the rest is trained on.
-        num_tokens: For each of these also a set of the training samples, repeated until they hold so many tokens.
-        sizes_of: Returns the tokens of each sample; None where tokens are not counted.
+        samples: All samples, in order.
+        counts: The numbers of samples that are held out, and for tuning; the rest is trained on.
+        num_tokens: Numbers of tokens; for each there is also a set of the training samples,
+            repeated until they hold that many.
+        sizes_of: A function that returns the number of tokens of each sample; None if tokens are
+            not counted.
 
     Raises:
         DataError: Nothing would be left to train on, or it holds no token.
@@ -32,10 +36,10 @@ def divide(
     kept = drop_copies(samples)
     sets = split_samples(kept, *counts)
     facts = {"samples": len(samples), "copies_dropped": len(samples) - len(kept)} | {
-        name: len(some) for name, some in sets.items()
+        name: len(members) for name, members in sets.items()
     }
     if sizes_of is not None:
-        sizes = {name: sizes_of(some) for name, some in sets.items()}
+        sizes = {name: sizes_of(members) for name, members in sets.items()}
         facts |= {f"{name}_tokens": sum(size) for name, size in sizes.items()}
         sets |= {
             f"train_{number}": repeat_to(sets["train"], sizes["train"], number)
@@ -50,38 +54,43 @@ def write_sets(
     """Write each set that holds samples as JSON lines, and the facts as split.json.
 
     Raises:
-        DataError: The file that was read would be replaced.
+        DataError: The input file would be replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(same_path(source, folder / f"{name}.jsonl") for name in sets):
         raise DataError(
             f"--output: {source} would be replaced by a part of itself. Give another folder."
         )
-    for name, some in sets.items():
-        if some:
-            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in some)
+    for name, members in sets.items():
+        if members:
+            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in members)
             write_text_atomically(folder / f"{name}.jsonl", "".join(lines))
     write_text_atomically(folder / "split.json", json.dumps(facts, indent=2) + "\n")
 
 
 def read_samples(path: Path, separator: str | None) -> list[dict]:
-    """Return the samples: records of a file of JSON, or texts between separators, without blanks around them.
+    """Return the samples: records of a JSON file, or the stripped texts between separators.
 
     Raises:
-        DataError: The file cannot be read, or there is nothing to separate texts.
+        DataError: The file cannot be read, or the separator is missing.
     """
     if holds_records(path):
         return [record for _, record in read_records(path)]
     text = read_text(path)
     if not separator:
         raise DataError(
-            f"{shown(path)}: --separator is missing, so it would be a single text. Say what stands between two texts."
+            f"{shown(path)}: --separator is missing, so the file would be a single text. Give the "
+            "text that separates two samples."
         )
-    return [{"text": piece.strip()} for piece in text.split(separator) if piece.strip()]
+    return [{"text": part.strip()} for part in text.split(separator) if part.strip()]
 
 
 def drop_copies(samples: Sequence[dict]) -> list[dict]:
-    """Return the samples without those that equal an earlier one but for blanks and letter case."""
+    """Return the samples without copies of earlier ones; white space and letter case are ignored.
+
+    >>> drop_copies([{"text": "A b"}, {"text": "a  B"}])
+    [{'text': 'A b'}]
+    """
     seen: dict[str, dict] = {}
     for sample in samples:
         seen.setdefault(
@@ -106,8 +115,8 @@ def split_samples(
     """
     if len(samples) <= num_held_out + num_tuning:
         raise DataError(
-            f"--num-held-out, --num-tuning: {num_held_out} + {num_tuning} of {len(samples)} samples leave none to train on. "
-            "Use less."
+            f"--num-held-out, --num-tuning: {num_held_out} + {num_tuning} of {len(samples)} "
+            "samples leave none to train on. Use less."
         )
     cut = num_held_out + num_tuning
     return {
@@ -118,10 +127,12 @@ def split_samples(
 
 
 def repeat_to(samples: Sequence[dict], sizes: Sequence[int], num_tokens: int) -> list[dict]:
-    """Return the samples in order, again from the beginning when they are used up, until they hold ``num_tokens`` or a little more.
+    """Return the samples in order, repeated until they hold ``num_tokens`` or a little more.
 
     Args:
-        sizes: Tokens of each sample.
+        samples: The samples.
+        sizes: The number of tokens of each sample.
+        num_tokens: The number of tokens to reach.
 
     Raises:
         DataError: The samples hold no token.
@@ -130,7 +141,7 @@ def repeat_to(samples: Sequence[dict], sizes: Sequence[int], num_tokens: int) ->
         raise DataError("--num-tokens: the training samples hold no token. Give another file.")
     chosen, total = [], 0
     while total < num_tokens:
-        place = len(chosen) % len(samples)
-        chosen.append(samples[place])
-        total += sizes[place]
+        index = len(chosen) % len(samples)
+        chosen.append(samples[index])
+        total += sizes[index]
     return chosen

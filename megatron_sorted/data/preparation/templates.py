@@ -1,4 +1,4 @@
-"""From one JSON record to a text, turns or messages."""
+"""One JSON record as a text, turns or messages."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +8,10 @@ from megatron_sorted.reading.json_lines import first_record, promises_json
 from megatron_sorted.reading.json_text import decode_json
 from megatron_sorted.text.written_forms import Turn
 
-FORMATS = (
-    "messages",
-    "instruction",
-    "text",
-)  # each also the name of the field that tells it, looked for in this order
+FORMATS = ("messages", "instruction", "text")
+"""The formats, each also the name of the field that shows it, in the order in which they are
+tested.
+"""
 
 
 class BrokenSampleError(ValueError):
@@ -21,7 +20,7 @@ class BrokenSampleError(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template reads."""
+    """The input of a chat template."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
@@ -61,14 +60,17 @@ def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message without fields that are null; the arguments of tools' calls are as they stand, since a null may be meant there."""
-    found = {name: value for name, value in message.items() if value is not None}
-    if isinstance(calls := found.get("tool_calls"), list):
-        found["tool_calls"] = [
+    """Return a message without fields that are null.
+
+    The arguments of tool calls are kept as they are, since a null may be intended there.
+    """
+    kept = {name: value for name, value in message.items() if value is not None}
+    if isinstance(calls := kept.get("tool_calls"), list):
+        kept["tool_calls"] = [
             _without_nulls(call) | _function_of(call) if isinstance(call, dict) else call
             for call in calls
         ]
-    return found
+    return kept
 
 
 def _function_of(call: dict[str, Any]) -> dict[str, Any]:
@@ -130,8 +132,8 @@ def conversation_of(record: Any, data_format: str) -> Conversation:
         role, content = _text_field(message, "role"), message.get("content")
         if not isinstance(content, str | list | None):
             raise BrokenSampleError("wrong_type")
-        says = content.strip() if isinstance(content, str) else content
-        if role == "assistant" and not says and not message.get("tool_calls"):
+        text = content.strip() if isinstance(content, str) else content
+        if role == "assistant" and not text and not message.get("tool_calls"):
             raise BrokenSampleError("empty_response")
         if content is None and role != "assistant":
             raise BrokenSampleError("missing_field")
@@ -142,7 +144,7 @@ def conversation_of(record: Any, data_format: str) -> Conversation:
 
 
 def _listed(record: dict[str, Any], name: str) -> list[Any] | None:
-    """Return a field that is a list, also one written as JSON in a text; None where it is empty."""
+    """Return a field that is a list, or JSON of a list in a text; None if it is empty."""
     value = record.get(name)
     if isinstance(value, str) and value.strip():
         try:
@@ -173,20 +175,30 @@ def text_of(record: Any) -> str:
 
 
 def detect_format(record: Any) -> str | None:
-    """Return the format a record has by its fields, or None. A field that is null is not there."""
+    """Return the format a record has by its fields, or None; fields that are null do not count.
+
+    >>> detect_format({"text": None, "messages": []})
+    'messages'
+    """
     if not isinstance(record, dict):
         return None
     return next((name for name in FORMATS if record.get(name) is not None), None)
 
 
 def format_of_row(record: Any, data_format: str) -> str:
-    """Return how one row of a file is read: as the file is, or as the other form of a conversation where it has that alone."""
+    """Return the format of one row of a file.
+
+    It is that of the file, or the other format of a conversation if the row has that alone.
+    """
     if isinstance(record, dict) and record.get(data_format) is None and data_format != "text":
-        found = detect_format(record)
-        return data_format if found in (None, "text") else found
+        row_format = detect_format(record)
+        return data_format if row_format in (None, "text") else row_format
     return data_format
 
 
 def holds_records(path: Path) -> bool:
-    """Return whether a file holds JSON lines or records, not plain text: by its name, or by the fields of its first record."""
+    """Return whether a file holds JSON lines or records instead of plain text.
+
+    Its name, or the fields of its first record, decide.
+    """
     return promises_json(path) or detect_format(first_record(path)) is not None

@@ -1,1 +1,1 @@
-"""From indexed token files to samples of a run."""
+"""The samples of a run, from indexed token files."""

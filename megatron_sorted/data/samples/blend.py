@@ -9,7 +9,7 @@ from megatron_sorted.data.samples.sample import Sample, SampleSource
 
 @dataclass(frozen=True)
 class BlendPart:
-    """One source of a blend: its weight against the others', its prefix, and its samples."""
+    """One source of a blend: its weight relative to the others', its prefix, and its samples."""
 
     weight: float
     name: str
@@ -17,10 +17,12 @@ class BlendPart:
 
 
 class BlendedSamples(SampleSource):
-    """Samples of several sources; after any number of them each source has given its share, rounded up or down.
+    """Samples of several sources.
 
-    Sample number -> (source, number within it) follows from the weights alone. Each source goes through its own epochs in the order it
-    has when it is trained on alone. Sources of different kinds may stand side by side: each packs its own samples.
+    After any number of samples each source has given its share, rounded up or down. Sample number
+    -> (source, number within it) follows from the weights alone. Each source passes through its own
+    epochs in the order it has when it is trained on alone. Sources of different kinds can be
+    combined: each packs its own samples.
     """
 
     def __init__(self, parts: Sequence[BlendPart]):
@@ -45,7 +47,7 @@ class BlendedSamples(SampleSource):
         return self.parts[source].source.sample(number)
 
     def epoch_at(self, sample: int) -> float:
-        """Return the passes over the sources in the first ``sample`` samples, averaged by their shares."""
+        """Return the mean number of passes over the sources in the first ``sample`` samples."""
         return sum(
             share * epoch
             for share, epoch in zip(self.shares, self.epochs_at(sample).values(), strict=True)
@@ -61,7 +63,8 @@ class BlendedSamples(SampleSource):
     def describe(self) -> str:
         """Return a line for the whole and one for each source, with its share of the samples."""
         lines = [
-            f"blend of {len(self.parts)} sources, {100 * self.fill:.1f} % filled; one pass is about {self.samples_per_epoch} samples"
+            f"blend of {len(self.parts)} sources, {100 * self.fill:.1f} % filled; one pass is "
+            f"about {self.samples_per_epoch} samples"
         ]
         lines += [
             f"  {100 * share:.4g} % {part.name} (weight {part.weight:g}): {part.source.describe()}"

@@ -1,4 +1,4 @@
-"""Documents of several indexed files, numbered through."""
+"""Documents of several indexed files, numbered consecutively."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,19 @@ from megatron_sorted.errors import DataError
 
 
 class Corpus:
-    """Documents of one or more indexed files, numbered through; ``share`` takes part (begin, end as fractions) of each file."""
+    """Documents of one or more indexed files, numbered consecutively.
+
+    ``share`` is the part of each file that is used: (begin, end) as fractions.
+    """
 
     def __init__(self, prefixes: Sequence[str], share: tuple[float, float] = (0.0, 1.0)):
         self._files: list[Indexed] = [open_indexed(prefix) for prefix in prefixes]
         kinds = {file.modes is not None for file in self._files}
         if len(kinds) > 1:
             raise DataError(
-                f"--data-path: {', '.join(prefixes)} mix instruction data and plain text, which are packed differently. "
-                "Give each a weight (WEIGHT PREFIX WEIGHT PREFIX ...): in a blend each is packed by itself."
+                f"--data-path: {', '.join(prefixes)} mix instruction data and plain text, which "
+                "are packed differently. Give each a weight (WEIGHT PREFIX WEIGHT PREFIX ...): in "
+                "a blend each is packed by itself."
             )
         self.prefixes = tuple(prefixes)
         self.has_modes = kinds == {True}
@@ -33,7 +37,7 @@ class Corpus:
 
     @property
     def num_documents(self) -> int:
-        """Return how many documents there are."""
+        """Return the number of documents."""
         return int(self._bounds[-1])
 
     def _locate(self, number: int) -> tuple[Indexed, int]:
@@ -51,7 +55,7 @@ class Corpus:
         return file.trained(inside)
 
     def require_trained_tokens(self) -> None:
-        """Check that some token is trained on: of a document, one after its first.
+        """Check that some token is trained on that is not the first of its document.
 
         Raises:
             DataError: None is; the model would learn nothing from these data.
@@ -60,11 +64,12 @@ class Corpus:
             self.trained(number)[1:].any() for number in range(self.num_documents)
         ):
             raise DataError(
-                f"{', '.join(self.prefixes)}: none of the {self.num_documents} documents in this share has a token that is "
-                "trained on (their responses are empty). Check the file they were prepared from."
+                f"{', '.join(self.prefixes)}: none of the {self.num_documents} documents in this "
+                "share has a token that is trained on (their responses are empty). Check the file "
+                "they were prepared from."
             )
 
     def name_of(self, number: int) -> str:
-        """Return where a document stands, for messages."""
+        """Return the file and number of a document, for messages."""
         file, inside = self._locate(number)
         return f"{file.prefix}: document {inside}"

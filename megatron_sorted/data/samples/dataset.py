@@ -1,7 +1,7 @@
 """Samples by global number: the same for every layout of processes, and after every restart.
 
-Sample ``i`` belongs to epoch ``i // samples_per_epoch``; an epoch's order depends on (seed, epoch) only. Each rank reads just its
-own samples from the mapped file, so nothing is communicated.
+Sample ``i`` belongs to epoch ``i // samples_per_epoch``; the order of an epoch depends on (seed,
+epoch) only. Each rank reads only its own samples from the mapped file, without communication.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,12 @@ from megatron_sorted.data.samples.sample import Sample, SampleSource, check_ids,
 from megatron_sorted.data.samples.text_samples import DocumentMasks, TextSamples
 from megatron_sorted.errors import DataError
 
-SAMPLE_ORDER = 1  # goes up when the same data and seed give other samples: a checkpoint of the old order cannot be continued exactly
-EVALUATION_SEED = 0  # evaluation sets do not change with --seed: runs must be comparable
+SAMPLE_ORDER = 1
+"""Version of the order. It increases when the same data and seed give other samples: a checkpoint
+of an older order cannot be resumed exactly.
+"""
+EVALUATION_SEED = 0
+"""Seed of evaluation sets, which do not change with --seed: runs must be comparable."""
 
 
 class EvaluationSet(Sequence):
@@ -38,38 +42,36 @@ class EvaluationSet(Sequence):
 class InstructionSamples(SampleSource):
     """Whole documents packed into windows; loss only where a response token is predicted.
 
-    A document of n tokens takes n - 1 positions (its last token is only ever a label), so ``seq_length`` positions hold documents of
-    up to ``seq_length + 1`` tokens. Documents of a single token predict nothing and are left out.
+    A document of n tokens takes n - 1 positions (its last token is only ever a label), so
+    ``seq_length`` positions hold documents of up to ``seq_length + 1`` tokens. Documents of a
+    single token predict nothing and are left out.
     """
 
     packs = True
 
     def __init__(self, corpus: Corpus, seq_length: int, vocab_size: int, pad_id: int, seed: int):
-        self.corpus, self.seq_length, self.vocab_size, self.pad_id, self.seed = (
-            corpus,
-            seq_length,
-            vocab_size,
-            pad_id,
-            seed,
-        )
+        self.corpus, self.seq_length = corpus, seq_length
+        self.vocab_size, self.pad_id, self.seed = vocab_size, pad_id, seed
         self._numbers = np.flatnonzero(corpus.lengths >= 2)
         self._positions = corpus.lengths[self._numbers] - 1
         if not self._numbers.size:
             raise DataError(
-                f"{', '.join(corpus.prefixes)}: no documents to train on ({corpus.num_documents} in this share). "
-                "Give more data."
+                f"{', '.join(corpus.prefixes)}: no documents to train on ({corpus.num_documents} "
+                "in this share). Give more data."
             )
         too_long = self._numbers[self._positions > seq_length]
         if too_long.size:
             raise DataError(
-                f"{corpus.name_of(too_long[0])} has {corpus.lengths[too_long[0]]} tokens, but --seq-length {seq_length} "
-                f"holds at most {seq_length + 1} ({too_long.size} such documents; longest {corpus.lengths.max()}). "
-                f"Prepare the data with --seq-length {seq_length}, or raise --seq-length."
+                f"{corpus.name_of(too_long[0])} has {corpus.lengths[too_long[0]]} tokens, but "
+                f"--seq-length {seq_length} holds at most {seq_length + 1} ({too_long.size} such "
+                f"documents; longest {corpus.lengths.max()}). Prepare the data with --seq-length "
+                f"{seq_length}, or raise --seq-length."
             )
         self._layout = lay_out(self._positions, seq_length)
         self.samples_per_epoch = self._layout.num_windows
         self.fill = float(self._positions.sum() / (self.samples_per_epoch * seq_length))
-        # one epoch is kept, not more: samples are asked for in rising order, and an epoch of 10^8 documents takes 1.6 GB
+        # only one epoch is cached: samples are read in increasing order, and an epoch of 10^8
+        # documents takes 1.6 GB
         self._epoch = lru_cache(maxsize=1)(
             lambda epoch: assign_epoch(self._layout, self._positions, seed, epoch)
         )
@@ -77,8 +79,8 @@ class InstructionSamples(SampleSource):
     def describe(self) -> str:
         """Return documents, windows and fill in one line."""
         return (
-            f"{self._numbers.size} documents in {self.samples_per_epoch} samples of {self.seq_length} positions, "
-            f"{100 * self.fill:.1f} % filled"
+            f"{self._numbers.size} documents in {self.samples_per_epoch} samples of "
+            f"{self.seq_length} positions, {100 * self.fill:.1f} % filled"
         )
 
     def sample(self, index: int) -> Sample:
@@ -89,29 +91,29 @@ class InstructionSamples(SampleSource):
         members = self._numbers[order[starts[window] : starts[window + 1]]]
         documents = [self.corpus.document(number) for number in members]
         check_ids(np.concatenate(documents), self.vocab_size, self.corpus, members)
-        at = 0
+        begin = 0
         for piece, (number, tokens) in enumerate(zip(members, documents, strict=True)):
-            end = at + len(tokens) - 1
-            sample.tokens_s[at:end] = tokens[:-1]
-            sample.labels_s[at:end] = tokens[1:]
-            sample.loss_mask_s[at:end] = self.corpus.trained(number)[1:]
-            sample.segments_s[at:end] = piece
-            at = end
-        sample.segments_s[at:] = len(members)
+            end = begin + len(tokens) - 1
+            sample.tokens_s[begin:end] = tokens[:-1]
+            sample.labels_s[begin:end] = tokens[1:]
+            sample.loss_mask_s[begin:end] = self.corpus.trained(number)[1:]
+            sample.segments_s[begin:end] = piece
+            begin = end
+        sample.segments_s[begin:] = len(members)
         return replace(sample, num_pieces=len(members))
 
 
 class MockSamples(SampleSource):
-    """Made-up tokens, each sample from (seed, index)."""
+    """Random tokens, each sample drawn from (seed, index)."""
 
     def __init__(self, seq_length: int, vocab_size: int, seed: int, samples_per_epoch: int):
         self.seq_length, self.vocab_size, self.pad_id, self.seed = seq_length, vocab_size, 0, seed
         self.samples_per_epoch = samples_per_epoch
 
     def describe(self) -> str:
-        """Return that the data is made up."""
+        """Return that the tokens are random."""
         return (
-            f"made-up tokens, vocabulary {self.vocab_size}, samples of {self.seq_length} positions"
+            f"random tokens, vocabulary {self.vocab_size}, samples of {self.seq_length} positions"
         )
 
     def sample(self, index: int) -> Sample:
@@ -137,16 +139,17 @@ def open_samples(
     evaluation: bool = False,
     masks: DocumentMasks | None = None,
 ) -> SampleSource:
-    """Return the source that fits the kind of data: packed instructions where modes are present, else running text.
+    """Open the source that fits the data: packed instructions if there are modes, else text.
 
     Args:
         corpus: The documents.
-        seq_length: Positions of a sample.
-        vocab_size: Tokens of the model; others are an error when their sample is read.
-        pad_id: What fills unused positions.
-        seed: Of the order of training samples.
-        evaluation: One pass in the file's order.
-        masks: How documents of text share a window; packed instructions are always kept apart.
+        seq_length: The number of positions of a sample.
+        vocab_size: The number of tokens of the model; others are an error when their sample is
+            read.
+        pad_id: The token that fills unused positions.
+        seed: The seed of the order of training samples.
+        evaluation: Whether the samples are one pass in the file's order.
+        masks: How documents of text share a window; packed instructions are always separate.
     """
     if evaluation:
         seed = EVALUATION_SEED

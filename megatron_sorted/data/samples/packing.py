@@ -1,7 +1,8 @@
-"""Which documents share a window of ``seq_length`` tokens, and in which order windows and documents come.
+"""Which documents share a window of ``seq_length`` tokens, and their order.
 
-The windows are laid out once, from the lengths alone. An epoch only draws which document of a given length stands in which place of
-that length, so every epoch has the same number of windows and reshuffling 200,000 documents takes a fraction of a second.
+The windows are laid out once, from the lengths alone. An epoch only draws which document of a given
+length takes which slot of that length, so every epoch has the same number of windows and
+reshuffling 200,000 documents takes a fraction of a second.
 """
 
 from collections.abc import Iterator
@@ -12,21 +13,22 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PackedWindows:
-    """Places for documents, longest first.
+    """Slots for documents, longest first.
 
     Shapes:
-        window_of_place: (documents,).
+        window_of_slot: (documents,).
     """
 
-    window_of_place: np.ndarray
+    window_of_slot: np.ndarray
     num_windows: int
 
 
 def random_keys(count: int, *seeds: int) -> np.ndarray:
     """Return ``count`` uint64 that depend on ``seeds`` only.
 
-    Raw output of a bit generator: numpy promises that this stream never changes between versions, which it does not promise for
-    ``Generator.permutation``; a resume after an upgrade would otherwise read other data.
+    They are the raw output of a bit generator. Numpy promises that this stream never changes
+    between versions, unlike that of ``Generator.permutation``; otherwise a run that resumes after
+    an upgrade would read other data.
     """
     return np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(count)
 
@@ -37,16 +39,18 @@ def shuffled(count: int, *seeds: int) -> np.ndarray:
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> PackedWindows:
-    """Return windows of ``capacity`` filled best-fit decreasing: each document, longest first, goes where least room remains after it.
+    """Return windows of ``capacity`` filled best-fit decreasing.
 
-    Windows are kept in one stack per remaining room; the bits of one integer say which stacks are not empty, so finding the
-    tightest room that fits is a shift and a lowest-bit, not a search. Documents of one length are placed together: a window that
-    takes one and has room for another is then the tightest, so it takes as many as it holds.
+    Each document, longest first, goes where the least room remains after it. Windows are kept in
+    one stack per remaining room; the bits of one integer mark the stacks that are not empty, so the
+    tightest room that fits is a shift and a lowest bit, not a search. Documents of one length are
+    placed together: a window that takes one and has room for another is then the tightest, so it
+    takes as many as it holds.
     """
     stacks: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms = 0
     num_windows = 0
-    window_of_place = []
+    window_of_slot = []
 
     def push(left: int, windows: list[int]) -> None:
         nonlocal rooms
@@ -69,12 +73,12 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> PackedWindows:
                 windows = list(range(num_windows, num_windows + needed))
                 num_windows += needed
             placed = min(count, each * len(windows))
-            window_of_place.append(np.repeat(windows, each)[:placed])
+            window_of_slot.append(np.repeat(windows, each)[:placed])
             whole, rest = divmod(placed, each)
             push(room - each * length, windows[:whole])
             push(room - rest * length, windows[whole:])
             count -= placed
-    return PackedWindows(np.concatenate([np.zeros(0, np.int64), *window_of_place]), num_windows)
+    return PackedWindows(np.concatenate([np.zeros(0, np.int64), *window_of_slot]), num_windows)
 
 
 def _by_length(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -85,37 +89,39 @@ def _by_length(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> PackedWindows:
-    """Return windows of ``capacity`` filled first-fit decreasing: each document, longest first, goes into the first window with room.
+    """Return windows of ``capacity`` filled first-fit decreasing.
 
-    Documents of one length are placed together: the first window takes as many as it has room for, then the next one.
+    Each document, longest first, goes into the first window with room. Documents of one length are
+    placed
+    together: the first window takes as many as it has room for, then the next one.
     """
-    rooms, window_of_place = np.zeros(0, np.int64), []
+    rooms, window_of_slot = np.zeros(0, np.int64), []
     for length, count in _by_length(lengths):
         windows = np.flatnonzero(rooms >= length)
         fits = rooms[windows] // length
         taken = np.clip(count - (fits.cumsum() - fits), 0, fits)
         rooms[windows] -= taken * length
-        window_of_place.append(np.repeat(windows, taken))
+        window_of_slot.append(np.repeat(windows, taken))
         left = np.arange(count - int(taken.sum()))
         in_new = left // (capacity // length)
-        window_of_place.append(len(rooms) + in_new)
+        window_of_slot.append(len(rooms) + in_new)
         rooms = np.concatenate([rooms, capacity - np.bincount(in_new) * length])
-    return PackedWindows(np.concatenate([np.zeros(0, np.int64), *window_of_place]), len(rooms))
+    return PackedWindows(np.concatenate([np.zeros(0, np.int64), *window_of_slot]), len(rooms))
 
 
 def lower_bound(lengths: np.ndarray, capacity: int) -> int:
-    """Return a number of windows below which no packing can go.
+    """Return a lower bound of the number of windows of any packing.
 
-    Source: bound L2 of S. Martello and P. Toth, "Lower bounds and reduction procedures for the bin packing problem" (1990): for a k up
-    to half the capacity, documents longer than capacity - k share a window with none of at least k, those longer than half not with
-    one another, and what those of k to half do not find room for beside the latter needs windows of its own.
+    Source: bound L2 of S. Martello and P. Toth, "Lower bounds and reduction procedures for the bin
+        packing
+    problem" (1990). For a k up to half the capacity, documents longer than capacity - k share a
+    window with none of at least k, those longer than half not with one another, and those of k to
+    half that find no room beside the latter need windows of their own.
     """
     count = np.bincount(lengths, minlength=capacity + 1)
     tokens = count * np.arange(capacity + 1)
-    longer, tokens_from = (
-        count[::-1].cumsum()[::-1],
-        tokens[::-1].cumsum()[::-1],
-    )  # of at least this length
+    # number and tokens of the documents of at least this length
+    longer, tokens_from = count[::-1].cumsum()[::-1], tokens[::-1].cumsum()[::-1]
     half = capacity // 2 + 1
     k = np.arange(half)
     alone_or_first = longer[half]
@@ -126,9 +132,10 @@ def lower_bound(lengths: np.ndarray, capacity: int) -> int:
 
 
 def lay_out(lengths: np.ndarray, capacity: int) -> PackedWindows:
-    """Return windows of ``capacity``: best-fit decreasing, or first-fit decreasing where that needs fewer.
+    """Return windows of ``capacity``: best-fit decreasing, or first-fit if that needs fewer.
 
-    Neither is always the better one. Where the first reaches :func:`lower_bound`, as it nearly always does, the second is not tried.
+    Neither is always the better one. Where the first reaches :func:`lower_bound`, as it nearly
+    always does, the second is not tried.
     """
     assert lengths.size == 0 or (lengths.min() > 0 and lengths.max() <= capacity)
     best = best_fit_decreasing(lengths, capacity)
@@ -141,7 +148,7 @@ def lay_out(lengths: np.ndarray, capacity: int) -> PackedWindows:
 def assign_epoch(
     layout: PackedWindows, lengths: np.ndarray, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the documents of one epoch in reading order and where each window starts among them.
+    """Return the documents of one epoch in reading order, and where each window begins among them.
 
     Shapes:
         documents: (documents,), each document once.
@@ -150,7 +157,7 @@ def assign_epoch(
     count = len(lengths)
     keys = random_keys(count, seed, epoch, 0)
     documents = np.lexsort((keys, -lengths))
-    windows = shuffled(layout.num_windows, seed, epoch, 1)[layout.window_of_place]
+    windows = shuffled(layout.num_windows, seed, epoch, 1)[layout.window_of_slot]
     order = np.lexsort((random_keys(count, seed, epoch, 2), windows))
     starts = np.concatenate([[0], np.cumsum(np.bincount(windows, minlength=layout.num_windows))])
     return documents[order], starts

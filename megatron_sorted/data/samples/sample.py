@@ -1,4 +1,4 @@
-"""What every source of samples is: samples by global number, each one window of tokens."""
+"""The contract of every source of samples: samples by global number, each one window of tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,8 +17,10 @@ class Sample:
     Shapes:
         tokens_s, labels_s: (seq_length,) int64; ``labels_s[i]`` follows ``tokens_s[i]``.
         loss_mask_s: (seq_length,) float32; 1 where the label is trained on.
-        segments_s: (seq_length,) int32; number of the piece (packed document) from 0; padding has the next number.
-        positions_s: (seq_length,) int64; None: they start again at 0 with each piece, where there are several.
+        segments_s: (seq_length,) int32; the number of the piece (packed document) from 0; padding
+            has the next number.
+        positions_s: (seq_length,) int64. None: they start again at 0 with each piece, if there are
+            several.
     """
 
     tokens_s: np.ndarray
@@ -30,7 +32,7 @@ class Sample:
 
 
 def empty_sample(seq_length: int, pad_id: int) -> Sample:
-    """Return a sample that is all padding and counts nowhere."""
+    """Return a sample of padding only, whose loss does not count."""
     tokens = np.full(seq_length, pad_id, np.int64)
     return Sample(
         tokens, tokens.copy(), np.zeros(seq_length, np.float32), np.zeros(seq_length, np.int32), 0
@@ -41,9 +43,9 @@ class SampleSource(ABC):
     """Samples by global number >= 0, without end.
 
     Attributes:
-        samples_per_epoch: Samples of one pass over the data.
-        fill: Part of all positions that hold tokens, not padding.
-        packs: Whether a sample may hold several documents that must not see each other.
+        samples_per_epoch: The number of samples in one pass over the data.
+        fill: The fraction of all positions that hold tokens, not padding.
+        packs: Whether a sample may hold several documents that must not attend to each other.
     """
 
     samples_per_epoch: int
@@ -58,7 +60,10 @@ class SampleSource(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return how much there is, for the log: a line, or one for each source of a blend after a first for all."""
+        """Return the amount of data, for the log.
+
+        It is one line, or for a blend a first line for all and one for each source.
+        """
 
     def epoch_at(self, sample: int) -> float:
         """Return how many passes over the data the first ``sample`` samples are."""
@@ -78,6 +83,7 @@ def check_ids(text: np.ndarray, vocab_size: int, corpus: Corpus, numbers: Sequen
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
             wrong = int(tokens.max() if tokens.max() >= vocab_size else tokens.min())
             raise DataError(
-                f"{corpus.name_of(number)}: token {wrong} is outside the model's vocabulary of {vocab_size}. "
-                "Use the tokenizer the data was prepared with, or prepare the data again."
+                f"{corpus.name_of(number)}: token {wrong} is outside the model's vocabulary of "
+                f"{vocab_size}. Use the tokenizer the data was prepared with, or prepare the data "
+                "again."
             )

@@ -1,4 +1,4 @@
-"""Text documents one after another, cut into windows, and how documents that share a window are kept apart."""
+"""Text documents one after another, cut into windows, and how documents share a window."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,16 +13,19 @@ from megatron_sorted.errors import DataError
 
 @dataclass(frozen=True)
 class DocumentMasks:
-    """How documents of text share a window, as Megatron-LM's flags of these names say.
+    """How documents of text share a window, by Megatron-LM's flags of these names.
 
-    A document ends where the indexed file says, and after every ``eod_id`` inside one, which is where Megatron-LM finds the end
-    (``_get_ltor_masks_and_position_ids`` of its GPT dataset): the token belongs to the document that it ends.
+    A document ends where the indexed file says, and after every ``eod_id`` inside one, as in
+    Megatron-LM (``_get_ltor_masks_and_position_ids`` of its GPT dataset): the token belongs to the
+    document that it ends.
 
     Attributes:
-        reset_attention_mask: Tokens attend to their own document only.
-        reset_position_ids: Positions start again at 0 with each document.
-        eod_mask_loss: A document's last token, from which the next document's first would be predicted, has no loss.
-        eod_id: The end-of-document token; None where it is not known, then only the file's documents count.
+        reset_attention_mask: Whether tokens attend to their own document only.
+        reset_position_ids: Whether positions start again at 0 with each document.
+        eod_mask_loss: Whether a document's last token, from which the next document's first would
+            be predicted, has no loss.
+        eod_id: The end-of-document token; None if it is unknown, then only the file's documents
+            count.
     """
 
     reset_attention_mask: bool = False
@@ -32,9 +35,11 @@ class DocumentMasks:
 
 
 class TextSamples(SampleSource):
-    """Documents one after another, cut every ``seq_length`` tokens; every token is predicted, ends of documents as ``masks`` says.
+    """Documents one after another, cut every ``seq_length`` tokens.
 
-    Training shuffles documents and windows and drops what is left at the end of an epoch; evaluation keeps the file's order and pads.
+    Every token is predicted; ``masks`` decides about ends of documents. Training shuffles documents
+    and windows and drops the rest at the end of an epoch; evaluation keeps the file's order and
+    pads.
     """
 
     def __init__(
@@ -47,13 +52,8 @@ class TextSamples(SampleSource):
         evaluation: bool = False,
         masks: DocumentMasks | None = None,
     ):
-        self.corpus, self.seq_length, self.vocab_size, self.pad_id, self.seed = (
-            corpus,
-            seq_length,
-            vocab_size,
-            pad_id,
-            seed,
-        )
+        self.corpus, self.seq_length = corpus, seq_length
+        self.vocab_size, self.pad_id, self.seed = vocab_size, pad_id, seed
         self.evaluation, self.masks = evaluation, masks or DocumentMasks()
         self.packs = self.masks.reset_attention_mask
         self.num_tokens = int(corpus.lengths.sum())
@@ -61,8 +61,9 @@ class TextSamples(SampleSource):
         self.samples_per_epoch = whole + (evaluation and rest > 0)
         if self.samples_per_epoch < 1:
             raise DataError(
-                f"{', '.join(corpus.prefixes)}: {self.num_tokens} tokens in this share are too few for one sample of "
-                f"--seq-length {seq_length} (it takes {seq_length + 1}). Give more data or lower --seq-length."
+                f"{', '.join(corpus.prefixes)}: {self.num_tokens} tokens in this share are too "
+                f"few for one sample of --seq-length {seq_length} (it takes {seq_length + 1}). "
+                "Give more data or lower --seq-length."
             )
         self.fill = (
             (self.num_tokens - 1) / (self.samples_per_epoch * seq_length) if evaluation else 1.0
@@ -71,37 +72,21 @@ class TextSamples(SampleSource):
 
     def describe(self) -> str:
         """Return documents, tokens and windows in one line, and how documents share a window."""
-        masks = self.masks
-        sharing = (
-            "documents of a sample are kept apart"
-            if masks.reset_attention_mask
-            else "documents see those before them"
-        )
-        others = [
-            words
-            for words, is_so in (
-                (
-                    "positions run through the sample",
-                    masks.reset_attention_mask and not masks.reset_position_ids,
-                ),
-                (
-                    "positions start again with each",
-                    masks.reset_position_ids and not masks.reset_attention_mask,
-                ),
-                (
-                    "the next one's first token is predicted",
-                    masks.reset_attention_mask and not masks.eod_mask_loss,
-                ),
-                (
-                    "the next one's first token is not predicted",
-                    masks.eod_mask_loss and not masks.reset_attention_mask,
-                ),
-            )
-            if is_so
+        masks, separate = self.masks, self.masks.reset_attention_mask
+        traits = [
+            "documents of a sample are separate" if separate else "documents see those before them"
         ]
+        if masks.reset_position_ids != separate:
+            traits.append(
+                "positions run through the sample"
+                if separate
+                else "positions start again with each"
+            )
+        if masks.eod_mask_loss != separate:
+            traits.append(f"the next one's first token is {'' if separate else 'not '}predicted")
         return (
-            f"{self.corpus.num_documents} documents, {self.num_tokens} tokens in {self.samples_per_epoch} samples of "
-            f"{self.seq_length} positions; {', '.join([sharing, *others])}"
+            f"{self.corpus.num_documents} documents, {self.num_tokens} tokens in "
+            f"{self.samples_per_epoch} samples of {self.seq_length} positions; {', '.join(traits)}"
         )
 
     def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -119,10 +104,10 @@ class TextSamples(SampleSource):
         end = min(begin + self.seq_length + 1, self.num_tokens)
         first = int(np.searchsorted(starts, begin, side="right")) - 1
         members = order[first : int(np.searchsorted(starts, end, side="left"))]
-        # cut before they are joined: a document may be far longer than a window
+        # cut before joining: a document may be far longer than a window
         parts = [
-            self.corpus.document(number)[max(0, begin - at) : end - at]
-            for number, at in zip(
+            self.corpus.document(number)[max(0, begin - start) : end - start]
+            for number, start in zip(
                 members, starts[first : first + len(members)].tolist(), strict=True
             )
         ]
@@ -145,12 +130,13 @@ class TextSamples(SampleSource):
         return self._mask(sample, count, self._documents(text, [len(part) for part in parts]))
 
     def _mask(self, sample: Sample, count: int, documents: np.ndarray) -> Sample:
-        """Return a window whose documents are kept apart as the masks say.
+        """Return a window in which the masks separate documents.
 
         Args:
             sample: The window without masks; its arrays are filled.
-            count: Positions that hold tokens.
-            documents: Number of the document of each of them and of the last label (count + 1,).
+            count: The number of positions that hold tokens.
+            documents: The number of the document of each of them and of the last label (count +
+                1,).
         """
         masks, positions = self.masks, np.arange(self.seq_length)
         if masks.eod_mask_loss:
@@ -169,7 +155,7 @@ class TextSamples(SampleSource):
 
         Args:
             text: The window's tokens (t,).
-            lengths: How many of them come from each of the file's documents.
+            lengths: The numbers of tokens that come from each of the file's documents.
         """
         begins = np.zeros(len(text), bool)
         ends = np.cumsum(lengths)[:-1]

@@ -1,1 +1,1 @@
-"""Keys, values and hidden states of a batch, and the layers that fill them."""
+"""The KV cache and hidden states of a batch, and the layers that fill them."""

@@ -1,4 +1,7 @@
-"""Whether a batch fits into memory, before it is begun: a host that lends more than it has kills the process instead of refusing."""
+"""A check that a batch fits into memory before it starts.
+
+A host that overcommits memory kills the process instead of refusing an allocation.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,17 +13,24 @@ from megatron_sorted.decoding.network import Network
 from megatron_sorted.errors import MemoryExhaustedError
 
 HOST_REFUSES = ("can't allocate memory", "not enough memory")
-"""What torch's allocator of the host says in a plain RuntimeError."""
+"""Texts by which a plain RuntimeError of torch's host allocator is recognised."""
 TOKEN_BYTES = 8
 REMEDY = "Shorten prompts or ask for fewer new tokens or texts at once."
 
 
 def bytes_needed(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> int:
-    """Return the bytes of keys, values, hidden states and tokens of so many texts of ``capacity`` slots."""
+    """Return the bytes of the cache of a batch.
+
+    Args:
+        network: The model.
+        num_rows: Number of texts.
+        capacity: Number of cache slots of each text.
+        stops: Depths at which a forward pass may stop.
+    """
     blocks = [
-        network.readers[stop].block
+        network.readouts[stop].block
         for stop in set(stops)
-        if stop in network.readers and network.readers[stop].block is not None
+        if stop in network.readouts and network.readouts[stop].block is not None
     ]
     keys = sum(
         2 * layer.num_groups * layer.head_size for layer in [*network.layers[: max(stops)], *blocks]
@@ -30,74 +40,68 @@ def bytes_needed(network: Network, num_rows: int, capacity: int, stops: Sequence
 
 
 def free_host_bytes(root: Path = Path("/")) -> int | None:
-    """Return the bytes that the host, and the container this runs in, can still give; None where nobody tells.
+    """Return the free bytes of the host or its container; None if the system does not report them.
 
     Args:
-        root: Of the file system; for tests.
+        root: Root of the file system; another one for tests.
     """
-    found = []
+    free = []
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
         group = root / "sys/fs/cgroup"
-        most, used = (
-            (group / "memory.max").read_text(encoding="ascii").strip(),
-            int((group / "memory.current").read_text(encoding="ascii")),
-        )
-        # files that were read count as used and are dropped when memory is short
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        # cached files count as used, but the kernel drops them when memory is short
         files = [
             int(line.split()[1])
             for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()
             if line.startswith("inactive_file ")
         ]
-        if most != "max":
-            found.append(max(0, int(most) - used + sum(files)))
+        if limit != "max":
+            free.append(max(0, int(limit) - used + sum(files)))
     except (OSError, ValueError, IndexError):
         pass
-    return min(found, default=None)
+    return min(free, default=None)
 
 
 def check_cache_memory(
     network: Network, num_rows: int, capacity: int, stops: Sequence[int], more_bytes: int = 0
 ) -> None:
-    """Check that the texts fit; a device's own allocator says so by itself.
+    """Check that the texts fit into the host's memory; accelerators report it by themselves.
 
     Args:
-        network: What reads them.
-        num_rows: Texts.
-        capacity: Slots of each.
-        stops: Depths at which reading may stop.
-        more_bytes: That a model which drafts needs for them.
+        network: The model.
+        num_rows: Number of texts.
+        capacity: Number of cache slots of each text.
+        stops: Depths at which a forward pass may stop.
+        more_bytes: Bytes that another model which drafts needs.
 
     Raises:
-        MemoryExhaustedError: They do not fit into the host's memory.
+        MemoryExhaustedError: They do not fit.
     """
     if network.device.type != "cpu":
         return
     needed, free = bytes_needed(network, num_rows, capacity, stops) + more_bytes, free_host_bytes()
     if free is not None and needed > free:
         raise MemoryExhaustedError(
-            f"out of memory: {num_rows} texts of {capacity} tokens need {needed / 1e9:.2f} GB of keys and values, "
-            f"{free / 1e9:.2f} GB are free. {REMEDY}"
+            f"out of memory: {num_rows} texts of {capacity} tokens need {needed / 1e9:.2f} GB of "
+            f"KV cache, {free / 1e9:.2f} GB are free. {REMEDY}"
         )
 
 
 @contextmanager
 def as_memory_error() -> Iterator[None]:
-    """Say in one kind of error that memory is exhausted, whoever noticed.
+    """Re-raise every out-of-memory error as `MemoryExhaustedError`.
 
     Raises:
-        MemoryExhaustedError: It is.
+        MemoryExhaustedError: Python, a device or the host's allocator ran out of memory.
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise MemoryExhaustedError(_words(error)) from error
-    except RuntimeError as error:
-        if not any(words in str(error) for words in HOST_REFUSES):
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and not any(text in str(error) for text in HOST_REFUSES):
             raise
-        raise MemoryExhaustedError(_words(error)) from error
-
-
-def _words(error: BaseException) -> str:
-    return f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}). {REMEDY}"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise MemoryExhaustedError(f"out of memory ({reason}). {REMEDY}") from error

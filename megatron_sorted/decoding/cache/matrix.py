@@ -1,8 +1,9 @@
-"""A matrix that reads few rows fast: on a CPU packed once for oneDNN, else as it is.
+"""A matrix for products with few rows: packed once for oneDNN on a CPU, else unchanged.
 
-Decoding is bound by reading weights. Verification of six tokens should cost little more than one token, since it reads the same weights
-once; torch's plain product of 2 to 16 rows packs the matrix anew at every call and takes two to three times one row's time. Packed
-beforehand, as torch.compile does when it freezes a model, it takes about 1.3 times.
+Decoding is bound by reading weights. Verifying six tokens should cost little more than one token,
+since it reads the same weights once; but torch's plain product of 2 to 16 rows packs the matrix at
+every call and takes two to three times as long as one row. With a matrix packed beforehand, as
+torch.compile does when it freezes a model, it takes about 1.3 times as long.
 """
 
 import torch
@@ -10,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PACKED_ROWS = 8
-"""Rows that the packing is made for; others work too."""
+"""Number of rows that the packing is optimized for; others work too."""
 
 
 class Matrix:
     """``F.linear`` with a fixed weight.
 
     Args:
-        weight: [out, in]. Where it is packed a copy of it is kept, and later changes of it are not seen.
-        bias: [out] or None.
-        packed: Whether to pack it; only on a CPU whose torch can.
+        weight: Matrix [out, in]. A packed copy does not follow later changes.
+        bias: Bias [out], or None.
+        packed: Whether to pack it if torch and the device can.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, packed: bool = True):
@@ -28,9 +29,9 @@ class Matrix:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS)
 
     def resized(self, rows: int) -> "Matrix":
-        """Return the matrix with the first ``rows`` outputs; those that it lacks are -inf whatever comes in."""
-        lacking = rows - self.weight.size(0)
-        if lacking <= 0:
+        """Return the matrix with ``rows`` outputs; new ones are always -inf."""
+        missing = rows - self.weight.size(0)
+        if missing <= 0:
             return Matrix(
                 self.weight[:rows],
                 None if self.bias is None else self.bias[:rows],
@@ -38,20 +39,20 @@ class Matrix:
             )
         bias = self.weight.new_zeros(self.weight.size(0)) if self.bias is None else self.bias
         return Matrix(
-            F.pad(self.weight, (0, 0, 0, lacking)),
-            F.pad(bias, (0, lacking), value=float("-inf")),
+            F.pad(self.weight, (0, 0, 0, missing)),
+            F.pad(bias, (0, missing), value=float("-inf")),
             self.packed is not None,
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return [..., out] of [..., in]."""
+        """Return the product, [..., in] -> [..., out]."""
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Return whether torch can pack this matrix: numbers oneDNN knows, on a CPU, in a build that has it."""
+    """Return whether torch can pack this matrix: on a CPU, with oneDNN, of a data type it knows."""
     if (
         weight.device.type != "cpu"
         or not torch.backends.mkldnn.is_available()
@@ -69,10 +70,10 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class Matrices:
-    """Make each matrix once, however many exits read with it."""
+    """A factory of matrices that shares a matrix among all exits that use it."""
 
     def __init__(self, packed: bool):
-        self.packed, self._made = packed, {}
+        self.packed, self._by_weight = packed, {}
 
     def of(self, module: nn.Linear) -> Matrix:
         """Return the matrix of a linear module."""
@@ -81,17 +82,17 @@ class Matrices:
             tuple(module.weight.shape),
             None if module.bias is None else module.bias.data_ptr(),
         )
-        if key not in self._made:
-            self._made[key] = Matrix(module.weight, module.bias, self.packed)
-        return self._made[key]
+        if key not in self._by_weight:
+            self._by_weight[key] = Matrix(module.weight, module.bias, self.packed)
+        return self._by_weight[key]
 
     def joined(self, modules: list[nn.Linear]) -> Matrix:
-        """Return the matrices of ``modules`` one below the other."""
+        """Return the concatenated matrices of ``modules``."""
         return Matrix(*join(modules), self.packed)
 
 
 def join(modules: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Return the matrices of ``modules`` one below the other, and their biases; the modules become views of them."""
+    """Concatenate the matrices and biases of ``modules``; the modules' own become views of them."""
     with torch.no_grad():
         weight = torch.cat([module.weight for module in modules])
         bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])

@@ -1,7 +1,9 @@
-"""What a batch of texts is read into: tokens, keys and values of every layer, hidden states at every stop; and how a pass reads.
+"""The memory of a batch of texts, and forward passes on it.
 
-Nothing here knows how far a text is; `state` does. A pass can be told on the device where its tokens stand: then none of its numbers come
-from the host, its shapes are few and its memory stays where it is, so it can be recorded and replayed.
+It holds the tokens, the KV cache, and the hidden states at every stop; `state` knows how long each
+text is. A pass can take its tokens' positions from the device. Then no number comes from the host,
+there are few shapes and the memory stays where it is, so that the pass can be recorded as a graph
+and replayed.
 """
 
 from collections.abc import Sequence
@@ -10,63 +12,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.layer import Keys, Layer
+from megatron_sorted.decoding.cache.layer import KVCache, Layer
 from megatron_sorted.decoding.cache.passes import Passes
 from megatron_sorted.decoding.cache.places import Places, rotation_tables
 from megatron_sorted.decoding.cache.transfer import numbers, set_numbers
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.speculation.tree import DraftTree
 
-MOST_WIDTH = 65
-"""Tokens of a row that a replayed pass reads at most: the longest draft and the token before it."""
-LEAST_SPAN = 128
-"""A replayed pass looks at the first 128 slots, or 256, 512 and so on."""
-MOST_IDLE = 4
-MOST_IDLE_BYTES = 4 << 30
-"""How many memories, and how large together, a network keeps while nobody uses them."""
+MAX_WIDTH = 65
+"""Maximum number of new tokens of a row in a replayed pass: the longest draft and one token."""
+MIN_SPAN = 128
+"""Smallest number of slots that a replayed pass attends to; larger ones are powers of two."""
+MAX_IDLE = 4
+"""Maximum number of unused caches that a network keeps."""
+MAX_IDLE_BYTES = 4 << 30
+"""Maximum size of these caches together."""
 
 
 class LayerSegment:
-    """Layers that are always run together: from one stop to the next, or an exit's own block.
+    """Layers that always run together: from one stop to the next, or an exit's own block.
 
     Attributes:
-        source: Stop whose hidden states it reads; 0 for the embedding.
-        layers: Its layers.
-        adapter: Before them; or None.
-        caches: Their keys and values.
-        hidden_bch: What it says of every slot.
-        filled: By row, how many slots it has read.
+        source: Depth of the stop whose hidden states are the input; 0 for the embedding.
+        layers: The layers.
+        adapter: Adapter before the layers; None without one.
+        caches: KV cache of each layer.
+        hidden_bch: Output of the last layer in every slot.
+        filled: Number of slots that are filled, by row.
     """
 
     def __init__(
-        self, source: int, layers: Sequence[Layer], adapter, caches: list[Keys], hidden_bch: Tensor
+        self,
+        source: int,
+        layers: Sequence[Layer],
+        adapter,
+        caches: list[KVCache],
+        hidden_bch: Tensor,
     ):
-        self.source, self.layers, self.adapter, self.caches, self.hidden_bch = (
-            source,
-            list(layers),
-            adapter,
-            caches,
-            hidden_bch,
-        )
+        self.source, self.layers, self.adapter = source, list(layers), adapter
+        self.caches, self.hidden_bch = caches, hidden_bch
         self.filled = [0] * hidden_bch.size(0)
 
     def tensors(self) -> list[Tensor]:
-        """Return all that it keeps by row."""
+        """Return all tensors with a row per text."""
         return [
             self.hidden_bch,
             *(tensor for cache in self.caches for tensor in (cache.keys, cache.values)),
         ]
 
 
-class Memory:
-    """See the module.
+class BatchCache:
+    """The memory of a batch of texts; see the module.
 
     Args:
-        network: What reads.
-        num_rows: Texts.
-        capacity: Slots of a text; the last takes what is written for nobody.
-        stops: Depths at which reading may stop.
-        passes: Replays those that are told on the device where their tokens stand; None where all are told by the host.
+        network: The model.
+        num_rows: Number of texts.
+        capacity: Number of slots of each text; the last one takes writes of padding.
+        stops: Depths at which a forward pass may stop.
+        passes: Recorder of passes whose positions are on the device; None for positions from the
+            host.
     """
 
     def __init__(
@@ -77,92 +81,81 @@ class Memory:
         stops: Sequence[int],
         passes: Passes | None = None,
     ):
-        self.num_rows, self.capacity, self.stops, self.passes = (
-            num_rows,
-            capacity,
-            tuple(sorted(set(stops))),
-            passes,
-        )
-        self.embedding, self.readers = network.embedding, network.readers
+        self.num_rows, self.capacity = num_rows, capacity
+        self.stops, self.passes = tuple(sorted(set(stops))), passes
+        self.embedding, self.readouts = network.embedding, network.readouts
         self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=network.device)
         self.cos_cd, self.sin_cd = rotation_tables(
             network.rotary, capacity, network.dtype, network.device
         )
-        self.runs: dict[int, LayerSegment] = {}
+        self.segments: dict[int, LayerSegment] = {}
         self.blocks: dict[int, LayerSegment] = {}
-        low = 0
+        start = 0
         for stop in self.stops:
-            self.runs[stop] = self._make_run(low, network.layers[low:stop])
-            reader = network.readers.get(stop)
-            if reader is not None and reader.block is not None:
-                self.blocks[stop] = self._make_run(stop, [reader.block], reader.adapter)
-            low = stop
+            self.segments[stop] = self._make_segment(start, network.layers[start:stop])
+            readout = network.readouts.get(stop)
+            if readout is not None and readout.block is not None:
+                self.blocks[stop] = self._make_segment(stop, [readout.block], readout.adapter)
+            start = stop
         if passes is not None:
             self._starts_b, self._counts_b = (
                 torch.zeros(num_rows, dtype=torch.long, device=network.device) for _ in range(2)
             )
             self._slots_bn = torch.zeros(
-                num_rows, MOST_WIDTH, dtype=torch.long, device=network.device
+                num_rows, MAX_WIDTH, dtype=torch.long, device=network.device
             )
             self._counts: list[int] = []
 
-    def _make_run(self, source: int, layers: Sequence[Layer], adapter=None) -> LayerSegment:
-        def empty(*shape: int) -> Tensor:
+    def _make_segment(self, source: int, layers: Sequence[Layer], adapter=None) -> LayerSegment:
+        def zeros(*shape: int) -> Tensor:
+            shape = (self.num_rows, *shape)
             return torch.zeros(shape, dtype=self.embedding.dtype, device=self.device)
 
-        caches = [
-            Keys(
-                *(
-                    empty(self.num_rows, layer.num_groups, self.capacity, layer.head_size)
-                    for _ in range(2)
-                )
-            )
-            for layer in layers
-        ]
-        return LayerSegment(
-            source,
-            layers,
-            adapter,
-            caches,
-            empty(self.num_rows, self.capacity, self.embedding.size(1)),
-        )
+        shapes = [(layer.num_groups, self.capacity, layer.head_size) for layer in layers]
+        caches = [KVCache(zeros(*shape), zeros(*shape)) for shape in shapes]
+        hidden_bch = zeros(self.capacity, self.embedding.size(1))
+        return LayerSegment(source, layers, adapter, caches, hidden_bch)
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Return the device of the memory."""
         return self.tokens_bc.device
 
-    def all_runs(self) -> list[LayerSegment]:
-        """Return the runs, those of blocks last."""
-        return [*self.runs.values(), *self.blocks.values()]
+    def all_segments(self) -> list[LayerSegment]:
+        """Return the segments, those of the exits' own blocks last."""
+        return [*self.segments.values(), *self.blocks.values()]
 
     def tensors(self) -> list[Tensor]:
-        """Return all that is kept by row."""
-        return [self.tokens_bc, *(tensor for run in self.all_runs() for tensor in run.tensors())]
+        """Return all tensors with a row per text."""
+        segments = self.all_segments()
+        return [self.tokens_bc, *(tensor for one in segments for tensor in one.tensors())]
 
     @property
     def num_bytes(self) -> int:
-        """Return how large it is."""
+        """Return the size of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
     def clear(self) -> None:
-        """Forget all texts; keys that are not numbers would go on to harm those who do not see them."""
+        """Set everything to zero: a NaN would spread through attention even where it is masked."""
         for tensor in self.tensors():
             tensor.zero_()
-        for run in self.all_runs():
-            run.filled = [0] * self.num_rows
+        for segment in self.all_segments():
+            segment.filled = [0] * self.num_rows
 
-    def take(self, other: "Memory", rows: Sequence[int]) -> None:
-        """Take over these rows of a memory with the same stops."""
+    def take(self, other: "BatchCache", rows: Sequence[int]) -> None:
+        """Copy these rows of a cache with the same stops."""
         index = numbers(rows, self.device)
         with torch.no_grad():
             for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
                 torch.index_select(theirs, 0, index, out=mine)
-        for mine, theirs in zip(self.all_runs(), other.all_runs(), strict=True):
+        for mine, theirs in zip(self.all_segments(), other.all_segments(), strict=True):
             mine.filled = [theirs.filled[row] for row in rows]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep these rows, increasing, and forget the others; nothing is asked for: a second memory may not fit beside the first."""
+        """Keep these rows, increasing, and drop the others.
+
+        Nothing is allocated, since a second cache may not fit beside this one.
+        """
         assert list(rows) == sorted(set(rows))
         with torch.no_grad():
             for tensor in self.tensors():
@@ -170,49 +163,58 @@ class Memory:
                     if new != old:
                         tensor[new] = tensor[old]
         self.num_rows, self.tokens_bc = len(rows), self.tokens_bc[: len(rows)]
-        for run in self.all_runs():
-            run.hidden_bch, run.filled = (
-                run.hidden_bch[: len(rows)],
-                [run.filled[row] for row in rows],
-            )
-            run.caches = [
-                Keys(cache.keys[: len(rows)], cache.values[: len(rows)]) for cache in run.caches
+        for segment in self.all_segments():
+            segment.hidden_bch = segment.hidden_bch[: len(rows)]
+            segment.filled = [segment.filled[row] for row in rows]
+            segment.caches = [
+                KVCache(cache.keys[: len(rows)], cache.values[: len(rows)])
+                for cache in segment.caches
             ]
 
-    def read(self, run: LayerSegment, at: tuple, places: Places) -> None:
-        """Run layers on the tokens of the slots ``at``, which stand at ``places``."""
+    def run(self, segment: LayerSegment, at: tuple, places: Places) -> None:
+        """Run the layers of a segment on the tokens in the slots ``at``."""
         hidden = (
             F.embedding(self.tokens_bc[at], self.embedding)
-            if run.source == 0
-            else self.runs[run.source].hidden_bch[at]
+            if segment.source == 0
+            else self.segments[segment.source].hidden_bch[at]
         )
-        if run.adapter is not None:
-            hidden = run.adapter(hidden)
-        for layer, cache in zip(run.layers, run.caches, strict=True):
+        if segment.adapter is not None:
+            hidden = segment.adapter(hidden)
+        for layer, cache in zip(segment.layers, segment.caches, strict=True):
             hidden = layer(hidden, places, cache)
-        run.hidden_bch[at] = hidden
+        segment.hidden_bch[at] = hidden
 
     def logits(self, depth: int, slots_bn: Tensor) -> Tensor:
-        """Return the logits [b, n, v] of the exit at ``depth`` after the tokens at these slots, which it has read."""
-        hidden = (self.blocks.get(depth) or self.runs[depth]).hidden_bch
-        return self.readers[depth].logits(
+        """Return the logits [b, n, v] of the exit at ``depth`` in these slots, already filled."""
+        hidden = (self.blocks.get(depth) or self.segments[depth]).hidden_bch
+        return self.readouts[depth].logits(
             hidden.gather(1, slots_bn[:, :, None].expand(-1, -1, hidden.size(2)))
         )
 
     def slots(self, starts_b: Tensor, counts_b: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """Return n slots of each row from its start on, and which of them count; the others are the last slot, which is nobody's."""
+        """Return the slots of up to n consecutive tokens of each row, and which are no padding.
+
+        Padding is written to the last slot.
+        """
         step = torch.arange(n, device=self.device)
-        left_out = step >= counts_b[:, None]
-        return (starts_b[:, None] + step).masked_fill(left_out, self.capacity - 1), ~left_out
+        padding = step >= counts_b[:, None]
+        return (starts_b[:, None] + step).masked_fill(padding, self.capacity - 1), ~padding
 
     def rows(self) -> Tensor:
-        """Return the rows [b, 1]."""
+        """Return the row numbers, [b, 1]."""
         return torch.arange(self.num_rows, device=self.device)[:, None]
 
     def places(
         self, slots_bn: Tensor, counted_bn: Tensor, span: int, tree: DraftTree | None = None
     ) -> Places:
-        """Return places of rows that do not stand alike, or in a tree, or whose slots are known to the device only."""
+        """Return the places of tokens in any slots, in a draft tree or not.
+
+        Args:
+            slots_bn: Slots of the new tokens.
+            counted_bn: Which of them are no padding.
+            span: Number of slots that any of them may attend to.
+            tree: Draft tree behind the texts; None without one.
+        """
         keys = torch.arange(span, device=self.device)
         seen = keys <= slots_bn[:, :, None]
         positions, key_positions = slots_bn, keys.expand(self.num_rows, -1)
@@ -228,9 +230,8 @@ class Memory:
             below = tree.seen_btt.gather(1, node[:, :, None].expand(-1, -1, size))
             below = below.gather(2, key_node[:, None].expand(-1, slots_bn.size(1), -1))
             seen = torch.where(inside[:, :, None] & key_inside[:, None], below, seen)
-        seen = torch.where(
-            counted_bn[:, :, None], seen, keys == 0
-        )  # nobody must see something, or the softmax is of nothing
+        # padding attends to slot 0: a softmax over nothing is not a number
+        seen = torch.where(counted_bn[:, :, None], seen, keys == 0)
         positions = positions.clamp(max=self.capacity - 1)
         return Places(
             self.cos_cd[positions],
@@ -244,13 +245,11 @@ class Memory:
             seen,
         )
 
-    def pass_(self, run: LayerSegment, starts: Sequence[int], counts: Sequence[int]) -> None:
-        """Run layers on ``counts`` tokens of each row from its start on, told on the device where they stand."""
-        n, end = (
-            max(counts),
-            max(start + count for start, count in zip(starts, counts, strict=True)),
-        )
-        span = min(max(LEAST_SPAN, 1 << (end - 1).bit_length()), self.capacity)
+    def run_pass(self, segment: LayerSegment, starts: Sequence[int], counts: Sequence[int]) -> None:
+        """Run a segment on ``counts`` tokens of each row; replay the pass if it is recorded."""
+        n = max(counts)
+        end = max(start + count for start, count in zip(starts, counts, strict=True))
+        span = min(max(MIN_SPAN, 1 << (end - 1).bit_length()), self.capacity)
         set_numbers(self._starts_b, starts)
         if list(counts) != self._counts:
             set_numbers(self._counts_b, counts)
@@ -259,34 +258,34 @@ class Memory:
         def work() -> None:
             slots, counted = self.slots(self._starts_b, self._counts_b, n)
             places = self.places(slots, counted, span)
-            self.read(run, (places.rows_b1, slots), places)
+            self.run(segment, (places.rows_b1, slots), places)
 
-        self.passes((run, n, span), work)
+        self.passes((segment, n, span), work)
 
     def pass_logits(self, depth: int, slots_bn: Tensor) -> Tensor:
-        """Return what `logits` does, valid until the same exit is asked again."""
+        """Return the same as `logits`, valid until the next call for the same exit."""
         static = self._slots_bn[:, : slots_bn.size(1)]
         static.copy_(slots_bn)
         return self.passes((depth, slots_bn.size(1)), lambda: self.logits(depth, static))
 
 
-def move(memory: Memory, sources_bm: Tensor, targets_bm: Tensor) -> None:
-    """Copy the tokens in some slots of each row, and what was read of them, to others."""
+def move(memory: BatchCache, sources_bm: Tensor, targets_bm: Tensor) -> None:
+    """Copy some slots of each row, with their tokens, keys, values and hidden states, to others."""
     rows = memory.rows()
     memory.tokens_bc[rows, targets_bm] = memory.tokens_bc[rows, sources_bm]
-    for run in memory.all_runs():
-        run.hidden_bch[rows, targets_bm] = run.hidden_bch[rows, sources_bm]
-        for cache in run.caches:
+    for segment in memory.all_segments():
+        segment.hidden_bch[rows, targets_bm] = segment.hidden_bch[rows, sources_bm]
+        for cache in segment.caches:
             cache.keys[rows, :, targets_bm] = cache.keys[rows, :, sources_bm]
             cache.values[rows, :, targets_bm] = cache.values[rows, :, sources_bm]
 
 
-def lend(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> Memory:
-    """Return memory without texts of at least this capacity, which nobody else has.
+def acquire(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> BatchCache:
+    """Return an empty cache of at least this capacity: an unused one of the network or a new one.
 
-    Capacities are powers of two, so that texts of other lengths fit as well.
+    Capacities are powers of two, so that a cache can be reused for texts of other lengths.
     """
-    wanted = num_rows, max(LEAST_SPAN, 1 << (capacity - 1).bit_length()), tuple(sorted(set(stops)))
+    wanted = num_rows, max(MIN_SPAN, 1 << (capacity - 1).bit_length()), tuple(sorted(set(stops)))
     for memory in reversed(network.idle):
         if (memory.num_rows, memory.capacity, memory.stops) == wanted:
             network.idle.remove(memory)
@@ -299,22 +298,16 @@ def lend(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -
     return _make(network, *wanted)
 
 
-def take_back(network: Network, memory: Memory) -> None:
-    """Keep memory for the next borrower, unless too much is idle; what has been idle longest goes first."""
+def release(network: Network, memory: BatchCache) -> None:
+    """Keep a cache for later use; if there are too many, drop those unused for longest."""
     network.idle.append(memory)
     while (
-        len(network.idle) > MOST_IDLE
-        or sum(one.num_bytes for one in network.idle) > MOST_IDLE_BYTES
+        len(network.idle) > MAX_IDLE or sum(one.num_bytes for one in network.idle) > MAX_IDLE_BYTES
     ):
         del network.idle[0]
 
 
-def _make(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> Memory:
-    with torch.inference_mode(False):  # what is made within may not be written without
-        return Memory(
-            network,
-            num_rows,
-            capacity,
-            stops,
-            Passes(network.make_recorder() if network.make_recorder else None),
-        )
+def _make(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> BatchCache:
+    passes = Passes(network.make_recorder() if network.make_recorder else None)
+    with torch.inference_mode(False):  # inference tensors cannot be written outside the mode
+        return BatchCache(network, num_rows, capacity, stops, passes)

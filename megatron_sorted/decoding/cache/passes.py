@@ -1,4 +1,4 @@
-"""Passes that are done again and again on the same memory: recorded where the device can, then replayed."""
+"""Repeated forward passes on the same memory, recorded as graphs and replayed if the device can."""
 
 import warnings
 from collections.abc import Callable, Hashable
@@ -6,15 +6,17 @@ from typing import Any
 
 from megatron_sorted.platform.graphs import Record
 
-MOST_RECORDED = 256
-"""Passes of one memory that are recorded; each takes some of the device's memory."""
+MAX_RECORDED = 256
+"""Maximum number of passes recorded for one cache; each takes some of the device's memory."""
 
 
 class Passes:
-    """Does passes, by name; from its second time on a pass is replayed.
+    """Forward passes by name: the first time a pass runs, the second time it is recorded.
+
+    Later calls replay the recording.
 
     Args:
-        record: Records one; None where the device cannot, and nothing is replayed.
+        record: Function that records a pass; None if the device cannot, and nothing is replayed.
     """
 
     def __init__(self, record: Record | None):
@@ -22,22 +24,26 @@ class Passes:
         self.num_replays = 0
 
     def __call__(self, name: Hashable, work: Callable[[], Any]) -> Any:
-        """Return what ``work`` returns; of a replayed pass it is valid until the next replay of the same name.
+        """Run or replay a pass; a replayed result is valid until the next replay of that name.
 
         Args:
-            name: Of everything that it depends on, but for what is in the memory.
-            work: As `Record` says.
+            name: Everything that the pass depends on, except the contents of the cache.
+            work: The pass; see `Record`.
         """
-        if name not in self._recorded and not self._try(name, work):
+        if name not in self._recorded and not self._try_to_record(name, work):
             return work()
-        found = self._recorded[name]
-        found.replay()
+        recorded = self._recorded[name]
+        recorded.replay()
         self.num_replays += 1
-        return found.result
+        return recorded.result
 
-    def _try(self, name: Hashable, work: Callable[[], Any]) -> bool:
-        """Return whether the pass is recorded now: most that come once do not come again."""
-        if self._record is None or len(self._recorded) >= MOST_RECORDED:
+    def _try_to_record(self, name: Hashable, work: Callable[[], Any]) -> bool:
+        """Record the pass the second time it is needed, since most run only once.
+
+        Returns:
+            Whether it is recorded now.
+        """
+        if self._record is None or len(self._recorded) >= MAX_RECORDED:
             return False
         if name not in self._done:
             self._done.add(name)
@@ -47,8 +53,8 @@ class Passes:
         except RuntimeError as error:
             self._record = None
             warnings.warn(
-                f"passes are not recorded: {error}. Decoding goes on without graphs, slower. Load the network with graphs=False "
-                "to not try it.",
+                f"passes are not recorded: {error}. Decoding continues without graphs, which is "
+                "slower. Load the network with graphs=False to skip the attempt.",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -1,8 +1,9 @@
-"""A batch of texts on its way: tokens, keys and values of every layer, and how far each depth has read.
+"""The state of a batch during decoding: its cache, and how many tokens each segment has processed.
 
-A text may be read to one depth further than to another: tokens that left early have no keys and values above their exit. The hidden state
-after each depth where reading may stop is kept, so deeper layers fill what they miss later, as one small batch, when a token needs them;
-nothing is computed twice. Each text (row) has a length of its own; rows that stand alike take a path without masks.
+Deep layers may lag behind shallow ones: a token that exited early has no keys and values above its
+exit. The hidden state at every stop is kept, so that deeper layers process the tokens they lack
+later, as one small batch, when a token needs them; nothing is computed two times. Each text (row)
+has its own length; rows of equal length take a path without masks.
 """
 
 import weakref
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor
 
 from megatron_sorted.decoding.cache.memory import (
-    MOST_WIDTH,
+    MAX_WIDTH,
+    BatchCache,
     LayerSegment,
-    Memory,
-    lend,
+    acquire,
     move,
-    take_back,
+    release,
 )
 from megatron_sorted.decoding.cache.places import Places
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
@@ -25,50 +26,50 @@ from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.speculation.tree import DraftTree
 
 ROUND = 64
-"""Capacities are multiples of it."""
+"""Divisor of all capacities."""
 PART = 1024
-"""Most tokens of a row that are read at once: bounds the memory of long prompts."""
+"""Maximum number of tokens of a row in one pass: bounds the memory of long prompts."""
 
 
-class State:
-    """See the module.
+class DecodingState:
+    """The state of a batch during decoding; see the module.
 
     Args:
-        network: What reads.
-        num_rows: Texts.
-        capacity: Tokens a text may have, drafts included.
-        stops: Depths at which reading may stop; the deepest is the deepest that is ever read.
+        network: The model.
+        num_rows: Number of texts.
+        capacity: Maximum number of tokens of a text, drafts included.
+        stops: Depths at which a forward pass may stop; no layer above the deepest ever runs.
     """
 
     def __init__(self, network: Network, num_rows: int, capacity: int, stops: Sequence[int]):
         self.network, self.lengths = network, [0] * num_rows
-        self.capacity = (
-            -(-(capacity + 1) // ROUND) * ROUND
-        )  # the last slot takes what is written for nobody
+        # one more slot than tokens: the last one takes writes of padding
+        self.capacity = -(-(capacity + 1) // ROUND) * ROUND
         self.tree: DraftTree | None = None
-        self._take(self._memory(num_rows, stops))
+        self._use(self._new_memory(num_rows, stops))
 
-    def _memory(self, num_rows: int, stops: Sequence[int]) -> Memory:
-        """Return memory without texts: some of the network's where it keeps any, so that what was recorded on it can be used again."""
-        self._give_back = None
+    def _new_memory(self, num_rows: int, stops: Sequence[int]) -> BatchCache:
+        """Return an empty cache: with graphs, one with recorded passes if the network has any."""
+        self._release = None
         if not self.network.graphs:
-            return Memory(self.network, num_rows, self.capacity, stops)
-        memory = lend(self.network, num_rows, self.capacity, stops)
-        self._give_back = weakref.finalize(self, take_back, self.network, memory)
-        self._give_back.atexit = False
+            return BatchCache(self.network, num_rows, self.capacity, stops)
+        memory = acquire(self.network, num_rows, self.capacity, stops)
+        self._release = weakref.finalize(self, release, self.network, memory)
+        self._release.atexit = False
         return memory
 
-    def _take(self, memory: Memory) -> None:
+    def _use(self, memory: BatchCache) -> None:
         self.memory, self.num_rows, self.capacity = memory, memory.num_rows, memory.capacity
-        self.tokens_bc, self.runs, self.blocks = memory.tokens_bc, memory.runs, memory.blocks
+        self.tokens_bc, self.segments = memory.tokens_bc, memory.segments
+        self.blocks = memory.blocks
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Return the device of the cache."""
         return self.tokens_bc.device
 
     def append(self, tokens_bn: Tensor, counts: Sequence[int] | None = None) -> None:
-        """Add tokens behind every row; of row i the first ``counts[i]`` (all by default)."""
+        """Append tokens to every row; to row i the first ``counts[i]`` (all by default)."""
         n = tokens_bn.size(1)
         counts = [n] * self.num_rows if counts is None else counts
         if len(set(self.lengths)) == 1 and all(count == n for count in counts):
@@ -79,31 +80,31 @@ class State:
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def crop(self, lengths: Sequence[int]) -> None:
-        """Forget what comes after the first ``lengths`` tokens of each row."""
+        """Drop all but the first ``lengths`` tokens of each row."""
         self.lengths = list(lengths)
-        for run in self.memory.all_runs():
-            run.filled = [
-                min(filled, length) for filled, length in zip(run.filled, lengths, strict=True)
+        for segment in self.memory.all_segments():
+            segment.filled = [
+                min(filled, length) for filled, length in zip(segment.filled, lengths, strict=True)
             ]
 
     def read(self, depth: int) -> None:
-        """Read every row to ``depth``, one of the stops: each run of layers below it, those tokens that it has not read yet."""
+        """Run the layers up to the stop ``depth`` on all tokens they have not processed yet."""
         self.read_layers(depth)
         if depth in self.blocks:
             self._fill(self.blocks[depth])
 
     def read_layers(self, depth: int) -> None:
-        """Read every row to ``depth`` without the exit's own block."""
-        for stop, run in self.runs.items():
+        """Run the layers up to the stop ``depth``, but not the exit's own block."""
+        for stop, segment in self.segments.items():
             if stop <= depth:
-                self._fill(run)
+                self._fill(segment)
 
     def logits(self, depth: int, slots_bn: Tensor) -> Tensor:
-        """Return the logits [b, n, v] of the exit at ``depth`` after the tokens at these slots, which it has read.
+        """Return the logits [b, n, v] of the exit at ``depth`` in these slots, after `read`.
 
-        They are valid until the same exit is asked again.
+        They are valid until the next call for the same exit.
         """
-        if self.memory.passes is not None and slots_bn.size(1) <= MOST_WIDTH:
+        if self.memory.passes is not None and slots_bn.size(1) <= MAX_WIDTH:
             return self.memory.pass_logits(depth, slots_bn)
         return self.memory.logits(depth, slots_bn)
 
@@ -112,43 +113,47 @@ class State:
         return slots_from([length - n for length in self.lengths], n, self.device)
 
     def begin_tree(self) -> DraftTree:
-        """Return the tree behind the texts, without nodes; `grow` adds some."""
+        """Start a draft tree without nodes behind the texts; `grow` adds nodes."""
         self.tree = DraftTree.of(self.lengths, self.device)
         return self.tree
 
     def plant(self, tokens_bt: Tensor, tree: DraftTree) -> None:
-        """Begin with a tree that is there already, such as another model's draft of the same texts; share nothing with it."""
+        """Start with a copy of a tree, such as another model's draft for the same texts."""
         self.tree = DraftTree(list(self.lengths), tree.parents_bt, tree.levels_bt, tree.seen_btt)
         self.append(tokens_bt)
 
     def grow(self, tokens_bk: Tensor, parents_bk: Tensor) -> None:
-        """Add nodes to the tree, whose parents are in it."""
+        """Add nodes to the tree; their parents are in it already."""
         self.tree.grow(parents_bk)
         self.append(tokens_bk)
 
     def keep_nodes(self, nodes: Sequence[Sequence[int]]) -> None:
-        """Keep these nodes of every row's tree, as many of each, increasing, closed under parents; what was read of them stays read."""
-        index = numbers(nodes, self.device).view(self.num_rows, -1)
-        self._move(nodes, index, [len(row) for row in nodes])
-        self.tree.select(index)
+        """Prune the tree to these nodes; what layers computed for them is kept.
+
+        Args:
+            nodes: Nodes of each row, increasing, the same number in each row, with their parents.
+        """
+        nodes_bm = numbers(nodes, self.device).view(self.num_rows, -1)
+        self._compact(nodes, nodes_bm, [len(row) for row in nodes])
+        self.tree.select(nodes_bm)
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
-        """End the tree: the nodes of each row's path become text, the others are forgotten."""
+        """End the tree: the nodes of each row's path become text, the others are dropped."""
         longest = max(map(len, paths))
         padded = [
             [*path, *range(self.tree.size - longest + len(path), self.tree.size)] for path in paths
         ]
-        self._move(
-            padded,
-            numbers(padded, self.device).view(self.num_rows, longest),
-            [len(path) for path in paths],
-        )
+        padded_bm = numbers(padded, self.device).view(self.num_rows, longest)
+        self._compact(padded, padded_bm, [len(path) for path in paths])
         self.tree = None
 
-    def _move(
+    def _compact(
         self, nodes: Sequence[Sequence[int]], nodes_bm: Tensor, counts: Sequence[int]
     ) -> None:
-        """Move nodes, told twice, to the first places of the tree; forget what is behind the first ``counts`` of them."""
+        """Move nodes to the front of the tree, and drop all but the first ``counts`` of them.
+
+        The nodes are given both as lists and as a tensor, so that the host does not wait.
+        """
         first = self.tree.first
         if any(
             list(row[:count]) != list(range(count))
@@ -160,37 +165,41 @@ class State:
                 starts + nodes_bm,
                 starts + torch.arange(nodes_bm.size(1), device=self.device),
             )
-        for run in self.memory.all_runs():
-            run.filled = [
+        for segment in self.memory.all_segments():
+            segment.filled = [
                 min(filled, begin) + sum(begin + node < filled for node in row[:count])
-                for filled, begin, row, count in zip(run.filled, first, nodes, counts, strict=True)
+                for filled, begin, row, count in zip(
+                    segment.filled, first, nodes, counts, strict=True
+                )
             ]
         self.lengths = [begin + count for begin, count in zip(first, counts, strict=True)]
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep these rows, increasing, and forget the others."""
-        old, give_back = self.memory, self._give_back
-        if give_back is None:
+        """Keep these rows, increasing, and drop the others."""
+        old, release_old = self.memory, self._release
+        if release_old is None:
             old.keep(rows)
-            self._take(old)
-        else:  # what was recorded is of so many rows
-            self._take(self._memory(len(rows), old.stops))
+            self._use(old)
+        else:  # recorded passes are for a fixed number of rows
+            self._use(self._new_memory(len(rows), old.stops))
             self.memory.take(old, rows)
-            give_back()
+            release_old()
         self.lengths = [self.lengths[row] for row in rows]
 
     def _slots(self, starts: Sequence[int], counts: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
         return self.memory.slots(numbers(starts, self.device), numbers(counts, self.device), n)
 
-    def _fill(self, run: LayerSegment) -> None:
-        """Run these layers on the tokens that they have not read."""
+    def _fill(self, segment: LayerSegment) -> None:
+        """Run a segment on the tokens that it has not processed yet."""
         memory = self.memory
-        while any(filled < length for filled, length in zip(run.filled, self.lengths, strict=True)):
+        while any(
+            filled < length for filled, length in zip(segment.filled, self.lengths, strict=True)
+        ):
             ends = [
                 min(length, filled + PART)
-                for filled, length in zip(run.filled, self.lengths, strict=True)
+                for filled, length in zip(segment.filled, self.lengths, strict=True)
             ]
-            counts = [end - filled for end, filled in zip(ends, run.filled, strict=True)]
+            counts = [end - filled for end, filled in zip(ends, segment.filled, strict=True)]
             n = max(counts)
             in_tree = self.tree is not None and any(
                 end > begin for end, begin in zip(ends, self.tree.first, strict=True)
@@ -198,21 +207,17 @@ class State:
             if (
                 memory.passes is not None
                 and not in_tree
-                and n <= MOST_WIDTH
-                and min(run.filled) > 0
+                and n <= MAX_WIDTH
+                and min(segment.filled) > 0
             ):
-                memory.pass_(run, run.filled, counts)
-            elif len(set(run.filled)) == 1 and len(set(ends)) == 1 and not in_tree:
-                span = slice(run.filled[0], ends[0])
-                memory.read(
-                    run,
-                    (slice(None), span),
-                    Places(
-                        memory.cos_cd[None, span], memory.sin_cd[None, span], ends[0], run.filled[0]
-                    ),
-                )
+                memory.run_pass(segment, segment.filled, counts)
+            elif len(set(segment.filled)) == 1 and len(set(ends)) == 1 and not in_tree:
+                first, end = segment.filled[0], ends[0]
+                span = slice(first, end)
+                cos_bnd, sin_bnd = memory.cos_cd[None, span], memory.sin_cd[None, span]
+                memory.run(segment, (slice(None), span), Places(cos_bnd, sin_bnd, end, first))
             else:
-                slots, counted = self._slots(run.filled, counts, n)
+                slots, counted = self._slots(segment.filled, counts, n)
                 places = memory.places(slots, counted, max(ends), self.tree)
-                memory.read(run, (places.rows_b1, slots), places)
-            run.filled = ends
+                memory.run(segment, (places.rows_b1, slots), places)
+            segment.filled = ends

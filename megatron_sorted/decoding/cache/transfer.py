@@ -1,4 +1,4 @@
-"""Numbers on their way to the device."""
+"""Copies of numbers to the device for which the host does not wait."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on ``device``; the host does not wait, as it would for a copy from memory that is not page-locked."""
+    """Copy a host tensor to ``device`` without waiting: from page-locked memory."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def numbers(values: Sequence, device: torch.device) -> Tensor:
-    """Return whole numbers, or lists of them, on ``device``; the host does not wait."""
+    """Return integers, or nested lists of them, as a tensor on ``device``."""
     return to_device(torch.tensor(values, dtype=torch.long), device)
 
 
 def set_numbers(target_b: Tensor, values: Sequence[int]) -> None:
-    """Write these numbers into ``target_b``; the host does not wait."""
+    """Write these numbers into ``target_b``."""
     if len(set(values)) == 1:
         target_b.fill_(values[0])
     else:
@@ -27,7 +27,7 @@ def set_numbers(target_b: Tensor, values: Sequence[int]) -> None:
 def slots_from(
     starts: Sequence[int], n: int, device: torch.device, last: Sequence[int] | None = None
 ) -> Tensor:
-    """Return n slots [b, n] of each row from its start on, none behind ``last``; the host does not wait."""
+    """Return n consecutive slots of each row, [b, n], limited to at most ``last``."""
     if len(set(starts)) == 1:
         slots = torch.arange(starts[0], starts[0] + n, device=device).expand(len(starts), n)
     else:

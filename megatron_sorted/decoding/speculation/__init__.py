@@ -1,1 +1,1 @@
-"""Draft tokens with early exits and verify them with the full model."""
+"""Speculative decoding: early exits draft tokens, the full model verifies them."""

@@ -1,4 +1,4 @@
-"""One step of generating for a batch: tokens without drafts, and drafts with their verification."""
+"""Steps of generation for a batch: one token at a time, or a drafted chain and its verification."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,21 +6,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.state import State
+from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.sampling import SURENESS, Sampler
+from megatron_sorted.decoding.sampling import CONFIDENCE, Sampler
 
 
 @dataclass
 class StepOutput:
-    """What a step added to one text.
+    """The tokens that a step generated for one text.
 
     Attributes:
-        tokens: At least one.
-        depths: Exit that each was said by; a drafted one that was accepted counts for the exit that drafted it.
-        num_drafted: Tokens that were drafted for it; of a tree, the nodes that were verified.
-        num_accepted: Of those, how many are in the text.
+        tokens: The tokens, at least one.
+        depths: Exit of each token; for an accepted draft, the exit that drafted it.
+        num_drafted: Number of drafted tokens; of a tree, the nodes that were verified.
+        num_accepted: Number of drafted tokens that were accepted.
     """
 
     tokens: list[int]
@@ -31,65 +31,71 @@ class StepOutput:
 
 @dataclass
 class DecodingBatch:
-    """Texts on their way, and how tokens are chosen.
+    """Unfinished texts, and how their tokens are chosen.
 
     Attributes:
-        state: What the model has read of them.
-        sampler: Chooses.
-        seen_bv: Which tokens are in each text; None where nothing asks.
-        drafting: State of another model that drafts; None where the model itself does.
+        state: State of the model.
+        sampler: The choice of tokens.
+        seen_bv: Which tokens are in each text; None without repetition penalty.
+        drafting: State of another model that drafts; None if the model drafts itself.
+        depth: Depth of the exit that verifies, the deepest stop.
     """
 
-    state: State
+    state: DecodingState
     sampler: Sampler
     seen_bv: Tensor | None = None
-    drafting: State | None = None
+    drafting: DecodingState | None = None
     depth: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.depth = max(self.state.runs)
+        self.depth = max(self.state.segments)
 
     @property
-    def drafter(self) -> State:
-        """What drafts."""
+    def drafter(self) -> DecodingState:
+        """Return the state of the model that drafts."""
         return self.drafting or self.state
 
-    def commit(self, said: Sequence[StepOutput]) -> None:
-        """Note tokens that now belong to the texts."""
+    @property
+    def states(self) -> list[DecodingState]:
+        """Return the states of all models."""
+        return [self.state] if self.drafting is None else [self.state, self.drafting]
+
+    def commit(self, outputs: Sequence[StepOutput]) -> None:
+        """Record tokens that now belong to the texts."""
         if self.seen_bv is not None:
-            longest = max(len(one.tokens) for one in said)
-            padded = [[*one.tokens, *[one.tokens[0]] * (longest - len(one.tokens))] for one in said]
+            rows = [output.tokens for output in outputs]
+            longest = max(map(len, rows))
+            padded = [[*row, *[row[0]] * (longest - len(row))] for row in rows]
             self.seen_bv.scatter_(1, numbers(padded, self.seen_bv.device), True)
         if self.sampler.sampling.temperature > 0:
             self.sampler.forget(self.state.lengths)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep these rows."""
-        for state in {id(one): one for one in (self.state, self.drafter)}.values():
+        for state in self.states:
             state.select_rows(rows)
         self.sampler.select_rows(rows)
         if self.seen_bv is not None:
             self.seen_bv = self.seen_bv[numbers(rows, self.seen_bv.device)]
 
     def choose_last(
-        self, state: State, depth: int, seen_bv: Tensor | None
+        self, state: DecodingState, depth: int, seen_bv: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the token [b] that an exit chooses after the last one of each row, and its logits [b, v]."""
+        """Return the next token [b] that an exit chooses for each row, and its logits [b, v]."""
         logits_bnv = state.logits(depth, state.last_slots())
         seen = None if seen_bv is None else seen_bv[:, None]
-        return self.sampler.choose(logits_bnv, [[length] for length in state.lengths], seen)[
-            :, 0
-        ], logits_bnv[:, 0]
+        positions = [[length] for length in state.lengths]
+        return self.sampler.choose(logits_bnv, positions, seen)[:, 0], logits_bnv[:, 0]
 
 
 class OneToken:
-    """A token a step, by the first of some exits that is sure of it; by one exit alone if there is but one.
+    """A step that adds one token, from the first exit whose confidence is above its threshold.
 
     Args:
         batch: The texts.
-        depths: Exits that are asked; the last takes what is left.
-        thresholds: Of all but the last.
-        measure: Of how sure an exit is.
+        depths: Exits that are evaluated; the last takes the remaining tokens.
+        thresholds: Confidence that each exit but the last needs.
+        measure: Measure of confidence.
     """
 
     def __init__(
@@ -99,60 +105,65 @@ class OneToken:
         thresholds: Sequence[float] = (),
         measure: str = "probability",
     ):
-        self.batch, self.depths, self.thresholds, self.measure = (
-            batch,
-            list(depths),
-            [*thresholds, -1.0],
-            SURENESS[measure],
-        )
+        self.batch, self.depths = batch, list(depths)
+        self.thresholds, self.measure = [*thresholds, -1.0], CONFIDENCE[measure]
 
     def step(self) -> list[StepOutput]:
-        """Return what was added to each text."""
+        """Return the tokens that were added to each text."""
         batch, state = self.batch, self.batch.state
-        tokens, depths = first_sure(
+        tokens, depths = first_confident(
             batch, state, self.depths, self.thresholds, self.measure, batch.seen_bv
         )
         state.append(tokens[:, None])
-        said = [
+        outputs = [
             StepOutput([token], [depth])
             for token, depth in zip(tokens.tolist(), depths, strict=True)
         ]
-        batch.commit(said)
-        return said
+        batch.commit(outputs)
+        return outputs
 
 
-def first_sure(
+def first_confident(
     batch: DecodingBatch,
-    state: State,
+    state: DecodingState,
     depths: Sequence[int],
     thresholds: Sequence[float],
     measure,
     seen_bv: Tensor | None,
-    asking: Sequence[bool] | None = None,
+    active: Sequence[bool] | None = None,
 ):
-    """Return the tokens [b] that follow the rows, each by the first exit whose confidence is above its threshold, and those exits.
+    """Return each row's next token from the first exit that is confident enough, and that exit.
 
-    A row for which none is sure gets the last one's token, and its exit counted as negative. For rows that are not ``asking`` no exit is
-    asked that the others do not need; what is returned for them means nothing.
+    If no exit is, the token comes from the last one, and the exit's depth is returned as negative.
+
+    Args:
+        batch: The texts.
+        state: State of the model that is evaluated.
+        depths: Exits to evaluate, increasing.
+        thresholds: Confidence that each of them needs; a negative one is always reached.
+        measure: Measure of confidence.
+        seen_bv: Which tokens are in each text; None without repetition penalty.
+        active: Rows that need a token (all by default). No exit is evaluated for the other rows
+            alone, and their results have no meaning.
+
+    Returns:
+        The tokens [b], and a list of depths.
     """
-    chosen, decided, by = (
-        None,
-        None,
-        [0 if asks else depths[0] for asks in asking or [True] * state.num_rows],
-    )
+    chosen, decided = None, None
+    by = [0 if flag else depths[0] for flag in active or [True] * state.num_rows]
     for depth, threshold in zip(depths, thresholds, strict=True):
         state.read(depth)
         tokens, logits_bv = batch.choose_last(state, depth, seen_bv)
-        is_last = depth == depths[-1]
         chosen = tokens if chosen is None else torch.where(decided, chosen, tokens)
-        sure = [True] * state.num_rows
+        confident = [True] * state.num_rows
         if threshold >= 0:
-            sure_b = measure(logits_bv) > threshold
-            decided = sure_b if decided is None else decided | sure_b
-            sure = sure_b.tolist()
+            confident_b = measure(logits_bv) > threshold
+            decided = confident_b if decided is None else decided | confident_b
+            confident = confident_b.tolist()
+        otherwise = -depth if depth == depths[-1] else 0
         by = [
-            exit_ or (depth if is_sure else -depth if is_last else 0)
-            for exit_, is_sure in zip(by, sure, strict=True)
+            exit_ or (depth if is_confident else otherwise)
+            for exit_, is_confident in zip(by, confident, strict=True)
         ]
         if all(by):
             break
@@ -160,14 +171,15 @@ def first_sure(
 
 
 class Chain:
-    """Tokens are drafted one after another by exits, then verified by the full model.
+    """A step in which exits draft tokens one after another and the full model verifies them.
 
     Args:
         batch: The texts.
         depths: Exits that draft.
-        thresholds: Of each; drafting ends for a row after a token of which none is sure. None: the one exit is always sure.
-        num_draft_tokens: Most tokens drafted.
-        measure: Of how sure an exit is.
+        thresholds: Confidence that each of them needs; after a token that reaches none, the row's
+            draft ends. None: the only exit always drafts.
+        num_draft_tokens: Maximum number of drafted tokens.
+        measure: Measure of confidence.
     """
 
     def __init__(
@@ -179,13 +191,11 @@ class Chain:
         measure: str,
     ):
         self.batch, self.depths, self.num_draft_tokens = batch, list(depths), num_draft_tokens
-        self.thresholds, self.measure = (
-            [-1.0] if thresholds is None else list(thresholds),
-            SURENESS[measure],
-        )
+        self.thresholds = [-1.0] if thresholds is None else list(thresholds)
+        self.measure = CONFIDENCE[measure]
 
     def step(self) -> list[StepOutput]:
-        """Return what was added to each text."""
+        """Return the tokens that were added to each text."""
         batch, state, drafter = self.batch, self.batch.state, self.batch.drafter
         starts = list(state.lengths)
         by = self._draft(drafter)
@@ -196,51 +206,46 @@ class Chain:
             state.append(drafted_bn, counts)
         state.read(batch.depth)
         chosen_bn = self._verify(starts, counts, most, drafted_bn)
-        said = []
-        for row, told in enumerate(torch.cat((chosen_bn, drafted_bn), 1).tolist()):
-            chosen, drafted, accepted = told[: most + 1], told[most + 1 :], 0
+        outputs = []
+        # one copy from the device for both
+        for row, both in enumerate(torch.cat((chosen_bn, drafted_bn), 1).tolist()):
+            chosen, drafted, accepted = both[: most + 1], both[most + 1 :], 0
             while accepted < counts[row] and chosen[accepted] == drafted[accepted]:
                 accepted += 1
-            said.append(
-                StepOutput(
-                    chosen[: accepted + 1],
-                    [*by[row][:accepted], batch.depth],
-                    counts[row],
-                    accepted,
-                )
-            )
-        ends = [start + one.num_accepted for start, one in zip(starts, said, strict=True)]
-        last = numbers([[one.tokens[-1]] for one in said], state.device)
-        for one in {id(one): one for one in (state, drafter)}.values():
+            depths = [*by[row][:accepted], batch.depth]
+            outputs.append(StepOutput(chosen[: accepted + 1], depths, counts[row], accepted))
+        ends = [start + one.num_accepted for start, one in zip(starts, outputs, strict=True)]
+        last = numbers([[one.tokens[-1]] for one in outputs], state.device)
+        for one in batch.states:
             one.crop(ends)
             one.append(last)
-        batch.commit(said)
-        return said
+        batch.commit(outputs)
+        return outputs
 
-    def _draft(self, drafter: State) -> list[list[int]]:
-        """Return the exits that drafted, by row and token, after adding the tokens to the rows."""
+    def _draft(self, drafter: DecodingState) -> list[list[int]]:
+        """Append drafted tokens to the rows; return the exit of each, by row."""
         by: list[list[int]] = [[] for _ in range(drafter.num_rows)]
-        goes_on = [True] * drafter.num_rows
+        active = [True] * drafter.num_rows
         seen_bv = None if self.batch.seen_bv is None else self.batch.seen_bv.clone()
         for _ in range(self.num_draft_tokens):
-            tokens, exits = first_sure(
-                self.batch, drafter, self.depths, self.thresholds, self.measure, seen_bv, goes_on
+            tokens, exits = first_confident(
+                self.batch, drafter, self.depths, self.thresholds, self.measure, seen_bv, active
             )
-            drafter.append(tokens[:, None], [int(flag) for flag in goes_on])
+            drafter.append(tokens[:, None], [int(flag) for flag in active])
             if seen_bv is not None:
                 seen_bv.scatter_(1, tokens[:, None], True)
             for row, exit_ in enumerate(exits):
-                if goes_on[row]:
+                if active[row]:
                     by[row].append(abs(exit_))
-                    goes_on[row] = exit_ > 0
-            if not any(goes_on):
+                    active[row] = exit_ > 0
+            if not any(active):
                 break
         return by
 
     def _verify(
         self, starts: list[int], counts: list[int], most: int, drafted_bn: Tensor
     ) -> Tensor:
-        """Return what the full model chooses after each row's text and after each drafted token."""
+        """Return the full model's token after each row's text and after each drafted token."""
         batch, state = self.batch, self.batch.state
         slots = slots_from(
             [start - 1 for start in starts],
@@ -260,5 +265,5 @@ class Chain:
 
 
 def stops_of(network: Network, depths: Sequence[int]) -> list[int]:
-    """Return the depths at which reading must be able to stop."""
+    """Return the depths at which a forward pass must be able to stop."""
     return sorted({*depths, network.num_layers})

@@ -1,22 +1,23 @@
-"""A step with a tree of drafts: grown level by level where paths are likely, cut to the likeliest nodes, verified at once."""
+"""A step with a draft tree, grown along likely paths, pruned to its best nodes, then verified."""
 
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.state import State
+from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
-from megatron_sorted.decoding.sampling import SURENESS
+from megatron_sorted.decoding.sampling import CONFIDENCE
 from megatron_sorted.decoding.speculation.steps import DecodingBatch, StepOutput
-from megatron_sorted.decoding.strategies import TreeSpeculative as TreeStrategy
+from megatron_sorted.decoding.strategies import TreeSpeculative
 
 
 class CandidateNodes:
-    """Nodes that were looked at, parents before their children.
+    """The candidates for nodes of a draft tree, parents before their children; all [b, c].
 
     Attributes:
-        tokens, values: Of each: [b, c]; a value is the product of shares along the path.
-        parents: Node of the drafter's tree that it follows; -1 for the text.
-        nodes: Node of the drafter's tree that it is; -1 where it was not followed.
+        tokens: Token of each candidate.
+        values: Product of probabilities along the path to it.
+        parents: Node of the parent in the drafter's tree; -1 for the text.
+        nodes: Node of the candidate in the drafter's tree; -1 if it was not expanded.
     """
 
     def __init__(self, rows: int, device: torch.device):
@@ -26,38 +27,37 @@ class CandidateNodes:
         self.values = torch.zeros(rows, 0, device=device)
 
     def add(self, tokens_bk: Tensor, parents_bk: Tensor, values_bk: Tensor) -> None:
-        """Add nodes that are not followed yet."""
-        self.tokens, self.parents = (
-            torch.cat((self.tokens, tokens_bk), 1),
-            torch.cat((self.parents, parents_bk), 1),
-        )
+        """Add candidates, none of them expanded yet."""
+        self.tokens = torch.cat((self.tokens, tokens_bk), 1)
+        self.parents = torch.cat((self.parents, parents_bk), 1)
         self.nodes = torch.cat((self.nodes, torch.full_like(tokens_bk, -1)), 1)
         self.values = torch.cat((self.values, values_bk), 1)
 
     def best(self, count: int, first: int = 0) -> Tensor:
-        """Return the places, increasing, of those with the highest values among the nodes from ``first`` on.
+        """Return the increasing indices of the highest values among candidates from ``first`` on.
 
-        Equally good ones are taken in their order, so with a node its parent is taken: a value is never above the parent's.
+        Ties are taken in order. A value is never above its parent's, so parents are taken too.
         """
         order = self.values[:, first:].sort(dim=1, descending=True, stable=True).indices[:, :count]
         return order.sort(dim=1).values + first
 
 
 class TreeStep:
-    """Drafts a tree and verifies it.
+    """A step in which exits draft a tree and the full model verifies it.
 
-    Source: EAGLE-2 (arXiv 2406.16858, sections 4.1 and 4.2): expansion by the product of confidences, then re-ranking of all nodes.
+    Source: EAGLE-2 (arXiv 2406.16858, sections 4.1 and 4.2): expansion by the product of
+    probabilities, then re-ranking of all nodes.
 
     Args:
         batch: The texts.
-        way: How the tree grows.
+        strategy: How the tree grows.
     """
 
-    def __init__(self, batch: DecodingBatch, strategy: TreeStrategy):
-        self.batch, self.strategy, self.measure = batch, strategy, SURENESS[strategy.measure]
+    def __init__(self, batch: DecodingBatch, strategy: TreeSpeculative):
+        self.batch, self.strategy, self.measure = batch, strategy, CONFIDENCE[strategy.measure]
 
     def step(self) -> list[StepOutput]:
-        """Return what was added to each text."""
+        """Return the tokens that were added to each text."""
         batch, state, drafter = self.batch, self.batch.state, self.batch.drafter
         starts = list(state.lengths)
         by = self._draft(drafter)
@@ -76,29 +76,23 @@ class TreeStep:
         chosen = batch.sampler.choose(
             state.logits(batch.depth, slots), positions, self._seen(nodes_bt, tree.seen_btt, True)
         ).tolist()
-        paths = [follow(*row) for row in zip(chosen, nodes, parents, strict=True)]
-        said = []
+        paths = [accepted_path(*row) for row in zip(chosen, nodes, parents, strict=True)]
+        outputs = []
         for row, path in enumerate(paths):
             tokens = [chosen[row][0], *(chosen[row][node + 1] for node in path)]
-            said.append(
-                StepOutput(
-                    tokens,
-                    [*(by[levels[row][node] - 1] for node in path), batch.depth],
-                    size,
-                    len(path),
-                )
-            )
-        last = numbers([[one.tokens[-1]] for one in said], state.device)
-        for one in {id(one): one for one in (state, drafter)}.values():
+            depths = [*(by[levels[row][node] - 1] for node in path), batch.depth]
+            outputs.append(StepOutput(tokens, depths, size, len(path)))
+        last = numbers([[one.tokens[-1]] for one in outputs], state.device)
+        for one in batch.states:
             one.accept(paths)
             one.append(last)
-        batch.commit(said)
-        return said
+        batch.commit(outputs)
+        return outputs
 
-    def _draft(self, drafter: State) -> list[int]:
-        """Return the exit that drafted each level, after growing and cutting the drafter's tree."""
+    def _draft(self, drafter: DecodingState) -> list[int]:
+        """Grow and prune the drafter's tree; return the exit that drafted each level."""
         strategy, starts, by = self.strategy, list(drafter.lengths), []
-        tree, found = drafter.begin_tree(), CandidateNodes(drafter.num_rows, drafter.device)
+        tree, candidates = drafter.begin_tree(), CandidateNodes(drafter.num_rows, drafter.device)
         slots = drafter.last_slots()
         frontier = torch.full((drafter.num_rows, 1), -1, dtype=torch.long, device=drafter.device)
         values = torch.ones(drafter.num_rows, 1, device=drafter.device)
@@ -107,33 +101,34 @@ class TreeStep:
             by.append(depth)
             positions = [[start + level - 1] * logits.size(1) for start in starts]
             seen = self._seen_at(drafter, frontier)
-            shares, tokens = (
-                self.batch.sampler.scores(logits, positions, seen)
-                .softmax(-1)
-                .topk(strategy.candidates, dim=-1)
-            )
-            first = found.tokens.size(1)
-            found.add(
+            scores = self.batch.sampler.scores(logits, positions, seen)
+            shares, tokens = scores.softmax(-1).topk(strategy.candidates, dim=-1)
+            first = candidates.tokens.size(1)
+            candidates.add(
                 tokens.flatten(1),
                 frontier[:, :, None].expand_as(tokens).flatten(1),
                 (values[:, :, None] * shares).flatten(1),
             )
             if level == strategy.num_levels:
                 break
-            followed = found.best(strategy.num_branches, first)
-            size = tree.size
-            nodes = size + torch.arange(followed.size(1), device=drafter.device).expand_as(followed)
-            found.nodes.scatter_(1, followed, nodes)
-            drafter.grow(found.tokens.gather(1, followed), found.parents.gather(1, followed))
-            frontier, values = nodes, found.values.gather(1, followed)
-            slots = slots_from([start + size for start in starts], followed.size(1), drafter.device)
-        self._cut(drafter, found)
+            best = candidates.best(strategy.num_branches, first)
+            size, width = tree.size, best.size(1)
+            frontier = size + torch.arange(width, device=drafter.device).expand_as(best)
+            candidates.nodes.scatter_(1, best, frontier)
+            drafter.grow(candidates.tokens.gather(1, best), candidates.parents.gather(1, best))
+            values = candidates.values.gather(1, best)
+            slots = slots_from([start + size for start in starts], width, drafter.device)
+        self._prune(drafter, candidates)
         return by
 
-    def _read_level(self, drafter: State, slots_bk: Tensor) -> tuple[int, Tensor]:
-        """Return the first exit that is sure of the likeliest next token of a level in every row, and its logits [b, k, v]."""
-        *asked, last = self.strategy.depths
-        for depth, threshold in zip(asked, self.strategy.thresholds, strict=True):
+    def _read_level(self, drafter: DecodingState, slots_bk: Tensor) -> tuple[int, Tensor]:
+        """Return the exit that drafts a level, and its logits [b, k, v].
+
+        It is the first exit whose confidence in the level's most likely node is above its threshold
+        in every row, else the last one.
+        """
+        *early, last = self.strategy.depths
+        for depth, threshold in zip(early, self.strategy.thresholds, strict=True):
             drafter.read(depth)
             logits = drafter.logits(depth, slots_bk)
             if bool((self.measure(logits).amax(1) > threshold).all()):
@@ -141,53 +136,36 @@ class TreeStep:
         drafter.read(last)
         return last, drafter.logits(last, slots_bk)
 
-    def _cut(self, drafter: State, found: CandidateNodes) -> None:
-        """Leave the best nodes in the tree: those that were followed as they are, the others added behind them."""
-        best, count = found.best(self.strategy.num_nodes), found.tokens.size(1)
-        told = torch.cat((found.nodes, found.tokens, found.parents, best), 1).tolist()
+    def _prune(self, drafter: DecodingState, candidates: CandidateNodes) -> None:
+        """Reduce the tree to the best candidates; those that were not expanded become leaves."""
+        best, count = candidates.best(self.strategy.num_nodes), candidates.tokens.size(1)
+        columns = (candidates.nodes, candidates.tokens, candidates.parents, best)
+        on_host = torch.cat(columns, 1).tolist()  # one copy from the device for all
         nodes, tokens, parents, chosen = (
-            [row[first : first + count] for row in told] for first in range(0, 4 * count, count)
+            [row[first : first + count] for row in on_host] for first in range(0, 4 * count, count)
         )
         kept = [
-            sorted({nodes[row][place] for place in places} - {-1})
-            for row, places in enumerate(chosen)
+            sorted({nodes[row][at] for at in places} - {-1}) for row, places in enumerate(chosen)
         ]
         most = max(map(len, kept))
-        # rows keep equally many: more of those that were followed, which do no harm
-        kept = [
-            sorted(
-                [
-                    *row,
-                    *[node for node in range(drafter.tree.size) if node not in set(row)][
-                        : most - len(row)
-                    ],
-                ]
-            )
-            for row in kept
-        ]
-        leaves = [
-            [place for place in places if nodes[row][place] < 0]
-            for row, places in enumerate(chosen)
-        ]
+        for row, inner in enumerate(kept):
+            # rows keep the same number of nodes: more expanded ones, which do no harm
+            others = [node for node in range(drafter.tree.size) if node not in inner]
+            kept[row] = sorted([*inner, *others[: most - len(inner)]])
+        leaves = [[at for at in places if nodes[row][at] < 0] for row, places in enumerate(chosen)]
         most = max(map(len, leaves))
-        new_name = [{node: index for index, node in enumerate(row)} for row in kept]
-        fill = [
-            [
-                *(
-                    (tokens[row][place], new_name[row].get(parents[row][place], -1))
-                    for place in places
-                ),
-                *[(tokens[row][0], -1)] * (most - len(places)),
-            ]
-            for row, places in enumerate(leaves)
-        ]
+        added = []
+        for row, places in enumerate(leaves):
+            new_index = {node: index for index, node in enumerate(kept[row])}
+            pairs = [(tokens[row][at], new_index.get(parents[row][at], -1)) for at in places]
+            added.append([*pairs, *[(tokens[row][0], -1)] * (most - len(places))])
         drafter.keep_nodes(kept)
         if most:
-            both = numbers(fill, drafter.device)
+            both = numbers(added, drafter.device)
             drafter.grow(both[..., 0], both[..., 1])
 
-    def _seen_at(self, drafter: State, frontier_bk: Tensor) -> Tensor | None:
-        """Return which tokens are in the text before what follows each node of the level [b, k, v]."""
+    def _seen_at(self, drafter: DecodingState, frontier_bk: Tensor) -> Tensor | None:
+        """Return which tokens precede the children of each node of a level, [b, k, v]."""
         tree = drafter.tree
         if self.batch.seen_bv is None or not tree.size:
             return None if self.batch.seen_bv is None else self.batch.seen_bv[:, None]
@@ -196,7 +174,10 @@ class TreeStep:
         return self._seen(nodes_bt, rows, False)
 
     def _seen(self, nodes_bt: Tensor, seen_bkt: Tensor, with_text: bool) -> Tensor | None:
-        """Return which tokens are in the text and among the nodes that k nodes see [b, k, v]; ``with_text`` the bare text comes first."""
+        """Return which tokens are in the text or among the nodes that k nodes attend to, [b, k, v].
+
+        ``with_text`` puts a row for the text alone first.
+        """
         if self.batch.seen_bv is None:
             return None
         text = self.batch.seen_bv
@@ -206,24 +187,20 @@ class TreeStep:
         return torch.cat((text[:, None], seen), 1) if with_text else seen
 
 
-def follow(chosen: list[int], tokens: list[int], parents: list[int]) -> list[int]:
-    """Return the nodes whose tokens are what was chosen after the text and then after each of them.
+def accepted_path(chosen: list[int], tokens: list[int], parents: list[int]) -> list[int]:
+    """Return the path of nodes whose tokens the full model chose.
 
     Args:
-        chosen: After the text, then after each node.
-        tokens, parents: Of the nodes.
+        chosen: The full model's token after the text, then after each node.
+        tokens, parents: Token and parent of each node.
+
+    >>> accepted_path([5, 7, 9], tokens=[5, 7], parents=[-1, 0])  # both drafted tokens
+    [0, 1]
     """
     path, here = [], -1
     while True:
-        after = next(
-            (
-                node
-                for node, parent in enumerate(parents)
-                if parent == here and tokens[node] == chosen[here + 1]
-            ),
-            None,
-        )
-        if after is None:
+        children = (node for node, parent in enumerate(parents) if parent == here)
+        here = next((node for node in children if tokens[node] == chosen[here + 1]), None)
+        if here is None:
             return path
-        path.append(after)
-        here = after
+        path.append(here)

@@ -1,4 +1,4 @@
-"""What reading costs on this machine: seconds by depth and by how many tokens are read at once."""
+"""Measured times of forward passes on this machine, by depth and number of tokens."""
 
 import statistics
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_sorted.decoding.cache.state import State
+from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.network import Network
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -16,12 +16,14 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of one model.
+    """Seconds of forward passes of one model.
 
     Attributes:
-        widths: Tokens read at once, increasing.
-        layers: By exit, from the exit before it (or the embedding) to it, one number a width; an exit's own block is in ``heads``.
-        heads: By exit, from hidden state to chosen token.
+        widths: Numbers of tokens per pass, increasing.
+        layers: Seconds of the layers from the exit before (or the embedding) to an exit, by exit
+            and width.
+        heads: Seconds from the hidden state to the chosen token, an exit's own block included, by
+            exit and width.
     """
 
     widths: tuple[int, ...]
@@ -29,15 +31,16 @@ class Costs:
     heads: dict[int, tuple[float, ...]]
 
     def of_layers(self, depth: int, width: int) -> float:
-        """Return the seconds of the layers that end at ``depth`` for so many tokens, between measured widths linearly."""
-        return _between(self.widths, self.layers[depth], width)
+        """Return the seconds of the layers that end at ``depth`` for ``width`` tokens."""
+        return _interpolate(self.widths, self.layers[depth], width)
 
     def of_head(self, depth: int, width: int) -> float:
-        """Return the seconds of an exit's head."""
-        return _between(self.widths, self.heads[depth], width)
+        """Return the seconds of an exit's head for ``width`` tokens."""
+        return _interpolate(self.widths, self.heads[depth], width)
 
 
-def _between(widths: Sequence[int], seconds: Sequence[float], width: int) -> float:
+def _interpolate(widths: Sequence[int], seconds: Sequence[float], width: int) -> float:
+    """Return the seconds for a width, linearly between measured ones."""
     if width <= 0:
         return 0.0
     for (left, low), (right, high) in zip(
@@ -52,23 +55,22 @@ def _between(widths: Sequence[int], seconds: Sequence[float], width: int) -> flo
 def measure_costs(
     network: Network, depths: Sequence[int], length: int = 256, widths: Sequence[int] = WIDTHS
 ) -> Costs:
-    """Return the median seconds of several passes at a text of ``length`` tokens.
+    """Measure the median seconds of several passes behind a text.
 
     Args:
         network: The model.
-        depths: Exits, increasing, the full model among them if it is to be measured.
-        length: Of the text before the tokens that are read.
-        widths: Tokens read at once.
+        depths: Exits to measure, increasing.
+        length: Number of tokens before those of the pass.
+        widths: Numbers of tokens per pass.
     """
-    length = max(
-        1, min(length, network.max_positions - max(widths) - 1)
-    )  # of a tiny context something is before what is read
-    state = State(network, 1, length + max(widths) + 1, depths)
+    # at least one token stands before the pass, however short the model's context is
+    length = max(1, min(length, network.max_positions - max(widths) - 1))
+    state = DecodingState(network, 1, length + max(widths) + 1, depths)
     state.append(torch.randint(network.vocab_size, (1, length), device=network.device))
     state.read(depths[-1])
     layers, heads = {depth: [] for depth in depths}, {depth: [] for depth in depths}
     for width in widths:
-        seen: dict[tuple[str, int], list[float]] = {}
+        times: dict[tuple[str, int], list[float]] = {}
         for _ in range(REPEATS):
             state.append(torch.randint(network.vocab_size, (1, width), device=network.device))
             for depth in depths:
@@ -78,11 +80,11 @@ def measure_costs(
                 ):
                     began = now(network)
                     work()
-                    seen.setdefault((kind, depth), []).append(now(network) - began)
+                    times.setdefault((kind, depth), []).append(now(network) - began)
             state.crop([length])
         for depth in depths:
-            layers[depth].append(statistics.median(seen["layers", depth]))
-            heads[depth].append(statistics.median(seen["heads", depth]))
+            layers[depth].append(statistics.median(times["layers", depth]))
+            heads[depth].append(statistics.median(times["heads", depth]))
     return Costs(
         tuple(widths),
         {depth: tuple(row) for depth, row in layers.items()},
@@ -90,13 +92,13 @@ def measure_costs(
     )
 
 
-def _choose(state: State, depth: int, width: int) -> list:
-    state.read(depth)  # the exit's own block, where it has one
+def _choose(state: DecodingState, depth: int, width: int) -> list:
+    state.read(depth)  # runs the exit's own block if there is one
     return state.logits(depth, state.last_slots(width)).argmax(-1).tolist()
 
 
 def now(network: Network) -> float:
-    """Return the seconds of a clock, after the device has done what it was asked."""
+    """Return a clock's seconds after the device has finished its work."""
     if network.device.type != "cpu":
         torch.accelerator.synchronize(network.device)
     return time.perf_counter()

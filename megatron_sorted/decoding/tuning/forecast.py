@@ -1,4 +1,4 @@
-"""How fast a way would be: recorded texts walked through with measured costs, without running the model."""
+"""The forecast speed of a strategy, from recorded texts and measured costs, without the model."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ from megatron_sorted.decoding.tuning.traces import Trace
 
 @dataclass
 class Forecast:
-    """What walking through texts gave.
+    """The counts and the time that a strategy would need for some texts.
 
     Attributes:
-        num_tokens: Of the texts.
-        num_steps: Times that the full model was asked, or tokens where it is not.
-        seconds: By the measured costs.
-        num_same: Tokens that are the full model's.
-        num_drafted, num_accepted: Drafts.
+        num_tokens: Number of tokens of the texts.
+        num_steps: Number of steps: verifications, or tokens for a strategy without drafts.
+        seconds: Time by the measured costs.
+        num_same: Number of tokens that are the full model's.
+        num_drafted, num_accepted: Numbers of drafted tokens and of those in the texts.
     """
 
     num_tokens: int = 0
@@ -35,7 +35,7 @@ class Forecast:
 
     @property
     def tokens_per_second(self) -> float:
-        """Return the speed."""
+        """Return the tokens per second."""
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
     @property
@@ -44,24 +44,24 @@ class Forecast:
         return self.num_same / self.num_tokens if self.num_tokens else 1.0
 
 
-class _Reader:
-    """What one model has not read of a text yet, group of layers by group, and the seconds it took to read the rest."""
+class _ModelClock:
+    """The time of one model, and the number of tokens that each segment has not processed yet."""
 
     def __init__(self, costs: Costs):
         self.costs, self.pending, self.seconds = costs, dict.fromkeys(costs.layers, 0), 0.0
 
     def add(self, count: int) -> None:
-        """Tokens come that nothing has read."""
+        """Append tokens that no segment has processed."""
         for depth in self.pending:
             self.pending[depth] += count
 
     def drop(self, count: int) -> None:
-        """The newest tokens go; those that had read them have read less."""
+        """Drop the newest tokens, processed or not."""
         for depth, pending in self.pending.items():
             self.pending[depth] = max(0, pending - count)
 
     def read(self, depth: int, width: int) -> None:
-        """An exit reads what it has not, and says something of ``width`` tokens."""
+        """Process all tokens up to an exit and evaluate its head for ``width`` of them."""
         for stop, pending in self.pending.items():
             if stop <= depth:
                 self.seconds += self.costs.of_layers(stop, pending)
@@ -70,27 +70,29 @@ class _Reader:
 
 
 class _Clock:
-    """Seconds of a text: of the model and of what drafts for it, which may be the model itself."""
+    """The time of a text: of the model, and of the other model that drafts if there is one."""
 
     def __init__(self, costs: Costs, drafting: Costs | None):
-        self.model = _Reader(costs)
-        self.drafter = self.model if drafting is None else _Reader(drafting)
-        self.readers = [self.model] if drafting is None else [self.model, self.drafter]
+        self.model = self.drafter = _ModelClock(costs)
+        self.clocks = [self.model]
+        if drafting is not None:
+            self.drafter = _ModelClock(drafting)
+            self.clocks.append(self.drafter)
 
     @property
     def seconds(self) -> float:
         """Return the seconds so far."""
-        return sum(reader.seconds for reader in self.readers)
+        return sum(clock.seconds for clock in self.clocks)
 
     def add(self, count: int) -> None:
-        """Tokens come that nothing has read."""
-        for reader in self.readers:
-            reader.add(count)
+        """Append tokens that no model has processed."""
+        for clock in self.clocks:
+            clock.add(count)
 
     def drop(self, count: int) -> None:
-        """The newest tokens go."""
-        for reader in self.readers:
-            reader.drop(count)
+        """Drop the newest tokens."""
+        for clock in self.clocks:
+            clock.drop(count)
 
 
 def forecast(
@@ -101,63 +103,58 @@ def forecast(
     full: int,
     drafting: Costs | None = None,
 ) -> Forecast:
-    """Return what a way would take for the recorded texts, their prompts left out.
+    """Return the forecast of a strategy for the recorded texts, without their prompts.
 
-    After a drafted token that is wrong, the exits are taken to be as sure as they were on the right text.
+    After a wrong drafted token, the exits' confidence is taken from the right text.
 
     Args:
-        way: Any but a tree, whose other branches no record holds; if another model drafts, one that drafts, or ``Full``.
-        traces: Recorded with ``depths``.
-        depths: Of the records: the model's own exits without the full model, or all exits of another model that drafts.
-        costs: Of the model: with the full model's depth, and ``depths`` where they are its own.
-        full: The full model's depth.
+        strategy: Any strategy but a tree, since traces hold no other branches. If another model
+            drafts, a speculative one or ``Full``.
+        traces: Traces recorded with ``depths``.
+        depths: Depths of the traces: the model's own exits without the full model, or all exits of
+            another model that drafts.
+        costs: Costs of the model: the full model's depth, and ``depths`` if they are its own.
+        full: Depth of the full model.
         drafting: Costs of another model that drafts, with ``depths``.
     """
-    found = Forecast()
-    place = {depth: index for index, depth in enumerate(depths)}
+    total = Forecast()
+    index_of = {depth: index for index, depth in enumerate(depths)}
     for trace in traces:
         clock = _Clock(costs, drafting)
         clock.add(1)
         at, n = 0, len(trace.tokens)
+        step = _one_token if isinstance(strategy, Full | Fixed | EarlyExit) else _chain
         while at < n:
-            if isinstance(strategy, Full | Fixed | EarlyExit):
-                at += _one_token(strategy, trace, at, place, clock, full, found)
-            else:
-                at += _chain(strategy, trace, at, place, clock, full, found)
-        found.num_tokens += n
-        found.seconds += clock.seconds
-    return found
+            at += step(strategy, trace, at, index_of, clock, full, total)
+        total.num_tokens += n
+        total.seconds += clock.seconds
+    return total
 
 
 def _one_token(
     strategy: Full | Fixed | EarlyExit,
     trace: Trace,
     at: int,
-    place: dict[int, int],
+    index_of: dict[int, int],
     clock: _Clock,
     full: int,
-    found: Forecast,
+    total: Forecast,
 ) -> int:
-    asked = {Full: ((), ())}.get(type(strategy)) or (
-        ((strategy.depth,), (-1.0,))
-        if isinstance(strategy, Fixed)
-        else (strategy.depths, strategy.thresholds)
-    )
+    """Add a step without drafts to the forecast; return its number of tokens."""
     by = full
-    for depth, threshold in zip(*asked, strict=True):
-        clock.model.read(depth, 1)
-        sure = (
-            1.0
-            if isinstance(strategy, Fixed)
-            else trace.sure_dn[strategy.measure][place[depth]][at]
-        )
-        if sure > threshold:
-            by = depth
-            break
+    if isinstance(strategy, Fixed):
+        by = strategy.depth
+        clock.model.read(by, 1)
+    elif isinstance(strategy, EarlyExit):
+        for depth, threshold in zip(strategy.depths, strategy.thresholds, strict=True):
+            clock.model.read(depth, 1)
+            if trace.confidence_dn[strategy.measure][index_of[depth]][at] > threshold:
+                by = depth
+                break
     if by == full:
         clock.model.read(full, 1)
-    found.num_same += by == full or trace.same_dn[place[by]][at]
-    found.num_steps += 1
+    total.num_same += by == full or trace.same_dn[index_of[by]][at]
+    total.num_steps += 1
     clock.add(1)
     return 1
 
@@ -166,38 +163,37 @@ def _chain(
     strategy: SelfSpeculative | SortedSpeculative,
     trace: Trace,
     at: int,
-    place: dict[int, int],
+    index_of: dict[int, int],
     clock: _Clock,
     full: int,
-    found: Forecast,
+    total: Forecast,
 ) -> int:
+    """Add a drafted chain and its verification to the forecast; return its number of tokens."""
     is_sorted, n = isinstance(strategy, SortedSpeculative), len(trace.tokens)
     depths = strategy.depths if is_sorted else (strategy.depth,)
     drafted = right = 0
     is_right = True
     for step in range(strategy.num_draft_tokens):
-        where, by, is_sure = min(at + step, n - 1), depths[-1], not is_sorted
-        for depth in depths:
+        where, by, is_confident = min(at + step, n - 1), depths[-1], not is_sorted
+        for index, depth in enumerate(depths):
             clock.drafter.read(depth, 1)
-            if (
-                is_sorted
-                and trace.sure_dn[strategy.measure][place[depth]][where]
-                > strategy.thresholds[depths.index(depth)]
-            ):
-                by, is_sure = depth, True
-                break
+            if is_sorted:
+                confidence = trace.confidence_dn[strategy.measure][index_of[depth]][where]
+                if confidence > strategy.thresholds[index]:
+                    by, is_confident = depth, True
+                    break
         drafted += 1
         clock.add(1)
-        is_right = is_right and trace.same_dn[place[by]][where]
+        is_right = is_right and trace.same_dn[index_of[by]][where]
         right += is_right
-        if not is_sure:
+        if not is_confident:
             break
     clock.model.read(full, drafted + 1)
     clock.drop(drafted - right)
     clock.add(1)
-    found.num_steps += 1
-    found.num_drafted += drafted
+    total.num_steps += 1
+    total.num_drafted += drafted
     added = min(right + 1, n - at)
-    found.num_accepted += min(right, added)
-    found.num_same += added
+    total.num_accepted += min(right, added)
+    total.num_same += added
     return added

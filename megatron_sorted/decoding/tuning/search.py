@@ -1,11 +1,11 @@
-"""Choosing a way's exits, thresholds and lengths for a model, texts and a machine."""
+"""A search for a strategy's fastest options, and a bandit that learns the fastest strategy."""
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_sorted.decoding.sampling import SURENESS
+from megatron_sorted.decoding.sampling import CONFIDENCE
 from megatron_sorted.decoding.strategies import (
     EarlyExit,
     Full,
@@ -20,36 +20,40 @@ from megatron_sorted.decoding.tuning.traces import Trace
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.95)
-"""Thresholds are tried where so many of an exit's confidences lie below them."""
-MOST_EXITS = 3
-"""Exits of an adaptive way; each more is another head to pay for every token."""
+"""Quantiles of an exit's confidence at which thresholds are tried."""
+MAX_EXITS = 3
+"""Maximum number of exits of a strategy; each more costs another head for every token."""
+
+
+TREES = ((3, 1, 6, 2), (4, 1, 8, 2), (5, 1, 8, 2), (6, 1, 8, 2), (6, 1, 12, 3), (4, 2, 8, 2))
+"""Trees that are tried: numbers of levels, branches, nodes and candidates."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A way with its options, and what is expected of it."""
+    """A strategy with its options and its forecast."""
 
     strategy: Strategy
     expected: Forecast
 
 
-def thresholds_to_try(traces: Sequence[Trace], place: int, measure: str) -> list[float]:
-    """Return thresholds at quantiles of an exit's confidences, rounded, increasing."""
+def thresholds_to_try(traces: Sequence[Trace], index: int, measure: str) -> list[float]:
+    """Return thresholds at quantiles of the confidence of an exit, rounded, increasing."""
     values = sorted(
-        itertools.chain.from_iterable(trace.sure_dn[measure][place] for trace in traces)
+        itertools.chain.from_iterable(trace.confidence_dn[measure][index] for trace in traces)
     )
     return sorted({round(values[int(share * (len(values) - 1))], 3) for share in SHARES})
 
 
 class Tuner:
-    """Looks for the fastest options of each way by recorded texts and measured costs.
+    """A search for the fastest options of each strategy, by forecasts.
 
     Args:
-        traces: Of texts like those that will be written.
-        depths: Of the records: exits of what drafts.
-        costs: Of the model on this machine.
-        full: The full model's depth.
-        drafting: Costs of another model that drafts; None where the model does itself.
+        traces: Traces of texts like those that will be generated.
+        depths: Depths of the traces: exits of the model that drafts.
+        costs: Costs of the model on this machine.
+        full: Depth of the full model.
+        drafting: Costs of another model that drafts; None if the model drafts itself.
     """
 
     def __init__(
@@ -60,13 +64,8 @@ class Tuner:
         full: int,
         drafting: Costs | None = None,
     ):
-        self.traces, self.depths, self.costs, self.full, self.drafting = (
-            traces,
-            list(depths),
-            costs,
-            full,
-            drafting,
-        )
+        self.traces, self.depths, self.full = traces, list(depths), full
+        self.costs, self.drafting = costs, drafting
         self.base = self._forecast(Full())
 
     def self_speculative(self) -> Choice:
@@ -76,26 +75,36 @@ class Tuner:
         )
 
     def sorted_speculative(self) -> Choice:
-        """Return the best exits, thresholds and draft length: exit by exit, each tuned coordinate by coordinate."""
+        """Return the best exits, thresholds and draft length.
+
+        Exits are added one by one; the options of each set are tuned one coordinate at a time.
+        """
         start = self.self_speculative().strategy
         best = self._best([SortedSpeculative((start.depth,), (0.0,), start.num_draft_tokens)])
 
         def options(depths: tuple[int, ...]) -> list[Choice]:
             return [
-                self._climb(depths, measure, best.strategy.num_draft_tokens) for measure in SURENESS
+                self._climb(depths, measure, best.strategy.num_draft_tokens)
+                for measure in CONFIDENCE
             ]
 
         return max([best, *self._exit_by_exit(options)], key=_speed)
 
     def early_exit(self, least_same: float) -> Choice | None:
-        """Return the fastest exits and thresholds whose tokens are the full model's at least so often; None if there are none.
+        """Return the fastest exits and thresholds that keep most of the full model's tokens.
 
-        Of the model's own exits only: where another model drafts, a token that leaves there is no token of this one.
+        Only for the model's own exits: another model's early token is no token of this model.
+
+        Args:
+            least_same: Share of tokens that must be the full model's.
+
+        Returns:
+            The best options; None if none keeps that share.
         """
 
         def options(depths: tuple[int, ...]) -> list[Choice]:
-            found = []
-            for measure in SURENESS:
+            choices = []
+            for measure in CONFIDENCE:
                 tries = [
                     [*thresholds_to_try(self.traces, self.depths.index(depth), measure), 1.0]
                     for depth in depths
@@ -104,47 +113,39 @@ class Tuner:
                     strategy = EarlyExit(
                         depths, tuple(row[min(step, len(row) - 1)] for row in tries), measure
                     )
-                    found.append(Choice(strategy, self._forecast(strategy)))
-            return [choice for choice in found if choice.expected.share_same >= least_same]
+                    choices.append(Choice(strategy, self._forecast(strategy)))
+            return [choice for choice in choices if choice.expected.share_same >= least_same]
 
         return max(self._exit_by_exit(options), key=_speed, default=None)
 
     def _exit_by_exit(self, options: Callable[[tuple[int, ...]], list[Choice]]) -> list[Choice]:
-        """Return the best choices with one exit, with one more, and so on; of each number those that hold the exits of the one before."""
-        found, chosen = [], ()
-        for _ in range(min(MOST_EXITS, len(self.depths))):
-            more = [
-                option
+        """Return the best choice for one exit, for these and one more, and so on."""
+        best, depths = [], ()
+        for _ in range(min(MAX_EXITS, len(self.depths))):
+            choices = [
+                choice
                 for depth in self.depths
-                if depth not in chosen
-                for option in options(tuple(sorted((*chosen, depth))))
+                if depth not in depths
+                for choice in options(tuple(sorted((*depths, depth))))
             ]
-            if not more:
+            if not choices:
                 break
-            found.append(max(more, key=_speed))
-            chosen = found[-1].strategy.depths
-        return found
+            best.append(max(choices, key=_speed))
+            depths = best[-1].strategy.depths
+        return best
 
     def trees(self, budget: int = 12) -> list[TreeSpeculative]:
-        """Return trees worth running: their speed cannot be told from records of one path, so they are measured."""
-        by_length = {
-            strategy.depth: self._forecast(strategy)
-            for strategy in (SelfSpeculative(depth, 6) for depth in self.depths)
+        """Return trees worth running: traces of one path cannot forecast the speed of a tree."""
+        speeds = {
+            depth: self._forecast(SelfSpeculative(depth, 6)).tokens_per_second
+            for depth in self.depths
         }
-        likely = sorted(by_length, key=lambda depth: -by_length[depth].tokens_per_second)[:2]
-        shapes = [
-            (3, 1, 6, 2),
-            (4, 1, 8, 2),
-            (5, 1, 8, 2),
-            (6, 1, 8, 2),
-            (6, 1, 12, 3),
-            (4, 2, 8, 2),
-        ]
-        return [TreeSpeculative((depth,), (), *shape) for depth in likely for shape in shapes][
-            :budget
-        ]
+        fastest = sorted(speeds, key=lambda depth: -speeds[depth])[:2]
+        trees = [TreeSpeculative((depth,), (), *shape) for depth in fastest for shape in TREES]
+        return trees[:budget]
 
     def _climb(self, depths: tuple[int, ...], measure: str, length: int) -> Choice:
+        """Return the best thresholds and draft length, tuned one after another, two times."""
         tries = [
             [0.0, *thresholds_to_try(self.traces, self.depths.index(depth), measure)]
             for depth in depths
@@ -178,13 +179,14 @@ def _speed(choice: Choice) -> float:
 
 
 class Bandit:
-    """Learns while serving which of some ways is fastest, for each task apart.
+    """A bandit that learns while serving which strategy is fastest, separately for each task.
 
-    Source: upper confidence bounds, UCB1 (Auer, Cesa-Bianchi and Fischer 2002, figure 1), rewards scaled by the best seen so far.
+    Source: upper confidence bounds, UCB1 (Auer, Cesa-Bianchi and Fischer 2002, figure 1), with
+    rewards scaled by the best speed so far.
 
     Args:
-        ways: What can be chosen.
-        state: What `state_dict` gave, to go on from.
+        strategies: The strategies to choose from.
+        state: An earlier `state_dict` to continue from.
     """
 
     def __init__(self, strategies: Sequence[Strategy], state: dict | None = None):
@@ -197,45 +199,45 @@ class Bandit:
                 self.tasks[task] = [list(row) for row in rows]
 
     def begin(self, task: str) -> None:
-        """Remember a task."""
+        """Add a task if it is new."""
         self.tasks.setdefault(task, [[0.0, 0.0, 0.0] for _ in self.strategies])
         self.failures.setdefault(task, [0] * len(self.strategies))
 
     def choose(self, task: str) -> int:
-        """Return the place of the way to take next: each once at first, then the one with the highest bound.
+        """Return the index of the strategy to use next.
 
-        One that has always failed is tried again when the others have done ten times as much as before its last failure.
+        Each is used once at first, then the one with the highest bound. One that has always failed
+        is tried again when the others have run ten times as often as before its last failure.
         """
         self.begin(task)
         rows, failures = self.tasks[task], self.failures[task]
         total = sum(row[0] for row in rows)
         due = [
-            place
-            for place, row in enumerate(rows)
-            if not row[0] and (not failures[place] or total >= 10 ** failures[place])
+            index
+            for index, row in enumerate(rows)
+            if not row[0] and (not failures[index] or total >= 10 ** failures[index])
         ]
         if due or not total:
             return due[0] if due else failures.index(min(failures))
-        speeds = {place: row[1] / row[2] for place, row in enumerate(rows) if row[0]}
+        speeds = {index: row[1] / row[2] for index, row in enumerate(rows) if row[0]}
         best = max(speeds.values())
-        return max(
-            speeds,
-            key=lambda place: (
-                speeds[place] / best + (2 * math.log(total) / rows[place][0]) ** 0.5 / 4
-            ),
-        )
 
-    def learn(self, task: str, place: int, num_tokens: int, seconds: float) -> None:
-        """Note a text that a way wrote."""
-        row = self.tasks[task][place]
+        def bound(index: int) -> float:
+            return speeds[index] / best + (2 * math.log(total) / rows[index][0]) ** 0.5 / 4
+
+        return max(speeds, key=bound)
+
+    def learn(self, task: str, index: int, num_tokens: int, seconds: float) -> None:
+        """Record a text that a strategy generated."""
+        row = self.tasks[task][index]
         row[0] += 1
         row[1] += num_tokens
         row[2] += max(seconds, 1e-9)
 
-    def fail(self, task: str, place: int) -> None:
-        """Note a way that wrote nothing."""
-        self.failures[task][place] += 1
+    def fail(self, task: str, index: int) -> None:
+        """Record a failure of a strategy."""
+        self.failures[task][index] += 1
 
     def state_dict(self) -> dict[str, list[list[float]]]:
-        """Return {task: [times, tokens, seconds] of each way}."""
+        """Return {task: [number of texts, tokens, seconds] of each strategy}."""
         return {task: [list(row) for row in rows] for task, rows in self.tasks.items()}

@@ -1,1 +1,1 @@
-"""What the doctor knows of kinds of devices: the only folder of it that names them."""
+"""Checks of kinds of devices: the only folder of the doctor that names them."""

@@ -1,6 +1,6 @@
-"""Ascend NPUs: CANN, torch_npu, and whether they go together.
+"""Ascend NPUs: CANN, torch_npu, and whether they fit.
 
-Which CANN a torch_npu was made with: COMPATIBILITY.md of github.com/Ascend/pytorch, August 2026.
+Versions of CANN for each torch_npu: COMPATIBILITY.md of github.com/Ascend/pytorch, August 2026.
 """
 
 import os
@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sorted.doctor.finding import Finding, broken, doubtful, fine
-from megatron_sorted.doctor.packages import numbers_of
+from megatron_sorted.doctor.finding import Finding, fail, ok, warn
+from megatron_sorted.doctor.packages import version_numbers
 from megatron_sorted.doctor.probes import Probe
 
-# torch_npu of one torch version comes in releases for several CANN versions; a newer CANN than these is not refused
 CANN_OF = {
     "2.12": ("9.1",),
     "2.11": ("9.1",),
@@ -25,31 +24,39 @@ CANN_OF = {
     "2.5": ("8.1", "8.2"),
     "2.4": ("8.0", "8.1"),
 }
+"""Version of torch_npu -> versions of CANN it was released for, oldest first."""
 SET_ENV = ("usr/local/Ascend/cann/set_env.sh", "usr/local/Ascend/ascend-toolkit/set_env.sh")
-# the runtime has a number of its own, which stands before the toolkit's; not seen on a machine, from descriptions
+# The runtime's own number stands before the toolkit's; from descriptions, not seen on a machine.
 VERSION_LINES = (
     r"^runtime_running_version=\[[^:\]]*:(\d[\w.]*)",
     r"^version_dir=(\d[\w.]*)",
     r"^[Vv]ersion=(\d[\w.]*)",
+)
+VERSION_FILES = (
+    "version.cfg",
+    "version.info",
+    "ascend_toolkit_install.info",
+    "runtime/version.info",
+    "compiler/version.info",
+    "share/info/runtime/version.info",
+    f"{os.uname().machine}-linux/ascend_toolkit_install.info",
 )
 REMOVE = "pip uninstall torch_npu (or export TORCH_DEVICE_BACKEND_AUTOLOAD=0 where it must stay)"
 
 
 @dataclass(frozen=True)
 class NpuHost:
-    """What the operating system says of NPUs.
+    """The NPUs of a host according to its operating system.
 
     Attributes:
         device_files: Number of /dev/davinci0, /dev/davinci1, ...
-        unreadable: Those of them this user may not open.
         driver: Version of the driver; empty if unknown.
-        set_env: The script that puts CANN on the paths; empty if it was not found.
+        set_env: The script that puts CANN on the paths; empty if there is none.
         cann: Version of CANN; empty if unknown.
         sourced: Whether the script has been run in this shell.
     """
 
     device_files: int
-    unreadable: tuple[str, ...]
     driver: str
     set_env: str
     cann: str
@@ -58,201 +65,130 @@ class NpuHost:
 
 def _version_of(path: Path) -> str:
     text = path.read_text(errors="replace") if path.is_file() else ""
-    found = next(
-        (found for pattern in VERSION_LINES if (found := re.search(pattern, text, re.MULTILINE))),
-        None,
-    )
-    return found.group(1) if found else ""
+    matches = (re.search(pattern, text, re.MULTILINE) for pattern in VERSION_LINES)
+    return next((match.group(1) for match in matches if match), "")
 
 
 def read_npu_host(root: Path, environment: Mapping[str, str]) -> NpuHost:
-    """Return what the files below ``root`` (of the system: /) and the environment say of NPUs."""
-    files = sorted(
-        path for path in (root / "dev").glob("davinci*") if re.fullmatch(r"davinci\d+", path.name)
-    )
+    """Read device files and versions below ``root`` (of the system: /), and the environment."""
+    files = [path for path in (root / "dev").glob("davinci*") if path.name[7:].isdigit()]
     script = next((str(root / name) for name in SET_ENV if (root / name).is_file()), "")
     home = environment.get("ASCEND_HOME_PATH") or environment.get("ASCEND_TOOLKIT_HOME") or ""
-    places = ([Path(home)] if home else []) + (
-        [Path(script).parent, Path(script).parent / "latest"] if script else []
-    )
-    names = (
-        "version.cfg",
-        "version.info",
-        "ascend_toolkit_install.info",
-        "runtime/version.info",
-        "compiler/version.info",
-        "share/info/runtime/version.info",
-        f"{os.uname().machine}-linux/ascend_toolkit_install.info",
-    )
-    cann = next(
-        (version for place in places for name in names if (version := _version_of(place / name))),
-        "",
-    )
-    unreadable = tuple(path.name for path in files if not os.access(path, os.R_OK | os.W_OK))
+    folders = [Path(home)] if home else []
+    if script:
+        folders += [Path(script).parent, Path(script).parent / "latest"]
+    versions = (_version_of(folder / name) for folder in folders for name in VERSION_FILES)
     driver = _version_of(root / "usr/local/Ascend/driver/version.info")
-    return NpuHost(len(files), unreadable, driver, script, cann, bool(home))
+    cann = next(filter(None, versions), "")
+    return NpuHost(len(files), driver, script, cann, bool(home))
 
 
 def check_npus(
     host: NpuHost, installed: Mapping[str, str], probe: Probe | None, device: str
 ) -> list[Finding]:
-    """Return whether torch_npu and CANN are there, fit each other and torch, and see the devices.
+    """Check that torch_npu and CANN are installed, fit each other and torch, and see the devices.
 
     Args:
-        host: What the system has.
-        installed: Versions of distributions, by name in small letters.
-        probe: What became of importing torch_npu; None if it is not installed.
+        host: The NPUs according to the system.
+        installed: Versions of distributions, by name in lower case.
+        probe: The result of importing torch_npu; None if it is not installed.
         device: ``--device``.
     """
     wanted = device == "npu" or (device == "auto" and host.device_files > 0)
-    version = installed.get("torch_npu", "")
+    torch, version = installed.get("torch", ""), installed.get("torch_npu", "")
     if probe is None:
-        if wanted:
-            torch = ".".join(map(str, numbers_of(installed.get("torch", ""))))
-            return [
-                broken(
-                    "torch_npu",
-                    "not installed",
-                    f"pip install torch_npu=={torch or 'VERSION OF TORCH'}, beside a CPU build of torch.",
-                )
-            ]
-        return []
-    found = _check_versions(host, installed.get("torch", ""), version)
+        needed = _shown(torch) or "VERSION OF TORCH"
+        remedy = f"pip install torch_npu=={needed}, beside a CPU build of torch."
+        return [fail("torch_npu", "not installed", remedy)] * wanted
+    findings = []
+    if _shown(torch) != _shown(version) and torch and version:
+        pair = f"torch=={_shown(version)}, or torch_npu=={_shown(torch)}"
+        value = f"{version} beside torch {torch}"
+        remedy = f"They must be the same: pip install {pair}."
+        findings.append(fail("torch_npu version", value, remedy))
+    findings += _check_cann(host, version)
     if probe.facts is None:
-        found.append(_import_failure(host, probe, wanted))
+        findings.append(_import_failure(host, probe, wanted))
     elif wanted or probe.facts["devices"]:
-        found += _check_devices(
-            host, probe.facts.get("devices", []), probe.facts.get("device_error", "")
-        )
-    return found
+        error = probe.facts.get("device_error", "")
+        findings.append(_check_devices(host, probe.facts["devices"], error))
+    return findings
 
 
-def _check_versions(host: NpuHost, torch: str, version: str) -> list[Finding]:
-    found = []
-    if torch and version and numbers_of(torch)[:3] != numbers_of(version)[:3]:
-        theirs, ours = (".".join(map(str, numbers_of(one)[:3])) for one in (version, torch))
-        found.append(
-            broken(
-                "torch_npu version",
-                f"{version} beside torch {torch}",
-                f"They must be the same: pip install torch=={theirs}, or torch_npu=={ours}.",
-            )
+def _shown(version: str) -> str:
+    return ".".join(map(str, version_numbers(version)[:3]))
+
+
+def _check_cann(host: NpuHost, torch_npu: str) -> list[Finding]:
+    fitting = CANN_OF.get(".".join(map(str, version_numbers(torch_npu)[:2])), ())
+    installed = version_numbers(host.cann)[:2]
+    shown = host.cann or "version unknown"
+    if host.cann and fitting and installed < version_numbers(fitting[0]):
+        value = f"{shown}, older than torch_npu {torch_npu} was made for"
+        remedy = (
+            f"Install CANN {' or '.join(fitting)}, or the torch_npu of this CANN "
+            "(COMPATIBILITY.md of Ascend/pytorch)."
         )
-    pairs = CANN_OF.get(".".join(map(str, numbers_of(version)[:2])))
-    have = numbers_of(host.cann)[:2]
-    if host.cann and pairs and have < min(numbers_of(pair) for pair in pairs):
-        found.append(
-            broken(
-                "CANN",
-                f"{host.cann}, older than torch_npu {version} was made for",
-                f"Install CANN {' or '.join(pairs)}, or the torch_npu of this CANN (COMPATIBILITY.md of Ascend/pytorch).",
-            )
+        return [fail("CANN", value, remedy)]
+    if host.cann and fitting and ".".join(map(str, installed)) not in fitting:
+        value = f"{shown}; torch_npu {torch_npu} was made with {' or '.join(fitting)}"
+        remedy = "Use a pair of COMPATIBILITY.md of Ascend/pytorch if operators fail."
+        return [warn("CANN", value, remedy)]
+    if host.set_env and not host.sourced:
+        value = f"{shown}, not on the paths: ASCEND_HOME_PATH is unset"
+        remedy = (
+            f"source {host.set_env}, on every node, in the shell that starts torchrun "
+            "(ssh alone does not)."
         )
-    elif host.cann and pairs and ".".join(map(str, have)) not in pairs:
-        found.append(
-            doubtful(
-                "CANN",
-                f"{host.cann}; torch_npu {version} was made with {' or '.join(pairs)}",
-                "Take one of the pairs in COMPATIBILITY.md of Ascend/pytorch if operators fail.",
-            )
-        )
-    elif host.set_env and not host.sourced:
-        found.append(
-            broken(
-                "CANN",
-                f"{host.cann or 'version unknown'}, not on the paths: ASCEND_HOME_PATH is unset",
-                f"source {host.set_env}, on every node, in the shell that starts torchrun (ssh alone does not).",
-            )
-        )
-    elif host.cann or host.sourced:
-        found.append(fine("CANN", host.cann or "version unknown"))
-    return found
+        return [fail("CANN", value, remedy)]
+    return [ok("CANN", shown)] if host.cann or host.sourced else []
 
 
 def _import_failure(host: NpuHost, probe: Probe, wanted: bool) -> Finding:
-    said = " ".join(probe.errors)
-    library = re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object", said)
-    if "Two accelerators" in said:
-        return broken(
-            "torch_npu",
-            probe.error,
-            f"Keep one kind of device: {REMOVE}, or install the CPU build of torch.",
+    text = " ".join(probe.errors)
+    library = re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object", text)
+    value = probe.error
+    if library:
+        value = f"{library.group(1)} is missing: a library of CANN or the driver"
+    if "Two accelerators" in text:
+        remedy = f"Keep one kind of device: {REMOVE}, or install the CPU build of torch."
+    elif library is None:
+        remedy = f"Correct it; if this host has no NPU: {REMOVE}."
+    elif host.set_env and not host.sourced:
+        remedy = f"source {host.set_env}"
+    elif not wanted:
+        value += ", and this host has no NPU"
+        remedy = f"{REMOVE}: with it, import torch fails."
+    elif host.sourced:
+        remedy = (
+            "CANN is incomplete or of another version: reinstall its toolkit and kernels, and the "
+            "driver; LD_LIBRARY_PATH must keep what set_env.sh puts in it."
         )
-    if library is None:
-        return broken("torch_npu", probe.error, f"Mend it; if this host has no NPU: {REMOVE}.")
-    value = f"{library.group(1)} is missing: a library of CANN or the driver"
-    if host.set_env and not host.sourced:
-        return broken("torch_npu", value, f"source {host.set_env}")
-    if not wanted:
-        return broken(
-            "torch_npu",
-            f"{value}, and this host has no NPU",
-            f"{REMOVE}: with it, import torch fails.",
-        )
-    if host.sourced:
-        return broken(
-            "torch_npu",
-            value,
-            "CANN is incomplete or of another version: install its toolkit and kernels anew, and the driver; "
-            "LD_LIBRARY_PATH must keep what set_env.sh puts in it.",
-        )
-    return broken(
-        "torch_npu",
-        value,
-        "Install CANN (toolkit and kernels) and the driver, then source its set_env.sh.",
-    )
+    else:
+        remedy = "Install CANN (toolkit and kernels) and the driver, then source its set_env.sh."
+    return fail("torch_npu", value, remedy)
 
 
-def _check_devices(host: NpuHost, devices: Sequence[str], error: str) -> list[Finding]:
-    if host.unreadable:
-        return [
-            broken(
-                "NPU",
-                f"/dev/{host.unreadable[0]} may not be opened by this user",
-                "Add the user to the group HwHiAiUser.",
-            )
-        ]
+def _check_devices(host: NpuHost, devices: Sequence[str], error: str) -> Finding:
     if not devices:
-        return [
-            broken(
-                "NPU",
-                "torch_npu sees no device",
-                "npu-smi info says whether the driver does; look at ASCEND_RT_VISIBLE_DEVICES.",
-            )
-        ]
+        remedy = (
+            "npu-smi info shows whether the driver does; check ASCEND_RT_VISIBLE_DEVICES, and that "
+            "the user is in the group HwHiAiUser."
+        )
+        return fail("NPU", "torch_npu sees no device", remedy)
     if error:
-        return [
-            broken(
-                "NPU",
-                f"{devices[0]}: {error}",
-                "npu-smi info shows whether it is in order; check CANN's kernels package.",
-            )
-        ]
+        remedy = "npu-smi info shows its state; check CANN's kernels package."
+        return fail("NPU", f"{devices[0]}: {error}", remedy)
     shown = f"{len(devices)} x {devices[0]}" + (f", driver {host.driver}" if host.driver else "")
-    if not knows_bf16(devices):
-        return [
-            doubtful(
-                "NPU",
-                f"{shown}: no bfloat16, and overflow saturates",
-                "Train with --fp16; checks for inf and NaN see less on this device.",
-            )
-        ]
-    return [fine("NPU", shown)]
+    if not supports_bf16(devices):
+        remedy = "Train with --fp16; checks for inf and NaN see less on this device."
+        return warn("NPU", f"{shown}: no bfloat16, and overflow saturates", remedy)
+    return ok("NPU", shown)
 
 
-def knows_bf16(devices: Sequence[str]) -> bool:
-    """Return whether all these NPUs compute in bfloat16: the first 910 does not, 910B and 910_93 (910C) do."""
+def supports_bf16(devices: Sequence[str]) -> bool:
+    """Return whether all these NPUs compute in bfloat16.
+
+    The first 910 does not; 910B and 910_93 (910C) do.
+    """
     return not any(re.fullmatch(r"Ascend ?910(A|Pro.*|Premium.*)?", name) for name in devices)
-
-
-def check_both_kinds(torch: Mapping | None, num_gpus: int, npu: Probe | None) -> list[Finding]:
-    """Return whether GPU and NPU software are in each other's way."""
-    if npu is not None and torch is not None and torch.get("cuda") is not None and num_gpus:
-        return [
-            broken(
-                "two kinds of devices",
-                "torch for CUDA with a GPU, and torch_npu",
-                f"torch takes one kind only. On this host: {REMOVE}.",
-            )
-        ]
-    return []

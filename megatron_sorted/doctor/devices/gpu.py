@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: the driver, torch's build, and whether they go together."""
+"""NVIDIA GPUs: the driver, torch's build, and whether they fit."""
 
 import re
 from collections.abc import Mapping
@@ -6,18 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.doctor.finding import Finding, broken, doubtful, fine
-from megatron_sorted.doctor.packages import numbers_of
+from megatron_sorted.doctor.finding import Finding, fail, ok, warn
+from megatron_sorted.doctor.packages import version_numbers
+from megatron_sorted.doctor.probes import Probe
 
-# CUDA toolkit release notes: the oldest Linux driver on which programs of any minor version of a major one run
 OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
-# compute capability from which matrix products know bfloat16
+"""Major version of CUDA -> the oldest Linux driver for all its minor versions.
+
+Source: release notes of the CUDA toolkit.
+"""
+OLDEST_ENGINE, FIRST_UNTRIED_ENGINE = (2, 9), (2, 12)
+"""Bounds of Transformer Engine in the requirements of megatron-core 0.16.1."""
 BF16_CAPABILITY = 8
+"""The compute capability from which matrix products support bfloat16."""
 
 
 @dataclass(frozen=True)
 class GpuHost:
-    """What the operating system says of GPUs.
+    """The GPUs of a host according to its operating system.
 
     Attributes:
         driver: Version of the kernel's driver; empty without one.
@@ -29,144 +35,108 @@ class GpuHost:
 
 
 def read_gpu_host(root: Path) -> GpuHost:
-    """Return what the files below ``root`` (of the system: /) say of GPUs."""
+    """Read the driver's version and device files below ``root`` (of the system: /)."""
     version = root / "proc/driver/nvidia/version"
     text = version.read_text(errors="replace") if version.is_file() else ""
-    found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
-    files = [
-        path for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)
-    ]
-    return GpuHost(found.group(1) if found else "", len(files))
+    match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
+    names = [path.name for path in (root / "dev").glob("nvidia*")]
+    device_files = sum(re.fullmatch(r"nvidia\d+", name) is not None for name in names)
+    return GpuHost(match.group(1) if match else "", device_files)
 
 
 def check_gpus(
     host: GpuHost, torch: Mapping[str, Any] | None, device: str, environment: Mapping[str, str]
 ) -> list[Finding]:
-    """Return whether torch can use the GPUs of this host.
+    """Check that torch can use the GPUs of this host.
 
     Args:
-        host: What the system has.
-        torch: What torch says; None if it cannot be imported.
+        host: The GPUs according to the system.
+        torch: The facts about torch; None if it cannot be imported.
         device: ``--device``.
         environment: The process's environment.
     """
-    present = bool(host.driver or host.device_files)
-    found = []
-    if present and not host.device_files:
-        found.append(
-            doubtful(
-                "NVIDIA driver",
-                f"{host.driver}, but no /dev/nvidia0",
-                "Ask the scheduler for GPUs, or start the container with them (docker run --gpus all).",
-            )
-        )
-    elif present:
-        found.append(
-            fine("NVIDIA driver", f"{host.driver or 'version unknown'}, {host.device_files} GPUs")
-        )
+    findings = []
+    if host.device_files:
+        value = f"{host.driver or 'version unknown'}, {host.device_files} GPUs"
+        findings.append(ok("NVIDIA driver", value))
+    elif host.driver:
+        remedy = "Request GPUs from the scheduler, or start the container with --gpus all."
+        value = f"{host.driver}, but no /dev/nvidia0"
+        findings.append(warn("NVIDIA driver", value, remedy))
     if torch is None:
-        return found
-    return found + _check_build(host, torch, device, environment)
+        return findings
+    return findings + _check_build(host, torch, device, environment.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _check_build(
-    host: GpuHost, torch: Mapping[str, Any], device: str, environment: Mapping[str, str]
+    host: GpuHost, torch: Mapping[str, Any], device: str, visible: str | None
 ) -> list[Finding]:
-    build, devices = torch.get("cuda"), torch.get("devices", [])
+    name, build, devices = "torch on GPU", torch["cuda"], torch["devices"]
+    expected = device == "cuda" or (device == "auto" and host.device_files > 0)
     if build is None:
-        if device == "cuda" or (host.device_files and device == "auto"):
-            remedy = "Install a CUDA build of torch (pytorch.org/get-started), or use --device cpu."
-            return [
-                broken("torch on GPU", f"torch {torch['version']} is built without CUDA", remedy)
-            ]
-        return []
-    oldest = OLDEST_DRIVER.get(numbers_of(build)[0])
-    if host.driver and oldest and numbers_of(host.driver)[:2] < oldest:
+        value = f"torch {torch['version']} is built without CUDA"
+        remedy = "Install a CUDA build of torch (pytorch.org/get-started), or use --device cpu."
+        return [fail(name, value, remedy)] * expected
+    oldest = OLDEST_DRIVER.get(version_numbers(build)[0])
+    if host.driver and oldest and version_numbers(host.driver)[:2] < oldest:
         needed = ".".join(map(str, oldest))
-        return [
-            broken(
-                "torch on GPU",
-                f"driver {host.driver} is too old for CUDA {build}",
-                f"Update the driver to {needed} or newer, or install torch for an older CUDA.",
-            )
-        ]
+        value = f"driver {host.driver} is too old for CUDA {build}"
+        remedy = f"Update the driver to {needed} or newer, or install torch for an older CUDA."
+        return [fail(name, value, remedy)]
     if not devices:
-        hidden = environment.get("CUDA_VISIBLE_DEVICES")
-        why = (
-            f"CUDA_VISIBLE_DEVICES is {hidden!r}"
-            if hidden is not None
-            else torch.get("device_error") or "torch sees no GPU"
-        )
-        if device == "cuda" or (host.device_files and device == "auto" and hidden is None):
-            return [
-                broken(
-                    "torch on GPU",
-                    why,
-                    "Mend this, or use --device cpu; nvidia-smi says whether the driver itself works.",
-                )
-            ]
-        return [fine("torch on GPU", f"built for CUDA {build}; no GPU to use ({why})")]
-    return _check_devices(torch, devices, build, environment)
+        reason = torch.get("device_error") or "torch sees no GPU"
+        if visible is not None:
+            reason = f"CUDA_VISIBLE_DEVICES is {visible!r}"
+        if device == "cuda" or (expected and visible is None):
+            remedy = "Correct this, or use --device cpu; nvidia-smi shows the driver's own state."
+            return [fail(name, reason, remedy)]
+        return [ok(name, f"built for CUDA {build}; no GPU to use ({reason})")]
+    return [_check_devices(name, torch, devices, visible)]
 
 
 def _check_devices(
-    torch: Mapping[str, Any], devices: list[str], build: str, environment: Mapping[str, str]
-) -> list[Finding]:
-    shown = (
-        f"{len(devices)} x {devices[0]}, CUDA {build}, NCCL {torch.get('nccl_version', 'missing')}"
+    name: str, torch: Mapping[str, Any], devices: list[str], visible: str | None
+) -> Finding:
+    if error := torch.get("device_error"):
+        remedy = (
+            "nvidia-smi shows its state and who uses it. 'no kernel image' means: install a build "
+            "of torch for this GPU."
+        )
+        return fail(name, f"{devices[0]}: {error}", remedy)
+    shown = f"{len(devices)} x {devices[0]}, CUDA {torch['cuda']}"
+    if not torch["nccl"]:
+        value = f"{shown}: torch is built without NCCL"
+        return fail(name, value, "Install torch from pytorch.org, not a build without it.")
+    hidden = f", CUDA_VISIBLE_DEVICES={visible}" if visible else ""
+    return ok(name, f"{shown}, NCCL {torch['nccl']}{hidden}")
+
+
+def check_transformer_engine(probe: Probe | None) -> list[Finding]:
+    """Check that Transformer Engine, which is used on GPUs if it is installed, works.
+
+    Args:
+        probe: The result of importing it; None if it is not installed.
+    """
+    name = "Transformer Engine"
+    if probe is None:
+        return [ok(name, "not installed (optional)")]
+    if probe.facts is None:
+        cause = "It was built for another torch: r" if "undefined symbol" in probe.error else "R"
+        remedy = (
+            f"{cause}einstall it (pip install --no-build-isolation transformer-engine[pytorch]), "
+            "or pip uninstall transformer-engine: it is optional, and useless without a GPU."
+        )
+        return [fail(name, probe.error, remedy)]
+    version = probe.facts["version"]
+    if OLDEST_ENGINE <= version_numbers(version)[:2] < FIRST_UNTRIED_ENGINE:
+        return [ok(name, version)]
+    remedy = (
+        "megatron-core 0.16.1 was made for 2.9 to 2.11: pip install "
+        "'transformer-engine[pytorch]>=2.9,<2.12', or use --transformer-impl local."
     )
-    architectures = torch.get("architectures", [])
-    unknown = [
-        f"{devices[i]} ({major}.{minor})"
-        for i, (major, minor) in enumerate(torch.get("capabilities", []))
-        if architectures and not _has_code_for(architectures, major, minor)
-    ]
-    if unknown:
-        return [
-            broken(
-                "torch on GPU",
-                f"torch {torch['version']} has no code for {', '.join(unknown)}",
-                f"Install a build of torch for it; this one has {', '.join(torch['architectures'])}.",
-            )
-        ]
-    if torch.get("device_error"):
-        return [
-            broken(
-                "torch on GPU",
-                f"{devices[0]}: {torch['device_error']}",
-                "nvidia-smi shows who uses it and whether it is in order.",
-            )
-        ]
-    if not torch.get("nccl", True):
-        return [
-            broken(
-                "torch on GPU",
-                f"{shown}: torch is built without NCCL",
-                "Install torch from pytorch.org, not a build without it.",
-            )
-        ]
-    if len(set(devices)) > 1:
-        return [
-            doubtful(
-                "torch on GPU",
-                f"different devices: {', '.join(sorted(set(devices)))}",
-                "The slowest sets the pace; choose equal ones by CUDA_VISIBLE_DEVICES.",
-            )
-        ]
-    hidden = environment.get("CUDA_VISIBLE_DEVICES")
-    return [fine("torch on GPU", shown + (f", CUDA_VISIBLE_DEVICES={hidden}" if hidden else ""))]
+    return [warn(name, version, remedy)]
 
 
-def _has_code_for(architectures: list[str], major: int, minor: int) -> bool:
-    """Return whether a build has code for a compute capability: a binary for 8.0 runs on 8.0 to 8.9, "compute_80" on all that is newer."""
-    for name in architectures:
-        kind, digits = name.rstrip("af").split("_")
-        have = (int(digits[:-1]), int(digits[-1]))
-        if have <= (major, minor) and (kind == "compute" or have[0] == major):
-            return True
-    return False
-
-
-def knows_bf16(torch: Mapping[str, Any]) -> bool:
+def supports_bf16(torch: Mapping[str, Any]) -> bool:
     """Return whether all GPUs that torch sees compute in bfloat16."""
     return all(major >= BF16_CAPABILITY for major, _ in torch.get("capabilities", []))

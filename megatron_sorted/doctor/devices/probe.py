@@ -1,10 +1,10 @@
-"""Imports libraries and says as JSON what they are: a process of its own, since an import may fail, crash or hang.
+"""Imports libraries and prints as JSON what they are, in a process of its own.
 
-python -m megatron_sorted.doctor.devices.probe torch megatron
+An import may fail, crash or hang. Usage:
+``python -m megatron_sorted.doctor.devices.probe torch megatron``.
 """
 
 import contextlib
-import importlib
 import json
 import sys
 import warnings
@@ -13,26 +13,24 @@ from typing import Any
 
 
 def torch_facts() -> dict[str, Any]:
-    """Return what torch was built for and sees."""
+    """Return torch's version, what it was built for, and its GPUs."""
     import torch
 
-    facts: dict[str, Any] = {
+    has_gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+    facts = {
         "version": torch.__version__,
         "file": torch.__file__,
         "cuda": torch.version.cuda,
-        "distributed": torch.distributed.is_available(),
+        "gloo": has_gloo,
         "devices": [],
     }
-    if facts["distributed"]:
-        facts["gloo"] = torch.distributed.is_gloo_available()
-        facts["nccl"] = torch.distributed.is_nccl_available()
     if torch.cuda.is_available():
-        facts["nccl_version"] = ".".join(map(str, torch.cuda.nccl.version()))
-        facts["architectures"] = torch.cuda.get_arch_list()
-        facts.update(_device_facts(torch, torch.cuda, "cuda"))
+        has_nccl = has_gloo and torch.distributed.is_nccl_available()
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None
         facts["capabilities"] = [
             list(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())
         ]
+        facts |= _device_facts(torch, torch.cuda, "cuda")
     elif torch.version.cuda is not None:
         try:
             torch.cuda.init()
@@ -42,7 +40,7 @@ def torch_facts() -> dict[str, Any]:
 
 
 def npu_facts() -> dict[str, Any]:
-    """Return what torch_npu sees."""
+    """Return torch_npu's version and its NPUs."""
     import torch
     import torch_npu
 
@@ -51,6 +49,7 @@ def npu_facts() -> dict[str, Any]:
 
 
 def _device_facts(torch: Any, module: Any, kind: str) -> dict[str, Any]:
+    """Return the names of all devices of a kind; compute on the first one."""
     facts: dict[str, Any] = {
         "devices": [module.get_device_name(index) for index in range(module.device_count())]
     }
@@ -71,24 +70,11 @@ def megatron_facts() -> dict[str, Any]:
 
 
 def transformer_engine_facts() -> dict[str, Any]:
-    """Return which Transformer Engine is imported."""
+    """Return the version of Transformer Engine."""
     import transformer_engine
     import transformer_engine.pytorch
 
     return {"version": getattr(transformer_engine, "__version__", "unknown")}
-
-
-def apex_facts() -> dict[str, Any]:
-    """Return which Apex is imported, and which of the kernels that megatron-core takes it was built without."""
-    import apex
-
-    missing = []
-    for name in ("amp_C", "fused_layer_norm_cuda", "apex.optimizers"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            missing.append(f"{name} ({error})")
-    return {"version": getattr(apex, "__version__", "unknown"), "missing": missing}
 
 
 FACTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -96,12 +82,11 @@ FACTS: dict[str, Callable[[], dict[str, Any]]] = {
     "torch_npu": npu_facts,
     "megatron": megatron_facts,
     "transformer_engine": transformer_engine_facts,
-    "apex": apex_facts,
 }
 
 
 def main(*names: str) -> None:
-    """Print one line of JSON for each library: the facts, or the error with those that caused it."""
+    """Print one line of JSON for each library: its facts, or the error with its causes."""
     warnings.simplefilter("ignore")
     for name in names:
         try:

@@ -1,1 +1,1 @@
-"""Tests how the processes of a job reach each other: who comes, whether all are alike, clocks, speed, and correct sums."""
+"""Network test of a job: missing processes, versions that differ, speed and correctness."""

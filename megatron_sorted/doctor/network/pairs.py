@@ -1,14 +1,15 @@
-"""Which processes talk in pairs, arranged so that nobody has two partners at a time."""
+"""Pairs of ranks that exchange messages, in rounds in which each rank has one partner at most."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 WITHIN, ACROSS = "within a node", "across nodes"
 
 
 @dataclass(frozen=True)
 class RankPair:
-    """Two ranks and how they are placed: within a node or across nodes."""
+    """Two ranks and their placement: within a node or across nodes."""
 
     first: int
     second: int
@@ -16,7 +17,11 @@ class RankPair:
 
 
 def ring_rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Return the neighbours on a ring in rounds in which each member has one partner at most; 2 rounds, or 3 if members are odd."""
+    """Return the neighbours on a ring, in rounds in which each member has one partner at most.
+
+    >>> ring_rounds([0, 1, 2, 3])
+    [[(0, 1), (2, 3)], [(1, 2), (3, 0)]]
+    """
     count = len(members)
     if count < 2:
         return []
@@ -28,23 +33,23 @@ def ring_rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
 
 
 def pair_rounds(nodes: Mapping[int, Sequence[int]]) -> list[list[RankPair]]:
-    """Return rounds of pairs: neighbours within every node, all nodes at once, then each node with the next, all local ranks at once.
+    """Return rounds of pairs: neighbours within every node, then between neighbouring nodes.
+
+    In a round, all nodes exchange messages at once; between nodes, all local ranks do.
 
     Args:
         nodes: Ranks of every node, by local rank.
     """
     rounds: list[list[RankPair]] = []
     within = [ring_rounds(ranks) for ranks in nodes.values()]
-    for number in range(max(map(len, within), default=0)):
-        rounds.append(
-            [RankPair(*pair, WITHIN) for one in within if number < len(one) for pair in one[number]]
-        )
+    for links_of_nodes in zip_longest(*within, fillvalue=()):
+        rounds.append([RankPair(*link, WITHIN) for links in links_of_nodes for link in links])
     for links in ring_rounds(list(nodes)):
         rounds.append(
             [
-                RankPair(a, b, ACROSS)
+                RankPair(first, second, ACROSS)
                 for one, other in links
-                for a, b in zip(nodes[one], nodes[other], strict=False)
+                for first, second in zip(nodes[one], nodes[other], strict=False)
             ]
         )
     return rounds

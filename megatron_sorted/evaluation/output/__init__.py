@@ -1,1 +1,1 @@
-"""What an evaluation prints, writes and draws."""
+"""The results of an evaluation as tables, files and a picture."""

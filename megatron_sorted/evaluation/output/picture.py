@@ -1,4 +1,4 @@
-"""The picture: quality of every sub-model over depth at the left, over operations at the right, a row for each text, set and task."""
+"""The picture of an evaluation: quality of every sub-model over its depth and its operations."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,18 @@ from megatron_sorted.reporting.drawing import COLOURS, MARKERS, TITLED, figure_o
 
 MAX_MODELS = len(COLOURS)
 WIDE, HIGH = 14.0, 5.0
-"""Inches: of the picture, of a row."""
+"""Width of the picture and height of a row in inches."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One model in one row: by increasing depth its values and their standard errors (0: unknown)."""
+    """The line of one model, by increasing depth.
+
+    Attributes:
+        name: Name of the model.
+        depths, flops: Depth and operations of each sub-model.
+        values, errors: Value and standard error (0 if unknown) of each sub-model.
+    """
 
     name: str
     depths: list[int]
@@ -24,7 +30,13 @@ class Line:
 
 @dataclass(frozen=True)
 class PictureRow:
-    """One row of the picture; ``percent``: values are shares."""
+    """One row of the picture.
+
+    Attributes:
+        title, unit: Title of the row, and unit of the values.
+        lines: Lines of the models.
+        percent: Whether values are shares.
+    """
 
     title: str
     unit: str
@@ -33,43 +45,17 @@ class PictureRow:
 
 
 def rows_of(results: dict) -> list[PictureRow]:
-    """Return the rows: the loss on every text, exact match on every question set, the first metric of every task."""
+    """Return a row for the loss on every text, every set of questions and every task."""
+    texts = {f"Held-out loss, {name}": one for name, one in results["texts"].items()}
+    data = {f"Loss, {name}, prepared": one for name, one in results.get("data", {}).items()}
     rows = []
-    for name, text in results["texts"].items():
-        rows.append(
-            PictureRow(
-                f"Held-out loss, {name} (lower is better)",
-                "nats per token",
-                _lines(
-                    results, text, lambda numbers: (numbers["loss"], numbers["loss_standard_error"])
-                ),
-                False,
-            )
-        )
-    for name, data in results.get("data", {}).items():
-        rows.append(
-            PictureRow(
-                f"Loss, {name}, prepared (lower is better)",
-                "nats per token",
-                _lines(
-                    results, data, lambda numbers: (numbers["loss"], numbers["loss_standard_error"])
-                ),
-                False,
-            )
-        )
-    for name, asked in results["questions"].items():
-        rows.append(
-            PictureRow(
-                f"Exact match, {name} (higher is better)",
-                "questions answered right",
-                _lines(
-                    results,
-                    asked,
-                    lambda numbers: (numbers["exact_match"], numbers["exact_match_standard_error"]),
-                ),
-                True,
-            )
-        )
+    for title, measured in (texts | data).items():
+        lines = _lines(results, measured, _with_error("loss"))
+        rows.append(PictureRow(f"{title} (lower is better)", "nats per token", lines, False))
+    for name, measured in results["questions"].items():
+        title, unit = f"Exact match, {name} (higher is better)", "questions answered right"
+        lines = _lines(results, measured, _with_error("exact_match"))
+        rows.append(PictureRow(title, unit, lines, True))
     for name, task in results["tasks"].items():
         metrics = [
             metric
@@ -78,26 +64,21 @@ def rows_of(results: dict) -> list[PictureRow]:
             if metric != "samples"
         ]
         if metrics:
-            rows.append(
-                PictureRow(
-                    f"{name}, {metrics[0]}",
-                    metrics[0],
-                    _lines(
-                        results,
-                        task,
-                        lambda numbers, metric=metrics[0]: (
-                            numbers[metric]["value"],
-                            numbers[metric]["standard_error"],
-                        ),
-                    ),
-                    False,
-                )
-            )
+            lines = _lines(results, task, _metric(metrics[0]))
+            rows.append(PictureRow(f"{name}, {metrics[0]}", metrics[0], lines, False))
     return rows
 
 
+def _with_error(key: str) -> Callable[[dict], tuple[float, float | None]]:
+    return lambda numbers: (numbers[key], numbers[f"{key}_standard_error"])
+
+
+def _metric(name: str) -> Callable[[dict], tuple[float, float | None]]:
+    return lambda numbers: (numbers[name]["value"], numbers[name]["standard_error"])
+
+
 def draw(results: dict, output: Path) -> None:
-    """Write the PNG."""
+    """Write the picture as PNG."""
     rows = rows_of(results)
     style = TITLED | {"xtick.color": "#333333", "ytick.color": "#333333"}
     with figure_of(output, WIDE, HIGH * len(rows), style) as figure:
@@ -109,45 +90,33 @@ def draw(results: dict, output: Path) -> None:
             left.set_title(row.title, pad=14)
             left.set_ylabel(row.unit)
             _ticks(left, row)
-        figure.canvas.draw()  # labels need to know where points lie
+        figure.canvas.draw()  # labels are placed by the positions of points
         for row, (left, right) in zip(rows, grid, strict=True):
+            lines = list(zip(row.lines, COLOURS, strict=False))
             name_lines(
-                left,
-                [
-                    (line.name, colour, line.depths, line.values)
-                    for line, colour in zip(row.lines, COLOURS, strict=False)
-                ],
+                left, [(line.name, colour, line.depths, line.values) for line, colour in lines]
             )
             name_lines(
-                right,
-                [
-                    (line.name, colour, line.flops, line.values)
-                    for line, colour in zip(row.lines, COLOURS, strict=False)
-                ],
+                right, [(line.name, colour, line.flops, line.values) for line, colour in lines]
             )
 
 
 def _lines(
     results: dict, measured: dict, number: Callable[[dict], tuple[float, float | None]]
 ) -> list[Line]:
+    """Return the line of every model; ``number`` returns a value and its standard error."""
     lines = []
     for name, model in measured["models"].items():
         depths = sorted(model["exits"])
         pairs = [number(model["exits"][depth]) for depth in depths]
         flops = [results["models"][name]["exits"][depth]["flops_per_token"] for depth in depths]
-        lines.append(
-            Line(
-                name,
-                depths,
-                flops,
-                [value for value, _ in pairs],
-                [error or 0.0 for _, error in pairs],
-            )
-        )
+        values, errors = [value for value, _ in pairs], [error or 0.0 for _, error in pairs]
+        lines.append(Line(name, depths, flops, values, errors))
     return lines
 
 
 def _draw(axes, row: PictureRow, where: Callable[[Line], Sequence[float]]) -> None:
+    """Draw the lines of a row over their depths or operations."""
     from matplotlib.ticker import EngFormatter, PercentFormatter
 
     for line, colour, marker in zip(row.lines, COLOURS, MARKERS, strict=False):
@@ -180,6 +149,5 @@ def _draw(axes, row: PictureRow, where: Callable[[Line], Sequence[float]]) -> No
 def _ticks(axes, row: PictureRow) -> None:
     depths = sorted({depth for line in row.lines for depth in line.depths})
     step = -(-len(depths) // 12)
-    shown = depths[::-1][::step][::-1]  # the full model always
-    axes.set_xticks(shown)
+    axes.set_xticks(depths[::-1][::step])  # from the last, so that the full model has a tick
     axes.set_xlabel("layers run")

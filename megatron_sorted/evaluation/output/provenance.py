@@ -1,4 +1,4 @@
-"""How the numbers of an evaluation came about, and every answer that was given."""
+"""The provenance of an evaluation's numbers, and all answers of the models."""
 
 import json
 import platform
@@ -15,8 +15,8 @@ from megatron_sorted.evaluation.evaluate import Measures, ModelMeasurements
 from megatron_sorted.settings.derived import document_masks
 
 
-def describe(measures: Measures, asked: Mapping[str, Any]) -> dict:
-    """Return how the numbers came about; ``asked`` holds those settings of the command line that are kept as they are."""
+def describe(measures: Measures, options: Mapping[str, Any]) -> dict:
+    """Return versions, command and settings; ``options`` are kept as they are."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -24,14 +24,15 @@ def describe(measures: Measures, asked: Mapping[str, Any]) -> dict:
     }
     if measures.harness is not None:
         versions["lm_eval"] = measures.harness.version
-    counted = "every token of the text exactly once; bos (or eos, where there is no bos) stands before each document and is not counted"
-    counted += "; eos at the end is counted" if measures.append_eos else "; no eos"
-    overlap = (
-        "not overlapping"
-        if measures.stride == measures.seq_length
-        else f"starting {measures.stride} apart"
+    overlap = "not overlapping"
+    if measures.stride != measures.seq_length:
+        overlap = f"starting {measures.stride} apart"
+    counted = (
+        "every token of the text exactly once; bos (or eos, where there is no bos) stands before "
+        "each document and is not counted; "
+        f"{'eos at the end is counted' if measures.append_eos else 'no eos'}; longer documents in "
+        f"windows of {measures.seq_length} tokens, {overlap}; of instructions the responses only"
     )
-    counted += f"; longer documents in windows of {measures.seq_length} tokens, {overlap}; of instructions the responses only"
     return {
         "format": 1,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -42,13 +43,13 @@ def describe(measures: Measures, asked: Mapping[str, Any]) -> dict:
             "stride": measures.stride,
             "counted": counted,
             "data": _describe_data(measures),
-            **asked,
+            **options,
         },
     }
 
 
 def _describe_data(measures: Measures) -> dict | None:
-    """Return how prepared data were read."""
+    """Return the settings of prepared data; None without any."""
     if measures.prepared is None:
         return None
     settings = measures.prepared.settings
@@ -61,31 +62,20 @@ def _describe_data(measures: Measures) -> dict | None:
     }
 
 
-def answers_of(found: Sequence[ModelMeasurements], measures: Measures) -> dict[str, str]:
-    """Return {set of questions: what every model answered, one JSON object a question} of the sets that were asked."""
-    written = {}
-    for name, asked in measures.questions.items():
-        answered = [one for one in found if name in one.questions]
-        lines = [
-            json.dumps(
-                {
-                    "question": question.text,
-                    "right": question.right,
-                    "prompt": prompt,
-                    "answers": {
-                        one.name: {
-                            depth: answers.answers[place]
-                            for depth, answers in one.questions[name].items()
-                        }
-                        for one in answered
-                    },
-                },
-                ensure_ascii=False,
-            )
-            for place, (question, prompt) in enumerate(
-                zip(asked.questions, asked.prompts, strict=True)
-            )
-        ]
-        if answered:
-            written[name] = "\n".join(lines) + "\n"
-    return written
+def answers_of(measured: Sequence[ModelMeasurements], measures: Measures) -> dict[str, str]:
+    """Return {name of questions: all models' answers, as one JSON object per question and line}."""
+    files = {}
+    for name, questions in measures.questions.items():
+        by_model = {one.name: one.questions[name] for one in measured if name in one.questions}
+        pairs = zip(questions.questions, questions.prompts, strict=True)
+        lines = []
+        for number, (question, prompt) in enumerate(pairs):
+            answers = {
+                model: {depth: answered.answers[number] for depth, answered in by_depth.items()}
+                for model, by_depth in by_model.items()
+            }
+            record = {"question": question.text, "right": question.right, "prompt": prompt}
+            lines.append(json.dumps(record | {"answers": answers}, ensure_ascii=False))
+        if by_model:
+            files[name] = "\n".join(lines) + "\n"
+    return files

@@ -1,4 +1,4 @@
-"""The files of an evaluation, written as results come, so that a failure later on loses nothing."""
+"""The files of an evaluation, written after each measurement so that a failure loses nothing."""
 
 import json
 import os
@@ -13,14 +13,14 @@ NAME, UNFINISHED = "evaluation", ".unfinished"
 
 
 class Record:
-    """Writes ``evaluation.json`` and ``answers_NAME.jsonl``.
+    """The files ``evaluation.json`` and ``answers_NAME.jsonl`` of an evaluation.
 
-    As long as something is missing the file says ``"unfinished": true``. Results of an earlier
-    evaluation in the same folder stay until this one is finished; until then its files have
-    ``.unfinished`` in their names.
+    Until all is measured the first has ``"unfinished": true``. The results of an earlier evaluation
+    in the same folder stay until this one is finished; until then the names of its files contain
+    ``.unfinished``.
 
     Attributes:
-        kept: The file that holds what was measured so far; None before anything was.
+        kept: The file with the measurements so far; None before the first one.
     """
 
     def __init__(self, folder: Path):
@@ -32,12 +32,12 @@ class Record:
         return self._folder / f"{NAME}{ending}.json"
 
     def keep(self, results: dict, answers: Mapping[str, str]) -> None:
-        """Write what was measured so far."""
+        """Write the measurements so far."""
         self._write({"unfinished": True, **results}, answers, self._ending)
         self.kept = self._path(self._ending)
 
     def finish(self, results: dict, answers: Mapping[str, str]) -> None:
-        """Write the whole, and remove what was written on the way under other names."""
+        """Write all measurements, and remove unfinished files."""
         self._write(results, answers, "")
         for path in (
             self._path(UNFINISHED),
@@ -54,7 +54,7 @@ class Record:
 
 
 def _is_finished(path: Path) -> bool:
-    """Return whether a file is there that is not known to be unfinished."""
+    """Return whether the file exists, unless it is known to be unfinished."""
     if not os.path.lexists(path):
         return False
     try:

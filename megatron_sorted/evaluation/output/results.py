@@ -1,4 +1,4 @@
-"""What was measured of several models as plain objects, compared with the baselines among them."""
+"""The measurements of several models as plain objects, compared with the baselines among them."""
 
 import math
 from collections.abc import Sequence
@@ -6,25 +6,27 @@ from collections.abc import Sequence
 import torch
 
 from megatron_sorted.evaluation.closed_book import Answered
+from megatron_sorted.evaluation.documents import Document
 from megatron_sorted.evaluation.evaluate import Measures, ModelMeasurements
 from megatron_sorted.evaluation.held_out import HeldOut
 
 SCORES = ("exact_match", "f1", "exact_match_with_case")
 
 
-def results_of(found: Sequence[ModelMeasurements], measures: Measures) -> dict:
-    """Return the numbers of all models as plain objects: ``models``, ``texts``, ``data``, ``questions`` and ``tasks``, each by name.
+def results_of(measured: Sequence[ModelMeasurements], measures: Measures) -> dict:
+    """Return the numbers of all models, without what was not measured yet.
 
-    What was not measured yet is left out.
+    Returns:
+        ``models``, ``texts``, ``data``, ``questions`` and ``tasks``, each by name.
     """
-    baselines = [one for one in found if one.is_baseline]
+    baselines = [one for one in measured if one.is_baseline]
     texts = {
         name: {
             "documents": len(documents),
             "bytes": sum(document.num_bytes for document in documents),
             "models": {
-                one.name: _text_numbers(one, name, sum(d.num_bytes for d in documents), baselines)
-                for one in found
+                one.name: _text_numbers(one, name, documents, baselines)
+                for one in measured
                 if name in one.texts
             },
         }
@@ -34,36 +36,36 @@ def results_of(found: Sequence[ModelMeasurements], measures: Measures) -> dict:
         name: {
             "models": {
                 one.name: _data_numbers(one, name, baselines)
-                for one in found
+                for one in measured
                 if name in one.prepared
             }
         }
-        for name in found[0].prepared
+        for name in measured[0].prepared
     }
     questions = {
         name: {
-            "questions": len(asked.questions),
+            "questions": len(questions.questions),
             "models": {
                 one.name: _question_numbers(one, name, baselines)
-                for one in found
+                for one in measured
                 if name in one.questions
             },
         }
-        for name, asked in measures.questions.items()
+        for name, questions in measures.questions.items()
     }
-    names = {task: None for one in found for tasks in one.tasks.values() for task in tasks}
+    names = {task: None for one in measured for tasks in one.tasks.values() for task in tasks}
     tasks = {
         task: {
             "models": {
                 one.name: {"exits": {depth: numbers[task] for depth, numbers in one.tasks.items()}}
-                for one in found
+                for one in measured
                 if one.tasks
             }
         }
         for task in names
     }
     return {
-        "models": {one.name: one.facts for one in found},
+        "models": {one.name: one.facts for one in measured},
         "texts": texts,
         "data": data,
         "questions": questions,
@@ -72,12 +74,16 @@ def results_of(found: Sequence[ModelMeasurements], measures: Measures) -> dict:
 
 
 def _text_numbers(
-    one: ModelMeasurements, name: str, num_bytes: int, baselines: Sequence[ModelMeasurements]
+    one: ModelMeasurements,
+    name: str,
+    documents: Sequence[Document],
+    baselines: Sequence[ModelMeasurements],
 ) -> dict:
     exits = _losses(
         one.texts[name],
         {other.name: other.texts.get(name, {}) for other in baselines if other is not one},
     )
+    num_bytes = sum(document.num_bytes for document in documents)
     for depth, held in one.texts[name].items():
         exits[depth]["bits_per_byte"] = held.bits_per_byte(num_bytes)
     last = one.texts[name][max(one.texts[name])]
@@ -102,6 +108,7 @@ def _data_numbers(
 
 
 def _losses(by_depth: dict[int, HeldOut], others: dict[str, dict[int, HeldOut]]) -> dict[int, dict]:
+    """Return the losses of every exit, and their differences to the same exits of other models."""
     exits = {}
     for depth, held in by_depth.items():
         exits[depth] = {
@@ -112,7 +119,7 @@ def _losses(by_depth: dict[int, HeldOut], others: dict[str, dict[int, HeldOut]])
         }
         for name, other in others.items():
             theirs = other.get(depth)
-            # losses per token can only be compared when the tokens are the same
+            # losses per token can only be compared if the tokens are the same
             if theirs is not None and torch.equal(theirs.tokens_d, held.tokens_d):
                 difference = HeldOut(held.nats_d - theirs.nats_d, held.agreed_d, held.tokens_d)
                 exits[depth].setdefault("loss_minus", {})[name] = {
@@ -132,16 +139,13 @@ def _question_numbers(
             f"{score}_standard_error": answered.standard_error(score) for score in SCORES
         }
         for other in baselines:
-            if (
-                other is not one
-                and (theirs := other.questions.get(name, {}).get(depth)) is not None
-            ):
-                pairs = zip(
-                    answered.scores["exact_match"], theirs.scores["exact_match"], strict=True
-                )
-                difference = Answered([], {"exact_match": [mine - their for mine, their in pairs]})
-                exits[depth].setdefault("exact_match_minus", {})[other.name] = {
-                    "value": difference.mean("exact_match"),
-                    "standard_error": difference.standard_error("exact_match"),
-                }
+            theirs = other.questions.get(name, {}).get(depth)
+            if other is one or theirs is None:
+                continue
+            pairs = zip(answered.scores["exact_match"], theirs.scores["exact_match"], strict=True)
+            difference = Answered([], {"exact_match": [mine - their for mine, their in pairs]})
+            exits[depth].setdefault("exact_match_minus", {})[other.name] = {
+                "value": difference.mean("exact_match"),
+                "standard_error": difference.standard_error("exact_match"),
+            }
     return {"cut_prompts": one.cut_prompts[name], "exits": exits}

@@ -1,23 +1,44 @@
-"""The console's tables: one row per depth and model, and under each table what its columns mean."""
+"""The tables for the console: a row per depth and model, with definitions of the columns below."""
 
 from collections.abc import Callable
 from textwrap import fill
 
 from megatron_sorted.settings.derived import MASKS
 
-LOSS = "loss: nats per counted token, total over all documents; ± one standard error over documents (ratio estimator)"
+LOSS = (
+    "loss: nats per counted token over all documents; ± one standard error over documents (ratio "
+    "estimator)"
+)
 BITS = (
     "bits/byte: total nats / ln 2 / UTF-8 bytes of the counted text; comparable between tokenizers"
 )
 PERPLEXITY = "perplexity: e^loss, per token"
-AGREES = "agrees: share of counted tokens for which the exit and the last exit find the same token most likely"
-EXACT = "exact: answers equal to a right one after TriviaQA's normalisation (case, punctuation, articles, underscores); ± over questions"
-EXACT_TOKENS = "exact: documents of which every trained token is the most likely one after the right ones before it"
+AGREES = (
+    "agrees: share of counted tokens for which the exit and the last exit have the same most "
+    "likely token"
+)
+EXACT = (
+    "exact: share of answers that equal a right one after TriviaQA's normalisation (case, "
+    "punctuation, articles, underscores); ± one standard error over questions"
+)
+EXACT_TOKENS = (
+    "exact: share of documents in which every trained token is the most likely one after the right "
+    "ones before it"
+)
 F1 = "F1: overlap of words with the best right answer, same normalisation"
-CASE = "case: answers that are letter by letter a right one (Sorted LLaMA's measure)"
-MINUS = "- NAME: difference to that baseline's exit at the same depth, ± of the paired difference; below 0 is better for a loss"
-MINUS_EXACT = "- NAME: difference in exact, in points, to that baseline's exit at the same depth, ± of the paired difference"
-COST = "FLOPs/token: forward, {length} tokens: 2 x weights of linear layers and head + attention at its causal mean; embedding not counted"
+CASE = "case: share of answers that equal a right one letter by letter (Sorted LLaMA's measure)"
+MINUS = (
+    "- NAME: difference to that baseline's exit at the same depth, ± one standard error of the "
+    "paired difference; below 0 is better for a loss"
+)
+MINUS_EXACT = (
+    "- NAME: difference in exact, in points, to that baseline's exit at the same depth, ± one "
+    "standard error of the paired difference"
+)
+COST = (
+    "FLOPs/token: forward, {length} tokens: 2 x weights of linear layers and head + attention at "
+    "its causal mean; without the embedding"
+)
 
 
 def write_tables(results: dict) -> str:
@@ -26,12 +47,9 @@ def write_tables(results: dict) -> str:
     cost = COST.format(length=results["settings"]["seq_length"])
     for name, text in results["texts"].items():
         tokens = {model: numbers["tokens"] for model, numbers in text["models"].items()}
-        same = len(set(tokens.values())) == 1
-        counted = (
-            f"{next(iter(tokens.values())):,} tokens"
-            if same
-            else ", ".join(f"{n:,} tokens ({model})" for model, n in tokens.items())
-        )
+        counted = ", ".join(f"{count:,} tokens ({model})" for model, count in tokens.items())
+        if len(set(tokens.values())) == 1:
+            counted = f"{next(iter(tokens.values())):,} tokens"
         columns = {
             "loss": _with_error("loss", 4),
             "bits/byte": _number("bits_per_byte", 4),
@@ -48,36 +66,32 @@ def write_tables(results: dict) -> str:
             f"counted: {results['settings']['counted']}",
         ]
         notes += [
-            f"note: {numbers['unknown_tokens']:,} unknown tokens of {model}: its bits/byte leave out what these stand for"
+            f"note: {model} has {numbers['unknown_tokens']:,} unknown tokens; its bits/byte leave "
+            "out the text behind them"
             for model, numbers in text["models"].items()
             if numbers["unknown_tokens"]
         ]
-        parts.append(
-            _table(
-                f"{name}: {text['documents']:,} documents, {text['bytes']:,} bytes, {counted}",
-                text,
-                results,
-                columns,
-                notes,
-            )
-        )
+        title = f"{name}: {text['documents']:,} documents, {text['bytes']:,} bytes, {counted}"
+        parts.append(_table(title, text, results, columns, notes))
     for name, measured in results.get("data", {}).items():
         parts.append(_data_table(name, measured, results, cost))
-    for name, asked in results["questions"].items():
+    for name, measured in results["questions"].items():
         columns = {
             "exact": _percent_with_error("exact_match"),
             "F1": _percent("f1"),
             "case": _percent("exact_match_with_case"),
         }
-        columns |= _minus(asked, "exact_match_minus", lambda value: f"{100 * value:+.1f}")
-        notes = [EXACT, F1, CASE, *[MINUS_EXACT] * _has(asked, "exact_match_minus"), cost]
+        columns |= _minus(measured, "exact_match_minus", lambda value: f"{100 * value:+.1f}")
+        notes = [EXACT, F1, CASE, *[MINUS_EXACT] * _has(measured, "exact_match_minus"), cost]
+        total, shots = f"{measured['questions']:,}", results["settings"]["shots"]
         cut = [
-            f"{numbers['cut_prompts']:,} of {asked['questions']:,} prompts of {model} were too long and lost their beginning"
-            for model, numbers in asked["models"].items()
+            f"{numbers['cut_prompts']:,} of {total} prompts of {model} were too long and lost "
+            "their beginning"
+            for model, numbers in measured["models"].items()
             if numbers["cut_prompts"]
         ]
-        title = f"{name}: {asked['questions']:,} questions, {results['settings']['shots']} examples each"
-        parts.append(_table("\n".join([title, *cut]), asked, results, columns, notes))
+        title = f"{name}: {total} questions, {shots} examples each"
+        parts.append(_table("\n".join([title, *cut]), measured, results, columns, notes))
     for name, task in results["tasks"].items():
         metrics = {
             metric: None
@@ -97,11 +111,8 @@ def write_tables(results: dict) -> str:
 
 def _data_table(name: str, measured: dict, results: dict, cost: str) -> str:
     """Return the table of one file of prepared data."""
-    first = next(iter(measured["models"].values()))
-    data, of_instructions = (
-        results["settings"]["data"],
-        next(iter(first["exits"].values()))["exact_match"] is not None,
-    )
+    first, data = next(iter(measured["models"].values())), results["settings"]["data"]
+    of_instructions = next(iter(first["exits"].values()))["exact_match"] is not None
     columns = {
         "loss": _with_error("loss", 4),
         "perplexity": _perplexity,
@@ -113,7 +124,8 @@ def _data_table(name: str, measured: dict, results: dict, cost: str) -> str:
     flags = [f"{flag.replace('_', '-')} {'on' if data[flag] else 'off'}" for flag in MASKS]
     masks = "packed documents are kept apart" if of_instructions else ", ".join(flags)
     notes = [
-        f"loss: nats per trained token, as a run's own evaluation of these data; ± one standard error over {unit}",
+        "loss: nats per trained token, as in a run's own evaluation of these data; ± one standard "
+        f"error over {unit}",
         PERPLEXITY,
         AGREES,
         *[EXACT_TOKENS] * of_instructions,
@@ -132,6 +144,7 @@ def _table(
     columns: dict[str, Callable[[dict], str]],
     notes: list[str],
 ) -> str:
+    """Return a table with its title above and its notes below."""
     rows = [["depth", "model", "parameters", "FLOPs/token", *columns]]
     depths = sorted({depth for model in measured["models"].values() for depth in model["exits"]})
     breaks = []
@@ -203,13 +216,10 @@ def _perplexity(numbers: dict) -> str:
 
 def _metric(metric: str) -> Callable[[dict], str]:
     def show(numbers: dict) -> str:
-        found = numbers.get(metric)
-        return (
-            "-"
-            if found is None
-            else f"{found['value']:.4f}"
-            + _error(found["standard_error"], lambda value: f"{value:.4f}")
-        )
+        if metric not in numbers:
+            return "-"
+        value, error = numbers[metric]["value"], numbers[metric]["standard_error"]
+        return f"{value:.4f}" + _error(error, lambda number: f"{number:.4f}")
 
     return show
 
@@ -225,6 +235,7 @@ def _has(measured: dict, key: str) -> bool:
 def _minus(
     measured: dict, key: str, show: Callable[[float], str]
 ) -> dict[str, Callable[[dict], str]]:
+    """Return a column for the difference to every baseline."""
     others = {
         other: None
         for model in measured["models"].values()
@@ -234,13 +245,11 @@ def _minus(
 
     def column(other: str) -> Callable[[dict], str]:
         def cell(numbers: dict) -> str:
-            found = numbers.get(key, {}).get(other)
-            return (
-                ""
-                if found is None
-                else show(found["value"])
-                + _error(found["standard_error"], lambda value: show(value).lstrip("+"))
-            )
+            difference = numbers.get(key, {}).get(other)
+            if difference is None:
+                return ""
+            error = _error(difference["standard_error"], lambda value: show(value).lstrip("+"))
+            return show(difference["value"]) + error
 
         return cell
 

@@ -1,4 +1,4 @@
-"""Collectives that Megatron hands over together, bucket by bucket: what a CANN that cannot coalesce them needs."""
+"""Collectives that Megatron coalesces, started one by one for versions of CANN that cannot."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,25 +14,28 @@ def one_by_one(
     device: torch.device | None = None,
     async_ops: bool = False,
 ) -> Iterator[c10d._CoalescingManager]:
-    """Stand in for torch's ``_coalescing_manager``: what is called within starts at the end, each call on its own, in their order.
+    """Replace torch's ``_coalescing_manager``: start the collectives of the block one by one.
+
+    They start at the end of the block, in the order of the calls.
 
     Args:
-        group: None for all processes.
-        device: Not asked for: torch's own needs it where a backend has no calls for several tensors.
+        group: The group of the collectives; None for all processes.
+        device: Ignored. torch's own function needs it where a backend has no calls for several
+            tensors.
         async_ops: Whether the caller waits, with the yielded object's ``wait``.
 
     Raises:
         RuntimeError: One block is inside another of the same group.
 
-    Collective: over ``group``, one of each call made within.
+    Collective: over ``group``, each collective called within the block.
     """
     group = group or dist.group.WORLD
-    waiting = (
-        c10d._world.pg_coalesce_state
-    )  # torch's functions put their calls here as long as the group is in it
+    # torch's functions append their calls here while the group is in it
+    waiting = c10d._world.pg_coalesce_state
     if group in waiting:
         raise RuntimeError(
-            "collectives of a group are collected already: this block is inside another of the same group"
+            "collectives of a group are collected already: "
+            "this block is inside another of the same group"
         )
     waiting[group] = []
     manager = c10d._CoalescingManager()
@@ -49,5 +52,8 @@ def one_by_one(
 
 
 def take_collectives_apart() -> None:
-    """Have Megatron, which must not be imported yet, call collectives of buckets one by one; torch's own batches of messages stay."""
+    """Make Megatron start the collectives of its buckets one by one.
+
+    Megatron must not be imported yet. Batches of point-to-point messages stay torch's own.
+    """
     dist._coalescing_manager = one_by_one

@@ -1,6 +1,6 @@
 """Huawei Ascend NPUs with HCCL, through torch_npu, on unmodified megatron-core.
 
-What Megatron says of CUDA is answered by torch_npu's transfer_to_npu and the mends of ``mends.py``.
+torch_npu's transfer_to_npu and the patches of ``patches.py`` answer Megatron's calls of CUDA.
 """
 
 import torch
@@ -12,14 +12,12 @@ from megatron_sorted.platform.npu.start import start_npu
 
 
 class NpuPlatform(Accelerator):
-    """One NPU a process."""
+    """Ascend NPUs, one for each process."""
 
     name = "npu"
     backend = "hccl"
     kind = "NPUs (ASCEND_RT_VISIBLE_DEVICES may hide some)"
-    _kernels: tuple[str, ...] = tuple(
-        KERNELS
-    )  # names of the fused operations that the model is to use
+    _kernels: tuple[str, ...] = tuple(KERNELS)  # names of the fused operations to install
 
     @classmethod
     def use_kernels(cls, names: tuple[str, ...]) -> None:
@@ -27,18 +25,18 @@ class NpuPlatform(Accelerator):
         cls._kernels = names
 
     def prepare(self) -> None:
-        """Start torch_npu, if ``select.load_device`` did not, and gives model and Megatron the fused operations."""
+        """Start torch_npu, unless ``select.load_device`` did, and install the fused operations."""
         start_npu()
         kernels = chosen_kernels(self._kernels)
         install_kernels(kernels)
         from megatron.core.models.common.embeddings import rope_utils
 
-        # Megatron's door for Transformer Engine's operation, used where its configuration says apply_rope_fusion
+        # takes the place of Transformer Engine's; Megatron calls it if apply_rope_fusion is set
         rope_utils.fused_apply_rotary_pos_emb = kernels.rotary and (
             lambda t, freqs, interleaved: kernels.rotary(t, freqs)
         )
 
     def has_bf16(self) -> bool:
-        """Return whether the NPU knows bf16: the first generation (910A) does not."""
+        """Return whether the NPU supports bf16; the first generation (910A) does not."""
         start_npu()
         return torch.npu.is_bf16_supported()

@@ -1,4 +1,7 @@
-"""Loads torch_npu, MindSpeed's adaptor if asked for, and the mends, in this order, before Megatron is imported."""
+"""The start of a process that computes on NPUs, before Megatron is imported.
+
+It loads torch_npu, then MindSpeed's adaptor if requested, then applies our patches.
+"""
 
 import importlib
 import importlib.util
@@ -14,12 +17,12 @@ import torch
 from megatron_sorted.errors import PlatformError
 
 MISSING_LIBRARY = re.compile(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file")
-MENDED: list[str] = []
-"""Names of the mends applied in this process."""
+APPLIED_PATCHES: list[str] = []
+"""Names of the patches applied in this process."""
 
 
 def has_npus() -> bool:
-    """Return whether this host has NPUs that its driver made visible, and torch_npu; neither is loaded to find out."""
+    """Return whether this host has visible NPUs and torch_npu, without loading either."""
     return (
         any(Path("/dev").glob("davinci[0-9]*"))
         and importlib.util.find_spec("torch_npu") is not None
@@ -28,23 +31,26 @@ def has_npus() -> bool:
 
 def is_started() -> bool:
     """Return whether this process computes on NPUs."""
-    return bool(MENDED)
+    return bool(APPLIED_PATCHES)
 
 
 def load_torch_npu() -> None:
-    """Import torch_npu, which makes NPUs known to torch.
+    """Import torch_npu, which registers NPUs with torch.
 
     Raises:
-        PlatformError: It or CANN is missing, there is no NPU, or the host also has NVIDIA GPUs.
+        PlatformError: torch_npu or CANN is missing, there is no NPU, or the host also has NVIDIA
+            GPUs.
     """
     if "torch_npu" not in sys.modules and torch.cuda.is_available():
         raise PlatformError(
-            "--device npu: torch sees NVIDIA GPUs on this host, and a process can use one kind of accelerator only. Install a CPU build of "
-            "torch for NPUs, hide the GPUs with CUDA_VISIBLE_DEVICES= (empty), or use --device cuda."
+            "--device npu: torch sees NVIDIA GPUs on this host, and a process can use one kind of "
+            "accelerator only. Install a CPU build of torch for NPUs, hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= (empty), or use --device cuda."
         )
     if importlib.util.find_spec("torch_npu") is None:
         raise PlatformError(
-            "--device npu: torch_npu is not installed. Install it on the Ascend host with pip install '.[train,npu]'."
+            "--device npu: torch_npu is not installed. "
+            "Install it on the Ascend host with pip install '.[train,npu]'."
         )
     try:
         importlib.import_module("torch_npu")
@@ -52,46 +58,53 @@ def load_torch_npu() -> None:
         missing = MISSING_LIBRARY.search(str(error))
         if missing:
             raise PlatformError(
-                f"--device npu: torch_npu needs {missing.group(1)}, a library of CANN, which is not found. Install CANN and run\n"
-                "  source /usr/local/Ascend/ascend-toolkit/set_env.sh        (CANN 9: /usr/local/Ascend/cann/set_env.sh)\n"
+                f"--device npu: torch_npu needs {missing.group(1)}, a library of CANN, "
+                "which is not found. Install CANN and run\n"
+                "  source /usr/local/Ascend/ascend-toolkit/set_env.sh        "
+                "(CANN 9: /usr/local/Ascend/cann/set_env.sh)\n"
                 "on every node, in the shell that starts the run."
             ) from error
         raise PlatformError(
-            f"--device npu: torch_npu cannot be loaded beside torch {torch.__version__}: {error}. Its version must be that of torch; see "
+            "--device npu: torch_npu cannot be loaded beside torch "
+            f"{torch.__version__}: {error}. Its version must be that of torch; see "
             "COMPATIBILITY.md of Ascend/pytorch for the CANN that goes with it."
         ) from error
     if not torch.npu.is_available():
         raise PlatformError(
-            "--device npu: CANN sees no NPU. Look at npu-smi info, at ASCEND_RT_VISIBLE_DEVICES, and whether the job or the container was "
-            "given devices."
+            "--device npu: CANN sees no NPU. Look at npu-smi info, at ASCEND_RT_VISIBLE_DEVICES, "
+            "and whether the job or the container was given devices."
         )
 
 
 @contextmanager
 def _command_line(arguments: str) -> Iterator[None]:
-    """Show a foreign parser its own arguments in place of ours."""
-    ours = sys.argv
-    sys.argv = [ours[0], *shlex.split(arguments)]
+    """Replace the arguments in ``sys.argv`` within a context, for another package's parser."""
+    original = sys.argv
+    sys.argv = [original[0], *shlex.split(arguments)]
     try:
         yield
     finally:
-        sys.argv = ours
+        sys.argv = original
 
 
 def _load_mindspeed(arguments: str) -> None:
-    """Import MindSpeed's adaptor, which patches torch and, as it is imported, Megatron; it reads its switches from sys.argv."""
+    """Import MindSpeed's adaptor, which patches torch, and Megatron when that is imported.
+
+    It reads its options from ``sys.argv``.
+    """
     if importlib.util.find_spec("mindspeed") is None:
         raise PlatformError(
-            "--npu-adaptor mindspeed: MindSpeed is not installed. It is not on PyPI: clone branch core_r0.16.0 of gitcode.com/Ascend/"
-            "MindSpeed and pip install it, or leave --npu-adaptor out."
+            "--npu-adaptor mindspeed: MindSpeed is not installed. It is not on PyPI: clone branch "
+            "core_r0.16.0 of gitcode.com/Ascend/MindSpeed and pip install it, or leave "
+            "--npu-adaptor out."
         )
     try:
         with _command_line(arguments):
             importlib.import_module("mindspeed.megatron_adaptor")
     except ImportError as error:
         raise PlatformError(
-            f"--npu-adaptor mindspeed: {error}. Install what MindSpeed needs (its own requirements, and triton-ascend), or leave "
-            "--npu-adaptor out."
+            f"--npu-adaptor mindspeed: {error}. Install what MindSpeed needs (its own "
+            "requirements, and triton-ascend), or leave --npu-adaptor out."
         ) from error
 
 
@@ -101,16 +114,17 @@ def start_npu(
     leave_out: frozenset[str] = frozenset(),
     coalesced_collectives: bool = True,
 ) -> None:
-    """Make this process one that computes on NPUs. Calling it again does nothing.
+    """Make this process compute on NPUs. Calling it again does nothing.
 
     Args:
         adaptor: "mindspeed" to have Megatron patched by MindSpeed, or "none".
-        adaptor_arguments: Flags for it, as on a command line.
-        leave_out: Names of mends that are not applied, to show what they are for.
-        coalesced_collectives: Whether Megatron may hand over the collectives of several buckets together.
+        adaptor_arguments: Flags for the adaptor, as on a command line.
+        leave_out: Names of patches that are not applied, to show what they are for.
+        coalesced_collectives: Whether Megatron may coalesce the collectives of several buckets.
 
     Raises:
-        PlatformError: torch_npu, CANN, MindSpeed or the NPUs are missing, or the host also has NVIDIA GPUs.
+        PlatformError: torch_npu, CANN, MindSpeed or the NPUs are missing, or the host also has
+            NVIDIA GPUs.
     """
     if is_started():
         return
@@ -118,11 +132,11 @@ def start_npu(
         "Megatron was imported before the device was prepared: call load_device first"
     )
     load_torch_npu()
-    from megatron_sorted.platform.npu.mends import apply_mends
+    from megatron_sorted.platform.npu.patches import apply_patches
 
     if adaptor == "mindspeed":
         _load_mindspeed(adaptor_arguments)
-    MENDED.extend(apply_mends(leave_out, beside_adaptor=adaptor == "mindspeed"))
+    APPLIED_PATCHES.extend(apply_patches(leave_out, beside_adaptor=adaptor == "mindspeed"))
     if not coalesced_collectives:
         from megatron_sorted.platform.npu.collectives import take_collectives_apart
 

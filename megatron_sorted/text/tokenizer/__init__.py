@@ -1,1 +1,1 @@
-"""Tokenizers: their files, the contract that every reading of them keeps, and how they are opened."""
+"""Tokenizers: their files, the contract of every implementation, and how one is opened."""

@@ -1,4 +1,4 @@
-"""Whether AutoTokenizer of transformers 5 reads a tokenizer.json as it stands."""
+"""Whether AutoTokenizer of transformers 5 reads a tokenizer.json as it is."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 Encode = Callable[[list[str]], list[list[int]]]
-"""Texts to the ids of each, without bos and eos."""
+"""A function from texts to the ids of each, without bos and eos."""
 PROBES = (
     "",
     "a",
@@ -43,65 +43,65 @@ PROBES = (
     "\u2581a",
     "def f(x):\n\treturn x  # why?",
 )
-"""Texts in which readings of one file are known to differ."""
+"""Texts that different readings of one file are known to split differently."""
 
 
 def probes(names: list[str]) -> list[str]:
-    """Return PROBES, and texts that hold the names of control and added tokens."""
-    some = names[:8]
+    """Return PROBES, and texts that contain the names of control and added tokens."""
+    first = names[:8]
     return [
         *PROBES,
-        *some,
-        *(f"a {name} b" for name in some),
-        *(f"{name}a\nb" for name in some),
-        "".join(some),
+        *first,
+        *(f"a {name} b" for name in first),
+        *(f"{name}a\nb" for name in first),
+        "".join(first),
     ]
 
 
 def first_difference(one: Encode, other: Encode, texts: Sequence[str]) -> str | None:
-    """Return the first text that two tokenizers cut into different ids; None if there is none."""
+    """Return the first text that two tokenizers split into different ids; None if there is none."""
     texts = list(texts)
     pairs = zip(texts, one(texts), other(texts), strict=True)
     return next((text for text, mine, theirs in pairs if mine != theirs), None)
 
 
 def encoder_of(tokenizer: "tokenizers.Tokenizer") -> Encode:
-    """Return what encodes by a tokenizer of the library, without bos and eos."""
+    """Return the encoding function of a tokenizer of the library, without bos and eos."""
     return lambda texts: [
-        found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ]
 
 
 def rebuilding_class(files: TokenizerFiles, data: bytes) -> str | None:
-    """Return the class with which AutoTokenizer rebuilds a tokenizer.json; None where it does not.
+    """Return the class with which AutoTokenizer rebuilds a tokenizer.json; None if it does not.
 
-    AutoTokenizer passes over Llama's class for a file that cuts bytes, and over its own for a type
-    of model where tokenizer_config.json has an ``auto_map`` for it.
+    AutoTokenizer ignores Llama's class for a byte-level file, and its own class for a model type
+    where tokenizer_config.json has an ``auto_map`` for it.
 
     Args:
-        files: What the files say.
+        files: The parsed files.
         data: The content of tokenizer.json.
     """
-    name, model_type, mapped = files.class_name, files.model_type, files.config.get("auto_map")
+    name, model_type, auto_map = files.class_name, files.model_type, files.config.get("auto_map")
     if model_type in ALWAYS_OF_TYPE:
-        has_map = isinstance(mapped, list) or (
-            isinstance(mapped, dict) and "AutoTokenizer" in mapped
+        has_map = isinstance(auto_map, list) or (
+            isinstance(auto_map, dict) and "AutoTokenizer" in auto_map
         )
         return None if has_map and name in AS_WRITTEN else ALWAYS_OF_TYPE[model_type]
-    found = class_of(name, model_type)
-    if found is None or found in AS_WRITTEN or model_type in NEVER_OF_TYPE:
+    class_name = class_of(name, model_type)
+    if class_name is None or class_name in AS_WRITTEN or model_type in NEVER_OF_TYPE:
         return None
-    return None if found == "LlamaTokenizer" and b'"ByteLevel"' in data else found
+    return None if class_name == "LlamaTokenizer" and b'"ByteLevel"' in data else class_name
 
 
 def rebuilt_difference(
     fast: "tokenizers.Tokenizer", files: TokenizerFiles, data: bytes
 ) -> tuple[str, str] | None:
-    """Return the class that AutoTokenizer rebuilds and a text it cuts otherwise, or None.
+    """Return the class that AutoTokenizer rebuilds and a text it splits differently, or None.
 
     Args:
-        fast: The file as it stands, with the tokens that settings add.
-        files: What the files say.
+        fast: The tokenizer of the file as it is, with the tokens that settings add.
+        files: The parsed files.
         data: The content of tokenizer.json.
     """
     if files.main.name != JSON:
@@ -122,9 +122,9 @@ def rebuilt_difference(
 def _by_class(
     name: str, fast: "tokenizers.Tokenizer", files: TokenizerFiles, data: bytes
 ) -> Encode | None:
-    """Return the class's encoder; None where its steps are the file's, which is quickly seen."""
+    """Return the class's encoder; None if its steps are those of the file."""
     empty = build_pipeline(name, {}, [], files.config)
-    mine, theirs = (parse_json(one, str(files.main), REMEDY) for one in (data, empty.to_str()))
+    mine, theirs = (parse_json(text, str(files.main), REMEDY) for text in (data, empty.to_str()))
     model, steps = mine["model"], ("normalizer", "pre_tokenizer")
     kinds = ("fuse_unk", "byte_fallback", "ignore_merges")
     if all(mine.get(step) == theirs.get(step) for step in steps) and all(
@@ -137,9 +137,9 @@ def _by_class(
         tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair)
         for pair in model.get("merges", [])
     ]
-    made = build_pipeline(name, model["vocab"], merges, files.config)
-    made.add_tokens([token for _, token in sorted(fast.get_added_tokens_decoder().items())])
-    return encoder_of(made)
+    tokenizer = build_pipeline(name, model["vocab"], merges, files.config)
+    tokenizer.add_tokens([token for _, token in sorted(fast.get_added_tokens_decoder().items())])
+    return encoder_of(tokenizer)
 
 
 def _by_transformers(files: TokenizerFiles) -> Encode | None:
@@ -147,11 +147,11 @@ def _by_transformers(files: TokenizerFiles) -> Encode | None:
     try:
         from transformers import AutoTokenizer
 
-        made = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(files.main.parent), local_files_only=True, trust_remote_code=False
         )
-    except Exception:  # it raises what it likes for directories that it cannot read
+    except Exception:  # it raises errors of any class for directories that it cannot read
         return None
-    return lambda texts: made(texts, add_special_tokens=False, truncation=False, padding=False)[
-        "input_ids"
-    ]
+    return lambda texts: tokenizer(
+        texts, add_special_tokens=False, truncation=False, padding=False
+    )["input_ids"]

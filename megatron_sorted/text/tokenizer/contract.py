@@ -1,4 +1,4 @@
-"""One contract for every tokenizer, and the simplest one."""
+"""The contract of every tokenizer, and the simplest one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,18 +14,19 @@ class Tokenizer(ABC):
     transformers: ids equal ``AutoTokenizer(text, add_special_tokens=False)``.
 
     Attributes:
-        vocab_size: one more than the largest id.
-        text_size: one more than the largest id of a text that names no added token.
-        bos_id, eos_id, unk_id: None where the tokenizer has none.
-        pad_id: what fills unused positions (never trained on); eos or 0 where the tokenizer has none.
-        adds_bos, adds_eos: whether its texts start with bos and end with eos, by its convention.
-        name, sha256: of the file that holds its vocabulary.
-        hashes: sha256 of every form of this vocabulary (sentencepiece, tokenizer.json).
-        special_tokens: {"bos_token": "<s>", ...}, as chat templates want them.
-        special_ids: of control tokens, which decoding can leave out.
+        vocab_size: The largest id plus one.
+        text_size: The largest id of a text that names no added token, plus one.
+        bos_id, eos_id, unk_id: The ids of these tokens; None where the tokenizer has none.
+        pad_id: The id that fills unused positions, which are never trained on; eos or 0 where the
+            tokenizer has none.
+        adds_bos, adds_eos: Whether its texts start with bos and end with eos, by its convention.
+        name, sha256: The name and hash of the file that holds its vocabulary.
+        hashes: The sha256 of every form of this vocabulary (sentencepiece, tokenizer.json).
+        special_tokens: {"bos_token": "<s>", ...}, as chat templates read them.
+        special_ids: The ids of control tokens, which decoding can leave out.
         chat_templates: {name: jinja text}.
-        files: every file it was read from, by its name within a directory.
-        notes: lines that say which of several readings is used; for every command to show.
+        files: Every file it was read from, by its name within a directory.
+        notes: Lines that state which of several readings is used; every command prints them.
     """
 
     vocab_size: int
@@ -62,7 +63,7 @@ class Tokenizer(ABC):
         """Return {how the vocabulary writes a token: id}."""
 
     def _take_special_ids(self, ids: Mapping[str, int | None]) -> None:
-        """Keep the ids of {"bos_token": id, ...}; eos or 0 fills where there is no pad token."""
+        """Store the ids of {"bos_token": id, ...}; without a pad token, eos or 0 is the padding."""
         self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
         self.unk_id, pad_id = ids.get("unk_token"), ids.get("pad_token")
         self.pad_id = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
@@ -72,16 +73,20 @@ class Tokenizer(ABC):
         return self.encode_batch([text])[0]
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Return the ids of a rendered chat template, which brings its own bos."""
+        """Return the ids of a rendered chat template, which contains its own bos."""
         return self.encode(text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a text that a model continues: bos first where texts begin with it."""
+        """Return the ids of a text that a model continues; bos first where texts begin with it."""
         return [*([self.bos_id] if self.adds_bos else []), *self.encode(text)]
 
 
 class NullTokenizer(Tokenizer):
-    """Numbers separated by blanks; the last id is eos."""
+    """A tokenizer of numbers separated by blanks; the last id is eos.
+
+    >>> NullTokenizer(8).encode("3 1 4")
+    [3, 1, 4]
+    """
 
     def __init__(self, vocab_size: int):
         self.vocab_size = self.text_size = vocab_size
@@ -94,10 +99,10 @@ class NullTokenizer(Tokenizer):
         """Return the numbers in each text.
 
         Raises:
-            DataError: A word is no number, or not one of the vocabulary.
+            DataError: A text holds something else than numbers, or a number outside the vocabulary.
         """
         try:
-            batch = [[int(word) for word in text.split()] for text in texts]
+            batch = [[int(number) for number in text.split()] for text in texts]
         except ValueError as error:
             raise DataError(
                 f"NullTokenizer reads numbers only: {error}. Use another --tokenizer-type for text."
@@ -105,8 +110,8 @@ class NullTokenizer(Tokenizer):
         for i in (i for ids in batch for i in ids):
             if not 0 <= i < self.vocab_size:
                 raise DataError(
-                    f"NullTokenizer: {i} is not one of 0..{self.vocab_size - 1}. "
-                    "Raise --vocab-size."
+                    f"NullTokenizer: {i} is not one of 0..{self.vocab_size - 1}. Raise "
+                    "--vocab-size."
                 )
         return batch
 

@@ -1,4 +1,4 @@
-"""Files of the library ``tokenizers``, read as they stand, with the tokens that settings add."""
+"""Files of the library ``tokenizers``, read as they are, with the tokens that settings add."""
 
 import hashlib
 from collections.abc import Collection
@@ -20,7 +20,7 @@ from megatron_sorted.text.tokenizer.library import read_with_library
 from megatron_sorted.text.tokenizer.pieces import SentencePieceTokenizer
 
 MADE_OF = "made_of_sha256"
-"""Entry of a tokenizer_config.json: hashes of the files from which our export made its own."""
+"""Key in a tokenizer_config.json: hashes of the files from which our export built its own."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -43,13 +43,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self._compare(files, data)
 
     def _switch_off(self, files: TokenizerFiles) -> None:
-        """Switch off what cuts, fills or varies texts: of use in training alone, or in batches."""
+        """Switch off truncation, padding and dropout, which serve training or batches only."""
         self.fast.no_truncation()
         self.fast.no_padding()
         if getattr(self.fast.model, "dropout", None):
             self.notes += (
-                f"{files.main.parent.name}: model.dropout is "
-                f"{self.fast.model.dropout:g} in {files.main.name}; it is switched off",
+                f"{files.main.parent.name}: model.dropout is {self.fast.model.dropout:g} in "
+                f"{files.main.name}; it is switched off",
             )
             self.fast.model.dropout, self.differs_from_auto = None, True
 
@@ -60,7 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
             for name, token in defaults.items()
             if self.fast.token_to_id(token) is not None
         }
-        for name in NAMED_TOKENS:  # null in the settings: there is none, whatever the class has
+        for name in NAMED_TOKENS:  # null in the settings removes the default of the class
             if name in files.config and files.config[name] is None:
                 self.special_tokens.pop(name, None)
         if not files.named.keys() >= self.special_tokens.keys():
@@ -72,29 +72,31 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _set_sizes(self) -> None:
         added = self.fast.get_added_tokens_decoder()
-        whole = self.fast.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(whole.values(), default=-1) + 1
-        self.text_size = self._largest_of_texts(whole, added.keys()) + 1
+        vocabulary = self.fast.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.text_size = self._largest_of_texts(vocabulary, added.keys()) + 1
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
 
-    def _largest_of_texts(self, whole: dict[str, int], added: Collection[int]) -> int:
-        """Return the largest id that texts can have which name no added token; -1 for none."""
+    def _largest_of_texts(self, vocabulary: dict[str, int], added: Collection[int]) -> int:
+        """Return the largest id of texts that name no added token; -1 for none."""
 
         def is_reached(text: str, number: int) -> bool:
             return [token.id for token in self.fast.model.tokenize(text)] == [number]
 
-        largest = max(whole, key=whole.get, default="")
-        if whole.get(largest) not in (None, *added) and is_reached(largest, whole[largest]):
-            return whole[largest]
-        falling = sorted(whole.items(), key=lambda pair: -pair[1])
-        return next((i for text, i in falling if i not in added and is_reached(text, i)), -1)
+        largest = max(vocabulary, key=vocabulary.get, default="")
+        if vocabulary.get(largest) not in (None, *added) and is_reached(
+            largest, vocabulary[largest]
+        ):
+            return vocabulary[largest]
+        descending = sorted(vocabulary.items(), key=lambda pair: -pair[1])
+        return next((i for text, i in descending if i not in added and is_reached(text, i)), -1)
 
     def _set_ends(self, files: TokenizerFiles) -> None:
-        """Find out whether texts begin with bos and end with eos.
+        """Determine whether texts begin with bos and end with eos.
 
-        The file's own rule for it (its post-processor) and ``add_bos_token`` of the settings count
-        alike: transformers 5 hears the first only, versions before it the second too. Where both
-        are silent, the class decides.
+        The rule in the file (its post-processor) and ``add_bos_token`` of the settings count alike:
+        transformers 5 reads the first only, older versions the second too. If there is neither, the
+        class decides.
         """
         around = self.fast.encode("", add_special_tokens=True).ids
         has_rule = self.fast.post_processor is not None
@@ -112,32 +114,32 @@ class HuggingFaceTokenizer(Tokenizer):
             self.notes += (
                 f"{where}: texts begin with bos ({self.special_tokens['bos_token']!r}), as "
                 f"{'add_bos_token says' if 'add_bos_token' in files.config else 'its class does'}; "
-                "transformers 5 puts none",
+                "transformers 5 adds none",
             )
         if starts and self.adds_bos and files.config.get("add_bos_token") is False:
             self.notes += (
-                f"{where}: add_bos_token is false, but {files.main.name} puts bos before texts; "
-                "bos is put, as in transformers 5",
+                f"{where}: add_bos_token is false, but {files.main.name} adds bos to texts; bos "
+                "is added, as in transformers 5",
             )
         others = [i for i in around if i not in (self.bos_id, self.eos_id)]
         if others:
             self.notes += (
-                f"{where}: {files.main.name} puts {self.token_text(others[0])!r} around texts, "
-                "which is neither bos nor eos; it is left out, in training as in use",
+                f"{where}: {files.main.name} adds {self.token_text(others[0])!r} to texts, which "
+                "is neither bos nor eos; it is left out, in training and in use",
             )
 
     def _compare(self, files: TokenizerFiles, data: bytes) -> None:
-        """Note where this reading is not that of others, and which other files are the same."""
+        """Note where other readers split differently, and which other files agree."""
         where = files.main.parent.name
-        if found := rebuilt_difference(self.fast, files, data):
+        if difference := rebuilt_difference(self.fast, files, data):
             self.differs_from_auto = True
             self.notes += (
-                f"{where}: {files.main.name} is read as it stands; AutoTokenizer of transformers "
-                f"5 rebuilds it as {found[0]}, which cuts {found[1]} into other tokens",
+                f"{where}: {files.main.name} is read as it is; AutoTokenizer of transformers 5 "
+                f"rebuilds it as {difference[0]}, which splits {difference[1]} differently",
             )
         made_of = files.config.get(MADE_OF)
         if isinstance(made_of, list):
-            self.hashes |= {one for one in made_of if isinstance(one, str)}
+            self.hashes |= {value for value in made_of if isinstance(value, str)}
         path = files.main.parent / PIECES
         if files.main.name == JSON and path.is_file():
             self._compare_pieces(files, path)
@@ -147,14 +149,14 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             pieces = SentencePieceTokenizer(replace(files, main=path, added={}, named={}, extra=()))
         except DataError:
-            self.notes += (f"{where}: {JSON} is read; {PIECES} is no sentencepiece file",)
+            self.notes += (f"{where}: {JSON} is read; {PIECES} is not a sentencepiece file",)
             return
         text = first_difference(self.encode_batch, pieces.encode_batch, PROBES)
         if text is None:
             self.hashes |= pieces.hashes
         else:
             self.notes += (
-                f"{where}: {JSON} is read; {PIECES} beside it cuts {text!r} into other tokens",
+                f"{where}: {JSON} is read; {PIECES} beside it splits {text!r} differently",
             )
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

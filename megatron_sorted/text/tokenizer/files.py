@@ -1,4 +1,4 @@
-"""The files of a tokenizer: found, bounded in size and parsed; nothing in them is executed."""
+"""The files of a tokenizer, bounded in size and parsed; nothing in them is executed."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.reading.json_text import read_settings
+from megatron_sorted.reading.json_text import read_optional_object
 from megatron_sorted.text.tokenizer.template_files import (
     CONFIG,
     LEGACY_TEMPLATE,
@@ -18,7 +18,7 @@ from megatron_sorted.text.tokenizer.template_files import (
 
 JSON, PIECES, VOCABULARY, MERGES = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
-BESIDE = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, TEMPLATE, LEGACY_TEMPLATE)
+SETTINGS_FILES = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, TEMPLATE, LEGACY_TEMPLATE)
 NAMED_TOKENS = (
     "bos_token",
     "eos_token",
@@ -28,8 +28,8 @@ NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
-PLACE = re.compile(r"[0-9]{1,18}")
-"""An id as files write it; what is longer is none, and "²" neither."""
+ID = re.compile(r"[0-9]{1,18}")
+"""An id as files write it, of at most 18 digits; "²" is not one."""
 REMEDY = "Give an intact directory."
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
@@ -39,8 +39,9 @@ class AddedToken:
     """A token that files add to a vocabulary, or name.
 
     Attributes:
-        content: its text.
-        flags: what the files say of lstrip, rstrip, single_word, normalized and special.
+        content: The token's text.
+        flags: The values that the files give of lstrip, rstrip, single_word, normalized and
+            special.
     """
 
     content: str
@@ -49,19 +50,19 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the files of one tokenizer say.
+    """The content of the files of one tokenizer.
 
     Attributes:
-        place: the directory, or the sentencepiece file that was named.
-        main: the file with the vocabulary: tokenizer.json, a sentencepiece file or vocab.json.
-        used: every file that was read, by name within the directory.
-        config: the object in tokenizer_config.json; empty where there is none.
-        model_type: of config.json beside it; None where there is none.
+        place: The directory, or the sentencepiece file that was named.
+        main: The file with the vocabulary: tokenizer.json, a sentencepiece file or vocab.json.
+        used: Every file that was read, by name within the directory.
+        config: The object in tokenizer_config.json; empty where there is none.
+        model_type: The model type in config.json beside it; None where there is none.
         added: {id: token} of added_tokens_decoder, or of added_tokens.json.
         named: {"bos_token": token, ...} as the files name them.
-        extra: further special tokens, without an id of their own.
+        extra: Further special tokens, without an id of their own.
         chat_templates: {name: jinja text}.
-        notes: lines about contradictions.
+        notes: Lines about contradictions.
     """
 
     place: Path
@@ -82,7 +83,7 @@ class TokenizerFiles:
 
     @property
     def class_name(self) -> str | None:
-        """Return the tokenizer class that the files name, without "Fast"; None if they name none."""
+        """Return the tokenizer class that the files name, without "Fast"; None if there is none."""
         name = self.config.get("tokenizer_class")
         return name.removesuffix("Fast") if isinstance(name, str) and name else None
 
@@ -90,9 +91,9 @@ class TokenizerFiles:
 def find_tokenizer(path: Path) -> Path | None:
     """Return the file that holds a tokenizer's vocabulary; None if there is none.
 
-    A sentencepiece file that is named itself is taken; in a directory, tokenizer.json comes first.
+    A sentencepiece file that is named itself is used; in a directory, tokenizer.json comes first.
     """
-    if path.is_file() and path.name not in (JSON, VOCABULARY, MERGES, *BESIDE):
+    if path.is_file() and path.name not in (JSON, VOCABULARY, MERGES, *SETTINGS_FILES):
         return path
     directory = path if path.is_dir() else path.parent
     for name in (JSON, PIECES):
@@ -109,7 +110,7 @@ def files_with(main: Path) -> dict[str, Path]:
         main: The file with its vocabulary, listed by its own name.
     """
     directory = main.parent
-    names = [*BESIDE, *([MERGES] if main.name == VOCABULARY else [])]
+    names = [*SETTINGS_FILES, *([MERGES] if main.name == VOCABULARY else [])]
     beside = {name: directory / name for name in names if (directory / name).is_file()}
     return {
         main.name: main,
@@ -119,28 +120,28 @@ def files_with(main: Path) -> dict[str, Path]:
 
 
 def read_tokenizer_files(path: Path) -> TokenizerFiles:
-    """Return what the files of a tokenizer say.
+    """Read the files of a tokenizer.
 
     Args:
-        path: A directory, or a sentencepiece file; settings are looked for beside it.
+        path: A directory, or a sentencepiece file with settings beside it.
 
     Raises:
-        DataError: There is no tokenizer, or a file is damaged or larger than reason.
+        DataError: There is no tokenizer, or a file is damaged or too large.
     """
     main = find_tokenizer(path)
     if main is None:
         raise DataError(
-            f"{path}: no tokenizer ({JSON}, {PIECES}, or {VOCABULARY} with {MERGES}). "
-            "Give a directory or a sentencepiece file that exists."
+            f"{path}: no tokenizer ({JSON}, {PIECES}, or {VOCABULARY} with {MERGES}). Give a "
+            "directory or a sentencepiece file that exists."
         )
     directory = main.parent
-    config = read_settings(directory / CONFIG)
+    config = read_optional_object(directory / CONFIG)
     notes: list[str] = []
     added = _added_tokens(directory, config)
-    older = read_settings(directory / SPECIAL_TOKENS)
+    older = read_optional_object(directory / SPECIAL_TOKENS)
     named = _named_tokens(directory, config, older, notes)
     extra = _extra_tokens(directory, config, older)
-    model_type = read_settings(directory / "config.json").get("model_type")
+    model_type = read_optional_object(directory / "config.json").get("model_type")
     return TokenizerFiles(
         path,
         main,
@@ -166,7 +167,7 @@ def _token(value: object, where: str) -> AddedToken:
 
 
 def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Return {id: token} as tokenizer_config.json says, or else added_tokens.json."""
+    """Return {id: token} of tokenizer_config.json, or else of added_tokens.json."""
     where = f"{directory / CONFIG}: added_tokens_decoder"
     tokens = config.get("added_tokens_decoder") or {}
     if not isinstance(tokens, dict):
@@ -174,14 +175,17 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, Added
     pairs = list(tokens.items())
     if not pairs:
         path = directory / ADDED_TOKENS
-        where, pairs = str(path), [(number, name) for name, number in read_settings(path).items()]
-    found = {}
+        where, pairs = (
+            str(path),
+            [(number, name) for name, number in read_optional_object(path).items()],
+        )
+    tokens_by_id = {}
     for number, token in pairs:
-        place = int(number) if PLACE.fullmatch(str(number)) else -1
-        if place < 0:
+        token_id = int(number) if ID.fullmatch(str(number)) else -1
+        if token_id < 0:
             raise DataError(f"{where}: {number!r:.40} is not an id. Give an intact directory.")
-        found[place] = _token(token, where)
-    return found
+        tokens_by_id[token_id] = _token(token, where)
+    return tokens_by_id
 
 
 def _named_tokens(
@@ -189,22 +193,22 @@ def _named_tokens(
 ) -> dict[str, AddedToken]:
     """Return the special tokens by name.
 
-    As in transformers, special_tokens_map.json replaces entries of a tokenizer_config.json that
-    has no added_tokens_decoder.
+    As in transformers, special_tokens_map.json replaces entries of a tokenizer_config.json that has
+    no added_tokens_decoder.
     """
-    found = _named(config, f"{directory / CONFIG}")
+    named = _named(config, f"{directory / CONFIG}")
     overrides = not config.get("added_tokens_decoder")
     for name, token in _named(older, f"{directory / SPECIAL_TOKENS}").items():
-        if name in found and found[name].content != token.content:
-            taken = token if overrides else found[name]
+        if name in named and named[name].content != token.content:
+            used = token if overrides else named[name]
             notes.append(
-                f"{directory.name}: {name} is {found[name].content!r} in {CONFIG}, "
-                f"{token.content!r} in {SPECIAL_TOKENS}; {taken.content!r} is taken, as "
+                f"{directory.name}: {name} is {named[name].content!r} in {CONFIG}, "
+                f"{token.content!r} in {SPECIAL_TOKENS}; {used.content!r} is used, as "
                 "transformers does"
             )
-        if overrides or name not in found:
-            found[name] = token
-    return found
+        if overrides or name not in named:
+            named[name] = token
+    return named
 
 
 def _named(settings: Mapping[str, Any], where: str) -> dict[str, AddedToken]:
@@ -221,25 +225,27 @@ def _named(settings: Mapping[str, Any], where: str) -> dict[str, AddedToken]:
 def _extra_tokens(
     directory: Path, config: Mapping[str, Any], older: Mapping[str, Any]
 ) -> tuple[AddedToken, ...]:
-    found: dict[str, AddedToken] = {}
+    extra: dict[str, AddedToken] = {}
     for settings, name in ((config, CONFIG), (older, SPECIAL_TOKENS)):
         for key in ("additional_special_tokens", "extra_special_tokens"):
             listed = settings.get(key)
             for value in listed if isinstance(listed, list) else ():
                 token = _token(value, f"{directory / name}: {key}")
-                found.setdefault(token.content, token)
-    return tuple(found.values())
+                extra.setdefault(token.content, token)
+    return tuple(extra.values())
 
 
-def check_place(files: TokenizerFiles, number: int | None, place: int, token: AddedToken) -> None:
-    """Check that an added token stands where the settings say.
+def check_token_id(
+    files: TokenizerFiles, number: int | None, place: int, token: AddedToken
+) -> None:
+    """Check that an added token has the id that the settings give.
 
     Raises:
         DataError: It does not: its id would mean another token in other readers.
     """
     if number not in (None, place):
         raise DataError(
-            f"{files.main.parent}: {token.content!r} is to be token {number}, but the vocabulary "
-            f"of {files.main.name} and the tokens before it make it {place}. "
-            "Give a directory whose files belong together."
+            f"{files.main.parent}: {token.content!r} should be token {number}, but the vocabulary "
+            f"of {files.main.name} and the tokens before it make it {place}. Give a directory "
+            "whose files belong together."
         )

@@ -1,4 +1,4 @@
-"""Tokenizers of the library ``tokenizers``, made of files and the tokens that settings add."""
+"""Tokenizers of the library ``tokenizers``, built from files and the tokens that settings add."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from megatron_sorted.text.tokenizer.files import (
     VOCABULARY,
     AddedToken,
     TokenizerFiles,
-    check_place,
+    check_token_id,
 )
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def read_with_library(files: TokenizerFiles, data: bytes) -> "tokenizers.Tokenizer":
-    """Return the tokenizer of a tokenizer.json, or of vocab.json and merges.txt.
+    """Build the tokenizer of a tokenizer.json, or of vocab.json and merges.txt.
 
     Args:
-        files: What the files say.
+        files: The parsed files.
         data: The content of tokenizer.json.
 
     Raises:
@@ -39,17 +39,20 @@ def read_with_library(files: TokenizerFiles, data: bytes) -> "tokenizers.Tokeniz
             "A Hugging Face tokenizer needs the package 'tokenizers'. pip install tokenizers."
         ) from error
     if files.main.name == VOCABULARY:
-        fast = _pairs_of_bytes(files)
+        fast = _byte_pairs(files)
     else:
-        with _in_plain_words(f"{files.main}: not a tokenizer"):
+        with _as_data_error(f"{files.main}: not a tokenizer"):
             fast = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     _add_tokens(fast, files)
     return fast
 
 
 @contextmanager
-def _in_plain_words(what: str) -> Iterator[None]:
-    """Pass on what the library says; it raises bare Exception, and its panics are not even that."""
+def _as_data_error(what: str) -> Iterator[None]:
+    """Re-raise every error of the library as `DataError`.
+
+    The library raises bare Exception; its panics are not even that.
+    """
     try:
         yield
     except (DataError, KeyboardInterrupt, SystemExit, MemoryError):
@@ -59,21 +62,22 @@ def _in_plain_words(what: str) -> Iterator[None]:
         raise DataError(f"{what} ({reason}). Give an intact directory.") from error
 
 
-def _pairs_of_bytes(files: TokenizerFiles) -> "tokenizers.Tokenizer":
-    """Return the tokenizer of vocab.json and merges.txt, by the rules of the class named."""
+def _byte_pairs(files: TokenizerFiles) -> "tokenizers.Tokenizer":
+    """Build the tokenizer of vocab.json and merges.txt by the rules of the named class."""
     name = class_of(files.class_name, files.model_type)
     directory = files.main.parent
     if name not in CLASSES:
         known = ", ".join(CLASSES)
         raise DataError(
-            f"{directory}: {VOCABULARY} and {MERGES} do not say how texts are cut, and the class "
-            f"{name or 'of the tokenizer'} is unknown. Name one of {known} as tokenizer_class in "
-            "tokenizer_config.json, or save the tokenizer as tokenizer.json with transformers."
+            f"{directory}: {VOCABULARY} and {MERGES} do not define how texts are split, and the "
+            f"class {name or 'of the tokenizer'} is unknown. Name one of {known} as "
+            "tokenizer_class in tokenizer_config.json, or save the tokenizer as tokenizer.json "
+            "with transformers."
         )
     vocabulary = read_json_object(files.main, REMEDY)
     if not all(type(i) is int and 0 <= i < 1 << 31 for i in vocabulary.values()):
         raise DataError(f"{files.main}: not {{token: id}}. Give an intact directory.")
-    with _in_plain_words(f"{directory}: {VOCABULARY} and {MERGES} are no tokenizer"):
+    with _as_data_error(f"{directory}: {VOCABULARY} and {MERGES} are not a tokenizer"):
         lines = read_bounded(files.used[MERGES], REMEDY).decode("utf-8").split("\n")
         merges = [
             tuple(line.split())
@@ -87,16 +91,16 @@ def _add_tokens(fast: "tokenizers.Tokenizer", files: TokenizerFiles) -> None:
     """Add the tokens that settings name, as transformers does: first those with ids, in order.
 
     Raises:
-        DataError: One gets another id than the settings say.
+        DataError: One gets another id than the settings give.
     """
     special = {token.content for token in files.special}
     known = {token.content: token for token in fast.get_added_tokens_decoder().values()}
     for number, token in sorted(files.added.items()):
-        made = _added_token(token, token.content in special)
-        if token.content not in known or _state(known[token.content]) != _state(made):
-            fast.add_tokens([made])
-        check_place(files, number, fast.token_to_id(token.content), token)
-        known[token.content] = made
+        added = _added_token(token, token.content in special)
+        if token.content not in known or _state(known[token.content]) != _state(added):
+            fast.add_tokens([added])
+        check_token_id(files, number, fast.token_to_id(token.content), token)
+        known[token.content] = added
     for token in files.special:
         if token.content not in known:
             fast.add_tokens([_added_token(token, True)])

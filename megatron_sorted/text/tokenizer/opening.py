@@ -10,19 +10,19 @@ from megatron_sorted.text.tokenizer.pieces import SentencePieceTokenizer
 
 
 def open_tokenizer(path: Path | str, flag: str | None = "--tokenizer-model") -> Tokenizer:
-    """Return the tokenizer of a directory or sentencepiece file, the same reading everywhere.
+    """Open the tokenizer of a directory or sentencepiece file, read in the same manner everywhere.
 
-    A directory's tokenizer.json is read as it stands, with the tokens that tokenizer_config.json
-    adds; without one its tokenizer.model, by sentencepiece itself; without either vocab.json and
+    A directory's tokenizer.json is read as it is, with the tokens that tokenizer_config.json adds;
+    without one its tokenizer.model, by sentencepiece itself; without either vocab.json and
     merges.txt by the rules of the class that the directory names. A sentencepiece file that is
     named itself is read with the settings beside it. Nothing is executed.
 
     Args:
         path: The directory or file.
-        flag: The option that named it, for messages; None where it came with a model.
+        flag: The option that named it, for messages; None if it came with a model.
 
     Raises:
-        DataError: It is missing, damaged, larger than reason, or contradicts itself.
+        DataError: It is missing, damaged, too large, or contradicts itself.
     """
     try:
         files = read_tokenizer_files(Path(path))
@@ -32,5 +32,5 @@ def open_tokenizer(path: Path | str, flag: str | None = "--tokenizer-model") -> 
         raise DataError(
             f"{flag}: {error}"
             if flag
-            else f"{error} Another one is given with --tokenizer DIRECTORY or FILE."
+            else f"{error} Give another one with --tokenizer DIRECTORY or FILE."
         ) from error

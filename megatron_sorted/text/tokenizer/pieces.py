@@ -11,49 +11,52 @@ from megatron_sorted.errors import DataError
 from megatron_sorted.reading.json_text import read_bounded
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.tokenizer.contract import Tokenizer
-from megatron_sorted.text.tokenizer.files import PIECES, REMEDY, TokenizerFiles, check_place
+from megatron_sorted.text.tokenizer.files import PIECES, REMEDY, TokenizerFiles, check_token_id
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 NO_PREFIX = b"\x1a\x02\x18\x00"
-"""ModelProto.normalizer_spec.add_dummy_prefix = false: a message that is appended is merged."""
+"""ModelProto.normalizer_spec.add_dummy_prefix = false.
+
+A protobuf message that is appended to another is merged with it.
+"""
 
 
 class _Processors:
-    """Sentencepiece's readings of a file: of texts that come first, and of those behind a token.
+    """Two sentencepiece processors of a file: for first texts, and for texts after a token.
 
-    It puts a blank before the first word of a text; behind a token there is none, as in
-    LlamaTokenizer of transformers, unless tokenizer_config.json says ``"legacy": true`` or the
-    file removes blanks.
+    Sentencepiece adds a space before the first word of a text; after a token it adds none, as in
+    LlamaTokenizer of transformers, unless tokenizer_config.json says ``"legacy": true`` or the file
+    removes spaces.
 
     Attributes:
-        first: For texts that come first.
-        blank_before: Before which texts a blank is put (``blank_before``).
+        first: The processor for first texts.
+        space_before: The texts that get a space in front, as `space_before` returns them.
     """
 
     def __init__(self, data: bytes, path: Path, config: Mapping[str, Any]):
         self.first = _opened(data, path)
         removes_blanks = self.first.encode("  a") == self.first.encode("a")
         composes = self.first.encode("\ufb01") == self.first.encode("fi")
-        self.blank_before = blank_before(config, removes_blanks or composes)
+        self.space_before = space_before(config, removes_blanks or composes)
         self._data = data
-        if self.blank_before == "never":
+        if self.space_before == "never":
             self.first = _processor(data + NO_PREFIX)
 
     @cached_property
     def behind(self) -> "SentencePieceProcessor":
-        """Return the one for texts behind a token; made when the first is met."""
-        return _processor(self._data + NO_PREFIX) if self.blank_before == "first" else self.first
+        """Return the processor for texts after a token, created at the first use."""
+        return _processor(self._data + NO_PREFIX) if self.space_before == "first" else self.first
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece file with its control pieces and the tokens that settings beside it add.
 
-    Text between the names of such tokens is cut by sentencepiece.
+    Sentencepiece splits the text between the names of such tokens.
 
     Attributes:
-        blank_before: Before which texts a blank is put (``blank_before``).
+        space_before: The texts that get a space in front, as `space_before` returns them.
         named_tokens: {text: (id, whether it is special)} of the tokens that a text can name.
     """
 
@@ -61,7 +64,7 @@ class SentencePieceTokenizer(Tokenizer):
         path = files.main
         data = read_bounded(path, REMEDY)
         self._processors = _Processors(data, path, files.config)
-        self._pieces, self.blank_before = self._processors.first, self._processors.blank_before
+        self._pieces, self.space_before = self._processors.first, self._processors.space_before
         self.name = path.name
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.hashes = frozenset((self.sha256,))
@@ -85,33 +88,36 @@ class SentencePieceTokenizer(Tokenizer):
             ),
             -1,
         )
-        names = sorted(self.named_tokens, key=len, reverse=True)  # the longest at a place is meant
+        # the longest name at a position wins
+        names = sorted(self.named_tokens, key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})").split
         if files.place.is_dir() and (files.class_name or files.model_type):
             self.notes += (
-                f"{files.place.name}: {path.name} is read by sentencepiece itself; AutoTokenizer of "
-                "transformers 5 rebuilds it, and may cut texts into other tokens",
+                f"{files.place.name}: {path.name} is read by sentencepiece itself; AutoTokenizer "
+                "of transformers 5 rebuilds it, and may split texts differently",
             )
 
     def _added_tokens(self, files: TokenizerFiles) -> dict[str, tuple[int, bool]]:
         """Return {text: (id, whether it is special)} of the tokens that settings add, in order."""
-        found: dict[str, tuple[int, bool]] = {}
+        added_tokens: dict[str, tuple[int, bool]] = {}
         special = {token.content for token in files.special}
         known = {token.content for token in files.added.values()}
         listed = [
             *sorted(files.added.items()),
             *((None, token) for token in files.special if token.content not in known),
         ]
-        following = self._size
+        next_id = self._size
         for number, token in listed:
-            place = self._pieces.piece_to_id(token.content)
-            if self._pieces.id_to_piece(place) != token.content:
-                place = found[token.content][0] if token.content in found else following
-            check_place(files, number, place, token)
-            following = max(following, place + 1)
+            token_id = self._pieces.piece_to_id(token.content)
+            if self._pieces.id_to_piece(token_id) != token.content:
+                token_id = (
+                    added_tokens[token.content][0] if token.content in added_tokens else next_id
+                )
+            check_token_id(files, number, token_id, token)
+            next_id = max(next_id, token_id + 1)
             is_special = token.content in special or token.flags.get("special", False)
-            found[token.content] = (place, is_special)
-        return found
+            added_tokens[token.content] = (token_id, is_special)
+        return added_tokens
 
     def _set_special_tokens(self, files: TokenizerFiles) -> None:
         pieces = self._pieces
@@ -135,7 +141,7 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text; in one thread, since callers run several processes."""
+        """Return the ids of each text, computed in one thread: callers run several processes."""
         first: list[str] = []
         behind: list[str] = []
         plans = [self._plan(text, first, behind) for text in texts]
@@ -143,7 +149,7 @@ class SentencePieceTokenizer(Tokenizer):
         others = iter(
             self._processors.behind.encode(behind, out_type=int, num_threads=1) if behind else ()
         )
-        found = []
+        result = []
         for plan in plans:
             ids: list[int] = []
             for part in plan:
@@ -153,13 +159,16 @@ class SentencePieceTokenizer(Tokenizer):
                     ids += next(others)
                 else:
                     ids.append(part)
-            found.append(ids)
-        return found
+            result.append(ids)
+        return result
 
     def _plan(self, text: str, first: list[str], behind: list[str]) -> list[int | None]:
-        """Return the ids of named tokens, None for a first text and -1 for others, which are listed."""
+        """Return the parts of a text: ids of named tokens, None for a first text, -1 for others.
+
+        The texts are appended to ``first`` and ``behind``.
+        """
         plan: list[int | None] = []
-        for number, part in enumerate(self._cut(text)):  # texts and names of tokens in turn
+        for number, part in enumerate(self._cut(text)):  # texts and token names alternate
             if number % 2:
                 plan.append(self.named_tokens[part][0])
             elif part:
@@ -168,7 +177,7 @@ class SentencePieceTokenizer(Tokenizer):
         return plan
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        """Return the text of ids; names of control tokens, for which sentencepiece has no text.
+        """Return the text of ids; control tokens, which sentencepiece leaves out, by their names.
 
         An unknown piece is what sentencepiece writes for it, as in the tokenizer.json of an export.
         """
@@ -177,7 +186,7 @@ class SentencePieceTokenizer(Tokenizer):
             if token not in self._names or (token < self._size and self._pieces.is_unknown(token)):
                 run += [token] if token < self._size else []
                 continue
-            if run:  # behind a first text no blank was put, so none is taken away
+            if run:  # after a first text no space was added, so none is removed
                 text, run, reader = text + reader.decode(run), [], self._processors.behind
             if not (skip_special_tokens and token in self.special_ids):
                 text += self._names[token]
@@ -195,10 +204,10 @@ class SentencePieceTokenizer(Tokenizer):
         return pieces | {text: number for text, (number, _) in self.named_tokens.items()}
 
 
-def blank_before(config: Mapping[str, Any], rewrites: bool) -> str:
-    """Return before which texts a blank is put: "first" of all, "always" behind tokens too, "never".
+def space_before(config: Mapping[str, Any], rewrites: bool) -> str:
+    """Return which texts get a space in front: the "first", "always" also after tokens, or "never".
 
-    Where a file removes blanks, a word behind a token can only keep its own by getting one; where
+    Where a file removes spaces, a word after a token keeps its own only by getting another; where
     it composes characters, a tokenizer.json cannot tell which text was the first.
 
     Source: ``legacy`` and ``add_prefix_space`` of LlamaTokenizer in transformers.
@@ -213,12 +222,11 @@ def _opened(data: bytes, path: Path) -> "SentencePieceProcessor":
         pieces = _processor(data)
         if not pieces.vocab_size():
             raise ValueError("no pieces")
-        pieces.id_to_piece(list(range(pieces.vocab_size())))  # fails where one is no UTF-8
+        pieces.id_to_piece(list(range(pieces.vocab_size())))  # fails if a piece is not UTF-8
     except (RuntimeError, OSError, ValueError) as error:
         raise DataError(
             f"{path}: not a sentencepiece model of {len(data)} bytes ({shown(error)}). Give an "
-            "intact tokenizer.model, or train one with megatron-sorted prepare "
-            "--train-tokenizer."
+            "intact tokenizer.model, or train one with megatron-sorted prepare --train-tokenizer."
         ) from error
     return pieces
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.reading.json_text import read_bounded, read_settings
+from megatron_sorted.reading.json_text import read_bounded, read_optional_object
 from megatron_sorted.reading.shown import shown
 
 CONFIG, TEMPLATE, LEGACY_TEMPLATE = (
@@ -14,34 +14,34 @@ CONFIG, TEMPLATE, LEGACY_TEMPLATE = (
     "chat_template.json",
 )
 MORE_TEMPLATES = "additional_chat_templates"
-LARGEST_TEMPLATE_BYTES = 1 << 20
-MOST_TEMPLATES = 64
+MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TEMPLATES = 64
 REMEDY = "Give an intact chat template."
 
 
 def more_templates(directory: Path) -> list[Path]:
-    """Return the files of templates beside the first."""
-    return sorted((directory / MORE_TEMPLATES).glob("*.jinja"))[:MOST_TEMPLATES]
+    """Return the files of further templates."""
+    return sorted((directory / MORE_TEMPLATES).glob("*.jinja"))[:MAX_TEMPLATES]
 
 
 def read_chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return {name: jinja text}; as in transformers, files of their own replace the settings'.
+    """Return {name: jinja text}; as in transformers, separate files replace the settings'.
 
     Args:
-        directory: The tokenizer's.
-        config: Its tokenizer_config.json.
+        directory: The directory of the tokenizer.
+        config: The content of its tokenizer_config.json.
 
     Raises:
-        DataError: One is damaged, or larger than reason.
+        DataError: A template is damaged or too large.
     """
     paths = {"default": directory / TEMPLATE}
     paths |= {path.stem: path for path in more_templates(directory)}
-    found = {name: _template_text(path) for name, path in paths.items() if path.is_file()}
-    if found:
-        return found
+    templates = {name: _template_text(path) for name, path in paths.items() if path.is_file()}
+    if templates:
+        return templates
     for settings, name in (
         (config, CONFIG),
-        (read_settings(directory / LEGACY_TEMPLATE), LEGACY_TEMPLATE),
+        (read_optional_object(directory / LEGACY_TEMPLATE), LEGACY_TEMPLATE),
     ):
         if value := settings.get("chat_template"):
             return _listed_templates(value, f"{directory / name}: chat_template")
@@ -50,7 +50,7 @@ def read_chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str,
 
 def _template_text(path: Path) -> str:
     try:
-        return read_bounded(path, REMEDY, most_bytes=LARGEST_TEMPLATE_BYTES).decode("utf-8")
+        return read_bounded(path, REMEDY, max_bytes=MAX_TEMPLATE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{shown(path)}: not UTF-8 at byte {error.start}. {REMEDY}") from error
 
@@ -58,16 +58,16 @@ def _template_text(path: Path) -> str:
 def _listed_templates(value: object, where: str) -> dict[str, str]:
     if isinstance(value, str):
         value = {"default": value}
-    elif isinstance(value, list) and all(isinstance(one, dict) for one in value):
-        value = {one.get("name"): one.get("template") for one in value}
+    elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
     if not isinstance(value, dict) or not all(
         isinstance(part, str) for pair in value.items() for part in pair
     ):
         raise DataError(f"{where}: neither a text nor a list of named texts. {REMEDY}")
     for name, text in value.items():
-        if len(text) > LARGEST_TEMPLATE_BYTES:
+        if len(text) > MAX_TEMPLATE_BYTES:
             raise DataError(
                 f"{where}: {name!r:.40} has {len(text):,} characters, but at most "
-                f"{LARGEST_TEMPLATE_BYTES:,} are read. {REMEDY}"
+                f"{MAX_TEMPLATE_BYTES:,} are read. {REMEDY}"
             )
     return value

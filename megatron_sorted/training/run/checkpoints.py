@@ -1,4 +1,4 @@
-"""The checkpoints of one run: which one it starts from, when one is saved, and what is said about it."""
+"""The checkpoints of one run: which one it starts from, when one is saved, and what is logged."""
 
 import json
 import time
@@ -31,11 +31,8 @@ from megatron_sorted.platform.state import seed_everything
 from megatron_sorted.reading.json_text import read_json_object
 from megatron_sorted.settings.derived import global_batch_size
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.run.hugging_face import (
-    carried_files_of,
-    is_hugging_face_candidate,
-    load_by_name,
-)
+from megatron_sorted.training.run.carried_files import carry_files, files_of_checkpoint
+from megatron_sorted.training.run.hugging_face import carried_files_of, is_hugging_face_candidate
 from megatron_sorted.training.run.resume import (
     check_can_continue,
     gives_new_parts,
@@ -43,55 +40,56 @@ from megatron_sorted.training.run.resume import (
     set_schedule,
     takes_weights_only,
 )
-from megatron_sorted.training.run.same_run import START
-from megatron_sorted.training.run.travelling import carry_files, files_of_checkpoint
+from megatron_sorted.training.run.same_run import STARTED_FROM
 from megatron_sorted.training.step.build import Model
+from megatron_sorted.training.step.named_weights import load_by_name
+from megatron_sorted.training.step_result import TrainedStep
 from megatron_sorted.training.watch.nonfinite import check_finite_weights
-from megatron_sorted.training.watch.trained_step import TrainedStep
 
 RUN = "run.json"
-# Seeds of a run continued in another layout, step by step apart from each other and from those of Megatron's own ranks.
+# A run resumed in another layout takes a seed for its step, so that seeds of two steps are far
+# apart and differ from those of Megatron's own ranks.
 SEEDS_A_STEP = 100_003
-Say = Callable[..., None]
+Log = Callable[..., None]
 
 
 def agree_on_run(
-    settings: Settings, continued: Candidate | None, start: str
+    settings: Settings, resumed: Candidate | None, started_from: str
 ) -> tuple[str, str | None]:
-    """Return the name of this run and what it started from, the same on all ranks and after every resume.
+    """Return this run's name and what it started from, the same on all ranks and after a resume.
 
-    Both are kept in every manifest. Before the first checkpoint a file in --save keeps them, so that
-    a run that is killed early and started again is still one run.
+    Both are kept in every manifest. Before the first checkpoint a file in --save keeps them, so
+    that a run that is killed early and started again is still one run.
 
     Collective: one broadcast from rank 0.
 
     Args:
         settings: The run.
-        continued: The checkpoint it goes on from, or takes weights of.
-        start: What it starts from, where it does not go on.
+        resumed: The checkpoint that it resumes, or takes weights of.
+        started_from: What it starts from, where it does not resume.
     """
-    box: list[Any] = [None]
+    shared: list[Any] = [None]
     if dist.get_rank() == 0:
-        box = [_name_of_run(settings, continued, start)]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+        shared = [_name_of_run(settings, resumed, started_from)]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def _name_of_run(
-    settings: Settings, continued: Candidate | None, start: str
+    settings: Settings, resumed: Candidate | None, started_from: str
 ) -> tuple[str, str | None]:
-    if continued is not None and not takes_weights_only(continued, settings):
-        return continued.manifest["run_id"], continued.manifest.get(START)
+    if resumed is not None and not takes_weights_only(resumed, settings):
+        return resumed.manifest["run_id"], resumed.manifest.get(STARTED_FROM)
     if not settings.save or settings.skip_train:
-        return uuid.uuid4().hex[:8], start
+        return uuid.uuid4().hex[:8], started_from
     path = Path(settings.save) / RUN
-    with suppress(CheckpointError, KeyError):  # it is not there, or damaged
+    with suppress(CheckpointError, KeyError):  # it is missing or damaged
         kept = read_json_object(path, error=CheckpointError)
-        if kept[START] == start:
-            return str(kept["run_id"]), start
+        if kept[STARTED_FROM] == started_from:
+            return str(kept["run_id"]), started_from
     run_id = uuid.uuid4().hex[:8]
-    write_text_atomically(path, json.dumps({"run_id": run_id, START: start}) + "\n")
-    return run_id, start
+    write_text_atomically(path, json.dumps({"run_id": run_id, STARTED_FROM: started_from}) + "\n")
+    return run_id, started_from
 
 
 def choose_checkpoint(
@@ -99,18 +97,22 @@ def choose_checkpoint(
     settings: Settings,
     tokenizer: Tokenizer | None,
     data: dict[str, Any] | None,
-    say: Say,
+    log: Log,
 ) -> Candidate | None:
-    """Return the newest checkpoint whose files are sound, the same on all ranks, after saying which were passed over and why.
+    """Return the newest checkpoint whose files are undamaged, the same on all ranks.
 
-    Collective: one broadcast from rank 0; for each candidate that is read, one all-gather over all ranks.
+    Those that were passed over are logged, with the reason.
+
+    Collective: one broadcast from rank 0; for each candidate that is read, one all-gather over all
+        ranks.
 
     Raises:
-        CheckpointError: There were checkpoints and none is sound, or the run cannot go on from it.
+        CheckpointError: There are checkpoints and all are damaged, or the run cannot resume from
+            the one taken.
     """
-    box = [candidates, data]
-    dist.broadcast_object_list(box, src=0)  # ranks may have looked at different moments
-    candidates, data = box
+    shared = [candidates, data]
+    dist.broadcast_object_list(shared, src=0)  # ranks may have looked at different moments
+    candidates, data = shared
     taken = None
     for candidate in candidates.usable:
         problems = find_damage_on_all_ranks(
@@ -123,18 +125,18 @@ def choose_checkpoint(
     passed_over = candidates.passed_over(taken)
     if taken is None and passed_over:
         raise CheckpointError(
-            f"--load: {settings.load} holds no sound checkpoint: {'; '.join(passed_over)}. Restore one, or give another "
-            "directory."
+            f"--load: {settings.load} holds no sound checkpoint: {'; '.join(passed_over)}. "
+            "Restore one, or give another directory."
         )
     for sentence in passed_over:
-        say(f"passed over {sentence.rstrip('.')}")
+        log(f"passed over {sentence.rstrip('.')}")
     if taken is not None:
         check_can_continue(taken, settings, tokenizer, data)
     return taken
 
 
 class Checkpoints:
-    """Loads and saves for one run."""
+    """The loading and saving of one run."""
 
     def __init__(
         self,
@@ -143,16 +145,10 @@ class Checkpoints:
         place: Place,
         model: Model,
         rule: CoefficientRule,
-        say: Say,
+        log: Log,
     ):
-        self.settings, self.platform, self.place, self.model, self.rule, self.say = (
-            settings,
-            platform,
-            place,
-            model,
-            rule,
-            say,
-        )
+        self.settings, self.platform, self.place = settings, platform, place
+        self.model, self.rule, self.log = model, rule, log
         self.lock: DirectoryLock | None = None
         self.saver: Saver | None = None
         self.saved_step: int | None = None
@@ -161,43 +157,44 @@ class Checkpoints:
     def open_for_saving(
         self, extra_files: Mapping[str, bytes], progress_mark: Callable[[], None]
     ) -> None:
-        """Take the directory for this run and make the saver.
+        """Lock the directory for this run and create the saver.
 
         Collective: one broadcast from rank 0, then a new process group.
 
         Raises:
             CheckpointError: Another run is saving there.
         """
-        settings, refused = self.settings, [None]
+        settings, refusal = self.settings, [None]
         if dist.get_rank() == 0:
             try:
                 self.lock = DirectoryLock(settings.save)
                 if not self.lock.acquire():
-                    self.say(
-                        f"note: the file system of {settings.save} knows no locks; take care that no other run saves there"
+                    self.log(
+                        f"note: the file system of {settings.save} knows no locks; take care that "
+                        "no other run saves there"
                     )
             except CheckpointError as error:
-                refused = [str(error)]
+                refusal = [str(error)]
             except OSError as error:
-                refused = [
-                    f"--save: cannot write in {settings.save} ({error.strerror}). Give a directory that can be written."
+                refusal = [
+                    f"--save: cannot write in {settings.save} ({error.strerror}). Give a directory "
+                    "that can be written."
                 ]
-        dist.broadcast_object_list(refused, src=0)
-        if refused[0]:
-            raise CheckpointError(refused[0])
-        keep = Retention(settings.save_retain, settings.save_retain_interval)
+        dist.broadcast_object_list(refusal, src=0)
+        if refusal[0]:
+            raise CheckpointError(refusal[0])
         self.saver = Saver(
             settings.save,
             self.platform,
             settings.async_save,
             settings.verify_checkpoint,
-            keep,
+            Retention(settings.save_retain, settings.save_retain_interval),
             extra_files,
             progress_mark,
         )
 
-    def _carry_on(self, candidate: Candidate) -> None:
-        """Copy the loaded checkpoint's tokenizer and Hugging Face files into this run's checkpoints."""
+    def _carry_files(self, candidate: Candidate) -> None:
+        """Copy a checkpoint's tokenizer and Hugging Face files into this run's checkpoints."""
         if self.saver is None or self.place.rank != 0:
             return
         self._tokenizer = candidate.manifest.get("tokenizer")
@@ -209,56 +206,52 @@ class Checkpoints:
         self.saver.extra_files = carry_files(files, self.saver.extra_files, self._tokenizer)
 
     def load(self, candidate: Candidate) -> Progress:
-        """Return how far training was, after loading a checkpoint into the model and saying so.
+        """Load a checkpoint into the model, log it, and return how far training was.
 
         Collective: every rank reads the shards it needs.
         """
         settings, model = self.settings, self.model
-        continues = not takes_weights_only(candidate, settings) and not settings.skip_train
+        weights_only = takes_weights_only(candidate, settings)
+        resumes = not weights_only and not settings.skip_train
+        state = {}
         if is_hugging_face_candidate(candidate) or gives_new_parts(candidate, settings):
             load_by_name(candidate.directory, settings, model.chunks, model.optimizer)
-            state = {}
         else:
             state = load_sharded(
                 candidate.directory,
                 candidate.manifest,
                 model.chunks,
                 model.optimizer,
-                load_optimizer=continues and not settings.no_load_optim,
-                load_random=continues and not settings.no_load_rng,
+                load_optimizer=resumes and not settings.no_load_optim,
+                load_random=resumes and not settings.no_load_rng,
             )
-        self._carry_on(candidate)
-        progress = Progress(**candidate.manifest["progress"])
-        if takes_weights_only(candidate, settings):
-            why = (
-                " (it holds nothing else)"
-                if candidate.weights_only and not settings.finetune
-                else ""
-            )
-            self.say(
-                f"loaded {candidate.directory}: weights only{why}"
+        self._carry_files(candidate)
+        if weights_only:
+            held = candidate.weights_only and not settings.finetune
+            self.log(
+                f"loaded {candidate.directory}: weights only"
+                + (" (it holds nothing else)" if held else "")
                 + (", starting at step 0" if not settings.skip_train else "")
             )
             return Progress(0, 0)
+        progress = Progress(**candidate.manifest["progress"])
         self.rule.load_state_dict(state["more"].get("coefficient_rule", {}))
-        if not settings.skip_train:
-            now = global_batch_size(settings, self.place.world_size)
+        if resumes:
             set_schedule(
                 model.schedule,
                 state["opt_param_scheduler"],
                 candidate.manifest["samples_a_step"],
-                now,
+                global_batch_size(settings, self.place.world_size),
             )
             if not state["random_state"]:
-                seed_everything(
-                    settings.seed + SEEDS_A_STEP * progress.step
-                )  # or dropout would repeat that of the first steps
+                # with the run's own seed, dropout would repeat that of the first steps
+                seed_everything(settings.seed + SEEDS_A_STEP * progress.step)
             self.saved_step = progress.step if same_path(settings.load, settings.save) else None
-        self.say(loaded_line(candidate, settings, model.optimizer.param_groups[0]["lr"]))
+        self.log(loaded_line(candidate, settings, model.optimizer.param_groups[0]["lr"]))
         return progress
 
     def save(self, progress: Progress, description: dict[str, Any]) -> list[SaveOutcome]:
-        """Start a save, or do it where the run saves in the foreground; return outcomes of saves that ended meanwhile.
+        """Save now, or start a save in the background; return the outcomes of ended saves.
 
         Collective: checks and gathers of the state on the main thread; every process must call it.
 
@@ -270,30 +263,32 @@ class Checkpoints:
         check_finite_weights(self.model.chunks)
         more = {"coefficient_rule": self.rule.state_dict()}
         state = sharded_state(self.model.chunks, self.model.optimizer, self.model.schedule, more)
-        said = {**description, "learning_rate": self.model.optimizer.param_groups[0]["lr"]}
-        self.saver.save(
-            state, progress, {**said, "tokenizer": said["tokenizer"] or self._tokenizer}, began
-        )
+        described = {
+            **description,
+            "learning_rate": self.model.optimizer.param_groups[0]["lr"],
+            "tokenizer": description["tokenizer"] or self._tokenizer,
+        }
+        self.saver.save(state, progress, described, began)
         self.saved_step = progress.step
         after = None if self.saver.background else self.saver.take_outcome(wait=True)
         return [outcome for outcome in (before, after) if outcome is not None]
 
     @property
     def busy(self) -> bool:
-        """Return whether a save of this rank is on its way."""
+        """Return whether a save of this rank has not ended yet."""
         return self.saver is not None and self.saver.busy
 
     def finished(self, wait: bool) -> SaveOutcome | None:
-        """Return the outcome of the save on its way once it has ended; all ranks must ask alike."""
+        """Return the outcome of the current save once it has ended; all ranks must call alike."""
         return self.saver.take_outcome(wait) if self.saver is not None else None
 
     def after(self, step: TrainedStep) -> None:
-        """Say what became of a save in the background, once it has ended on every rank."""
+        """Report a save in the background once it has ended on every rank."""
         if self.saver and not step.flags.save_busy and (outcome := self.finished(wait=True)):
-            self.tell(outcome, last=False)
+            self.report(outcome, last=False)
 
     def end(self, progress: Progress, description: dict[str, Any]) -> None:
-        """Save the state training ended with, unless it is saved, and wait until it is on disk.
+        """Save the final state unless it is saved, and wait until it is on disk.
 
         Collective: every process must call it.
 
@@ -303,39 +298,40 @@ class Checkpoints:
         if self.saver is None:
             return
         if (outcome := self.finished(wait=True)) is not None:
-            self.tell(outcome, last=outcome.step == progress.step)
+            self.report(outcome, last=outcome.step == progress.step)
         if self.saved_step == progress.step or progress.step == 0:
             return
         for outcome in [*self.save(progress, description), self.finished(wait=True)]:
             if outcome is not None:
-                self.tell(outcome, last=True)
+                self.report(outcome, last=True)
 
-    def tell(self, outcome: SaveOutcome, last: bool) -> None:
-        """Say what became of a save.
+    def report(self, outcome: SaveOutcome, last: bool) -> None:
+        """Log the outcome of a save.
 
         Raises:
-            CheckpointError: It failed and it was the last one, or a failure is to stop the run.
+            CheckpointError: It failed, and it was the last one or --save-failure is "stop".
         """
         if outcome.error:
             if last or self.settings.save_failure == "stop":
                 require_saved(outcome)
-            there = saved_steps(self.settings.save)
+            steps = saved_steps(self.settings.save)
             self.saved_step = None
-            self.say(
-                f"warning: the checkpoint of step {outcome.step} could not be written ({outcome.error}); training goes on. "
-                f"Newest complete checkpoint: {f'step {there[0]}' if there else 'none'}"
+            self.log(
+                f"warning: the checkpoint of step {outcome.step} could not be written "
+                f"({outcome.error}); training continues. "
+                f"Newest complete checkpoint: {f'step {steps[0]}' if steps else 'none'}"
             )
             return
-        held_up = (
-            f", training held up for {outcome.stall_seconds:.2f} s" if self.saver.background else ""
-        )
-        self.say(
-            f"saved {outcome.directory} in {outcome.seconds:.1f} s ({outcome.num_bytes / 1e6:,.1f} MB{held_up})"
+        background = self.saver.background
+        stall = f", training held up for {outcome.stall_seconds:.2f} s" if background else ""
+        self.log(
+            f"saved {outcome.directory} in {outcome.seconds:.1f} s "
+            f"({outcome.num_bytes / 1e6:,.1f} MB{stall})"
         )
         for note in outcome.notes:
-            self.say(f"note: {note}")
+            self.log(f"note: {note}")
 
     def close(self) -> None:
-        """Give the directory up."""
+        """Release the directory."""
         if self.lock is not None:
             self.lock.release()

@@ -1,4 +1,7 @@
-"""The run in words and plain data: for checkpoints, for ``evaluation.json`` and for the first lines on the console."""
+"""Describes the run as plain data and as text.
+
+For checkpoints, for ``evaluation.json`` and for the first lines on the console.
+"""
 
 import json
 import platform
@@ -33,15 +36,15 @@ def description(
     tokenizer: Tokenizer | None,
     data: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return what a checkpoint's manifest says of the run, as plain data.
+    """Return the entries of a checkpoint's manifest that describe the run, as plain data.
 
     Args:
         settings: The run.
-        vocab_size: Real tokens.
-        run_id: Its name, the same after every resume.
+        vocab_size: Number of real tokens, before padding.
+        run_id: The run's name, the same after every resume.
         place: This process.
-        tokenizer: Of the data, if there is one.
-        data: What the data are (``data.identity.data_identity``).
+        tokenizer: The tokenizer of the data, if there is one.
+        data: The identity of the data (``data.identity.data_identity``).
     """
     return {
         "run_id": run_id,
@@ -77,11 +80,9 @@ def description(
 
 
 def exit_costs(settings: Settings, vocab_size: int) -> dict[str, dict[str, int]]:
-    """Return {depth: {"parameters", "flops_per_token"}} of every sub-model, depths as text (JSON keys)."""
-    parameters, flops = (
-        sub_model_parameters(settings, vocab_size),
-        forward_flops_per_token(settings, vocab_size),
-    )
+    """Return {depth: {"parameters", "flops_per_token"}} of every sub-model, depths as text."""
+    parameters = sub_model_parameters(settings, vocab_size)
+    flops = forward_flops_per_token(settings, vocab_size)
     return {
         str(depth): {"parameters": parameters[depth], "flops_per_token": flops[depth]}
         for depth in exit_depths(settings)
@@ -91,15 +92,12 @@ def exit_costs(settings: Settings, vocab_size: int) -> dict[str, dict[str, int]]
 def evaluation_results(
     settings: Settings, vocab_size: int, step: int, reports: list[EvaluationReport]
 ) -> dict[str, Any]:
-    """Return what ``evaluation.json`` says: every sub-model's costs and its results on every set."""
+    """Return the content of ``evaluation.json``: costs and results of every sub-model."""
+    names = ("loss", "token_accuracy", "exact_match")
     sets = {
         report.name: {
-            str(depth): {
-                "loss": e.loss,
-                "token_accuracy": e.token_accuracy,
-                "exact_match": e.exact_match,
-            }
-            for depth, e in sorted(report.exits.items())
+            str(depth): {name: getattr(numbers, name) for name in names}
+            for depth, numbers in sorted(report.exits.items())
         }
         for report in reports
     }
@@ -114,23 +112,29 @@ def evaluation_results(
 def write_evaluation(
     settings: Settings, vocab_size: int, step: int, reports: list[EvaluationReport]
 ) -> Path:
-    """Return the file with the last evaluation of every exit, after writing it into --save."""
+    """Write the last evaluation of every exit into --save, and return the file."""
     path = Path(settings.save) / "evaluation.json"
-    whole = evaluation_results(settings, vocab_size, step, reports)
-    write_text_atomically(path, json.dumps(finite_or_none(whole), indent=1) + "\n")
+    results = evaluation_results(settings, vocab_size, step, reports)
+    write_text_atomically(path, json.dumps(finite_or_none(results), indent=1) + "\n")
     return path
 
 
 def short_count(count: int) -> str:
-    """Return a count with three digits, such as 26.1K, 6.74B."""
+    """Return a count with three digits.
+
+    >>> short_count(6_738_415_616)
+    '6.74B'
+    """
     for power, unit in ((9, "B"), (6, "M"), (3, "K")):
         if count >= 10**power:
             return f"{count / 10**power:.{max(0, 3 + power - len(str(count)))}f}{unit}"
     return str(count)
 
 
-def opening_lines(settings: Settings, where: Platform, place: Place, vocab_size: int) -> list[str]:
-    """Return a few lines that say what is about to run and where."""
+def opening_lines(
+    settings: Settings, devices: Platform, place: Place, vocab_size: int
+) -> list[str]:
+    """Return a few lines that describe the run and the devices it runs on."""
     depths = exit_depths(settings)
     parameters = sub_model_parameters(settings, vocab_size)
     chunks = num_virtual_chunks(settings)
@@ -140,19 +144,22 @@ def opening_lines(settings: Settings, where: Platform, place: Place, vocab_size:
     layout += f" ({chunks} chunks)" if chunks > 1 else ""
     layout += f" x dp {place.data_size}"
     stages = []
-    for chunk in layout_of(settings).chunks:
-        name = f"stage {chunk.stage}" + (f" chunk {chunk.chunk}" if chunks > 1 else "")
-        stages.append(
-            f"{name}: layers {chunk.first_layer + 1}-{chunk.last_layer}, "
-            f"exits {' '.join(map(str, chunk.exits)) or 'none'}"
-        )
+    if place.num_stages > 1:
+        for chunk in layout_of(settings).chunks:
+            name = f"stage {chunk.stage}" + (f" chunk {chunk.chunk}" if chunks > 1 else "")
+            stages.append(
+                f"{name}: layers {chunk.layers_before + 1}-{chunk.layers_through}, "
+                f"exits {' '.join(map(str, chunk.exits)) or 'none'}"
+            )
     precision = "bf16" if settings.bf16 else "fp16" if settings.fp16 else "fp32"
     return [
-        f"{place.world_size} process{'es' * (place.world_size > 1)} on {where.name}: {layout}, {precision}, "
-        f"{global_batch_size(settings, place.world_size)} samples of {settings.seq_length} tokens a step "
-        f"({num_micro_batches(settings, place.world_size)} micro-batches of {settings.micro_batch_size} on each data parallel rank)",
-        f"{settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {vocab_size}; parameters of the sub-model at each exit: "
+        f"{place.world_size} process{'es' * (place.world_size > 1)} on {devices.name}: {layout}, "
+        f"{precision}, {global_batch_size(settings, place.world_size)} samples of "
+        f"{settings.seq_length} tokens a step ({num_micro_batches(settings, place.world_size)} "
+        f"micro-batches of {settings.micro_batch_size} on each data parallel rank)",
+        f"{settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {vocab_size}; "
+        "parameters of the sub-model at each exit: "
         + ", ".join(f"@{depth} {short_count(parameters[depth])}" for depth in depths),
         *adapter_lines(settings, parameters[settings.num_layers]),
-        *(stages if place.num_stages > 1 else []),
+        *stages,
     ]

@@ -1,4 +1,4 @@
-"""Every exit on every evaluation set, forward only."""
+"""Evaluation of every exit on every evaluation set, forward only."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,21 +21,21 @@ from megatron_sorted.settings.derived import num_micro_batches
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.step.build import Model, unwrap
 from megatron_sorted.training.step.exits import ExitLosses
-from megatron_sorted.training.step.micro_batches import Feed, MicroBatch
+from megatron_sorted.training.step.micro_batches import InputBuilder, MicroBatch
 from megatron_sorted.training.step.reduce import reduce_ledger
 from megatron_sorted.training.step.train_step import run_schedule
 
 
 def pieces_of(batch: Batch) -> tuple[torch.Tensor, int]:
-    """Return each counted token's document, numbered over the micro-batch, and a bound; [n].
+    """Return each counted token's piece, numbered over the micro-batch, and a bound; [n].
 
-    Works on the host, where the batch lies.
+    The batch must still be on the host.
     """
     size, length = batch.tokens_bs.shape
     segments = (
         torch.zeros(size, length, dtype=torch.int64)
-        if batch.segments_bs is None
-        else batch.segments_bs.long()
+        if batch.pieces_bs is None
+        else batch.pieces_bs.long()
     )
     stride = length + 1  # padding has a number of its own
     numbered = (segments + torch.arange(size)[:, None] * stride).t().reshape(-1)
@@ -61,10 +61,10 @@ class EvaluationStep:
     """Megatron's forward-step function for evaluation: exits are computed at once.
 
     Attributes:
-        coefficients: Empty, since no exit trains.
-        num_micro_batches: Of a global batch.
-        observe: Called with an exit's micro-batch, depth and losses.
-        losses: Computes them, with the most likely tokens.
+        coefficients: An empty dictionary, since no exit trains.
+        num_micro_batches: Number of micro-batches of a global batch.
+        observe: A function that takes an exit's micro-batch, depth and losses.
+        losses: The computation of losses, with the most likely tokens.
     """
 
     def __init__(
@@ -76,23 +76,22 @@ class EvaluationStep:
     ):
         self.settings, self.platform, self.observe = settings, platform, observe
         self.coefficients: dict[int, float] = {}
-        self.num_micro_batches, self.feed = 1, Feed(settings, platform)
+        self.num_micro_batches, self.input_builder = 1, InputBuilder(settings, platform)
         self.losses = ExitLosses(settings, model, platform)
 
-    def __call__(self, batches: Iterator[Batch], chunk: torch.nn.Module):
+    def __call__(self, batches: Iterator[Batch], wrapped_chunk: torch.nn.Module):
         """Return the chunk's output and Megatron's loss function for it.
 
         Collective: those of the chunk's layers and exits (tensor parallel group).
         """
-        micro, inputs = self.feed.take(next(batches), unwrap(chunk), self.num_micro_batches)
-        batch = micro.batch
-        self.losses.choices.add_batch(
-            micro.number, batch.loss_mask_bs, batch.positions_bs, batch.segments_bs
+        micro, inputs = self.input_builder.build(
+            next(batches), unwrap(wrapped_chunk), self.num_micro_batches
         )
-        return inputs.run(chunk, micro, partial(self.at_exit, micro)), inputs.loss_function
+        self.losses.top_tokens.add_batch(micro.number, micro.batch)
+        return inputs.run(wrapped_chunk, micro, partial(self.at_exit, micro)), inputs.loss_function
 
     def at_exit(self, micro: MicroBatch, depth: int, hidden_tbh: torch.Tensor) -> torch.Tensor:
-        """Return what deeper layers go on with, after computing the exit at ``depth``."""
+        """Compute the exit at ``depth``; return the input of the deeper layers."""
         losses, _ = self.losses.compute(micro, depth, hidden_tbh, None)
         self.observe(micro, depth, losses)
         return torch.zeros((), device=hidden_tbh.device) if depth == micro.deepest else hidden_tbh
@@ -100,23 +99,25 @@ class EvaluationStep:
     def finish_batch(self, ledger: Ledger) -> None:
         """Compare the exits over a global batch, and add the counts to ``ledger``.
 
-        Collective: that of ``Choices.compare``.
+        Collective: that of ``TopTokens.compare``.
         """
-        self.losses.choices.compare(
+        self.losses.top_tokens.compare(
             ledger, self.platform, self.settings.num_layers, self.settings.num_draft_tokens
         )
-        self.feed.finish()
+        self.input_builder.finish()
 
 
 class Evaluator:
-    """Measures every exit on one set: loss, accuracy, exact match, agreement, accept length.
+    """The evaluation of every exit on one set.
+
+    It measures loss, accuracy, exact match, agreement and accept length.
 
     Args:
         settings: The run; ``eval_iters`` global batches are used, or all with ``full_validation``.
         model: The model.
-        platform: Where it runs.
+        platform: The devices of the run.
         place: This process.
-        name: Of the set.
+        name: The set's name.
         samples: The set.
     """
 
@@ -134,24 +135,23 @@ class Evaluator:
 
     def _observe(self, micro: MicroBatch, depth: int, losses: ExitLoss) -> None:
         loss_mask_n = micro.targets.loss_mask_n
-        if not isinstance(self.samples.source, InstructionSamples):
-            self.ledger.add(
-                depth, losses, loss_mask_n, whole=_whole_sums(self.settings, losses, micro.targets)
-            )
-            return
-        pieces, num_pieces = pieces_of(micro.batch)
-        self.ledger.add(depth, losses, loss_mask_n, self.platform.to_device(pieces), num_pieces)
+        if isinstance(self.samples.source, InstructionSamples):
+            pieces, num_pieces = pieces_of(micro.batch)
+            pieces = self.platform.to_device(pieces)
+            self.ledger.add(depth, losses, loss_mask_n, pieces, num_pieces)
+        else:
+            whole = _whole_sums(self.settings, losses, micro.targets)
+            self.ledger.add(depth, losses, loss_mask_n, whole=whole)
 
     def run(self, step: int, progress: Callable[[int, int], None]) -> EvaluationReport:
-        """Return the report of the set.
+        """Evaluate the set and return the report.
 
-        Collective: for each global batch the schedule's and that of ``Choices.compare``, for each
-            exit
-        of a micro-batch that of ``_whole_sums``; then one small all-reduce over all ranks.
+        Collective: for each global batch the schedule's and that of ``TopTokens.compare``, for each
+            exit of a micro-batch that of ``_whole_sums``; then one small all-reduce over all ranks.
 
         Args:
             step: Steps trained so far.
-            progress: Called with batches done and batches in all.
+            progress: A function that takes the number of batches done, and of all batches.
         """
         started, settings, model, place = time.monotonic(), self.settings, self.model, self.place
         limit = None if settings.full_validation else settings.eval_iters
@@ -174,21 +174,20 @@ class Evaluator:
         finally:
             for chunk in model.chunks:
                 chunk.train()
-        found = reduce_ledger(self.ledger, settings)
-        return EvaluationReport(
-            step, self.name, time.monotonic() - started, found.num_tokens, found.exits
-        )
+        summed = reduce_ledger(self.ledger, settings)
+        seconds = time.monotonic() - started
+        return EvaluationReport(step, self.name, seconds, summed.num_tokens, summed.exits)
 
 
 @dataclass
 class ShownProgress:
-    """Tells the watchdog and the console how far an evaluation is.
+    """The progress of an evaluation, for the watchdog and the console.
 
     Attributes:
-        name: Of the set.
-        alive: Called after every batch.
+        name: The set's name.
+        alive: A function that is called after every batch.
         prints: Whether this process prints, every 10 seconds.
-        shown: When it printed last.
+        shown: The time of its last print.
     """
 
     name: str

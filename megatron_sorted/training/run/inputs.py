@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sorted.checkpoint.candidates import Candidate, Candidates, find_candidates
 from megatron_sorted.checkpoint.layout import saved_steps
-from megatron_sorted.conversion.network import is_hugging_face
+from megatron_sorted.conversion.directory_kind import is_hugging_face
 from megatron_sorted.data.batches import (
     make_document_masks,
     make_eval_sets,
@@ -30,26 +30,28 @@ from megatron_sorted.text.prompt_form import PromptForm, check_rows, check_token
 from megatron_sorted.text.tokenizer.fit import surplus_line
 from megatron_sorted.training.run.hugging_face import check_export, hugging_face_candidate
 from megatron_sorted.training.run.resume import check_can_continue, settle_document_masks
-from megatron_sorted.training.run.same_run import go_on_in_save
+from megatron_sorted.training.run.same_run import resume_in_save, start_of
 from megatron_sorted.training.step.teacher import check_teacher
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was found.
+    """The opened and checked inputs of a run.
 
     Attributes:
-        settings: Of the run, with the vocabulary resolved.
-        vocab_size: Real tokens, before padding.
-        tokenizer: Of the data, if there is one.
-        data: What the data are, for checkpoints; None on all ranks but the first, which reads the files once for all.
-        checkpoints: Those the run may continue from; None to start afresh.
-        samples: To train on; None with ``skip_train``.
-        eval_sets: By name, evaluated on the way and at the end.
-        test_sets: By name, evaluated at the end only.
+        settings: The settings, with the vocabulary size resolved.
+        vocab_size: Number of real tokens, before padding.
+        tokenizer: The tokenizer of the data, if there is one.
+        data: The identity of the data, for checkpoints; None on all ranks but the first, which
+            reads the files once for all.
+        checkpoints: The checkpoints that the run may resume from; None to start afresh.
+        samples: The training samples; None with ``skip_train``.
+        eval_sets: {name: set} evaluated during training and at the end.
+        test_sets: {name: set} evaluated at the end only.
         notes: Lines for the log.
-        going_on: Lines that say from which checkpoints in --save the run goes on, where --load does not name them.
-        form: In which the training data's conversations are written; None where they do not say.
+        resume_lines: Lines about the checkpoints in --save from which the run resumes, where --load
+            does not name them.
+        form: The prompt form of the training data's conversations; None if the data name none.
     """
 
     settings: Settings
@@ -61,22 +63,23 @@ class Inputs:
     eval_sets: dict[str, EvaluationSet]
     test_sets: dict[str, EvaluationSet]
     notes: tuple[str, ...] = ()
-    going_on: tuple[str, ...] = ()
+    resume_lines: tuple[str, ...] = ()
     form: PromptForm | None = None
 
 
 def open_inputs(settings: Settings) -> Inputs:
-    """Return what the run works with.
+    """Open and check everything that a run reads or writes.
 
     Raises:
-        SortedError: Something is missing, damaged or does not fit.
+        SortedError: An input is missing, is damaged or does not fit.
     """
     tokenizer = open_tokenizer(settings)
     notes = notes_on_tokenizer(tokenizer, settings)
     vocab_size = settings.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     if not vocab_size:
         raise SettingsError(
-            "--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size."
+            "--vocab-size: the vocabulary is unknown without a tokenizer. "
+            "Give --tokenizer-model or --vocab-size."
         )
     settings = start_from_pretrained(dataclasses.replace(settings, vocab_size=vocab_size))
     check_top_k(settings)
@@ -91,23 +94,12 @@ def open_inputs(settings: Settings) -> Inputs:
     samples = None if settings.skip_train else open_train_samples(settings, vocab_size, masks)
     eval_sets = make_eval_sets(settings, vocab_size, masks)
     test_sets = make_test_sets(settings, vocab_size, masks)
-    check_context_parallel(
-        settings,
-        {
-            "the training data": samples,
-            **{f"set {name!r}": one.source for name, one in (eval_sets | test_sets).items()},
-        },
-    )
-    first = int(os.environ.get("RANK", 0)) == 0
-    data = (
-        data_identity(settings)
-        if first and (settings.save or settings.load) and not settings.skip_train
-        else None
-    )
-    checkpoints = find_checkpoints(settings, tokenizer, data)
-    resumed, going_on = go_on_in_save(settings, newest_of(checkpoints), tokenizer, data)
-    if resumed is not settings:
-        settings, checkpoints = resumed, find_checkpoints(resumed, tokenizer, data)
+    sources = {f"set {name!r}": one.source for name, one in (eval_sets | test_sets).items()}
+    check_context_parallel(settings, {"the training data": samples, **sources})
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    has_checkpoints = (settings.save or settings.load) and not settings.skip_train
+    data = data_identity(settings) if is_first and has_checkpoints else None
+    settings, checkpoints, _, resume_lines = search_checkpoints(settings, tokenizer, data)
     check_export(settings)
     if settings.save:
         check_writable("--save", Path(settings.save))
@@ -124,38 +116,41 @@ def open_inputs(settings: Settings) -> Inputs:
         eval_sets,
         test_sets,
         (*notes, *lines),
-        tuple(going_on),
+        tuple(resume_lines),
         form,
     )
 
 
 def check_context_parallel(settings: Settings, sources: Mapping[str, SampleSource | None]) -> None:
-    """Check that no sample holds documents that must be kept apart where attention runs across processes.
+    """Check that context parallelism meets no samples that keep documents apart.
 
     Raises:
-        SettingsError: One does.
+        SettingsError: A source has such samples.
     """
     packed = [name for name, source in sources.items() if source is not None and source.packs]
     if settings.context_parallel_size == 1 or not packed:
         return
     why = (
-        f"documents of {packed[0]} are to be kept apart (--reset-attention-mask, or the checkpoint was trained so)"
+        f"documents of {packed[0]} are to be kept apart "
+        "(--reset-attention-mask, or the checkpoint was trained so)"
         if settings.reset_attention_mask
         else f"{packed[0]} are packed instructions"
     )
     raise SettingsError(
-        f"--context-parallel-size: {settings.context_parallel_size}, but {why}, and attention across context parallel "
-        "processes knows no documents. Use 1, or train on text with --no-reset-attention-mask."
+        f"--context-parallel-size: {settings.context_parallel_size}, but {why}, and attention "
+        "across context parallel processes knows no documents. Use 1, or train on text with "
+        "--no-reset-attention-mask."
     )
 
 
 def open_form(
     settings: Settings, tokenizer: Tokenizer | None, vocab_size: int
 ) -> tuple[PromptForm | None, list[str]]:
-    """Return the form that the training data teach, and lines about it.
+    """Return the prompt form that the training data teach, and lines about it.
 
     Raises:
-        DataError: A summary of data is damaged, or the model or the tokenizer cannot write the form's tokens.
+        DataError: A summary of data is damaged, or the model or the tokenizer cannot write the
+            form's tokens.
     """
     if settings.skip_train:
         return None, []
@@ -171,7 +166,7 @@ def open_form(
 
 
 def open_tokenizer(settings: Settings) -> Tokenizer | None:
-    """Return the tokenizer the settings name, or None where none is needed.
+    """Load the tokenizer that the settings name; return None where none is needed.
 
     Raises:
         DataError: The tokenizer is missing or damaged.
@@ -182,10 +177,10 @@ def open_tokenizer(settings: Settings) -> Tokenizer | None:
 
 
 def notes_on_tokenizer(tokenizer: Tokenizer | None, settings: Settings) -> tuple[str, ...]:
-    """Return lines about how the tokenizer is read, and tokens of it that the model has no row for.
+    """Return lines about how the tokenizer is read, and its tokens without a row in the model.
 
     Raises:
-        DataError: Texts can have ids that the model has no row for.
+        DataError: Texts can contain tokens that the model has no row for.
     """
     if tokenizer is None:
         return ()
@@ -195,7 +190,7 @@ def notes_on_tokenizer(tokenizer: Tokenizer | None, settings: Settings) -> tuple
 
 
 def start_from_pretrained(settings: Settings) -> Settings:
-    """Return the settings with the weights of --pretrained-checkpoint to be taken, where the run has no checkpoint of its own yet."""
+    """Return settings that load --pretrained-checkpoint if the run has no checkpoint of its own."""
     if settings.pretrained_checkpoint is None or (
         settings.load is not None and saved_steps(settings.load)
     ):
@@ -204,34 +199,54 @@ def start_from_pretrained(settings: Settings) -> Settings:
 
 
 def newest_of(checkpoints: Candidates | None) -> Candidate | None:
-    """Return the checkpoint that a run would take if all its files are sound; None to start afresh."""
+    """Return the checkpoint a run would take if none is damaged; None to start afresh."""
     return checkpoints.usable[0] if checkpoints is not None and checkpoints.usable else None
+
+
+def search_checkpoints(
+    settings: Settings, tokenizer: Tokenizer | None, data: dict[str, Any] | None
+) -> tuple[Settings, Candidates | None, str, list[str]]:
+    """Return where the run can start, as the disk is now.
+
+    Returns:
+        The settings, with --load set to --save if the run resumes from there; the checkpoints as
+        ``find_checkpoints`` returns them; what the run starts from at step 0; and lines for the
+        log.
+
+    Raises:
+        CheckpointError: A checkpoint is required or present, and does not fit this run.
+    """
+    checkpoints = find_checkpoints(settings, tokenizer, data)
+    source = newest_of(checkpoints)
+    resumed, lines = resume_in_save(settings, source, tokenizer, data)
+    if resumed is not settings:
+        checkpoints = find_checkpoints(resumed, tokenizer, data)
+    return resumed, checkpoints, start_of(settings, source), lines
 
 
 def find_checkpoints(
     settings: Settings, tokenizer: Tokenizer | None, data: dict[str, Any] | None
 ) -> Candidates | None:
-    """Return the checkpoints the run may continue from, best first; None to start afresh.
+    """Return the checkpoints that the run may resume from, best first; None to start afresh.
 
     Raises:
-        CheckpointError: There is none although there should be, or the best one does not fit this run.
+        CheckpointError: There is none although one is required, or the best one does not fit this
+            run.
     """
     if settings.load is None:
         return None
     root = Path(settings.load)
-    flag = (
-        "--pretrained-checkpoint"
-        if same_path(settings.load, settings.pretrained_checkpoint)
-        else "--load"
-    )
-    # where --load and --save are the same, a job script can be submitted again and again, the first time too
-    same_as_save = same_path(root, settings.save)
+    is_pretrained = same_path(settings.load, settings.pretrained_checkpoint)
+    flag = "--pretrained-checkpoint" if is_pretrained else "--load"
     try:
-        if not root.is_dir() and not same_as_save:
+        # where --load and --save are the same, a job script can be submitted again and again, the
+        # first time too
+        if not root.is_dir() and not same_path(root, settings.save):
             raise CheckpointError(
-                f"{flag}: {root} is not a directory. Give the directory that --save of another run wrote to."
+                f"{flag}: {root} is not a directory. Give the directory that --save of another run "
+                "wrote to."
             )
-        found = (
+        candidates = (
             Candidates([hugging_face_candidate(root, settings)])
             if is_hugging_face(root)
             else find_candidates(root, settings.ckpt_step)
@@ -240,26 +255,29 @@ def find_checkpoints(
         raise CheckpointError(
             f"{flag}: cannot read {root} ({error.strerror}). Give a directory that can be read."
         ) from error
-    if found.usable:
-        check_can_continue(found.usable[0], settings, tokenizer, data)
-        return found
-    if found.skipped:
+    if candidates.usable:
+        check_can_continue(candidates.usable[0], settings, tokenizer, data)
+        return candidates
+    if candidates.skipped:
         raise CheckpointError(
-            f"{flag}: {root} holds no complete checkpoint: {' '.join(found.passed_over(None))} Restore one, or give "
-            "another directory."
+            f"{flag}: {root} holds no complete checkpoint: "
+            f"{' '.join(candidates.passed_over(None))} Restore one, or give another directory."
         )
     if settings.exit_on_missing_checkpoint or settings.finetune or settings.skip_train:
         raise CheckpointError(
-            f"{flag}: {root} holds no checkpoint. Give the directory that --save of another run wrote to."
+            f"{flag}: {root} holds no checkpoint. Give the directory that --save of another run "
+            "wrote to."
         )
     return None
 
 
 def check_writable(flag: str, directory: Path) -> None:
-    """Check that a file can be written in ``directory``, which is made if it is missing.
+    """Check that a file can be written in ``directory``; create the directory if it is missing.
+
+    Without this, hours of training could be lost at the first checkpoint.
 
     Raises:
-        SettingsError: It cannot; hours of training would be lost at the first checkpoint.
+        SettingsError: No file can be written there.
     """
     trial = directory / f".trial.{os.environ.get('RANK', 0)}.{os.getpid()}"
     try:
@@ -268,5 +286,6 @@ def check_writable(flag: str, directory: Path) -> None:
         trial.unlink()
     except OSError as error:
         raise SettingsError(
-            f"{flag}: cannot write in {directory} ({error.strerror}). Give a directory that can be written."
+            f"{flag}: cannot write in {directory} ({error.strerror}). "
+            "Give a directory that can be written."
         ) from error

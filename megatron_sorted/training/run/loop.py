@@ -1,4 +1,4 @@
-"""The whole run: its steps, and those who look at every step."""
+"""The whole run: its steps, and the observers of every step."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -13,31 +13,27 @@ from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.run.adapters import use_ranks
 from megatron_sorted.training.run.reporting import Every, Interval, Reporter
 from megatron_sorted.training.run.start import prepare
-from megatron_sorted.training.run.timers import PhaseTimers
 from megatron_sorted.training.run.training_run import TrainingRun
 from megatron_sorted.training.step.train_step import train_step
+from megatron_sorted.training.step_result import Observer, TrainedStep
 from megatron_sorted.training.watch.nonfinite import NonfiniteSteps
 from megatron_sorted.training.watch.profile import Profiler
-from megatron_sorted.training.watch.trained_step import Observer, TrainedStep
+from megatron_sorted.training.watch.timers import PhaseTimers
 
 
 def take_step(run: TrainingRun, batches: Iterator[Batch], reports: bool) -> TrainedStep:
-    """Return what became of the next step of a run.
+    """Take the next step of a run and return its result.
 
     Collective: that of ``train_step`` and of the exchange of ``Stops``.
 
     Args:
         run: The run.
-        batches: Its micro-batches.
+        batches: The micro-batches of this rank.
         reports: Whether the step ends with a report, and so compares the exits.
     """
-    settings, model, forward_step, step = (
-        run.settings,
-        run.model,
-        run.forward_step,
-        run.progress.step,
-    )
-    done, samples = step + 1, global_batch_size(settings, run.place.world_size)
+    settings, model, forward_step = run.settings, run.model, run.forward_step
+    step, done = run.progress.step, run.progress.step + 1
+    samples = global_batch_size(settings, run.place.world_size)
     forward_step.track_agreement = reports
     coefficients = trained_exits(settings, run.rule, step)
     forward_step.begin_step(step, run.rule)
@@ -59,14 +55,8 @@ def take_step(run: TrainingRun, batches: Iterator[Batch], reports: bool) -> Trai
     run.progress = Progress(done, run.progress.samples + samples)
     if result.observed is not None:
         run.rule.observe(step, result.observed)
-    return TrainedStep(
-        done,
-        run.progress.samples,
-        result,
-        reports,
-        done == settings.train_iters,
-        run.stops.answers(),
-    )
+    is_last, flags = done == settings.train_iters, run.stops.answers()
+    return TrainedStep(done, run.progress.samples, result, reports, is_last, flags)
 
 
 def train(run: TrainingRun) -> str | None:
@@ -87,22 +77,18 @@ def train(run: TrainingRun) -> str | None:
     run.model.timers = PhaseTimers(settings.log_timers, run.platform.synchronize)
     directory = settings.profile_dir or (Path(settings.save) / "profile" if settings.save else None)
     profiler = Profiler(settings, place.rank, directory, partial(print, flush=True))
-    nonfinite = NonfiniteSteps(settings.nonfinite_steps_allowed, run.say)
+    nonfinite = NonfiniteSteps(settings.nonfinite_steps_allowed, run.log)
+    save_interval = settings.save_interval if settings.save else None
     observers: tuple[Observer, ...] = (
         nonfinite,
         run.checkpoints,
         Reporter(interval, run.forward_step, run.rule, run.publish),
         profiler,
         Every(settings.eval_interval, run.evaluate_all, interval),
-        Every(
-            settings.save_interval if settings.save else None,
-            run.save,
-            interval,
-            lambda: nonfinite.in_a_row > 0,
-        ),
+        Every(save_interval, run.save, interval, lambda: nonfinite.in_a_row > 0),
     )
     if start >= settings.train_iters:
-        run.say(
+        run.log(
             f"nothing to train: step {start} of --train-iters {settings.train_iters} is reached"
         )
     profiler.step(start)
@@ -123,11 +109,11 @@ def run(settings: Settings) -> str | None:
 
     Collective: every process must call it.
     """
-    work = TrainingRun(prepare(settings))
+    training_run = TrainingRun(prepare(settings))
     try:
-        reason = None if settings.skip_train else train(work)
-    except TrainingError:  # met by all ranks at the same step
-        work.fail()
+        reason = None if settings.skip_train else train(training_run)
+    except TrainingError:  # raised by all ranks at the same step
+        training_run.fail()
         raise
-    work.end(reason)
+    training_run.end(reason)
     return reason

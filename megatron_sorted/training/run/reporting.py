@@ -1,4 +1,4 @@
-"""What happened since the last report, and the report of it."""
+"""The steps since the last report, and the report of them."""
 
 import statistics
 import time
@@ -23,20 +23,22 @@ from megatron_sorted.training.run.throughput import (
 from megatron_sorted.training.step.build import Model
 from megatron_sorted.training.step.forward_step import ForwardStep
 from megatron_sorted.training.step.reduce import reduce_interval
-from megatron_sorted.training.watch.trained_step import StepResult, TrainedStep
+from megatron_sorted.training.step_result import StepResult, TrainedStep
 
-# Reports that the estimate of the time left looks back on.
+# Number of past reports from which the time left is estimated.
 RECENT_REPORTS = 100
 
 
 class Interval:
-    """Steps since the last report. A step that was skipped for a number that is not finite leaves nothing in the means.
+    """The steps since the last report.
+
+    A step that was skipped for a number that is not finite leaves nothing in the means.
 
     Args:
         settings: The run.
-        platform: Where it runs.
+        platform: The devices of the run.
         model: The model, for learning rate and loss scale.
-        samples: What it trains on.
+        samples: The training samples.
         world_size: Number of ranks.
     """
 
@@ -48,13 +50,8 @@ class Interval:
         samples: SampleSource,
         world_size: int,
     ):
-        self.settings, self.platform, self.model, self.samples, self.world_size = (
-            settings,
-            platform,
-            model,
-            samples,
-            world_size,
-        )
+        self.settings, self.platform, self.model = settings, platform, model
+        self.samples, self.world_size = samples, world_size
         self.samples_a_step = global_batch_size(settings, world_size)
         self.peak_tflops = device_peak_tflops(settings, platform)
         self.ledger = Ledger()
@@ -67,7 +64,7 @@ class Interval:
         self._since, self._paused = time.monotonic(), 0.0
 
     def add(self, result: StepResult, forward_step: ForwardStep) -> None:
-        """Take in one step."""
+        """Add one step."""
         self.steps += 1
         self.skipped += not result.stepped
         self.nonfinite += result.not_finite is not None
@@ -85,7 +82,7 @@ class Interval:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time of a block that is not spent on steps: evaluation, the start of a save."""
+        """Leave out the time of a block that takes no steps: evaluation, the start of a save."""
         began = time.monotonic()
         yield
         self._paused += time.monotonic() - began
@@ -93,18 +90,18 @@ class Interval:
     def report(
         self, result: StepResult, forward_step: ForwardStep, step: int, samples: int
     ) -> StepReport:
-        """Return the report of the steps taken in, and start anew.
+        """Return the report of the steps added, and start anew.
 
         Collective: two small all-reduces over all ranks. The host waits for the device.
 
         Args:
-            result: Of the last step.
-            forward_step: With the coefficients of the last step.
-            step: Steps done.
-            samples: Samples consumed.
+            result: The result of the last step.
+            forward_step: The forward step, with the coefficients of the last step.
+            step: Number of steps done.
+            samples: Number of samples consumed.
         """
         settings, optimizer = self.settings, self.model.optimizer
-        found = reduce_interval(
+        summed = reduce_interval(
             self.ledger,
             settings,
             forward_step.take_checksum(),
@@ -113,8 +110,8 @@ class Interval:
         )
         seconds = time.monotonic() - self._since - self._paused
         self.rates = [*self.rates[-RECENT_REPORTS:], seconds / max(self.steps, 1)]
-        # the first step also warms up caches and allocators: it says nothing of the time left
-        usual = self.rates[-1] if len(self.rates) < 3 else statistics.median(self.rates[1:])
+        # the first step also warms up caches and allocators, so it does not count for the time left
+        typical = self.rates[-1] if len(self.rates) < 3 else statistics.median(self.rates[1:])
         tokens_per_second = self.samples_a_step * settings.seq_length / self.rates[-1]
         tflops = tflops_per_device(self.flops, seconds, self.world_size)
         report = StepReport(
@@ -127,20 +124,20 @@ class Interval:
             skipped=self.skipped,
             step_seconds=self.rates[-1],
             tokens_per_second=tokens_per_second,
-            seconds_left=usual * (settings.train_iters - step),
+            seconds_left=typical * (settings.train_iters - step),
             exits={
-                depth: replace(e, coefficient=forward_step.coefficients.get(depth, 0.0))
-                for depth, e in found.exits.items()
+                depth: replace(numbers, coefficient=forward_step.coefficients.get(depth, 0.0))
+                for depth, numbers in summed.exits.items()
             },
             nonfinite=self.nonfinite,
             samples_a_step=self.samples_a_step,
             epoch=self.samples.epoch_at(samples),
-            data_checksum=found.checksum,
+            data_checksum=summed.checksum,
             tokens_per_second_per_device=tokens_per_second / self.world_size,
             tflops_per_device=tflops,
             mfu=model_flops_utilisation(tflops, self.peak_tflops),
-            memory_bytes=found.memory_bytes,
-            phases=found.phases,
+            memory_bytes=summed.memory_bytes,
+            phases=summed.phases,
         )
         self._start_anew()
         return report
@@ -148,13 +145,13 @@ class Interval:
 
 @dataclass
 class Reporter:
-    """Takes in every step, and publishes the report of an interval at its end.
+    """An observer that adds every step, and publishes the report of an interval at its end.
 
     Attributes:
         interval: The steps since the last report.
-        forward_step: Its ledger and coefficients are those of the step under way.
-        rule: The rule of the coefficients, for what it shows.
-        publish: Takes a report and its lines for the console.
+        forward_step: The forward step, with ledger and coefficients of the current step.
+        rule: The coefficient rule, for the numbers it reports.
+        publish: A function that takes a report and its lines for the console.
     """
 
     interval: Interval
@@ -163,7 +160,7 @@ class Reporter:
     publish: Callable[[StepReport, str], None]
 
     def after(self, step: TrainedStep) -> None:
-        """Take in a step; publish a report if it ends with one.
+        """Add a step; publish a report if the step ends with one.
 
         Collective: for a report two small all-reduces over all ranks.
         """
@@ -178,13 +175,15 @@ class Reporter:
 
 @dataclass
 class Every:
-    """Does something every so many steps; after the last one the end of the run does it.
+    """An observer that repeats an action every few steps.
+
+    It does nothing after the last step, where the end of the run does the same.
 
     Attributes:
-        steps: From one time to the next; None or 0 for never.
-        action: What to do; its time is left out of the interval.
+        steps: Number of steps from one action to the next; None or 0 for never.
+        action: The action; its time is left out of the interval.
         interval: The steps since the last report.
-        unless: Whether this time is left out.
+        unless: A function that returns whether to skip the action this time.
     """
 
     steps: int | None
@@ -193,9 +192,9 @@ class Every:
     unless: Callable[[], bool] = lambda: False
 
     def after(self, step: TrainedStep) -> None:
-        """Do it if it is due.
+        """Do the action if it is due.
 
-        Collective: what ``action`` has.
+        Collective: that of ``action``.
         """
         if self.steps and step.number % self.steps == 0 and not step.is_last and not self.unless():
             with self.interval.paused():

@@ -1,4 +1,4 @@
-"""Continuing a run: what may have changed since its checkpoint, what may not, and the line that says so."""
+"""Resuming a run: which settings may have changed since its checkpoint, and which may not."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_sorted.checkpoint.candidates import Candidate, find_candidates
 from megatron_sorted.checkpoint.manifest import check_same_shape, network_shape, with_new_parts
-from megatron_sorted.conversion.network import is_hugging_face
+from megatron_sorted.conversion.directory_kind import is_hugging_face
 from megatron_sorted.data.identity import describe_changes
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import CheckpointError
@@ -15,9 +15,9 @@ from megatron_sorted.files import same_path
 from megatron_sorted.settings.derived import document_masks
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.run.adapters import check_same_adapters
+from megatron_sorted.training.run.adapters import check_same_adapters, value_text
 
-# Settings whose change says nothing of training: where files lie, what is printed, how a run is watched.
+# Settings that do not affect training: where files are, what is printed, how a run is monitored.
 SILENT = frozenset(
     (
         "save",
@@ -61,57 +61,54 @@ SILENT = frozenset(
     )
 )
 SILENT_PREFIXES = ("wandb_", "profile")
-# What a version that did not have a setting did: checkpoints of 0.6.0 and before.
-BEFORE = {"reset_attention_mask": False, "reset_position_ids": False, "eod_mask_loss": False}
-# The optimizer's state is kept in a form that depends on these.
+# Values of settings that 0.6.0 and older versions did not have.
+OLD_VALUES = {"reset_attention_mask": False, "reset_position_ids": False, "eod_mask_loss": False}
+# Settings on which the stored form of the optimizer's state depends.
 FORM_OF_STATE = ("optimizer", "bf16", "fp16", "use_distributed_optimizer", "tune_exit")
 
 
 def changed_settings(saved: Mapping[str, Any], settings: Settings) -> list[str]:
-    """Return every setting that changed since the checkpoint and bears on training, as "train-iters 100 -> 200"."""
-    before = {**BEFORE, **saved}
+    """Return every setting that affects training and changed since the checkpoint.
+
+    They are texts such as "train-iters 100 -> 200".
+    """
+    before = {**OLD_VALUES, **saved}
     return [
-        f"{name.replace('_', '-')} {_word(before.get(name))} -> {_word(value)}"
+        f"{name.replace('_', '-')} {value_text(before.get(name))} -> {value_text(value)}"
         for name, value in settings_as_dict(settings).items()
         if name not in SILENT and not name.startswith(SILENT_PREFIXES) and before.get(name) != value
     ]
 
 
-def _word(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def settle_document_masks(settings: Settings) -> Settings:
-    """Return the settings with --reset-attention-mask, --reset-position-ids and --eod-mask-loss decided where they were not given.
+    """Return the settings with --reset-attention-mask and its companions decided if not given.
 
-    A run that continues a checkpoint (of --load, or in --save the same command's), or evaluates one, goes on as it was trained;
-    checkpoints of 0.6.0 and before were trained without them. All other runs take the defaults of ``settings.derived.document_masks``.
+    The others are --reset-position-ids and --eod-mask-loss. A run that resumes from a checkpoint
+    (of --load, or in --save the same command's), or evaluates one, keeps the values it was trained
+    with; checkpoints of 0.6.0 and before were trained without them. All other runs take the
+    defaults of ``settings.derived.document_masks``.
 
     Raises:
         CheckpointError: The checkpoint that --ckpt-step names is missing or unusable.
     """
-    found = None
+    resumed = None
     if settings.load and not settings.finetune:
-        found = _newest_to_continue(Path(settings.load), settings.ckpt_step)
-    if (
-        settings.save
-        and not settings.skip_train
-        and not (found and same_path(settings.load, settings.save))
-    ):
-        found = (
-            _newest_to_continue(Path(settings.save)) or found
-        )  # with which same_run.go_on_in_save will go on
-    saved = {**BEFORE, **found.manifest["settings"]} if found else {}
+        resumed = _newest_to_resume(Path(settings.load), settings.ckpt_step)
+    in_place = resumed and same_path(settings.load, settings.save)
+    if settings.save and not settings.skip_train and not in_place:
+        # same_run.resume_in_save prefers a checkpoint in --save too
+        resumed = _newest_to_resume(Path(settings.save)) or resumed
+    saved = {**OLD_VALUES, **resumed.manifest["settings"]} if resumed else {}
     kept = {
         name: saved[name]
-        for name in BEFORE
+        for name in OLD_VALUES
         if saved.get(name) is not None and getattr(settings, name) is None
     }
     settings = dataclasses.replace(settings, **kept)
     return dataclasses.replace(settings, **document_masks(settings))
 
 
-def _newest_to_continue(root: Path, step: int | None = None) -> Candidate | None:
+def _newest_to_resume(root: Path, step: int | None = None) -> Candidate | None:
     if not root.is_dir() or is_hugging_face(root):
         return None
     usable = find_candidates(root, step).usable
@@ -119,12 +116,15 @@ def _newest_to_continue(root: Path, step: int | None = None) -> Candidate | None
 
 
 def takes_weights_only(candidate: Candidate, settings: Settings) -> bool:
-    """Return whether a run starts at step 0 with the checkpoint's weights: it was told to, or there is nothing else to take."""
+    """Return whether a run starts at step 0 with the checkpoint's weights.
+
+    It does with --finetune, and from a checkpoint that holds nothing else.
+    """
     return settings.finetune or candidate.weights_only
 
 
 def gives_new_parts(candidate: Candidate, settings: Settings) -> bool:
-    """Return whether a run that takes weights only gives the exits parts that the checkpoint's have not."""
+    """Return whether a run that takes weights only gives exits parts that the checkpoint lacks."""
     manifest = candidate.manifest
     return (
         takes_weights_only(candidate, settings)
@@ -133,12 +133,14 @@ def gives_new_parts(candidate: Candidate, settings: Settings) -> bool:
 
 
 def _form(settings: Mapping[str, Any], name: str) -> Any:
-    """Return a setting that the form of the optimizer's state depends on; fully sharded state has the distributed optimizer's form."""
+    """Return the value of a setting on which the form of the optimizer's state depends.
+
+    Fully sharded state has the form of the distributed optimizer's.
+    """
     if name == "use_distributed_optimizer" and settings.get("data_parallel") == "fsdp":
         return True
-    return settings.get(
-        name, getattr(Settings, name)
-    )  # the default where an older version did not know it
+    # an older version may not have had the setting: it behaved like the default
+    return settings.get(name, getattr(Settings, name))
 
 
 def check_can_continue(
@@ -147,23 +149,24 @@ def check_can_continue(
     tokenizer: Tokenizer | None,
     data: Mapping[str, Any] | None,
 ) -> None:
-    """Check that the run can go on from the checkpoint, or only takes its weights.
+    """Check that the run can resume from the checkpoint, or take its weights alone.
 
     Args:
         candidate: The checkpoint.
-        settings: Of the run.
-        tokenizer: Of its data, if there is one.
-        data: Its data (``data.identity.data_identity``), or None where only another rank has looked at them.
+        settings: The run.
+        tokenizer: The tokenizer of the run's data, if there is one.
+        data: The identity of the run's data (``data.identity.data_identity``), or None where only
+            another rank has read them.
 
     Raises:
-        CheckpointError: Naming what changed, why that cannot be, and what can.
+        CheckpointError: It cannot; the message names what changed, why that is refused, and the
+            remedy.
     """
     manifest, directory = candidate.manifest, candidate.directory
-    described = (
-        with_new_parts(manifest, settings) if takes_weights_only(candidate, settings) else manifest
-    )
+    weights_only = takes_weights_only(candidate, settings)
+    described = with_new_parts(manifest, settings) if weights_only else manifest
     check_same_shape(directory, described, settings, network_shape(settings, settings.vocab_size))
-    check_same_adapters(candidate, settings, takes_weights_only(candidate, settings))
+    check_same_adapters(candidate, settings, weights_only)
     saved_tokenizer = manifest.get("tokenizer")
     is_other = (
         tokenizer is not None
@@ -172,48 +175,52 @@ def check_can_continue(
     )
     if is_other and not settings.allow_changed_data:
         raise CheckpointError(
-            f"--tokenizer-model: {tokenizer.name} (sha256 {tokenizer.sha256[:12]}), but {directory} was made with "
-            f"{saved_tokenizer['name']} (sha256 {saved_tokenizer['sha256'][:12]}), so its tokens mean other words. Use that one "
-            f"({directory / 'tokenizer'} holds it), or give --allow-changed-data if the two are the same vocabulary."
+            f"--tokenizer-model: {tokenizer.name} (sha256 {tokenizer.sha256[:12]}), but "
+            f"{directory} was made with {saved_tokenizer['name']} (sha256 "
+            f"{saved_tokenizer['sha256'][:12]}), so its tokens mean other words. Use that one "
+            f"({directory / 'tokenizer'} holds it), or give --allow-changed-data if the "
+            "two are the same vocabulary."
         )
-    if takes_weights_only(candidate, settings) or settings.skip_train:
+    if weights_only or settings.skip_train:
         return
     if not settings.no_load_optim:
         for name in FORM_OF_STATE:
             saved, now = _form(manifest["settings"], name), _form(vars(settings), name)
             if saved != now:
                 raise CheckpointError(
-                    f"--{name.replace('_', '-')}: {saved} in {directory}, {now} in this run; the optimizer's state is kept in a form that "
-                    "depends on it. Keep it, or continue without that state (--no-load-optim)."
+                    f"--{name.replace('_', '-')}: {saved} in {directory}, {now} in this run; the "
+                    "optimizer's state is kept in a form that depends on it. Keep it, or continue "
+                    "without that state (--no-load-optim)."
                 )
-    changes = (
-        []
-        if settings.allow_changed_data or data is None
-        else describe_changes(manifest["data"], data)
-    )
-    if changes:
+    if settings.allow_changed_data or data is None:
+        return
+    if changes := describe_changes(manifest["data"], data):
         raise CheckpointError(
-            f"{directory}: trained on other data than this run names: {'; '.join(changes)}. Sample {manifest['progress']['samples']} would "
-            "not be the next one. Give the data back, continue with --allow-changed-data, or start at step 0 with --finetune."
+            f"{directory}: trained on other data than this run names: {'; '.join(changes)}. Sample "
+            f"{manifest['progress']['samples']} would not be the next one. Give the data back, "
+            "continue with --allow-changed-data, or start at step 0 with --finetune."
         )
 
 
-def tokenizer_hashes(said: Mapping[str, Any]) -> set[str]:
-    """Return the hashes of the files that are the tokenizer a manifest names: one, or several forms of one."""
+def tokenizer_hashes(described: Mapping[str, Any]) -> set[str]:
+    """Return the hashes of the files that are the tokenizer described in a manifest.
+
+    There are several where the tokenizer has several forms.
+    """
     return {
-        said["sha256"],
-        said.get("sentencepiece_sha256", said["sha256"]),
-        *said.get("hashes", ()),
+        described["sha256"],
+        described.get("sentencepiece_sha256", described["sha256"]),
+        *described.get("hashes", ()),
     }
 
 
 def set_schedule(
     schedule, saved: Mapping[str, Any], saved_samples_a_step: int, samples_a_step: int
 ) -> None:
-    """Put Megatron's learning-rate schedule where the checkpoint's was, counted in steps.
+    """Set Megatron's learning-rate schedule to the checkpoint's, counted in steps.
 
-    Megatron counts samples, so that a changed batch size would move the run along its schedule. Steps are what --train-iters,
-    --lr-warmup-iters and --lr-decay-iters count.
+    Megatron counts samples, so that a changed batch size would move the run along its schedule.
+    --train-iters, --lr-warmup-iters and --lr-decay-iters count steps.
     """
     schedule.load_state_dict(
         {**saved, "num_steps": saved["num_steps"] // saved_samples_a_step * samples_a_step}
@@ -221,14 +228,14 @@ def set_schedule(
 
 
 def loaded_line(candidate: Candidate, settings: Settings, learning_rate: float) -> str:
-    """Return the line that says where a run continues and what changed since."""
+    """Return the line that says where a run resumes and what changed since."""
     manifest = candidate.manifest
     progress = manifest["progress"]
-    line = (
-        f"loaded {candidate.directory}: step {progress['step']}, {progress['samples']} samples consumed, "
-        f"learning rate {learning_rate:.3e}"
-    )
     changes = changed_settings(manifest["settings"], settings)
     if settings.allow_changed_data:
         changes.append("other data allowed")
-    return line + (f"; changed: {'; '.join(changes)}" if changes else "; nothing changed")
+    return (
+        f"loaded {candidate.directory}: step {progress['step']}, {progress['samples']} samples "
+        f"consumed, learning rate {learning_rate:.3e}; "
+        + (f"changed: {'; '.join(changes)}" if changes else "nothing changed")
+    )

@@ -1,4 +1,4 @@
-"""Settings -> model chunks, optimizer and learning-rate schedule of this rank."""
+"""Builds this rank's model chunks, optimizer and learning-rate schedule from the settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,96 +19,95 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron_sorted.checkpoint.manifest import CONTENT
 from megatron_sorted.checkpoint.sharding.optimizer_state import (
     count_padding_in_offsets,
-    give_sgd_a_first_state,
+    give_sgd_an_initial_state,
 )
 from megatron_sorted.loss.cross_entropy import VocabularyShard
+from megatron_sorted.model.chunk import SortedChunk, freeze_others
 from megatron_sorted.model.config import make_config, parameter_dtype, uses_transformer_engine
 from megatron_sorted.model.spec import layer_spec
-from megatron_sorted.model.stage import SortedStage, freeze_others
 from megatron_sorted.parallel.copies import SharedCopies, connect_copies
-from megatron_sorted.parallel.fsdp import FullyShardedStage, connect_optimizer
+from megatron_sorted.parallel.fsdp import FullyShardedChunk, connect_optimizer
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import current_device, seed_everything
 from megatron_sorted.platform.versions import known_arguments
 from megatron_sorted.settings.derived import global_batch_size, padded_vocab_size
-from megatron_sorted.settings.layout import Layout, layout_of
+from megatron_sorted.settings.layout import Layout, layout_of, vocabulary_rows
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.run.timers import PhaseTimers
 from megatron_sorted.training.step.teacher import FrozenTeacher
+from megatron_sorted.training.watch.timers import PhaseTimers
 
 
 @dataclass
 class Model:
-    """The chunks of this rank, wrapped for training, and what belongs to them.
+    """This rank's model chunks, wrapped for training, and the objects that train them.
 
     Attributes:
-        layout: What every chunk of every stage holds.
-        teacher: What every exit learns from, if not from the last one.
-        num_tokens: Trained tokens of the global batch just passed, on the device; set with per-token loss only.
+        chunks: The model chunks of this rank, in the order in which a token passes them.
+        config: Megatron's configuration, which all chunks share.
+        layout: The layers, exits, norms and heads of every chunk of every stage.
+        copies: The norms and output matrices of which other stages hold copies.
+        shard: This rank's rows of the vocabulary.
+        vocab_size: Number of real tokens, before padding.
+        optimizer, schedule: Megatron's optimizer and learning-rate schedule; None until
+            ``build_optimizer`` has run.
+        timers: Timers of the phases of a step; disabled by default.
+        num_tokens: Trained tokens of the last global batch, on the device; set only with
+            per-token loss.
+        teacher: The frozen model that exits learn from; None if they learn from the last exit.
     """
 
-    chunks: list[DistributedDataParallel | FullyShardedStage]
+    chunks: list[DistributedDataParallel | FullyShardedChunk]
     config: TransformerConfig
     layout: Layout
     copies: list[SharedCopies]
     shard: VocabularyShard
     vocab_size: int
-    optimizer: MegatronOptimizer | None = field(default=None)
-    schedule: OptimizerParamScheduler | None = field(default=None)
+    optimizer: MegatronOptimizer | None = None
+    schedule: OptimizerParamScheduler | None = None
     timers: PhaseTimers = field(default_factory=lambda: PhaseTimers(False, lambda: None))
     num_tokens: torch.Tensor | None = None
     teacher: FrozenTeacher | None = None
 
 
-def unwrap(chunk: torch.nn.Module) -> SortedStage:
-    """Return the stage inside Megatron's wrappers."""
-    return get_attr_wrapped_model(chunk, "plan", return_model_obj=True)
+def unwrap(chunk: torch.nn.Module) -> SortedChunk:
+    """Return the model chunk inside Megatron's wrappers."""
+    return get_attr_wrapped_model(chunk, "layout", return_model_obj=True)
 
 
 def vocabulary_shard(settings: Settings, vocab_size: int) -> VocabularyShard:
-    """Return this rank's part of a vocabulary of ``vocab_size`` real tokens."""
+    """Return this rank's shard of a vocabulary of ``vocab_size`` real tokens."""
     group = parallel_state.get_tensor_model_parallel_group()
-    rows = padded_vocab_size(vocab_size, settings) // group.size()
-    first = rows * group.rank()
-    return VocabularyShard(
-        first, max(0, min(rows, vocab_size - first)), group, settings.sequence_parallel
-    )
+    rows = vocabulary_rows(settings, vocab_size, group.rank())
+    return VocabularyShard(rows.start, len(rows), group, settings.sequence_parallel)
 
 
 def build_model(settings: Settings, platform: Platform, place: Place, vocab_size: int) -> Model:
-    """Return this rank's model with gradient buffers, all shared copies equal.
+    """Build this rank's model with gradient buffers and equal shared copies.
 
     Collective: creates the groups of shared copies and broadcasts them (``connect_copies``).
     """
     seed_everything(settings.seed)
     config = make_config(settings, platform)
     spec = layer_spec(settings, uses_transformer_engine(settings, platform))
-    stages: list[SortedStage] = []
-    layout = layout_of(settings)
-    for plan in layout.of_stage(place.stage):
-        stage = SortedStage(
-            settings, config, spec, padded_vocab_size(vocab_size, settings), plan, tuple(stages)
-        )
-        stages.append(stage.to(current_device()))
-    for stage in stages:
-        for parameter in stage.parameters():
+    layout, rows = layout_of(settings), padded_vocab_size(vocab_size, settings)
+    chunks: list[SortedChunk] = []
+    for chunk_layout in layout.of_stage(place.stage):
+        chunk = SortedChunk(settings, config, spec, rows, chunk_layout, tuple(chunks))
+        chunks.append(chunk.to(current_device()))
+    for chunk in chunks:
+        for parameter in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        freeze_others(stage, settings)
+        freeze_others(chunk, settings)
     parameters = {
-        kind: [p for stage in stages for p in stage.heads.shared_parameters()[kind]]
+        kind: [p for chunk in chunks for p in chunk.heads.shared_parameters()[kind]]
         for kind in ("head", "norm")
     }
     copies = connect_copies(parameters, layout.copies)
     wrap = _shard_fully if settings.data_parallel == "fsdp" else _replicate
-    model = Model(
-        wrap(stages, config, settings, platform),
-        config,
-        layout,
-        copies,
-        vocabulary_shard(settings, vocab_size),
-        vocab_size,
-    )
+    wrapped = wrap(chunks, config, settings, platform)
+    shard = vocabulary_shard(settings, vocab_size)
+    model = Model(wrapped, config, layout, copies, shard, vocab_size)
     _connect_schedule(model, settings)
     if settings.exit_kd_teacher is not None and not settings.skip_train:
         model.teacher = FrozenTeacher(settings, platform, layout, place.stage, vocab_size)
@@ -116,34 +115,37 @@ def build_model(settings: Settings, platform: Platform, place: Place, vocab_size
 
 
 def _replicate(
-    stages: list[SortedStage], config: TransformerConfig, settings: Settings, _platform: Platform
+    chunks: list[SortedChunk], config: TransformerConfig, settings: Settings, _platform: Platform
 ) -> list:
-    """Return the chunks with Megatron's gradient buffers, every data parallel rank holding all weights."""
+    """Wrap the chunks with gradient buffers; every data parallel rank holds all weights."""
     half = parameter_dtype(settings) != torch.float32
-    wrapped = [Float16Module(config, stage) for stage in stages] if half else list(stages)
+    modules = [Float16Module(config, chunk) for chunk in chunks] if half else chunks
     buffers = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=settings.overlap_grad_reduce,
         overlap_param_gather=settings.overlap_param_gather,
         use_distributed_optimizer=settings.use_distributed_optimizer,
     )
-    chunks = [
+    wrapped = [
         DistributedDataParallel(config, buffers, module, disable_bucketing=index > 0)
-        for index, module in enumerate(wrapped)
+        for index, module in enumerate(modules)
     ]
-    count_padding_in_offsets(chunks)
-    return chunks
+    count_padding_in_offsets(wrapped)
+    return wrapped
 
 
 def _shard_fully(
-    stages: list[SortedStage], config: TransformerConfig, settings: Settings, platform: Platform
+    chunks: list[SortedChunk], config: TransformerConfig, settings: Settings, platform: Platform
 ) -> list:
-    """Return the only chunk of a network without stages, every data parallel rank keeping some rows of its weights."""
+    """Wrap the only chunk of a network without pipeline stages.
+
+    Every data parallel rank keeps some rows of each weight.
+    """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    states = stages[0].sharded_state_dict(metadata=dict(CONTENT))
+    states = chunks[0].sharded_state_dict(metadata=dict(CONTENT))
     return [
-        FullyShardedStage(
-            config, stages[0], group, platform.device().type, parameter_dtype(settings), states
+        FullyShardedChunk(
+            config, chunks[0], group, platform.device().type, parameter_dtype(settings), states
         )
     ]
 
@@ -151,8 +153,8 @@ def _shard_fully(
 def finalize_gradients(model: Model) -> Callable:
     """Return the function that Megatron's schedules call when all micro-batches are done.
 
-    Megatron's own reduction first; then gradients of shared copies are added up. Both are linear, so
-    the order does not matter for the sum; it matters for the distributed optimizer
+    It runs Megatron's own reduction, then sums the gradients of shared copies. Both are linear, so
+    the order does not change the sum; it matters to the distributed optimizer
     (``SharedCopies.sum_gradients``).
 
     Collective: the returned function communicates over data, tensor and pipeline groups.
@@ -161,7 +163,7 @@ def finalize_gradients(model: Model) -> Callable:
     def finalize(chunks: list, num_tokens: torch.Tensor | None = None, **options) -> None:
         with model.timers("gradients"):
             finalize_model_grads(chunks, num_tokens, **options)
-            model.num_tokens = num_tokens  # by now summed over all ranks
+            model.num_tokens = num_tokens  # summed over all ranks by now
             for copies in model.copies:
                 copies.sum_gradients()
 
@@ -169,7 +171,7 @@ def finalize_gradients(model: Model) -> Callable:
 
 
 def _connect_schedule(model: Model, settings: Settings) -> None:
-    """Tell Megatron's schedules how gradients are reduced."""
+    """Connect gradient reduction to Megatron's schedules."""
     config, chunks = model.config, model.chunks
     config.finalize_model_grads_func = finalize_gradients(model)
     if settings.overlap_grad_reduce:
@@ -180,11 +182,10 @@ def _connect_schedule(model: Model, settings: Settings) -> None:
 
 
 def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
-    """Give ``model`` Megatron's optimizer and learning-rate schedule.
+    """Build Megatron's optimizer and learning-rate schedule, and attach both to ``model``.
 
     Collective: creates groups for gradient statistics when Megatron does.
     """
-    dtype = parameter_dtype(settings)
     optimizer_config = OptimizerConfig(
         optimizer=settings.optimizer,
         lr=settings.lr,
@@ -197,7 +198,7 @@ def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
         clip_grad=settings.clip_grad,
         fp16=settings.fp16,
         bf16=settings.bf16,
-        params_dtype=dtype,
+        params_dtype=parameter_dtype(settings),
         loss_scale=settings.loss_scale,
         initial_loss_scale=settings.initial_loss_scale,
         min_loss_scale=settings.min_loss_scale,
@@ -209,7 +210,7 @@ def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
     model.optimizer = get_megatron_optimizer(
         optimizer_config, model.chunks, use_gloo_process_groups=False
     )
-    give_sgd_a_first_state(model.optimizer)
+    give_sgd_an_initial_state(model.optimizer)
     if settings.data_parallel == "fsdp":
         connect_optimizer(model.optimizer)
     model.config.grad_scale_func = model.optimizer.scale_loss

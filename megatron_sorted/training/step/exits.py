@@ -18,17 +18,17 @@ from megatron_sorted.settings.exits import loss_chunk_tokens
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.step.build import Model
 from megatron_sorted.training.step.carrier import teach
-from megatron_sorted.training.step.choices import Choices
 from megatron_sorted.training.step.confidence import Confidences
 from megatron_sorted.training.step.micro_batches import MicroBatch
+from megatron_sorted.training.step.top_tokens import TopTokens
 
 
 class ExitLosses:
-    """Computes the losses of exits, in training and in evaluation.
+    """The losses of exits, in training and in evaluation.
 
     Attributes:
-        choices: The most likely tokens of the step under way, where micro-batches ask for them.
-        confidences: Their probabilities, likewise.
+        top_tokens: Most likely tokens of the current step, where micro-batches ask for them.
+        confidences: The probabilities of these tokens, likewise.
     """
 
     def __init__(self, settings: Settings, model: Model, platform: Platform):
@@ -37,7 +37,7 @@ class ExitLosses:
             settings.exit_kd_weight, settings.exit_kd_temperature, settings.exit_kd_top_k
         )
         self.chunk_tokens = loss_chunk_tokens(settings, on_cpu=platform.is_processor)
-        self.choices, self.confidences = Choices(), Confidences()
+        self.top_tokens, self.confidences = TopTokens(), Confidences()
 
     def compute(
         self, micro: MicroBatch, depth: int, hidden_tbh: torch.Tensor, factor: torch.Tensor | None
@@ -46,33 +46,33 @@ class ExitLosses:
 
         Collective: that of ``exit_loss``.
         """
-        stage, model = micro.stage, self.model
-        before_exit, _ = stage.exit_hooks
+        chunk, model = micro.chunk, self.model
+        before_exit, _ = chunk.exit_hooks
         before_exit(depth)
-        head = stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
+        head = chunk.head(depth, micro.attention_mask, hidden_tbh.size(0))
         request = LossRequest(
             micro.targets, model.shard, self.chunk_tokens, micro.with_choice, micro.with_confidence
         )
         token_loss = CrossEntropy(request)
-        if micro.box is not None and taught_exits(self.settings, [depth]):
+        if micro.teacher_slot is not None and taught_exits(self.settings, [depth]):
             weight_ph = (
-                stage.heads.output.weight
+                chunk.heads.output.weight
                 if model.teacher is None
-                else model.teacher.weight_ph(stage.plan.chunk)
+                else model.teacher.weight_ph(chunk.layout.chunk)
             )
             token_loss = TaughtCrossEntropy(
-                request, self.distillation, micro.box.normed_tbh, weight_ph
+                request, self.distillation, micro.teacher_slot.normed_tbh, weight_ph
             )
         losses, gradient = exit_loss(hidden_tbh, head.norm, head.weight_ph, token_loss, factor)
         if micro.with_choice:
-            self.choices.add(depth, micro.number, losses.choice_n)
+            self.top_tokens.add(depth, micro.number, losses.choice_n)
         if micro.with_confidence:
             self.confidences.add(depth, micro.number, losses.confidence_n, model.vocab_size)
         return losses, gradient
 
 
 def make_gradient_rule(settings: Settings) -> GradientRule:
-    """Return the rule by which gradients are joined at exits."""
+    """Build the rule that joins an exit's gradient with those of deeper exits."""
     whole, group = settings.exit_gradient_scope == "micro-batch", None
     if whole and settings.sequence_parallel and settings.tensor_model_parallel_size > 1:
         group = parallel_state.get_tensor_model_parallel_group()
@@ -84,11 +84,11 @@ def make_gradient_rule(settings: Settings) -> GradientRule:
 
 
 class TrainedExits:
-    """The exits of a training step: their losses are computed in backward.
+    """The exits of a training step, whose losses are computed in backward.
 
     Attributes:
-        losses: Computes them.
-        ledger: Where losses and gradients are added up.
+        losses: The computation of their losses.
+        ledger: The sums of losses and gradients.
     """
 
     def __init__(self, losses: ExitLosses, ledger: Ledger):
@@ -96,32 +96,26 @@ class TrainedExits:
         self.gradient_rule = make_gradient_rule(self.settings)
 
     def attach(self, micro: MicroBatch, depth: int, hidden_tbh: torch.Tensor) -> torch.Tensor:
-        """Return what deeper layers go on with after an exit; see ``loss.deferred``."""
-        settings, heads = self.settings, micro.stage.heads
+        """Return the hidden state from which deeper layers continue; see ``loss.deferred``."""
+        settings, chunk = self.settings, micro.chunk
         coefficient = micro.coefficients.get(depth, 0.0)
         backward = partial(self.backward, micro, depth) if coefficient else None
-        if micro.box is not None and depth == settings.num_layers and last_exit_teaches(settings):
-            backward = teach(backward, micro.stage.head(depth).norm, micro.box)
-        announced = heads.complete_at(depth) if settings.overlap_grad_reduce else ()
-        if not hidden_tbh.requires_grad:  # nothing below trains
-            if backward is not None or announced:
-                micro.attached.append(
-                    AttachedExit(hidden_tbh, backward, coefficient * micro.factor, announced)
-                )
-            return (
-                torch.zeros((), device=hidden_tbh.device) if depth == micro.deepest else hidden_tbh
-            )
-        if depth == micro.deepest:
+        slot = micro.teacher_slot
+        if slot is not None and depth == settings.num_layers and last_exit_teaches(settings):
+            backward = teach(backward, chunk.head(depth).norm, slot)
+        announced = chunk.heads.complete_at(depth) if settings.overlap_grad_reduce else ()
+        is_deepest, is_bare = depth == micro.deepest, backward is None and not announced
+        if hidden_tbh.requires_grad and is_deepest:
             return end(hidden_tbh, backward, coefficient, announced)
-        if backward is None and not announced:
+        if not hidden_tbh.requires_grad:  # nothing below trains
+            if not is_bare:
+                factor = coefficient * micro.factor
+                micro.attached.append(AttachedExit(hidden_tbh, backward, factor, announced))
+            return torch.zeros((), device=hidden_tbh.device) if is_deepest else hidden_tbh
+        if is_bare:
             return hidden_tbh
-        return tap(
-            hidden_tbh,
-            backward,
-            coefficient * micro.factor,
-            announced,
-            partial(self._join, micro, depth),
-        )
+        join = partial(self._join, micro, depth)
+        return tap(hidden_tbh, backward, coefficient * micro.factor, announced, join)
 
     def backward(
         self, micro: MicroBatch, depth: int, hidden_tbh: torch.Tensor, factor: torch.Tensor
@@ -131,7 +125,7 @@ class TrainedExits:
         Collective: that of ``exit_loss``.
         """
         losses, gradient = self.losses.compute(micro, depth, hidden_tbh, factor)
-        _, after_exit = micro.stage.exit_hooks
+        _, after_exit = micro.chunk.exit_hooks
         after_exit(depth)
         self.ledger.add(depth, losses, micro.targets.loss_mask_n)
         self.ledger.add_gradient(depth, gradient)
@@ -140,12 +134,11 @@ class TrainedExits:
     def _join(
         self, micro: MicroBatch, depth: int, own_tbh: torch.Tensor, deeper_tbh: torch.Tensor
     ) -> torch.Tensor:
-        """Return the gradient for the layers below, of the exit's own and the deeper exits'.
+        """Join the exit's own gradient with that of the deeper exits, for the layers below.
 
         Collective: that of ``GradientRule.join``.
         """
-        if micro.with_meetings:
-            self.ledger.add_meeting(depth, own_tbh, deeper_tbh)
-        return self.gradient_rule.join(
-            own_tbh, deeper_tbh, sum(other > depth for other in micro.coefficients)
-        )
+        if micro.compares_gradients:
+            self.ledger.add_gradient_pair(depth, own_tbh, deeper_tbh)
+        num_deeper = sum(other > depth for other in micro.coefficients)
+        return self.gradient_rule.join(own_tbh, deeper_tbh, num_deeper)

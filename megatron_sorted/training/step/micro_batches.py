@@ -11,8 +11,8 @@ from megatron_sorted.data.batches import Batch
 from megatron_sorted.loss.attached import AttachedExit
 from megatron_sorted.loss.cross_entropy import Targets
 from megatron_sorted.model.attention import make_attention_mask
+from megatron_sorted.model.chunk import SortedChunk
 from megatron_sorted.model.config import parameter_dtype
-from megatron_sorted.model.stage import SortedStage
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.step.carrier import TeacherSlot
@@ -20,26 +20,25 @@ from megatron_sorted.training.step.carrier import TeacherSlot
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch on its way through one chunk. All but the first six are for training.
+    """One micro-batch in one chunk. All attributes but the first six are for training.
 
     Attributes:
-        stage: The chunk.
-        batch: On the host.
-        targets: On the device; None where the chunk has no exit.
-        number: Of the step's micro-batches.
-        attention_mask: As the layers' attention takes it; kept where exits have layers of their
-            own.
-        deepest: Layers above this depth are not run.
+        chunk: The model chunk.
+        batch: The tensors, on the host.
+        targets: The trained tokens, on the device; None where the chunk has no exit.
+        number: The micro-batch's number within the step, from 0.
+        attention_mask: The mask in the layers' form; kept where exits have layers of their own.
+        deepest: The last layer that is run.
         with_choice: Whether exits also compute the most likely token of every counted token.
         with_confidence: Whether they also compute its probability.
         coefficients: {depth: coefficient} of the exits that train.
-        factor: What the loss rule multiplies an exit's gradient by.
-        with_meetings: Whether an exit's gradient is compared with that of the deeper exits.
-        box: Where the teacher of its exits will be; None where nobody is taught.
+        factor: Scale of an exit's gradient, see ``LossScaling.factor``.
+        compares_gradients: Whether an exit's gradient is compared with that of the deeper exits.
+        teacher_slot: The place of the exits' teacher; None where no exit is taught.
         attached: The exits attached to the chunk's output, from shallow to deep.
     """
 
-    stage: SortedStage
+    chunk: SortedChunk
     batch: Batch
     targets: Targets | None
     number: int
@@ -49,19 +48,19 @@ class MicroBatch:
     with_confidence: bool = False
     coefficients: Mapping[int, float] = field(default_factory=dict)
     factor: torch.Tensor | None = None
-    with_meetings: bool = False
-    box: TeacherSlot | None = None
+    compares_gradients: bool = False
+    teacher_slot: TeacherSlot | None = None
     attached: list[AttachedExit] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ChunkInputs:
-    """What the layers of a chunk take of a micro-batch, on the device.
+    """The inputs of a chunk's layers for one micro-batch, on the device.
 
     Attributes:
         batch: The micro-batch.
-        attention_mask: As the layers' attention takes it.
-        num_tokens: Trained tokens, for Megatron's loss function; int32 [].
+        attention_mask: The mask in the layers' form.
+        num_tokens: Number of trained tokens, for Megatron's loss function; int32 [].
     """
 
     batch: Batch
@@ -69,7 +68,7 @@ class ChunkInputs:
     num_tokens: torch.Tensor
 
     def run(self, chunk: torch.nn.Module, micro: MicroBatch, at_exit: Callable) -> torch.Tensor:
-        """Return the chunk's output; ``at_exit`` as ``SortedStage.forward`` takes it."""
+        """Run the chunk and return its output; see ``SortedChunk.forward`` for ``at_exit``."""
         return chunk(
             tokens_bs=self.batch.tokens_bs,
             positions_bs=self.batch.positions_bs,
@@ -79,15 +78,14 @@ class ChunkInputs:
         )
 
     def loss_function(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Return what Megatron's schedules want of a loss."""
+        """Return the triple that Megatron's schedules expect: loss, number of tokens, report."""
         return loss, self.num_tokens, {}
 
 
 def count_targets(batch: Batch) -> Targets:
-    """Return the trained tokens in (sequence, batch) order; where all train, without an index.
+    """Return the trained tokens in (sequence, batch) order; without an index where all train.
 
-    Works on the host, where the batch still lies: finding them on a device would make the host wait
-        for it.
+    The batch must still be on the host: to look for them on a device would make the host wait.
     """
     mask = batch.loss_mask_bs.t().reshape(-1)
     labels = batch.labels_bs.t().reshape(-1)
@@ -98,52 +96,46 @@ def count_targets(batch: Batch) -> Targets:
 
 
 @dataclass
-class Feed:
-    """Takes micro-batches to the chunks of this rank, every chunk the same in the same order.
+class InputBuilder:
+    """Numbers, cuts and copies the micro-batches of a step for each chunk of this rank.
 
-    Nothing here makes the host wait for the device: what the host must know of a batch is read
-        before it leaves.
+    Every chunk takes the same micro-batches in the same order. The host never waits for the device:
+    it reads what it must know of a batch before the batch is copied.
     """
 
     settings: Settings
     platform: Platform
     _calls: dict[int, int] = field(default_factory=dict)
 
-    def take(
-        self, whole: Batch, stage: SortedStage, num_micro_batches: int
+    def build(
+        self, whole: Batch, chunk: SortedChunk, num_micro_batches: int
     ) -> tuple[MicroBatch, ChunkInputs]:
         """Return the next micro-batch of a chunk.
 
         Args:
-            whole: On the host, the same on all context parallel ranks.
-            stage: The chunk.
-            num_micro_batches: Of a step.
+            whole: The batch, on the host, the same on all context parallel ranks.
+            chunk: The model chunk.
+            num_micro_batches: Number of micro-batches of a step.
         """
         settings = self.settings
         batch = self._on_this_context_rank(whole)
-        number = self._calls.get(stage.plan.chunk, 0) % num_micro_batches
-        self._calls[stage.plan.chunk] = number + 1
-        targets = self._to_device(count_targets(batch)) if stage.depths else None
+        number = self._calls.get(chunk.layout.chunk, 0) % num_micro_batches
+        self._calls[chunk.layout.chunk] = number + 1
+        targets = self._to_device(count_targets(batch)) if chunk.depths else None
         moved = self._to_device(batch)
         mask = make_attention_mask(
-            moved.tokens_bs, moved.segments_bs, settings.sliding_window, parameter_dtype(settings)
+            moved.tokens_bs, moved.pieces_bs, settings.sliding_window, parameter_dtype(settings)
         )
         # filled by the device: torch.tensor would copy from the host and wait
-        tokens = torch.full(
-            (), int(batch.loss_mask_bs.sum()), dtype=torch.int, device=self.platform.device()
+        num_tokens = torch.full(
+            (), batch.num_tokens, dtype=torch.int, device=self.platform.device()
         )
-        micro = MicroBatch(
-            stage,
-            batch,
-            targets,
-            number,
-            mask if settings.use_exit_block else None,
-            settings.num_layers,
-        )
-        return micro, ChunkInputs(moved, mask, tokens)
+        kept_mask = mask if settings.use_exit_block else None
+        micro = MicroBatch(chunk, batch, targets, number, kept_mask, settings.num_layers)
+        return micro, ChunkInputs(moved, mask, num_tokens)
 
     def finish(self) -> None:
-        """Number micro-batches from 0 again."""
+        """Start to number micro-batches from 0 again."""
         self._calls.clear()
 
     def _to_device(self, tensors: Batch | Targets):

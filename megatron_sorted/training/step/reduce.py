@@ -1,4 +1,4 @@
-"""Sums of all ranks: numbers of every exit over the steps since a report, or an evaluation."""
+"""Sums over all ranks: the numbers of every exit since a report, or of an evaluation."""
 
 import math
 from collections.abc import Mapping
@@ -14,37 +14,28 @@ from megatron_sorted.monitoring.report import ExitNumbers
 from megatron_sorted.platform.state import current_device
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.run.timers import PHASES
+from megatron_sorted.training.watch.timers import PHASES
 
-CHECKSUM_RANGE = 2**32  # sums of this many ranks' remainders are exact in float64
+CHECKSUM_RANGE = 2**32  # remainders of this many ranks have a sum that is exact in float64
 
 
 @dataclass(frozen=True)
 class LedgerReport:
-    """What all ranks together know of some steps.
+    """The ledgers of all ranks together.
 
     Attributes:
-        exits: By depth; coefficients are left out.
+        exits: {depth: numbers of the exit}, without coefficients.
         num_tokens: Trained tokens of the exit that saw most.
         checksum: Sum of the checksums of all samples, modulo 2^32: the same for the same samples in
             any layout.
+        memory_bytes: Largest peak of any rank; 0 if not requested.
+        phases: Longest mean seconds of each measured phase on any rank.
     """
 
     exits: dict[int, ExitNumbers]
     num_tokens: int
     checksum: int
-
-
-@dataclass(frozen=True)
-class IntervalReport(LedgerReport):
-    """What all ranks together know of the steps since the last report.
-
-    Attributes:
-        memory_bytes: Largest peak of any rank.
-        phases: Longest mean seconds of each phase on any rank.
-    """
-
-    memory_bytes: int
+    memory_bytes: int = 0
     phases: dict[str, float] = field(default_factory=dict)
 
 
@@ -54,12 +45,11 @@ def reduce_interval(
     checksum: int = 0,
     memory_bytes: int = 0,
     phases: Mapping[str, float] | None = None,
-) -> IntervalReport:
+) -> LedgerReport:
     """Return the report of the steps since the last one, the same on all ranks.
 
     Collective: two all-reduces over all ranks: sums of a few numbers an exit, and maxima of a few
-        numbers. Makes the host wait for the
-    device.
+        numbers. Makes the host wait for the device.
 
     Args:
         ledger: Sums of this rank.
@@ -71,16 +61,16 @@ def reduce_interval(
     """
     summed = reduce_ledger(ledger, settings, checksum)
     phases = phases or {}
-    mine = [float(memory_bytes), *(phases.get(name, -1.0) for name in PHASES)]
-    largest = torch.tensor(mine, dtype=torch.float64, device=current_device())
+    own = [float(memory_bytes), *(phases.get(name, -1.0) for name in PHASES)]
+    largest = torch.tensor(own, dtype=torch.float64, device=current_device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     memory, *seconds = largest.tolist()
     measured = {name: value for name, value in zip(PHASES, seconds, strict=True) if value >= 0}
-    return IntervalReport(**vars(summed), memory_bytes=int(memory), phases=measured)
+    return replace(summed, memory_bytes=int(memory), phases=measured)
 
 
-def _reads_first() -> bool:
-    """Return whether this rank stands for all that read the same samples."""
+def _counts_samples() -> bool:
+    """Return whether this rank counts the samples for all ranks that read the same ones."""
     return (
         parallel_state.get_pipeline_model_parallel_rank() == 0
         and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -97,18 +87,18 @@ def reduce_ledger(ledger: Ledger, settings: Settings, checksum: int = 0) -> Ledg
     Args:
         ledger: Sums of this rank.
         settings: The run.
-        checksum: As for ``reduce_interval``.
+        checksum: See ``reduce_interval``.
     """
-    depths, device, drafted = exit_depths(settings), current_device(), settings.num_draft_tokens
+    depths, device, num_drafted = exit_depths(settings), current_device(), settings.num_draft_tokens
     table = torch.zeros(
-        len(depths) + 1, len(COLUMNS) + 2 * drafted, dtype=torch.float64, device=device
+        len(depths) + 1, len(COLUMNS) + 2 * num_drafted, dtype=torch.float64, device=device
     )
     for row, depth in enumerate(depths):
         if depth in ledger.sums:
             table[row, : len(COLUMNS)] = ledger.sums[depth]
         if depth in ledger.drafts:
             table[row, len(COLUMNS) :] = ledger.drafts[depth].reshape(-1)
-    if _reads_first():
+    if _counts_samples():
         table[-1, 0] = checksum % CHECKSUM_RANGE
     dist.all_reduce(table)
     table = table.cpu()
@@ -117,22 +107,19 @@ def reduce_ledger(ledger: Ledger, settings: Settings, checksum: int = 0) -> Ledg
         sums = dict(zip(COLUMNS, table[row].tolist(), strict=False))
         if not sums["calls"]:
             continue
-        seen, agreed = (table[row, len(COLUMNS) :] / tp).view(2, drafted).tolist()
-        agreement = agreed[0] / seen[0] if seen[0] else None
-        length = (
-            (1.0 if depth == settings.num_layers else accept_length(seen, agreed))
-            if seen[0]
-            else None
-        )
-        exits[depth] = replace(
-            _exit_numbers(sums, settings), agreement=agreement, accept_length=length
-        )
+        seen, agreed = (table[row, len(COLUMNS) :] / tp).view(2, num_drafted).tolist()
+        agreement = length = None
+        if seen[0]:
+            agreement = agreed[0] / seen[0]
+            length = 1.0 if depth == settings.num_layers else accept_length(seen, agreed)
+        numbers = _exit_numbers(sums, settings)
+        exits[depth] = replace(numbers, agreement=agreement, accept_length=length)
         num_tokens = max(num_tokens, sums["tokens"] / tp)
     return LedgerReport(exits, int(num_tokens), int(table[-1, 0]) % CHECKSUM_RANGE)
 
 
 def _exit_numbers(sums: dict[str, float], settings: Settings) -> ExitNumbers:
-    """Return one exit's numbers, made of the sums of all ranks, by the names of ``COLUMNS``.
+    """Return one exit's numbers, computed from the sums over all ranks, named as in ``COLUMNS``.
 
     Tensor parallel ranks counted the same tokens, and hold the same gradient unless each holds a
     part of the sequence.
@@ -151,7 +138,7 @@ def _exit_numbers(sums: dict[str, float], settings: Settings) -> ExitNumbers:
         copies = 1 if settings.sequence_parallel else tp
         ranks_a_stage = dist.get_world_size() // settings.pipeline_model_parallel_size
         grad_norm = math.sqrt(sums["gradient_square"] / copies / (sums["steps"] / ranks_a_stage))
-    cosine, ratio = _meeting(sums)
+    cosine, ratio = _compared_gradients(sums)
     return ExitNumbers(
         loss=loss,
         token_accuracy=accuracy,
@@ -163,20 +150,18 @@ def _exit_numbers(sums: dict[str, float], settings: Settings) -> ExitNumbers:
     )
 
 
-def _mean_kd(numbers: dict[str, float], settings: Settings, tp: int, tokens: float) -> float | None:
-    """Return the mean divergence from the teacher, by the rule that the loss is averaged by."""
-    if not numbers["taught_batches"]:
+def _mean_kd(sums: dict[str, float], settings: Settings, tp: int, tokens: float) -> float | None:
+    """Return the mean divergence from the teacher, averaged as the loss is."""
+    if not sums["taught_batches"]:
         return None
-    return (
-        numbers["kl"] / tp / tokens
-        if settings.calculate_per_token_loss
-        else numbers["mean_kl"] / numbers["taught_batches"]
-    )
+    if settings.calculate_per_token_loss:
+        return sums["kl"] / tp / tokens
+    return sums["mean_kl"] / sums["taught_batches"]
 
 
-def _meeting(numbers: dict[str, float]) -> tuple[float | None, float | None]:
-    """Return cosine and ratio of norms of an exit's own gradient and the deeper exits'."""
-    own, deeper = math.sqrt(numbers["met_own"]), math.sqrt(numbers["met_deeper"])
+def _compared_gradients(sums: dict[str, float]) -> tuple[float | None, float | None]:
+    """Return the cosine between an exit's own gradient and the deeper exits', and their ratio."""
+    own, deeper = math.sqrt(sums["met_own"]), math.sqrt(sums["met_deeper"])
     if not own or not deeper:
         return None, None
-    return numbers["met_product"] / own / deeper, own / deeper
+    return sums["met_product"] / own / deeper, own / deeper

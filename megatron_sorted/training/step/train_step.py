@@ -17,8 +17,8 @@ from megatron_sorted.training.step.build import Model
 from megatron_sorted.training.step.carrier import halves_of_message
 from megatron_sorted.training.step.forward_step import ForwardStep
 from megatron_sorted.training.step.observation import numbers_to_observe, read_observation
-from megatron_sorted.training.watch.nonfinite import where_from
-from megatron_sorted.training.watch.trained_step import StepResult
+from megatron_sorted.training.step_result import StepResult
+from megatron_sorted.training.watch.nonfinite import describe_nonfinite
 
 
 def run_schedule(
@@ -28,7 +28,7 @@ def run_schedule(
     micro_batches: list[Batch],
     forward_only: bool,
 ) -> None:
-    """Pass the micro-batches through Megatron's schedule for the layout.
+    """Run the micro-batches through Megatron's schedule for the layout.
 
     Collective: pipeline, tensor and data groups, as the schedule does.
     """
@@ -56,18 +56,20 @@ def train_step(
     samples: int,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Return the result of one optimizer step on this rank's micro-batches.
+    """Do one optimizer step on this rank's micro-batches and return its result.
 
     Collective: the schedule's, gradient reduction's and the optimizer's.
 
     Args:
         model: The model.
         settings: The run.
-        forward_step: The forward-step function; its ledger receives the losses, and what else is measured of exits.
+        forward_step: The forward-step function; its ledger receives the losses, and what else is
+            measured of exits.
         micro_batches: This rank's part of the global batch.
         coefficients: {depth: coefficient} of the exits that train at this step.
-        samples: Size of the global batch, by which the learning-rate schedule moves on.
-        meanwhile: Called when the device has its work up to the gradients, before the host waits for it.
+        samples: Size of the global batch, which the learning-rate schedule counts.
+        meanwhile: A function to call once the device has its work up to the gradients, before the
+            host waits for it.
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
@@ -85,9 +87,11 @@ def train_step(
 def _grad_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     """Return the global norm of the gradients, still on the device; shape ().
 
-    Megatron's own function reads it on the host at once. Source: ``megatron.core.optimizer.clip_grads.get_grad_norm_fp32``.
+    Megatron's own function reads it on the host at once.
+    Source: ``megatron.core.optimizer.clip_grads.get_grad_norm_fp32``.
 
-    Collective: one all-reduce of a number over the group of the optimizer's gradient statistics, for each part of the optimizer.
+    Collective: one all-reduce of a number over the group of the optimizer's gradient statistics,
+        for each part of the optimizer.
     """
     squares = []
     for part in parts_of(optimizer):
@@ -105,13 +109,15 @@ def _grad_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
 def optimizer_step(
     model: Model, settings: Settings, forward_step: ForwardStep, samples: int
 ) -> StepResult:
-    """Return the result of the optimizer's step, which is left out where any rank saw a number that is not finite.
+    """Step the optimizer, unless any rank has a number that is not finite; return the result.
 
-    The steps of Megatron's ``ChainedOptimizer.step``, with that question between the gradient norm and the update. For its answer the
-    host waits for the device, as Megatron's optimizer does to read the norm; nothing else in a step makes it wait. What a rule that
-    learns is told comes with the answer.
+    These are the steps of Megatron's ``ChainedOptimizer.step``, with a check for finite numbers
+    between the gradient norm and the update. For its answer the host waits for the device, as
+    Megatron's optimizer does to read the norm; nothing else in a step makes it wait. The sums that
+    a learned coefficient rule needs come with the answer.
 
-    Collective: the optimizer's, and one all-reduce over all ranks, of a number and of those of ``numbers_to_observe``.
+    Collective: the optimizer's, and one all-reduce over all ranks, of a number and of those of
+        ``numbers_to_observe``.
     """
     optimizer = model.optimizer
     if optimizer.prepare_grads():  # fp16 overflow on some rank: Megatron lowers the loss scale
@@ -122,22 +128,19 @@ def optimizer_step(
     )
     numbers = torch.cat((bad.double().reshape(1), numbers_to_observe(forward_step)))
     dist.all_reduce(numbers)
-    is_bad, grad_norm, *observed = torch.cat(
-        (numbers[:1], norm.double().reshape(1), numbers[1:])
-    ).tolist()
+    answers = torch.cat((numbers[:1], norm.double().reshape(1), numbers[1:]))
+    is_bad, grad_norm, *observed = answers.tolist()
     if is_bad:
-        return StepResult(False, grad_norm, where_from(forward_step.ledger, grad_norm))
+        return StepResult(False, grad_norm, describe_nonfinite(forward_step.ledger, grad_norm))
     for part in parts_of(optimizer):
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and settings.clip_grad > 0:
             clip_grad_by_total_norm_fp32(
                 parameters, max_norm=settings.clip_grad, total_norm=grad_norm
             )
-    stepped = optimizer.step_with_ready_grads()
+    stepped = bool(optimizer.step_with_ready_grads())
+    observation = None
     if stepped:
         model.schedule.step(increment=samples)
-    return StepResult(
-        bool(stepped),
-        grad_norm,
-        observed=read_observation(observed, forward_step) if stepped else None,
-    )
+        observation = read_observation(observed, forward_step)
+    return StepResult(stepped, grad_norm, observed=observation)

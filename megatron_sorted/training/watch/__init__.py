@@ -1,1 +1,1 @@
-"""Watch a run: stop requests, hangs, non-finite steps, profiles, failures."""
+"""The guards of a run: stop requests, hangs, non-finite steps, profiles, failures."""

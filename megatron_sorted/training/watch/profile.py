@@ -8,21 +8,22 @@ from torch.profiler import profile, supported_activities
 
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.watch.trained_step import TrainedStep
+from megatron_sorted.training.step_result import TrainedStep
 
 TABLE_ROWS = 40
 
 
 class Profiler:
-    """Records the steps numbered profile_step_start..profile_step_end - 1, as reports number them: the first step is 1.
+    """A recorder of steps ``profile_step_start`` to ``profile_step_end`` - 1.
 
-    Whatever goes wrong is said and ends the recording, never the run.
+    Steps are numbered as in reports: the first is 1. A failure is logged and ends the recording,
+    never the run.
 
     Args:
         settings: The run.
-        rank: Of this process; only ``profile_ranks`` record.
-        directory: Where recordings go; None where the run says no place.
-        say: Takes a line for the user. Called on recording ranks.
+        rank: The rank of this process; only ``profile_ranks`` record.
+        directory: The directory for recordings; None if the run names none.
+        log: A function that prints a line for the user, called on recording ranks.
     """
 
     def __init__(
@@ -30,11 +31,11 @@ class Profiler:
         settings: Settings,
         rank: int,
         directory: str | Path | None,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         self._wanted = settings.profile and directory is not None and rank in settings.profile_ranks
         self._start, self._end = settings.profile_step_start, settings.profile_step_end
-        self._rank, self._say = rank, say
+        self._rank, self._log = rank, log
         self._directory = Path(directory) if directory is not None else Path()
         self._recording: profile | None = None
         self._first = self._done = 0
@@ -44,7 +45,11 @@ class Profiler:
         self.step(step.number)
 
     def step(self, done: int) -> None:
-        """Start or end the recording; before the first step, and after every step, with the steps done so far."""
+        """Start or end the recording; call it before the first step and after every step.
+
+        Args:
+            done: Number of steps done so far.
+        """
         if not self._wanted:
             return
         try:
@@ -59,7 +64,7 @@ class Profiler:
             self._give_up(error)
 
     def close(self) -> None:
-        """Write what was recorded if the run ends before ``profile_step_end``."""
+        """Write the recording if the run ends before ``profile_step_end``."""
         if self._recording is not None:
             try:
                 self._finish()
@@ -78,19 +83,17 @@ class Profiler:
         self._directory.mkdir(parents=True, exist_ok=True)
         recording.export_chrome_trace(str(self._directory / f"{name}.json.gz"))
         averages = recording.key_averages()
-        key = (
-            "self_device_time_total"
-            if any(event.self_device_time_total for event in averages)
-            else "self_cpu_time_total"
-        )
+        on_device = any(event.self_device_time_total for event in averages)
+        key = "self_device_time_total" if on_device else "self_cpu_time_total"
         table = averages.table(sort_by=key, row_limit=TABLE_ROWS, max_name_column_width=80)
         write_text_atomically(
             self._directory / f"{name}.txt", f"torch {torch.__version__}\n{table}\n"
         )
-        self._say(
-            f"profile: wrote {self._directory / name}.json.gz (open in ui.perfetto.dev) and {name}.txt"
+        self._log(
+            f"profile: wrote {self._directory / name}.json.gz (open in ui.perfetto.dev) "
+            f"and {name}.txt"
         )
 
     def _give_up(self, error: Exception) -> None:
         self._wanted, self._recording = False, None
-        self._say(f"profile: given up, training goes on: {type(error).__name__}: {error}")
+        self._log(f"profile: given up, training continues: {type(error).__name__}: {error}")

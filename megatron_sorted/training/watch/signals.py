@@ -1,18 +1,23 @@
-"""SIGTERM and SIGUSR1 mean: save and stop. Nothing heavy is imported here, so that handlers are in place before anything slow is."""
+"""Stop signals: SIGTERM and SIGUSR1 make a run save and stop.
+
+Nothing heavy is imported here, so that handlers are in place before anything slow is.
+"""
 
 import math
 import signal
 import time
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# "Temporary failure, try again" of sysexits.h: what a scheduler may requeue on.
+# "Temporary failure, try again" of sysexits.h: the status on which a scheduler may requeue a job.
 EXIT_STOPPED = 75
 
 
 class StopRequest:
-    """The first stop signal this process received (``number``; 0 while there is none), and when the latest came.
+    """The stop signals that this process received.
 
-    ``last_time`` is of ``time.monotonic``, in seconds.
+    Attributes:
+        number: The first signal; 0 while there is none.
+        last_time: The ``time.monotonic()`` of the latest one, in seconds.
     """
 
     def __init__(self) -> None:
@@ -20,11 +25,11 @@ class StopRequest:
         self.last_time = -math.inf
 
     def listen(self) -> None:
-        """Start to take note of stop signals, instead of dying of them."""
+        """Record stop signals from now on, instead of ending on them."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._record)
 
-    def _note(self, number: int, _frame) -> None:
+    def _record(self, number: int, _frame) -> None:
         self.number = self.number or int(number)
         self.last_time = time.monotonic()
 
@@ -32,7 +37,8 @@ class StopRequest:
     def ignore_from_now_on() -> None:
         """Ignore stop signals, also while Python shuts down.
 
-        Ranks are signalled at different times; one that already leaves because another was told to must not die of its own signal.
+        Ranks are signalled at different times; one that already leaves because another rank
+        received a signal must not die of its own.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -42,5 +48,9 @@ stop_request = StopRequest()
 
 
 def signal_name(number: int) -> str:
-    """Return a signal's name, such as SIGTERM."""
+    """Return a signal's name.
+
+    >>> signal_name(15)
+    'SIGTERM'
+    """
     return signal.Signals(number).name

@@ -1,4 +1,7 @@
-"""Why a run ends before its last step, decided by all ranks at the same step, and the file by which a job script knows it."""
+"""Stops before the last step, decided by all ranks at the same step.
+
+A file tells the job script that the run has not finished.
+"""
 
 import json
 import time
@@ -11,23 +14,25 @@ import torch.distributed as dist
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.step_result import Flags
 from megatron_sorted.training.watch.signals import signal_name, stop_request
-from megatron_sorted.training.watch.trained_step import Flags
 
 STOPPED = "stopped.json"
 
 
 class Stops:
-    """Asks once a step whether to stop, while the optimizer works: nobody waits for the answer.
+    """The question whether to stop, exchanged once a step while the optimizer works.
+
+    No rank waits for the answer.
 
     Args:
-        settings: Of the run.
-        platform: Where it runs.
+        settings: The run.
+        platform: The devices of the run.
         started: ``time.monotonic()`` at the start of the run.
     """
 
     def __init__(self, settings: Settings, platform: Platform, started: float):
-        """Make a group for the exchanges.
+        """Create a group for the exchanges.
 
         Collective: creates a process group of all ranks; every process must.
         """
@@ -36,7 +41,7 @@ class Stops:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def start_exchange(self, save_busy: bool) -> None:
-        """Begin to tell the other ranks whether this one is to stop.
+        """Start to exchange with the other ranks whether this one is to stop.
 
         Collective: starts one small all-reduce, which ``answers`` completes.
         """
@@ -49,10 +54,8 @@ class Stops:
         values = torch.tensor(
             [getattr(flags, field.name) for field in fields(Flags)], dtype=torch.int32, device="cpu"
         )
-        self._pending = (
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True),
-            values,
-        )
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = work, values
 
     def answers(self) -> Flags:
         """Return the largest value of each flag over all ranks.
@@ -65,7 +68,7 @@ class Stops:
         return Flags(*values.tolist())
 
     def reason(self, flags: Flags, step: int) -> str | None:
-        """Return why the run stops after ``step``, or None if it goes on; the same on all ranks."""
+        """Return why the run stops after ``step``, the same on all ranks; None if it continues."""
         settings = self.settings
         if step == settings.train_iters:
             return None
@@ -79,11 +82,11 @@ class Stops:
 
 
 def write_stop_file(save: str, step: int, train_iters: int, reason: str) -> None:
-    """Write SAVE/stopped.json, by which a job script knows that the run is to be started again."""
-    word = {"step": step, "train_iters": train_iters, "reason": reason}
-    write_text_atomically(Path(save) / STOPPED, json.dumps(word) + "\n")
+    """Write SAVE/stopped.json, which tells a job script to start the run again."""
+    stop = {"step": step, "train_iters": train_iters, "reason": reason}
+    write_text_atomically(Path(save) / STOPPED, json.dumps(stop) + "\n")
 
 
 def remove_stop_file(save: str) -> None:
-    """Remove SAVE/stopped.json of the run before."""
+    """Remove the SAVE/stopped.json of an earlier start."""
     (Path(save) / STOPPED).unlink(missing_ok=True)

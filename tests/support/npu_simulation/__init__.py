@@ -1,1 +1,1 @@
-"""The NPU path without an NPU: the real torch_npu package over stand-in libraries, its kernels computed by the CPU."""
+"""NPUs without an NPU: the real torch_npu over stand-in libraries, with kernels on the CPU."""

@@ -1,4 +1,7 @@
-"""Runs a command on a simulated Ascend host: ``python -m tests.support.npu_simulation python -m lab.accept_npu``."""
+"""Run a command on a simulated Ascend host.
+
+python -m tests.support.npu_simulation python -m lab.accept_npu
+"""
 
 import os
 import sys

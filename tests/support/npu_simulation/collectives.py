@@ -8,7 +8,7 @@ def _gloo(store, rank, size, timeout):
 
 
 def _batched(operations: list) -> list:
-    """Starts messages one by one, in place of torch_npu's batch, which speaks to HCCL itself."""
+    """Start messages one by one, in place of torch_npu's batch, which calls HCCL itself."""
     works = []
     for operation in operations:
         peer = "group_dst" if operation.op.__name__ == "isend" else "group_src"
@@ -24,7 +24,7 @@ def _batched(operations: list) -> list:
 
 
 def gloo_as_hccl() -> None:
-    """Registers gloo under the name of HCCL."""
+    """Register gloo under the name of HCCL."""
     backend = dist.Backend
     if "hccl" in backend.backend_list:
         backend._plugins.pop("HCCL", None)

@@ -1,4 +1,4 @@
-"""What a process needs to meet simulated NPUs, beside an interpreter that has torch_npu."""
+"""The environment of a process with simulated NPUs, for an interpreter with torch_npu."""
 
 import os
 from pathlib import Path
@@ -11,11 +11,11 @@ BUILT = ROOT / "build" / "npu_simulation"
 
 
 def simulated_environment(devices: int = 8, name: str = "Ascend910B1") -> dict[str, str]:
-    """Returns the environment variables of a process on a simulated host, after building the libraries.
+    """Build the libraries; return the environment of a process on a simulated host.
 
     Args:
-        devices: NPUs of the host.
-        name: What each says it is.
+        devices: The number of NPUs.
+        name: The name that each reports.
     """
 
     def before(variable: str, *folders: Path) -> str:
@@ -27,7 +27,8 @@ def simulated_environment(devices: int = 8, name: str = "Ascend910B1") -> dict[s
         return os.pathsep.join([*map(str, folders), *there])
 
     return {
-        "TASK_QUEUE_ENABLE": "0",  # or torch_npu's copies wait in a queue while kernels, which are Python here, already read
+        # Otherwise torch_npu's copies wait in a queue while kernels, Python here, already read.
+        "TASK_QUEUE_ENABLE": "0",
         "SIMULATED_NPUS": str(devices),
         "SIMULATED_NPU_NAME": name,
         "LD_LIBRARY_PATH": before("LD_LIBRARY_PATH", build(BUILT)),

@@ -1,7 +1,7 @@
-"""Replaces the kernels of torch_npu: each runs on CPU tensors that share the memory of its NPU tensors.
+"""Kernels in place of torch_npu's: each runs on CPU tensors that share the memory of NPU tensors.
 
-A simulated NPU's memory is the host's (runtime.c), so nothing is copied but results that are new. Allocation, views and copies between
-devices stay torch_npu's own.
+A simulated NPU's memory is the host's (runtime.c), so only new results are copied. Allocation,
+views and copies between devices stay torch_npu's own.
 """
 
 import ctypes
@@ -14,15 +14,12 @@ import torch
 from tests.support.npu_simulation.references import REFERENCES
 
 CPU = torch.device("cpu")
-EMPTY_STRIDED, FROM_BUFFER = (
-    torch.empty_strided,
-    torch.frombuffer,
-)  # before transfer_to_npu wraps them
+EMPTY_STRIDED, FROM_BUFFER = torch.empty_strided, torch.frombuffer  # before torch_npu wraps them
 KEY = "PrivateUse1"  # under which torch_npu registers its kernels
 NAMESPACES = ("aten", "npu", "c10d")
 OWN = re.compile(
-    r"aten::(empty|empty_strided|_pin_memory|is_pinned|record_stream|set_|resize_|view|_unsafe_view|as_strided|"
-    r"_reshape_alias|alias|detach|_has_compatible|unfold$|_record|npu_)"
+    r"aten::(empty|empty_strided|_pin_memory|is_pinned|record_stream|set_|resize_|view|_unsafe_view|"
+    r"as_strided|_reshape_alias|alias|detach|_has_compatible|unfold$|_record|npu_)"
 )
 REDUCING = (
     "c10d::allreduce_",
@@ -35,7 +32,7 @@ _libraries: list[torch.library.Library] = []  # a registration ends with its lib
 
 
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a CPU tensor on the memory of an NPU tensor, which it keeps alive."""
+    """Return a CPU tensor on the memory of an NPU tensor, which it keeps alive."""
     storage = tensor.untyped_storage()
     if not storage.nbytes() or not storage.data_ptr():
         return EMPTY_STRIDED(tensor.size(), tensor.stride(), dtype=tensor.dtype)
@@ -51,7 +48,7 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def on_npu(tensor: torch.Tensor, index: int) -> torch.Tensor:
-    """Returns a new NPU tensor with the values and strides of a CPU tensor."""
+    """Return a new NPU tensor with the values and strides of a CPU tensor."""
     made = EMPTY_STRIDED(
         tensor.size(), tensor.stride(), dtype=tensor.dtype, device=torch.device("npu", index)
     )
@@ -65,7 +62,10 @@ def on_npu(tensor: torch.Tensor, index: int) -> torch.Tensor:
 
 @contextmanager
 def _random_numbers_of(generators: list[torch.Generator], index: int) -> Iterator[None]:
-    """Lets CPU operations draw what belongs to the state of an NPU's generator, and moves that on; the CPU's own stays as it is."""
+    """Draw random numbers of CPU operations from the state of an NPU's generator.
+
+    That state advances; the CPU's own state is unchanged.
+    """
     generator = generators[0] if generators else torch.npu.default_generators[index]
     seed, offset = generator.get_state().view(torch.int64).tolist()
     before = torch.get_rng_state()
@@ -78,12 +78,12 @@ def _random_numbers_of(generators: list[torch.Generator], index: int) -> Iterato
 
 
 def _by_name(reference: Callable, arguments: list[str]) -> Callable:
-    """Returns a reference that takes its arguments as the operation's schema names them."""
+    """Return a reference that takes its arguments as the operation's schema names them."""
     return lambda *args, **options: reference(**dict(zip(arguments, args, strict=False)), **options)
 
 
 def kernel_of(op: torch._ops.OpOverload) -> Callable:
-    """Returns a kernel for NPU tensors that runs ``op``, or the reference for it, on their memory."""
+    """Return a kernel for NPU tensors that runs ``op``, or its reference, on their memory."""
     name, arguments = op._schema.name, [argument.name for argument in op._schema.arguments]
     device_place = arguments.index("device") if "device" in arguments else None
     run = _by_name(REFERENCES[name], arguments) if name in REFERENCES else op
@@ -95,9 +95,8 @@ def kernel_of(op: torch._ops.OpOverload) -> Callable:
             device = args[device_place]
         if device is not None:
             device = torch.device(device)
-        origin: dict[
-            int, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # of every alias by its id: it and what it is made from
+        # the id of each alias -> the alias and its NPU tensor
+        origin: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         generators: list[torch.Generator] = []
 
         def to_cpu(value):
@@ -124,7 +123,7 @@ def kernel_of(op: torch._ops.OpOverload) -> Callable:
             return value if device is not None and device.type == "cpu" else on_npu(value, index)
 
         args = [to_cpu(value) for value in args]
-        options = {word: to_cpu(value) for word, value in options.items()}
+        options = {option: to_cpu(value) for option, value in options.items()}
         if name in REDUCING and any(alias.dtype == torch.float64 for alias, _ in origin.values()):
             raise RuntimeError(f"simulated HCCL: {name} does not take float64")
         if device is not None and device.type == "npu" and device.index is not None:
@@ -144,7 +143,7 @@ def kernel_of(op: torch._ops.OpOverload) -> Callable:
 
 
 def replace_kernels() -> int:
-    """Returns how many kernels were replaced: all that are registered for NPUs and compute something."""
+    """Replace all kernels of NPUs that compute something; return their number."""
     for name in sorted(torch._C._dispatch_get_registrations_for_dispatch_key(KEY)):
         namespace, rest = name.split("::")
         base, _, overload = rest.partition(".")

@@ -1,6 +1,7 @@
-"""Builds stand-ins for the CANN libraries that torch_npu is linked with, by gcc, from the symbols that the installed wheel wants.
+"""Stand-ins for the CANN libraries that torch_npu is linked with, compiled by gcc.
 
-What the functions in runtime.c and options.c do not do, a function that returns 0 stands for. No file of CANN is needed.
+They define the symbols that the installed wheel needs: the functions of runtime.c and options.c,
+and functions that return 0. No file of CANN is needed.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ OTHERS = (
     "libopapi.so",
     "libruntime.so",
 )
-# names that torch_npu looks up while it runs: they stand in its library as text
+# names that torch_npu looks up while it runs, which its library holds as text
 LOOKED_UP = re.compile(
     rb"\0((?:aclrt|aclmdl|aclop|aclprof|aclsys|acl[A-Z]|Hccl|Hcom|rt[A-Z]|Msprof)[A-Za-z0-9]*)(?=\0)"
 )
@@ -30,7 +31,7 @@ DEFINITION = re.compile(r"^(?:int|size_t|const char \*) ?(acl\w+)\(", re.MULTILI
 
 
 def package_folder(name: str) -> Path:
-    """Returns the folder of an installed package, which is not imported.
+    """Return the folder of an installed package, which is not imported.
 
     Raises:
         FileNotFoundError: It is not installed.
@@ -38,26 +39,26 @@ def package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            f"{name} is not installed for {sys.executable}: run `make test-npu`, which installs it beside the "
-            "project's own packages"
+            f"{name} is not installed for {sys.executable}: run `make test-npu`, which installs it"
+            " beside the project's own packages"
         )
     return Path(spec.submodule_search_locations[0])
 
 
 def _symbols(library: Path, which: str) -> set[tuple[str, str]]:
-    """Returns (kind, name) of a library's dynamic symbols."""
-    said = subprocess.run(
+    """Return (kind, name) of a library's dynamic symbols."""
+    output = subprocess.run(
         ["nm", "-D", which, str(library)], capture_output=True, text=True, check=True
     ).stdout
     return {
-        (words[-2], words[-1].split("@")[0])
-        for words in map(str.split, said.splitlines())
-        if len(words) > 1
+        (fields[-2], fields[-1].split("@")[0])
+        for fields in map(str.split, output.splitlines())
+        if len(fields) > 1
     }
 
 
 def wanted_functions(package: Path, torch: Path) -> set[str]:
-    """Returns the names that torch_npu leaves to CANN: those undefined when it is linked, and those it looks up later."""
+    """Return the names that torch_npu needs of CANN, when it is linked or later."""
     main = package / "lib" / "libtorch_npu.so"
     parts = [
         main,
@@ -79,12 +80,14 @@ def wanted_functions(package: Path, torch: Path) -> set[str]:
         if kind == "U"
     }
     names = {name for name in undefined - defined if not name.startswith(("Py", "_Py", "_Z"))}
-    names |= {found.decode() for found in LOOKED_UP.findall(main.read_bytes())}
-    return {name for name in names if not name.startswith("aclnn")}  # kernels: replaced in Python
+    names |= {name.decode() for name in LOOKED_UP.findall(main.read_bytes())}
+    return {
+        name for name in names if not name.startswith("aclnn")
+    }  # those are kernels, replaced in Python
 
 
 def _compile(library: Path, source: str) -> None:
-    """Writes and compiles a library."""
+    """Write and compile a library."""
     source_file = library.with_suffix(".c")
     source_file.write_text(source)
     options = ["-shared", "-fPIC", "-O1", "-w", f"-Wl,-soname,{library.name}"]
@@ -92,19 +95,16 @@ def _compile(library: Path, source: str) -> None:
 
 
 def build(into: Path) -> Path:
-    """Returns the folder below ``into`` with the stand-ins for the installed torch_npu, made now unless it is there.
+    """Return the folder below ``into`` with the stand-ins, after building them if necessary.
 
-    It gets its name when it is complete, so that no process loads a library that another one is still writing.
+    It gets its name when it is complete, so that no process loads a library that another one is
+    still writing.
     """
     package = package_folder("torch_npu")
     runtime, options = (HERE / "runtime.c").read_text(), (HERE / "options.c").read_text()
     version = (package / "version.py").read_text()
-    folder = (
-        into
-        / hashlib.sha256(
-            "".join((runtime, options, version, Path(__file__).read_text())).encode()
-        ).hexdigest()[:12]
-    )
+    sources = "".join((runtime, options, version, Path(__file__).read_text()))
+    folder = into / hashlib.sha256(sources.encode()).hexdigest()[:12]
     if folder.exists():
         return folder
     into.mkdir(parents=True, exist_ok=True)

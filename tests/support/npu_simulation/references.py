@@ -1,17 +1,18 @@
-"""Plain versions of the fused operations that the project calls on NPUs, forward and backward, on CPU tensors.
+"""Plain versions of the fused operations that the project calls on NPUs, forward and backward.
 
-Written from the operations' documentation; results are summed in fp32 and have the dtype of the operands.
+They run on CPU tensors and follow the documentation of the operations. Results are summed in fp32
+and have the dtype of the operands.
 """
 
 import torch
 from torch.nn.functional import silu
 
-MASK_TOKENS = 2048  # sides of the one mask that sparse mode 2 takes, whatever the length
-_seen_masks: set[int] = set()  # where a mask lies that was looked at
+MASK_TOKENS = 2048  # sides of the only mask that sparse mode 2 takes, for every length
+_seen_masks: set[int] = set()  # addresses of masks that were checked
 
 
 def _heads(x: torch.Tensor, heads: int, layout: str) -> torch.Tensor:
-    """Returns [b, n, s, d] in fp32, from the layouts SBH, BSH, BSND and BNSD."""
+    """Return [b, n, s, d] in fp32, from the layouts SBH, BSH, BSND and BNSD."""
     if layout == "BNSD":
         return x.float()
     if layout == "BSND":
@@ -23,7 +24,7 @@ def _heads(x: torch.Tensor, heads: int, layout: str) -> torch.Tensor:
 
 
 def _joined(x_bnsd: torch.Tensor, like: torch.Tensor, layout: str) -> torch.Tensor:
-    """Returns what ``_heads`` took apart, in the dtype of ``like``."""
+    """Join what ``_heads`` has split, in the dtype of ``like``."""
     order = {"SBH": (2, 0, 1, 3), "BSH": (0, 2, 1, 3), "BSND": (0, 2, 1, 3), "BNSD": (0, 1, 2, 3)}[
         layout
     ]
@@ -32,7 +33,7 @@ def _joined(x_bnsd: torch.Tensor, like: torch.Tensor, layout: str) -> torch.Tens
 
 
 def _operands(query, key, value, head_num, layout):
-    """Returns query, key and value by heads, with those of key and value repeated, and how often they were."""
+    """Return query, key and value by heads, and how often key and value were repeated."""
     axis = {"BNSD": 1, "BSND": 2}.get(layout)
     groups = key.size(axis) if axis else key.size(-1) // (query.size(-1) // head_num)
     times = head_num // groups
@@ -41,7 +42,7 @@ def _operands(query, key, value, head_num, layout):
 
 
 def _scores(query, key, scale, atten_mask, sparse_mode):
-    """Returns the masked scores [b, n, s, s]; where the mask is True a token may not look."""
+    """Return the masked scores [b, n, s, s]; the mask is True where attention is forbidden."""
     scores = query @ key.transpose(-1, -2) * scale
     rows, columns = scores.shape[-2:]
     if sparse_mode == 2:
@@ -85,7 +86,10 @@ def fusion_attention(
     padding_mask=None,
     **_unused,
 ):
-    """Returns the attention output, the maxima and the sums of the softmax (eight times each, as on the device), and four rests."""
+    """Return the attention output, maxima and sums of the softmax, and four unused values.
+
+    Maxima and sums are repeated eight times, as on the device.
+    """
     assert keep_prob == 1.0 and pse is None and padding_mask is None, (
         "dropout, biases and padding are not simulated"
     )
@@ -118,7 +122,7 @@ def fusion_attention_grad(
     sparse_mode=0,
     **_unused,
 ):
-    """Returns the gradients of query, key and value, and two rests."""
+    """Return the gradients of query, key and value, and two unused values."""
     q, k, v, times = _operands(query, key, value, head_num, input_layout)
     d_context = _heads(dy, head_num, input_layout)
     probabilities = _scores(q, k, scale_value, atten_mask, sparse_mode).softmax(-1)
@@ -142,27 +146,27 @@ def fusion_attention_grad(
 
 
 def rms_norm(input, gamma, epsilon=1e-6):
-    """Returns the norm over the dimensions of ``gamma`` and the inverse root mean square."""
+    """Return the norm over the dimensions of ``gamma`` and the inverse root mean square."""
     x = input.float()
     inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
     return (x * inverse * gamma.float()).to(input.dtype), inverse
 
 
 def rms_norm_backward(dy, input, gamma, rstd):
-    """Returns the gradients of input and ``gamma``."""
+    """Return the gradients of input and ``gamma``."""
     normed, d_normed = input.float() * rstd, dy.float() * gamma.float()
     d_input = rstd * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
     return d_input.to(input.dtype), (dy.float() * normed).flatten(0, -2).sum(0)
 
 
 def swiglu(input, dim=-1):
-    """Returns silu of the first half times the second."""
+    """Return silu of the first half times the second."""
     gate, up = input.float().chunk(2, dim)
     return (silu(gate) * up).to(input.dtype)
 
 
 def swiglu_backward(grad_output, input, dim=-1):
-    """Returns the gradient of the input."""
+    """Return the gradient of the input."""
     gate, up = input.float().chunk(2, dim)
     grad, open_gate = grad_output.float(), gate.sigmoid()
     d_gate = grad * up * (open_gate + gate * open_gate * (1 - open_gate))
@@ -175,14 +179,14 @@ def _quarter_turn(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotary_mul(input, r1, r2, rotary_mode="half", rotate=None):
-    """Returns the input turned by angles whose cosines and sines are ``r1`` and ``r2``."""
+    """Return the input turned by angles whose cosines and sines are ``r1`` and ``r2``."""
     if rotary_mode != "half":
         raise NotImplementedError(f"rotary mode {rotary_mode} is not simulated")
     return input * r1 + _quarter_turn(input) * r2
 
 
 def rotary_mul_backward(grad, input, r1, r2, rotary_mode="half"):
-    """Returns the gradients of the input, ``r1`` and ``r2``."""
+    """Return the gradients of the input, ``r1`` and ``r2``."""
     turned_back = _quarter_turn(grad * r2).neg()
     return (
         grad * r1 + turned_back,
@@ -192,11 +196,9 @@ def rotary_mul_backward(grad, input, r1, r2, rotary_mode="half"):
 
 
 def matmul_backward(grad, self, other, mask):
-    """Returns the gradients of both factors, which the device's own product computes in one call."""
-    left, right = (
-        (self[None] if self.dim() == 1 else self),
-        (other[:, None] if other.dim() == 1 else other),
-    )
+    """Return the gradients of both factors, which the device's own product computes in one call."""
+    left = self[None] if self.dim() == 1 else self
+    right = other[:, None] if other.dim() == 1 else other
     grad = grad.unsqueeze(-2) if self.dim() == 1 else grad
     grad = grad.unsqueeze(-1) if other.dim() == 1 else grad
     d_left = (
@@ -213,7 +215,7 @@ def matmul_backward(grad, self, other, mask):
 
 
 def linear_backward(self, grad_output, weight, output_mask):
-    """Returns the gradients of a linear layer's input, weight and bias."""
+    """Return the gradients of a linear layer's input, weight and bias."""
     rows, grads = self.flatten(0, -2), grad_output.flatten(0, -2)
     return (
         grad_output @ weight if output_mask[0] else None,
@@ -223,9 +225,14 @@ def linear_backward(self, grad_output, weight, output_mask):
 
 
 REFERENCES = {
-    "npu::npu_fusion_attention": fusion_attention, "npu::npu_fusion_attention_grad": fusion_attention_grad,
-    "npu::npu_rms_norm": rms_norm, "npu::npu_rms_norm_backward": rms_norm_backward,
-    "npu::npu_swiglu": swiglu, "npu::npu_swiglu_backward": swiglu_backward,
-    "npu::npu_rotary_mul": rotary_mul, "npu::npu_rotary_mul_backward": rotary_mul_backward,
-    "aten::matmul_backward": matmul_backward, "aten::linear_backward": linear_backward,
-}  # fmt: skip
+    "npu::npu_fusion_attention": fusion_attention,
+    "npu::npu_fusion_attention_grad": fusion_attention_grad,
+    "npu::npu_rms_norm": rms_norm,
+    "npu::npu_rms_norm_backward": rms_norm_backward,
+    "npu::npu_swiglu": swiglu,
+    "npu::npu_swiglu_backward": swiglu_backward,
+    "npu::npu_rotary_mul": rotary_mul,
+    "npu::npu_rotary_mul_backward": rotary_mul_backward,
+    "aten::matmul_backward": matmul_backward,
+    "aten::linear_backward": linear_backward,
+}

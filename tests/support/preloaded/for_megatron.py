@@ -14,8 +14,10 @@ from megatron_sorted.platform.cpu import keep_unused_out  # noqa: E402
 keep_unused_out()
 
 NAMES = """
-    megatron.core.parallel_state megatron_sorted.conversion.network megatron_sorted.settings.load megatron_sorted.training.run.loop
-    megatron_sorted.training.step.train_step numpy safetensors.torch sentencepiece tokenizers torch._dynamo torch.distributed.run
+    megatron.core.parallel_state megatron_sorted.conversion.starting_settings
+    megatron_sorted.settings.load
+    megatron_sorted.training.run.loop megatron_sorted.training.step.train_step numpy
+    safetensors.torch sentencepiece tokenizers torch._dynamo torch.distributed.run
     torch.distributed.elastic.rendezvous.c10d_rendezvous_backend
 """
 

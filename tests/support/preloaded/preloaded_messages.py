@@ -1,4 +1,4 @@
-"""Messages over a Unix socket: a length, then JSON or pickled bytes; file descriptors travel with the first byte."""
+"""Messages over a Unix socket: a length, then JSON or pickled bytes; with file descriptors."""
 
 import array
 import socket
@@ -19,7 +19,7 @@ def send(connection: socket.socket, body: bytes, descriptors: tuple[int, ...] = 
 
 
 def receive(connection: socket.socket, num_descriptors: int = 0) -> tuple[bytes | None, list[int]]:
-    """Return the next message and its open files; None where the other side has closed the connection."""
+    """Return the next message and its open files; None if the connection is closed."""
     descriptors = array.array("i")
     header, ancillary, _, _ = connection.recvmsg(
         HEADER.size, socket.CMSG_SPACE(num_descriptors * descriptors.itemsize)

@@ -1,6 +1,7 @@
 """A process that imports much once and forks for each request: ``python server.py KIND FOLDER``.
 
-It has one thread and joins no process group, so that a fork of it is as good as a process that has just done its imports.
+It has one thread and joins no process group, so that a fork of it is like a process that has just
+done its imports.
 """
 
 import atexit
@@ -30,11 +31,14 @@ PRELOADED = {
     "transformers": "tests.support.preloaded.for_transformers",
 }
 ALIVE_SECONDS = 2
-"""How often the server looks whether the test run is still there."""
+"""The interval at which the server checks that the test run still exists."""
 
 
 class Server:
-    """Fork a child for each connection, report its process number and status, end it when its client is gone."""
+    """A server that forks a child for each connection and reports its process number and status.
+
+    It ends a child whose client has ended.
+    """
 
     def __init__(self, address: str, session: int):
         self._session, self._stopped = session, False
@@ -57,7 +61,10 @@ class Server:
         os.rename(f"{address}.new", address)  # who can connect need not wait
 
     def next_child(self) -> tuple[dict, list[int], socket.socket] | None:
-        """Serve until a request has been forked and return it, in the child; return None, in the server, when it is to end."""
+        """Serve until a request has been forked; return it in the child.
+
+        In the server return None when it is to end.
+        """
         while not self._stopped and os.path.exists(f"/proc/{self._session}"):
             for key, _ in self._selector.select(ALIVE_SECONDS):
                 if key.fileobj is self._listener:
@@ -68,7 +75,7 @@ class Server:
                     with contextlib.suppress(BlockingIOError):
                         self._wake.recv(4096)
                 else:
-                    self._hung_up(key.data, key.fileobj)
+                    self._closed_early(key.data, key.fileobj)
             self._reap()
         for child in self._children:
             with contextlib.suppress(ProcessLookupError):
@@ -96,7 +103,7 @@ class Server:
         return None
 
     def _leave(self) -> None:
-        """Become an ordinary process: a session of its own, no socket of the server's, signals as Python has them at its start."""
+        """Become an ordinary process: own session, no server sockets, Python's initial signals."""
         os.setsid()
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM):
@@ -106,8 +113,8 @@ class Server:
         for end in (*self._own, *self._children.values()):
             end.close()
 
-    def _hung_up(self, child: int, connection: socket.socket) -> None:
-        """End a child whose client was killed; a client that lives sends nothing after its request."""
+    def _closed_early(self, child: int, connection: socket.socket) -> None:
+        """End a child whose client was killed; a live one sends nothing after its request."""
         self._selector.unregister(connection)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
@@ -131,7 +138,7 @@ class Server:
 
 
 def become(request: dict, descriptors: list[int], connection: socket.socket, stand_in: str) -> None:
-    """Take on the client's streams, environment, directory and limits, and Python's own state that follows from them."""
+    """Take over the client's streams, environment, directory, limits and dependent Python state."""
     connection.close()
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
@@ -178,14 +185,15 @@ def _writer(number: int, encoding: str, errors: str) -> io.TextIOWrapper:
     )
 
 
-def run_to_the_end(words: list[str]) -> NoReturn:
-    """Run a script and end this process as python would, but for taking the interpreter apart, which costs tenths of a second.
+def run_to_the_end(command: list[str]) -> NoReturn:
+    """Run a script and end this process as python would, without finalizing the interpreter.
 
-    Threads are waited for, what was registered with ``atexit`` is run, and what cannot be written is told by status 120.
+    That would cost tenths of a second. Threads are waited for, functions registered with ``atexit``
+    are called, and output that cannot be written gives status 120.
     """
     status = 0
     try:
-        run_main(words)
+        run_main(command)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
         if status == 1 and not isinstance(end.code, int):
@@ -211,31 +219,31 @@ def run_to_the_end(words: list[str]) -> NoReturn:
     os._exit(status & 0xFF)
 
 
-def run_main(words: list[str]) -> None:
+def run_main(command: list[str]) -> None:
     """Run a script, a module (``-m NAME``) or lines (``-c CODE``) as ``__main__``."""
-    if words[0] == "-m":
+    if command[0] == "-m":
         import runpy
 
-        sys.argv = words[1:]
-        sys.modules.pop(words[1], None)  # preloaded with what it imports
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        sys.argv = command[1:]
+        sys.modules.pop(command[1], None)  # preloaded with what it imports
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
         return
     module = types.ModuleType("__main__")
-    if words[0] == "-c":
-        sys.argv = ["-c", *words[2:]]
+    if command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
         sys.path.insert(0, "")
         sys.modules["__main__"] = module
-        exec(compile(words[1], "<string>", "exec"), module.__dict__)
+        exec(compile(command[1], "<string>", "exec"), module.__dict__)
         return
-    module.__file__ = words[0]
-    sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).resolve().parent))
+    module.__file__ = command[0]
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).resolve().parent))
     sys.modules["__main__"] = module
-    exec(compile(Path(words[0]).read_bytes(), words[0], "exec"), module.__dict__)
+    exec(compile(Path(command[0]).read_bytes(), command[0], "exec"), module.__dict__)
 
 
 def run_function(request: dict, descriptors: list[int]) -> None:
-    """Call a function and write what it returns, or the traceback of what it raises, to the third of the open files; then end at once."""
+    """Call a function, write its result or traceback to the third open file, and end at once."""
     os.environ.update(request["environment"])
     sys.modules["__main__"] = types.ModuleType(
         "__main__"
@@ -246,14 +254,14 @@ def run_function(request: dict, descriptors: list[int]) -> None:
         function = getattr(importlib.import_module(request["module"]), request["function"])
         arguments = pickle.loads(bytes.fromhex(request["arguments"]))
         body = pickle.dumps(("done", function(*arguments)))
-    except BaseException:  # whatever it is, the test must see it
+    except BaseException:  # the test must see every error
         body = pickle.dumps(("failed", traceback.format_exc()))
     with open(descriptors[2], "wb") as result:
         result.write(body)
     if "multiprocessing.util" in sys.modules:
         sys.modules[
             "multiprocessing.util"
-        ]._exit_function()  # ends the processes that the function started, such as Megatron's managers
+        ]._exit_function()  # ends processes that the function started
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # taking a preloaded interpreter apart costs more than most tests do
@@ -273,12 +281,12 @@ def main(kind: str, folder: str) -> None:
     gc.collect()
     gc.freeze()
     session = int(Path(folder, "session.pid").read_text())
-    found = Server(f"{folder}/{kind}.socket", session).next_child()
-    if found is None:
+    child = Server(f"{folder}/{kind}.socket", session).next_child()
+    if child is None:
         if not os.path.exists(f"/proc/{session}"):  # it was killed, and could not remove its folder
             shutil.rmtree(folder, ignore_errors=True)
         return
-    request, descriptors, connection = found
+    request, descriptors, connection = child
     sys.path.pop(0)
     if "function" in request:
         sys.path.insert(0, root)

@@ -1,4 +1,4 @@
-"""The preloaded servers of one test run: a folder with the stand-in for ``python``, and their end."""
+"""The preloaded servers of one test run: their start, folder, stand-in for ``python``, and end."""
 
 import fcntl
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 FOLDER = "SORTED_TEST_SERVERS"
-"""Environment variable with the session's folder: how the workers of a test run share its servers."""
+"""Environment variable with the session's folder, by which workers share its servers."""
 STAND_IN = """\
 #!{python} -IS
 import sys
@@ -30,7 +30,7 @@ END_SECONDS = 10
 
 
 def open_session() -> None:
-    """Make the folder of this test run, unless the process that started this one has made it; no server starts yet."""
+    """Create the folder of this test run, unless a parent process has; no server starts yet."""
     if FOLDER in os.environ:
         return
     folder = Path(tempfile.mkdtemp(prefix="preloaded_"))
@@ -52,7 +52,7 @@ def open_session() -> None:
 
 
 def close_session() -> None:
-    """End the servers, and with them whatever they have forked, and remove the folder; only in the process that made it."""
+    """End the servers and their forks and remove the folder, in the process that created it."""
     folder = Path(os.environ.get(FOLDER, "/nowhere"))
     if not folder.is_dir() or (folder / "session.pid").read_text() != str(os.getpid()):
         return
@@ -82,8 +82,8 @@ def call(
     """Have the server of that kind call a function in a fork of it.
 
     Returns:
-        The connection, whose end ends the fork, and an open file from which what ``pickle`` made of ("done", value) or
-        ("failed", traceback) can be read.
+        The connection, whose end ends the fork, and an open file with the pickled ("done", value)
+        or ("failed", traceback).
     """
     sys.path.insert(0, str(HERE))
     try:
@@ -112,13 +112,13 @@ def _folder() -> Path:
 
 
 def new_path(name: str) -> Path:
-    """Return a path in the session's folder that nobody else has been given; it goes with the folder."""
+    """Return an unused path in the session's folder, which is removed with the folder."""
     return _folder() / f"{name}.{uuid.uuid4().hex}"
 
 
 @contextmanager
 def turn(what: str, alone: bool) -> Iterator[None]:
-    """Wait for a turn among the workers of this test run, and keep it: alone, or beside others that need not be alone."""
+    """Hold a turn among the workers of this test run, alone or together with others not alone."""
     with open(_folder() / f"{what}.turn", "w") as turns:
         fcntl.flock(turns, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
@@ -131,7 +131,7 @@ def wait_for_end(connection: socket.socket) -> None:
 
 
 def spent_seconds() -> float:
-    """Return the CPU seconds of this process and of all processes that it started or had forked, as far as they have ended."""
+    """Return the CPU seconds of this process and its ended children and forks."""
     spent = _folder() / f"cpu.{os.getpid()}"
     forked = sum(map(float, spent.read_text().split())) if spent.exists() else 0.0
     times = os.times()

@@ -1,7 +1,8 @@
-"""Stands in for ``python``: has a server fork the scripts that it serves, runs everything else with the real interpreter.
+"""A stand-in for ``python``: servers fork the scripts they serve, the real one runs the others.
 
-The first lines of the stand-in (``session.py`` writes them) give ``main`` the real interpreter, the project's root and the
-session's folder. Imports nothing of the project but ``messages``, whose folder is on the path.
+The first lines of the stand-in (``session.py`` writes them) give ``main`` the real interpreter, the
+project's root and the session's folder. It imports nothing from the project but ``messages``, whose
+folder is on the path.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ WITH_MEGATRON = (
     "tools/accept_npu.py",
     "tools/bench",
 )
-"""Scripts, by the beginning of their path below the root, that need megatron; the others must do without it."""
+"""Path prefixes of scripts that need megatron; the others must work without it."""
 TORCHRUN = "torch.distributed.run"
 FORK_CODE = "SORTED_FORK_CODE"
 """Environment variable of the tests of this folder: `-c CODE` is forked too."""
@@ -50,22 +51,22 @@ START_SECONDS = 240
 
 
 def server_for(arguments: list[str], root: str) -> tuple[str | None, list[str]]:
-    """Return which server runs these arguments of ``python`` (None: the real interpreter) and the arguments without flags."""
-    words = arguments[1:] if arguments[:1] == ["-u"] else arguments
-    if words[:2] == ["-m", TORCHRUN]:
-        return MEGATRON, words
-    if words[:1] == ["-c"] and FORK_CODE in os.environ:
-        return TRANSFORMERS, words
-    if not words or words[0].startswith("-"):
-        return None, words
-    path = os.path.relpath(os.path.realpath(words[0]), root)
+    """Return the server for these arguments (None: the real python), and the rest of them."""
+    rest = arguments[1:] if arguments[:1] == ["-u"] else arguments
+    if rest[:2] == ["-m", TORCHRUN]:
+        return MEGATRON, rest
+    if rest[:1] == ["-c"] and FORK_CODE in os.environ:
+        return TRANSFORMERS, rest
+    if not rest or rest[0].startswith("-"):
+        return None, rest
+    path = os.path.relpath(os.path.realpath(rest[0]), root)
     if not path.startswith(("tools/", "pretrain_sorted.py")):
-        return None, words
-    return (MEGATRON if path.startswith(WITH_MEGATRON) else TRANSFORMERS), words
+        return None, rest
+    return (MEGATRON if path.startswith(WITH_MEGATRON) else TRANSFORMERS), rest
 
 
 def connect(kind: str, python: str, folder: Path) -> socket.socket:
-    """Return a connection to the server of that kind, which is started if nobody has started it yet."""
+    """Return a connection to the server of that kind, which is started if it does not run yet."""
     address = str(folder / f"{kind}.socket")
     until = time.monotonic() + START_SECONDS
     while True:
@@ -78,14 +79,15 @@ def connect(kind: str, python: str, folder: Path) -> socket.socket:
         if time.monotonic() > until:
             log = folder / f"{kind}.log"
             sys.exit(
-                f"the preloaded server did not start within {START_SECONDS} s: {log.read_text() if log.exists() else ''}"
+                f"the preloaded server did not start within {START_SECONDS} s: "
+                f"{log.read_text() if log.exists() else ''}"
             )
         _start(kind, python, folder)
         time.sleep(0.02)
 
 
 def _start(kind: str, python: str, folder: Path) -> None:
-    """Start the server, once: who holds the lock of the session's folder starts it, or finds that another has."""
+    """Start the server unless another process has, holding the lock of the session's folder."""
     with open(folder / f"{kind}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / f"{kind}.pid").exists():
@@ -104,7 +106,7 @@ def _start(kind: str, python: str, folder: Path) -> None:
 
 
 def _server_environment() -> dict[str, str]:
-    """Return what servers start with: nothing of the test that happens to come first, and no second thread in any library."""
+    """Return the environment of servers: nothing from the first test, one thread per library."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     return {
@@ -118,14 +120,14 @@ def _server_environment() -> dict[str, str]:
 
 def main(python: str, root: str, folder: str) -> None:
     """Do what ``python`` would do with this process's arguments."""
-    kind, words = server_for(sys.argv[1:], root)
+    kind, rest = server_for(sys.argv[1:], root)
     if kind is None:
         os.execv(python, [python, *sys.argv[1:]])
     umask = os.umask(0)
     os.umask(umask)
     ignored = [number for number in PASSED_ON if signal.getsignal(number) is signal.SIG_IGN]
     request = {
-        "words": words,
+        "words": rest,
         "directory": os.getcwd(),
         "environment": dict(os.environ),
         "umask": umask,

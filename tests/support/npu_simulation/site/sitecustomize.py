@@ -1,4 +1,7 @@
-"""Python runs this when it starts, if its folder is on PYTHONPATH: a program that imports torch_npu then meets simulated NPUs."""
+"""Simulated NPUs for every program that imports torch_npu.
+
+Python runs this file when it starts, if its folder is on PYTHONPATH.
+"""
 
 import importlib.abc
 import importlib.machinery
@@ -7,10 +10,10 @@ import sys
 
 
 class _AfterTorchNpu(importlib.abc.MetaPathFinder):
-    """Lets torch_npu be imported as it is, then puts the simulation beneath it."""
+    """A finder that imports torch_npu and then installs the simulation."""
 
     def find_spec(self, name, path=None, target=None):
-        """Returns where torch_npu is, with a loader that goes on with the simulation; None for everything else."""
+        """Return the spec of torch_npu with a loader that installs the simulation, or None."""
         if name != "torch_npu":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)

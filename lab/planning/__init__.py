@@ -1,1 +1,0 @@
-"""Plans beside what processes of this machine do."""

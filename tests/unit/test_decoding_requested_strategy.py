@@ -1,0 +1,177 @@
+"""Tuned options belong to a draft model; one draft model serves several models."""
+
+import importlib
+import json
+
+import pytest
+
+from megatron_sorted.decoding.network import config_sha256, draft_key, load_network
+from megatron_sorted.decoding.requested_strategy import RequestedStrategy
+from megatron_sorted.decoding.strategies import EarlyExit, Full, SelfSpeculative, TreeSpeculative
+from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.tuning.tuned_options import (
+    TUNED_FILE,
+    read_tuned_options,
+    write_tuned_options,
+)
+from megatron_sorted.errors import DataError, SettingsError
+from tests.support.evaluated import make_model
+from tests.unit.test_decoding_text_generator import Letters
+
+TREE = {"depths": [2], "thresholds": [], "num_levels": 3, "num_branches": 2, "num_nodes": 5}
+ALONE = {"best": "tree", "strategies": {"full": {}, "tree": TREE}}
+BY_SMALL = {
+    "best": "self_speculative",
+    "strategies": {"self_speculative": {"depth": 1, "num_draft_tokens": 7}},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Return {name: (directory, network)}; ``twin`` differs from ``small`` in its config alone."""
+    folder, by_name = tmp_path_factory.mktemp("models"), {}
+    for place, num_layers, more in (
+        ("target", 4, {}),
+        ("large", 6, {}),
+        ("small", 1, {}),
+        ("twin/small", 1, {"rms_norm_eps": 1e-5}),
+        ("foreign", 1, {"vocab_size": 320}),
+    ):
+        make_model(num_layers=num_layers, **more).save_pretrained(folder / place)
+        by_name[place.split("/")[0]] = (
+            folder / place,
+            load_network(folder / place, range(1, num_layers + 1)),
+        )
+    return by_name
+
+
+def strategy_of(
+    models, name: str, draft: str | None = None, strategy: str | None = None, **options
+):
+    directory, network = models[name]
+    choice = RequestedStrategy(directory, draft and models[draft][0], strategy, options)
+    return choice.strategy(network, models[draft][1] if draft else None)
+
+
+def test_the_tuned_strategy_is_that_of_the_given_draft_model(models):
+    for name in ("target", "large"):
+        directory, key = models[name][0], draft_key(*models["small"])
+        assert key == f"small@{config_sha256(models['small'][1])[:16]}"
+        write_tuned_options(directory / TUNED_FILE, BY_SMALL, key)
+        assert strategy_of(models, name) == Full(), "nothing was tuned without a draft"
+        write_tuned_options(directory / TUNED_FILE, ALONE)
+        assert strategy_of(models, name) == TreeSpeculative((2,), (), 3, 2, 5)
+        assert strategy_of(models, name, "small") == SelfSpeculative(1, 7)
+        assert strategy_of(models, name, "small", num_draft_tokens=2) == SelfSpeculative(1, 2)
+        assert strategy_of(models, name, "twin", strategy="self_speculative") == SelfSpeculative(
+            1, 4
+        ), "the default"
+        with pytest.raises(SettingsError, match="draft model: full drafts nothing"):
+            strategy_of(models, name, "twin")
+        with pytest.raises(SettingsError, match="draft model: it has 320 tokens and the model 300"):
+            strategy_of(models, name, "foreign", strategy="tree")
+
+
+def test_options_tuned_with_other_draft_models_stay(tmp_path):
+    path = tmp_path / TUNED_FILE
+    assert read_tuned_options(path) == read_tuned_options(path, "a@1") == {}
+    write_tuned_options(path, BY_SMALL, "a@1")
+    write_tuned_options(path, ALONE)
+    write_tuned_options(path, {**BY_SMALL, "best": "tree"}, "a@2")
+    write_tuned_options(path, {**ALONE, "best": "full"})
+    assert read_tuned_options(path, "a@1") == BY_SMALL and read_tuned_options(path, "a@2") == {
+        **BY_SMALL,
+        "best": "tree",
+    }
+    assert (
+        read_tuned_options(path)["best"] == "full"
+        and read_tuned_options(path)["strategies"] == ALONE["strategies"]
+    )
+
+
+def test_a_strategy_without_drafts_does_not_use_the_draft_model(models):
+    (directory, network), (small, draft) = models["target"], models["small"]
+    choice = RequestedStrategy(directory, small, "tree", {"num_levels": 2})
+    generator = TextGenerator(network, Letters(), draft)
+    assert choice.named("full").strategy(network, generator.draft_for(Full)) == Full()
+    assert isinstance(
+        choice.named("early_exit").strategy(network, generator.draft_for(EarlyExit)), EarlyExit
+    )
+    assert len(list(generator.write([[5, 6]], Full(), max_new_tokens=1))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"format": 1}',
+        '{"format": 1, "strategies": {"fast": {}}}',
+        '{"format": 1, "strategies": []}',
+        '{"format": 1, "best": "fast", "strategies": {}}',
+        '{"format": 1, "strategies": {"tree": {"colour": 1}}}',
+        '{"format": 1, "strategies": {"tree": []}}',
+        '{"format": 1, "best": [], "strategies": {}}',
+        '{"format": 2, "strategies": {}}',
+        '{"format": 1, "drafts": {"a@1": {}}}',
+        '{"format": 1, "drafts": [1]}',
+    ],
+)
+def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
+    path = tmp_path / TUNED_FILE
+    path.write_text(text)
+    for work in (lambda: read_tuned_options(path), lambda: write_tuned_options(path, ALONE)):
+        with pytest.raises(DataError, match=r"decoding\.json: .* Remove it and tune again"):
+            work()
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "options", [{"depths": "ab"}, {"depths": [1, "a"]}, {"num_nodes": "many"}, {"thresholds": 3}]
+)
+def test_tuned_options_of_a_wrong_type_are_refused(models, options):
+    directory = models["large"][0]
+    (directory / TUNED_FILE).write_text(
+        json.dumps({"format": 1, "best": "tree", "strategies": {"tree": {**TREE, **options}}})
+    )
+    with pytest.raises(
+        DataError, match=r"its options of tree are not as megatron-sorted tune writes them"
+    ):
+        strategy_of(models, "large")
+    (directory / TUNED_FILE).unlink()
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (
+            "megatron_sorted.commands.generate",
+            ["m", "--prompt", "a", "--max-new-tokens", "0"],
+            "--max-new-tokens: 0 is not 1 or more",
+        ),
+        (
+            "megatron_sorted.commands.generate",
+            ["m", "--prompt", "a", "--threads", "-1"],
+            "--threads: -1 is not 1 or more",
+        ),
+        (
+            "megatron_sorted.commands.tune",
+            ["m", "--prompt-file", "f", "--num-prompts", "0"],
+            "--num-prompts: 0 is not",
+        ),
+        (
+            "lab.prove_decoding",
+            ["m", "--prompt-file", "f", "--most-prompt-tokens", "0"],
+            "--most-prompt-tokens: 0 is not",
+        ),
+        (
+            "megatron_sorted.commands.benchmark",
+            ["m", "--questions", "f", "--per-group", "0"],
+            "--per-group: 0 is not",
+        ),
+    ],
+)
+def test_counts_of_nothing_are_refused_before_a_model_is_read(module, arguments, message):
+    with pytest.raises(SettingsError, match=message):
+        importlib.import_module(module).main(arguments)
