@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-GENERATED = {"runs", "build", "dist", "__pycache__"}
+GENERATED = {"runs", "build", "dist", "_build", "__pycache__"}
 
 
 def files(*suffixes: str) -> list[Path]:
