@@ -124,7 +124,7 @@ def _status_of(
         clean_up()
         _print_line(f"\nstopped. {stopped}".rstrip())
         return INTERRUPTED
-    except Exception as error:
+    except Exception as error:  # the last place: a fault of the program is raised again
         if isinstance(error, BrokenPipeError) and (_lost_reader(1) or _lost_reader(2)):
             return BROKEN_PIPE
         clean_up()

@@ -217,7 +217,7 @@ def _findings(part: str, recipe: Recipe, numbers: Numbers) -> list[str]:
         "",
         *(f"- {limit}" for limit in LIMITS[part]),
         f"- {'One seed' if seeds == 1 else f'{seeds} seeds'}: standard errors are over documents,"
-        " and say nothing about another training.",
+        " and do not cover another training.",
         "",
     ]
 

@@ -9,11 +9,12 @@ import io
 from importlib import import_module
 from pathlib import Path
 
+from lab.results.pages import page_head
 from megatron_sorted.commands import COMMANDS
 from megatron_sorted.commands.convert import VERBS
 from megatron_sorted.settings.field import flag_of
-from megatron_sorted.settings.flags import field_groups
-from megatron_sorted.settings.values import choices, field_types, is_list, is_optional
+from megatron_sorted.settings.flags import default_text, field_groups
+from megatron_sorted.settings.values import choices, field_types, is_list
 
 PUBLIC_MODULES = {
     "The method": ("exits.depths", "exits.coefficients", "exits.selection"),
@@ -42,6 +43,7 @@ PUBLIC_MODULES = {
     ),
 }
 """Title -> modules of the package whose public names are documented."""
+START = "[Start on a laptop](../start.md)"
 
 
 def help_of(command: str, verb: str | None = None) -> str:
@@ -56,12 +58,7 @@ def help_of(command: str, verb: str | None = None) -> str:
 def commands_page() -> str:
     """Return the page of all commands: the help of each, with that of its verbs."""
     lines = [
-        "# Commands",
-        "",
-        "> **What this is for**: every command and option, as `--help` prints them. **Read "
-        "first**:",
-        "> [Start on a laptop](../start.md).",
-        "",
+        *page_head("Commands", "every command and option, as `--help` prints them", START),
         "`megatron-sorted COMMAND`, or `python -m megatron_sorted COMMAND`. In a clone,"
         " `tools/*.py` and `pretrain_sorted.py` start the same commands.",
     ]
@@ -79,11 +76,7 @@ def commands_page() -> str:
 def settings_page() -> str:
     """Return the page of all settings, one table for each group."""
     lines = [
-        "# Settings",
-        "",
-        "> **What this is for**: every setting of a run. **Read first**: [Start on a "
-        "laptop](../start.md).",
-        "",
+        *page_head("Settings", "every setting of a run", START),
         "Each setting is a flag of `megatron-sorted train` and, without its dashes in front, a "
         "key of the YAML file that `--config` names. Flags override the file. A switch `--x` has "
         "an opposite `--no-x`.",
@@ -93,30 +86,27 @@ def settings_page() -> str:
         lines += ["", f"## {title}", "", "| setting | default | meaning |", "|---|---|---|"]
         for field in fields:
             kind = types[field.name]
-            default = field.default
-            if isinstance(default, tuple):
-                default = " ".join(map(str, default)) or "empty"
             values = (
                 f" One of {', '.join(f'`{choice}`' for choice in choices(kind))}."
                 if choices(kind)
                 else ""
             )
             several = " Takes several values." if is_list(kind) else ""
-            shown = "none" if default is None and is_optional(kind) else str(default)
-            shown = shown.lower() if shown in ("True", "False", "None") else shown
             text = field.metadata["help"].replace("|", "\\|").replace("<", "&lt;")
-            lines.append(f"| `{flag_of(field.name)}` | `{shown}` | {text}{values}{several} |")
+            lines.append(
+                f"| `{flag_of(field.name)}` | `{default_text(field)}` | {text}{values}{several} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def api_page() -> str:
     """Return the page that documents the public modules from their docstrings."""
     lines = [
-        "# Python API",
-        "",
-        "> **What this is for**: the modules that other programs may import. **Read first**:",
-        "> [Architecture](../architecture.md).",
-        "",
+        *page_head(
+            "Python API",
+            "the modules that other programs may import",
+            "[Architecture](../architecture.md)",
+        ),
         "Names that are not listed here may change in any version.",
     ]
     for title, modules in PUBLIC_MODULES.items():

@@ -244,8 +244,7 @@ def _device_name(options: argparse.Namespace, settings: Settings) -> tuple[str, 
     if name is not None and not is_of_kind(name, settings.device):
         return usual, [
             f"note: planned for {usual}: the file's planned-device {name} is not of --device "
-            f"{settings.device}. "
-            "--planned-device names another device"
+            f"{settings.device}. --planned-device names another device"
         ]
     if name is not None:
         return name, []

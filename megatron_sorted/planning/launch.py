@@ -13,10 +13,10 @@ DEFAULT_DEVICES = {"auto": "H100", "cuda": "H100", "npu": "910B2", "cpu": "cpu"}
 def is_of_kind(planned_device: str, device: str) -> bool:
     """Return whether a device of the table can stand for a run's ``--device``.
 
-    >>> is_of_kind("H100", "npu"), is_of_kind("910B2", "npu"), is_of_kind("H100", "auto")
-    (False, True, True)
+    >>> is_of_kind("H100", "npu"), is_of_kind("910B2", "cuda"), is_of_kind("910B2", "auto")
+    (False, False, True)
     """
-    return device != "npu" or planned_device.startswith("910")
+    return device not in ("cuda", "npu") or planned_device.startswith("910") == (device == "npu")
 
 
 def launch_line(

@@ -171,7 +171,7 @@ class CompletionResponse:
                     yield self._event(
                         kind, row, {"delta": {}} if self.is_chat else {"text": ""}, FINISH[None]
                     )
-        except Exception as error:
+        except Exception as error:  # the client gets it, and the server continues
             yield f"data: {response_to_error(error, field).body.decode()}\n\n"
             return
         if with_usage:

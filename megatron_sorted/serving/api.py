@@ -268,7 +268,7 @@ def make_app(
                     response.scores = output
                 else:
                     response.add(output)
-        except Exception as error:
+        except Exception as error:  # the client gets it, and the server continues
             return response_to_error(error, field)
         finally:
             watch.cancel()

@@ -76,6 +76,15 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def default_text(field: dataclasses.Field) -> str:
+    """Return a field's default as help and the reference page show it: "none", "true", "empty"."""
+    default = field.default
+    if isinstance(default, tuple):
+        return " ".join(map(str, default)) or "empty"
+    text = str(default)
+    return text.lower() if text in ("None", "True", "False") else text or "empty"
+
+
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     kind = field_types()[field.name]
     element_types = (
@@ -83,14 +92,8 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
         if is_optional(kind) or is_list(kind)
         else [kind]
     )
-    default = (
-        " ".join(map(str, field.default))
-        if isinstance(field.default, tuple)
-        else str(field.default)
-    )
-    default = default.lower() if default in ("None", "True", "False") else default
     # argparse reads % as formatting
-    text = f"{field.metadata['help']} (default: {default or 'empty'})".replace("%", "%%")
+    text = f"{field.metadata['help']} (default: {default_text(field)})".replace("%", "%%")
     options: dict[str, Any] = {"dest": field.name, "help": text}
     if bool in (kind, *element_types):
         opposite = (

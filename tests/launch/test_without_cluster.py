@@ -320,7 +320,7 @@ def test_the_port_of_a_job_is_none_that_the_kernel_gives_away(folder, place, num
             "",
             -9,
             "requeue 17",
-        ),  # started again it goes on from --save
+        ),  # started again it resumes from --save
     ],
 )
 def test_what_becomes_of_a_job_that_stopped(

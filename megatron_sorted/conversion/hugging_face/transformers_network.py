@@ -131,6 +131,6 @@ def _as_checkpoint_errors(where: str) -> "Iterator[None]":
         yield
     except CheckpointError:
         raise
-    except Exception as error:
+    except Exception as error:  # transformers raises errors of any class
         reason = shown(" ".join(str(error).split()) or type(error).__name__, MAX_REASON)
         raise CheckpointError(f"{where}: transformers refuses it: {reason}. {REMEDY}") from error

@@ -43,24 +43,18 @@ def find_megatron(path: Path, ckpt_step: int | None = None) -> Path:
     if ckpt_step is not None:
         directory = iteration_directory(path, ckpt_step)
         if not directory.is_dir():
-            steps = ", ".join(sorted(p.name for p in path.iterdir() if ITERATION.fullmatch(p.name)))
             raise CheckpointError(
-                f"--ckpt-step: {ckpt_step}, but {path} holds no {directory.name}. Give one of "
-                f"those in it: {steps or 'none'}."
+                f"--ckpt-step: {ckpt_step}, but {path} holds no {directory.name}."
+                f"{_checkpoints_in(path)}"
             )
         return directory
     try:
         tracked = (path / TRACKER).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         hint = " It looks like a Hugging Face directory." if (path / "config.json").exists() else ""
-        steps = sorted(
-            entry.name
-            for entry in path.iterdir()
-            if ITERATION.fullmatch(entry.name) or entry.name == RELEASE
-        )
-        inside = f" Give one of those in it: {', '.join(steps[-5:])}." if steps else ""
         raise CheckpointError(
-            f"{path}: holds neither {TRACKER} nor a checkpoint ({KINDS}).{hint}{inside}"
+            f"{path}: holds neither {TRACKER} nor a checkpoint ({KINDS}).{hint}"
+            f"{_checkpoints_in(path)}"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / TRACKER}: not readable ({error}).") from error
@@ -76,6 +70,16 @@ def find_megatron(path: Path, ckpt_step: int | None = None) -> Path:
             "checkpoint's directory."
         )
     return directory
+
+
+def _checkpoints_in(path: Path) -> str:
+    """Return a sentence that names the last checkpoints in a directory; empty if it has none."""
+    names = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if ITERATION.fullmatch(entry.name) or entry.name == RELEASE
+    )
+    return f" Give one of those in it: {', '.join(names[-5:])}." if names else ""
 
 
 def _backend(directory: Path) -> str | None:

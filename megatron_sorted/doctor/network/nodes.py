@@ -213,7 +213,7 @@ class _TestRun:
             test = NetworkTest(store, self.reports, platform, rank)
             results = test.run()
             shared = self._check_shared_folder(test, existing_folder(folder_of(self.options)))
-        except Exception as error:
+        except Exception as error:  # whatever it is, the other ranks must hear of it
             put(store, "error", rank, f"{type(error).__name__}: {error}")
             if watchdog is not None:
                 watchdog.join()  # it waits for the others' errors and ends this process

@@ -60,7 +60,7 @@ class Profiler:
                     self._finish()
             elif self._start <= done + 1 < self._end:
                 self._begin(done + 1)
-        except Exception as error:
+        except Exception as error:  # a recording must not end the run
             self._give_up(error)
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class Profiler:
         if self._recording is not None:
             try:
                 self._finish()
-            except Exception as error:
+            except Exception as error:  # as above
                 self._give_up(error)
 
     def _begin(self, step: int) -> None:
