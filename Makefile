@@ -20,7 +20,7 @@ NPU_READY := $(NPU_VENV)/.ready
 .PHONY: help setup demo check docs test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron bench clean
 
 help:
-	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
+	@echo "make demo      train a small nested model and see every exit (3 to 4 minutes on 2 CPU cores)"
 	@echo "make check     style, imports, wording, unit tests (two to three minutes on 2 cores)"
 	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs (15 to 20 minutes)"
 	@echo "make test-all  the same with every row of the long tables"

@@ -1,7 +1,7 @@
 """Train a tiny nested model and an ordinary one on true facts, and show what the first layers of
 both can do.
 
-    python -m lab.demo            about 3 minutes on 2 idle CPU cores, nothing is downloaded
+    python -m lab.demo            3 to 4 minutes on 2 idle CPU cores, nothing is downloaded
     python -m lab.demo --quick    the same steps with next to no training, to see whether everything
     runs
 
