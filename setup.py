@@ -1,6 +1,7 @@
 """Installs megatron_sorted; `constraints.txt` pins the tested versions."""
 
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -8,14 +9,22 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+SUPPORTED = runpy.run_path(str(ROOT / "megatron_sorted" / "platform" / "supported.py"))
 PACKAGE = (ROOT / "megatron_sorted" / "__init__.py").read_text(encoding="utf-8")
 # folders of a clone that are installed inside the package; `megatron-sorted examples` copies them
 SHIPPED = {"megatron_sorted.examples": "examples", "megatron_sorted.slurm": "slurm"}
 
+
+def supported(name: str) -> str:
+    """Return the oldest supported version of a package."""
+    return SUPPORTED["shown"](SUPPORTED[name])
+
+
+TORCH, TRANSFORMERS = f"torch>={supported('TORCH')}", f"transformers>={supported('TRANSFORMERS')}"
 # psutil: megatron's checkpoint writer needs it
 TRAIN = [
-    "torch>=2.6",
-    "megatron-core>=0.12.1,<0.17",
+    TORCH,
+    f"megatron-core{SUPPORTED['MEGATRON_CORE_RANGE']}",
     "numpy",
     "psutil",
     "sentencepiece",
@@ -23,7 +32,7 @@ TRAIN = [
     "safetensors",
 ]
 MONITORING = ["wandb", "tensorboard", "matplotlib"]
-CONVERT = ["torch>=2.6", "numpy", "safetensors", "transformers>=5", "tokenizers", "sentencepiece"]
+CONVERT = [TORCH, "numpy", "safetensors", TRANSFORMERS, "tokenizers", "sentencepiece"]
 EVALUATE = [
     *CONVERT,
     "lm-eval",
@@ -75,7 +84,7 @@ setup(
     ],
     entry_points={"console_scripts": ["megatron-sorted = megatron_sorted.__main__:main"]},
     cmdclass={"build_py": CleanBuild},
-    python_requires=">=3.10",
+    python_requires=f">={supported('PYTHON')}",
     packages=[*find_packages(include=["megatron_sorted", "megatron_sorted.*"]), *SHIPPED],
     package_dir=SHIPPED,
     package_data={

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from megatron_sorted.command_line import run_main, start_command
 from megatron_sorted.installation import ROOT
-from megatron_sorted.platform.versions import NEWEST, is_newest, shown
+from megatron_sorted.platform.supported import MEGATRON_CORE_TESTED
 
 if __name__ == "__main__":
     start_command()
@@ -70,7 +70,8 @@ def versions(options: argparse.Namespace) -> Iterator[Line]:
     torch, torch_npu, megatron = installed.values()
     fits = torch.split("+")[0] == torch_npu.split(".post")[0] != "missing"
     yield "torch and torch_npu", fits, f"{torch} and {torch_npu}"
-    yield "megatron-core", is_newest(megatron), f"{megatron} (tested: {shown(NEWEST)})"
+    tested = ", ".join(MEGATRON_CORE_TESTED)
+    yield "megatron-core", megatron in MEGATRON_CORE_TESTED, f"{megatron} (tested: {tested})"
     loads = run(
         [
             "-c",

@@ -1,3 +1,7 @@
 """Nested language models on megatron-core: every prefix of the layers is a working sub-model."""
 
-__version__ = "0.10.0"
+from megatron_sorted.triton_stand_in import install_finder
+
+__version__ = "0.11.0"
+
+install_finder()  # before anything here imports megatron

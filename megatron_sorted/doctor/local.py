@@ -14,11 +14,10 @@ from megatron_sorted.doctor.devices.local import Check, LocalDevices, read_devic
 from megatron_sorted.doctor.devices.names import PROBED
 from megatron_sorted.doctor.finding import Finding, fail, ok, warn
 from megatron_sorted.doctor.probes import Probe, probe_all, training_path
-from megatron_sorted.platform import versions
+from megatron_sorted.platform import supported
 from megatron_sorted.platform.processes import World
 
 IMPORT_SECONDS, DISK_SECONDS = 180.0, 30.0
-OLDEST_TORCH = (2, 6)
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,9 @@ def check_torch(probe: Probe) -> list[Finding]:
         return [fail("torch", probe.error, "Reinstall torch, in an environment of its own.")]
     version = probe.facts["version"]
     shown = f"{version} in {Path(probe.facts['file']).parent}"
-    if packages.version_numbers(version) < OLDEST_TORCH:
-        return [fail("torch", shown, f"pip install 'torch>={versions.shown(OLDEST_TORCH)}'.")]
+    if packages.version_numbers(version) < supported.TORCH:
+        oldest = supported.shown(supported.TORCH)
+        return [fail("torch", shown, f"pip install 'torch>={oldest}'.")]
     if not probe.facts["gloo"]:
         value = f"{shown}: built without torch.distributed's gloo"
         return [fail("torch", value, "Install torch from pytorch.org.")]

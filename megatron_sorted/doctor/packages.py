@@ -10,9 +10,8 @@ from urllib.parse import unquote, urlparse
 
 from megatron_sorted.doctor.finding import Finding, fail, ok, warn
 from megatron_sorted.errors import PlatformError
-from megatron_sorted.platform import versions
+from megatron_sorted.platform import supported, versions
 
-OLDEST_PYTHON = (3, 10)
 REQUIRED = {
     "numpy": (),
     "pydantic": (2,),
@@ -55,9 +54,9 @@ def version_numbers(version: str) -> tuple[int, ...]:
 
 def check_python(version: Sequence[int], executable: str) -> list[Finding]:
     """Check that this Python is new enough."""
-    shown = f"{versions.shown(tuple(version[:3]))}, {executable}"
-    if tuple(version[:2]) < OLDEST_PYTHON:
-        return [fail("python", shown, f"Use Python {versions.shown(OLDEST_PYTHON)} or newer.")]
+    shown = f"{supported.shown(tuple(version[:3]))}, {executable}"
+    if tuple(version[:2]) < supported.PYTHON:
+        return [fail("python", shown, f"Use Python {supported.shown(supported.PYTHON)} or newer.")]
     return [ok("python", shown)]
 
 
@@ -123,10 +122,6 @@ def check_megatron_copies(copies: Sequence[InstalledCopy]) -> list[Finding]:
             f"{remove} or remove {others[0].folder}."
         )
         return [warn(name, shown, remedy)]
-    if not versions.can_do_all(first.version):
-        oldest = versions.shown(versions.ALL)
-        remedy = f"Training runs on it, without what needs {oldest}: {versions.INSTALL}."
-        return [warn(name, shown, remedy)]
     return [ok(name, first)]
 
 
@@ -152,7 +147,7 @@ def check_required(installed: Mapping[str, str]) -> list[Finding]:
         if version is None:
             wrong.append(fail(name, f"not installed{WHY.get(name, '')}", f"pip install {name}"))
         elif version_numbers(version) < oldest:
-            remedy = f"pip install '{name}>={versions.shown(oldest)}'"
+            remedy = f"pip install '{name}>={supported.shown(oldest)}'"
             wrong.append(fail(name, version, remedy))
     shown = ", ".join(f"{name} {installed.get(name.lower())}" for name in REQUIRED)
     return wrong or [ok("packages", shown)]

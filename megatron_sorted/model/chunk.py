@@ -17,7 +17,6 @@ from megatron_sorted.model.heads import ExitReadout, Heads
 from megatron_sorted.model.layer_dropout import LayerDropout
 from megatron_sorted.model.lora import RanksInUse, start_adapters, with_adapters
 from megatron_sorted.model.rotary import make_rotary
-from megatron_sorted.platform.versions import chunk_arguments
 from megatron_sorted.settings.derived import max_position_embeddings
 from megatron_sorted.settings.layout import ChunkLayout
 from megatron_sorted.settings.lora import is_adapter
@@ -137,7 +136,7 @@ class SortedChunk(MegatronModule):
             post_layer_norm=False,
             pre_process=layout.has_embedding,
             post_process=layout.is_last,
-            **chunk_arguments(TransformerBlock.__init__, self.vp_stage),
+            vp_stage=self.vp_stage,
         )
         start_adapters(self.decoder.layers, layout.layers_before, settings.seed)
         # Recomputed layers pass gradients to their parameters only if their input requires one, and
@@ -273,8 +272,6 @@ class SortedChunk(MegatronModule):
 
         Copies of a shared parameter have one name; only the first stage that holds one writes it.
         """
-        # an old Megatron numbers layers by the chunk that was set last
-        chunk_arguments(TransformerBlock.__init__, self.vp_stage)
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         # Megatron does not look into a ModuleDict: without this it takes each rank's vocabulary
         # shard of an exit's own head for a copy of one tensor.

@@ -7,7 +7,6 @@ from megatron_sorted.errors import PlatformError
 from megatron_sorted.parallel.fsdp import check_torch_can_shard
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.kernels import fused_kernels
-from megatron_sorted.platform.versions import check_megatron_can, known_arguments
 from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels
 from megatron_sorted.settings.layout import layers_of_chunks, num_virtual_chunks
 from megatron_sorted.settings.run import Settings
@@ -34,12 +33,6 @@ def check_platform(settings: Settings, platform: Platform) -> None:
     Raises:
         PlatformError: The device, torch or Megatron lacks something that the settings need.
     """
-    check_megatron_can(
-        ("--data-parallel fsdp", settings.data_parallel == "fsdp"),
-        ("--use-distributed-optimizer", settings.use_distributed_optimizer),
-        ("--lora-rank", bool(settings.lora_rank)),
-        ("--pipeline-model-parallel-layout", settings.pipeline_model_parallel_layout is not None),
-    )
     if settings.data_parallel == "fsdp":
         check_torch_can_shard()
     if settings.transformer_impl == "transformer_engine" and not platform.has_transformer_engine():
@@ -161,11 +154,8 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
         # the device's fused operations take the place of Transformer Engine's (see layer_spec)
         apply_rope_fusion=settings.position_embedding_type == "rope"
         and fused_kernels().rotary is not None,
-        **known_arguments(
-            TransformerConfig,
-            pipeline_model_parallel_layout=_layout(settings),
-            use_te_activation_func=uses_fused_swiglu(settings, platform),
-        ),
+        pipeline_model_parallel_layout=_layout(settings),
+        use_te_activation_func=uses_fused_swiglu(settings, platform),
         **recompute,
         **experts,
     )

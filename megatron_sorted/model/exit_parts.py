@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_sorted.platform.state import current_device, random_tracker
-from megatron_sorted.platform.versions import chunk_arguments
 from megatron_sorted.settings.layout import ChunkLayout
 from megatron_sorted.settings.run import Settings
 
@@ -105,7 +104,7 @@ def make_parts(
             layer,
             config=without_recomputation(config),
             layer_number=depth - layout.layers_before,
-            **chunk_arguments(TransformerLayer.__init__, vp_stage),
+            vp_stage=vp_stage,
         )
 
     rank, depths = settings.exit_adapter_rank, layout.intermediate

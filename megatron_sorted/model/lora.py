@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_sorted.exits.chance import hashed_number
 from megatron_sorted.platform.state import current_device, random_tracker
-from megatron_sorted.platform.versions import builds_linear_qkv, known_arguments
+from megatron_sorted.platform.versions import known_arguments, mlp_parts, with_options
 from megatron_sorted.settings.run import Settings
 
 
@@ -104,12 +103,8 @@ class _Adapted:
             return F.dropout(hidden, self.adapter.dropout)
 
     def _groups(self, metadata: dict | None) -> dict:
-        """Return the process groups of sharded tensors, for versions of Megatron that take them."""
-        return known_arguments(
-            make_sharded_tensors_for_checkpoint,
-            tp_group=self.tp_group,
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
-        )
+        """Return the process groups of sharded tensors."""
+        return {"tp_group": self.tp_group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
 
     @staticmethod
     def _add_product(
@@ -195,7 +190,14 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
         if self.is_gated:  # Megatron's MLP does this for the names weight and bias only
             name = f"{prefix}lora_b"
             state[name] = apply_swiglu_sharded_factory(
-                state[name], sharded_offsets, metadata.get("singleton_local_shards", False)
+                state[name],
+                sharded_offsets,
+                metadata.get("singleton_local_shards", False),
+                **known_arguments(
+                    apply_swiglu_sharded_factory,
+                    tp_group=self.tp_group,
+                    dp_group=metadata.get("dp_cp_group"),
+                ),
             )
         return state
 
@@ -257,7 +259,7 @@ def with_adapters(spec: ModuleSpec, settings: Settings, in_use: RanksInUse) -> M
         in_use,
     )
     spec = copy.deepcopy(spec)
-    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention, mlp = spec.submodules.self_attention.submodules, mlp_parts(spec)
     holders = {
         "linear_qkv": attention,
         "linear_proj": attention,
@@ -270,13 +272,10 @@ def with_adapters(spec: ModuleSpec, settings: Settings, in_use: RanksInUse) -> M
     }
     for target in settings.lora_targets:
         kind = kinds[getattr(holders[target], target)]
-        # some versions of Megatron call linear_qkv as a class; all others are built from a spec
-        is_called = target == "linear_qkv" and not builds_linear_qkv()
         options = {"adapter": adapter}
         if target == "linear_fc1":
             options["is_gated"] = settings.swiglu
-        adapted = partial(kind, **options) if is_called else ModuleSpec(kind, params=options)
-        setattr(holders[target], target, adapted)
+        setattr(holders[target], target, with_options(kind, **options))
     return spec
 
 

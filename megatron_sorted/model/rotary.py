@@ -6,7 +6,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from megatron_sorted.platform.versions import known_arguments
 from megatron_sorted.settings.derived import kv_channels
 from megatron_sorted.settings.run import Settings
 
@@ -48,9 +47,7 @@ def make_rotary(settings: Settings) -> RotaryEmbedding | None:
         rotary_percent=settings.rotary_percent,
         rotary_base=settings.rotary_base,
         seq_len_interpolation_factor=settings.rotary_seq_len_interpolation_factor,
-        **known_arguments(
-            RotaryEmbedding.__init__, cp_group=parallel_state.get_context_parallel_group()
-        ),
+        cp_group=parallel_state.get_context_parallel_group(),
     )
     if settings.use_rope_scaling:
         rotary.inv_freq = stretch_low_frequencies(

@@ -12,6 +12,7 @@ from megatron_sorted.model.attention import SdpaAttention
 from megatron_sorted.model.norm import Norm
 from megatron_sorted.model.sandwich import with_sandwich_norm
 from megatron_sorted.platform.kernels import fused_kernels
+from megatron_sorted.platform.versions import mlp_parts
 from megatron_sorted.settings.run import Settings
 
 
@@ -50,7 +51,7 @@ def layer_spec(settings: Settings, transformer_engine: bool) -> ModuleSpec:
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SdpaAttention
     if settings.swiglu and fused_kernels().swiglu is not None:
-        spec.submodules.mlp.submodules.activation_func = FusedSwiglu
+        mlp_parts(spec).activation_func = FusedSwiglu
     if settings.qk_layernorm:
         attention.q_layernorm = Norm
         attention.k_layernorm = Norm

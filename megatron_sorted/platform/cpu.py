@@ -73,6 +73,12 @@ def _type_as_cuda(method):
     return type_name
 
 
+class _NoStream:
+    """The current stream of a device that works in order: there is nothing to wait for."""
+
+    wait_event = wait_stream = synchronize = staticmethod(_nothing)
+
+
 def redirect_cuda(device: torch.device = CPU) -> None:
     """Redirect Megatron-core's CUDA calls to another device for the life of the process.
 
@@ -90,6 +96,7 @@ def redirect_cuda(device: torch.device = CPU) -> None:
     torch.cuda.current_device = lambda: device
     torch.cuda.synchronize = _nothing
     torch.cuda.empty_cache = _nothing
+    torch.cuda.current_stream = lambda *_arguments: _NoStream()
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = _get_rng_state
     torch.cuda.random.get_rng_state = _get_rng_state

@@ -9,7 +9,6 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.planning.split import layout_text
-from megatron_sorted.platform.versions import ALL, is_at_least
 from megatron_sorted.settings.layout import layout_of
 from megatron_sorted.settings.placement import check_chunks, layers_of_layout, split_layers
 from megatron_sorted.settings.run import Settings
@@ -24,10 +23,6 @@ def test_layers_of_stages_of_unequal_size():
     assert split_layers(7, 2, 1, first_stage_layers=3) == [3, 4]
 
 
-@pytest.mark.skipif(
-    not is_at_least(*ALL),
-    reason="older megatron-core tells only a running stage of its layers, as in tests/ranks",
-)
 @pytest.mark.parametrize(
     ("num_layers", "stages", "chunks", "first", "last"),
     [

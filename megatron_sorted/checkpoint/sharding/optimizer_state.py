@@ -1,7 +1,7 @@
 """Corrections to checkpoints of Megatron's optimizers, made from outside its code.
 
-They are needed with megatron-core 0.16.1; tests/ranks/test_checkpoint.py fails without any one of
-them.
+They are needed with megatron-core 0.16 to 0.19; tests/ranks/test_checkpoint.py fails without any
+one of them.
 """
 
 from typing import Any
@@ -12,7 +12,6 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from megatron_sorted.checkpoint.sharding.optimizer_shards import parts_of, take_state_of_parts
 from megatron_sorted.platform.state import current_device
-from megatron_sorted.platform.versions import rules_of_groups_kept
 
 MAIN_WEIGHTS = "fp32_from_fp16_params"  # Megatron's
 OF_PARAMETERS = ("parts", "param_state", "param_state_sharding_type")
@@ -171,8 +170,7 @@ def load_optimizer_state(optimizer, state: Any) -> None:
         if "parts" not in part and (
             "param_state" not in part or not _is_torchs_adam(one.optimizer)
         ):
-            with rules_of_groups_kept(one.optimizer):
-                one.load_state_dict(part)
+            one.load_state_dict(part)
             continue
         one.load_state_dict({key: value for key, value in part.items() if key not in OF_PARAMETERS})
         steps = _own_steps(one)

@@ -35,7 +35,6 @@ from megatron_sorted.checkpoint.sharding.row_shards import (
 )
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.platform.state import random_state, set_random_state
-from megatron_sorted.platform.versions import known_arguments
 from megatron_sorted.settings.lora import is_adapter
 
 
@@ -97,8 +96,9 @@ def optimizer_state(optimizer, model_state: dict[str, Any], is_loading: bool) ->
     part, steps = only_part(optimizer), steps_taken(optimizer)
     if part is None:
         parts = parts_of(optimizer)
-        options = known_arguments(parts[0].sharded_state_dict, metadata=dict(CONTENT))
-        state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, **options)
+        state = optimizer.sharded_state_dict(
+            model_state, is_loading=is_loading, metadata=dict(CONTENT)
+        )
         if len(parts) == 1:
             complete_empty_state(parts[0], state, steps)
         return state

@@ -1,4 +1,4 @@
-"""Patches of torch under which unmodified megatron-core 0.16.1 runs on torch_npu 2.13.
+"""Patches of torch under which unmodified megatron-core runs on torch_npu 2.13.
 
 They are applied once in a process, before Megatron is imported, because Megatron's modules keep
 references to torch's functions. Each patch is listed with its reason, and tests/npu/test_patches.py

@@ -30,7 +30,6 @@ from megatron_sorted.parallel.fsdp import FullyShardedChunk, connect_optimizer
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import current_device, seed_everything
-from megatron_sorted.platform.versions import known_arguments
 from megatron_sorted.settings.derived import global_batch_size, padded_vocab_size
 from megatron_sorted.settings.layout import Layout, layout_of, vocabulary_rows
 from megatron_sorted.settings.run import Settings
@@ -205,7 +204,7 @@ def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
         loss_scale_window=settings.loss_scale_window,
         hysteresis=settings.hysteresis,
         use_distributed_optimizer=settings.use_distributed_optimizer,
-        **known_arguments(OptimizerConfig, overlap_param_gather=settings.overlap_param_gather),
+        overlap_param_gather=settings.overlap_param_gather,
     )
     model.optimizer = get_megatron_optimizer(
         optimizer_config, model.chunks, use_gloo_process_groups=False

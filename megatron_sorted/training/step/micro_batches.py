@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_sorted.data.batches import Batch
@@ -14,6 +15,7 @@ from megatron_sorted.model.attention import make_attention_mask
 from megatron_sorted.model.chunk import SortedChunk
 from megatron_sorted.model.config import parameter_dtype
 from megatron_sorted.platform.contract import Platform
+from megatron_sorted.platform.versions import known_arguments
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.step.carrier import TeacherSlot
 
@@ -152,6 +154,8 @@ class InputBuilder:
         if self.settings.context_parallel_size == 1:
             return batch
         parts = get_batch_on_this_cp_rank(
-            {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+            {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)},
+            cp_group=parallel_state.get_context_parallel_group(),
+            **known_arguments(get_batch_on_this_cp_rank, is_hybrid_cp=False),
         )
         return dataclasses.replace(batch, **parts)

@@ -12,6 +12,7 @@ from torch.nn.utils import get_total_norm
 from megatron_sorted.checkpoint.sharding.optimizer_shards import parts_of
 from megatron_sorted.data.batches import Batch
 from megatron_sorted.platform.state import current_device
+from megatron_sorted.platform.versions import gradients_for_norm
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.step.build import Model
 from megatron_sorted.training.step.carrier import halves_of_message
@@ -95,7 +96,7 @@ def _grad_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     """
     squares = []
     for part in parts_of(optimizer):
-        gradients = part.get_main_grads_for_grad_norm()
+        gradients = gradients_for_norm(part)
         square = (
             get_total_norm(gradients).float().square()
             if gradients

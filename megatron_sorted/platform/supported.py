@@ -1,0 +1,31 @@
+"""The versions of Python and packages that this program supports; nothing else states them.
+
+setup.py reads this file, so it imports nothing; the trainer, the doctor and tests of the pages read
+it too. docs/megatron_versions.md lists what was run under which version.
+"""
+
+PYTHON = (3, 10)
+"""The oldest Python."""
+TORCH = (2, 6)
+"""The oldest torch."""
+TRANSFORMERS = (5,)
+"""The oldest transformers, which conversion, evaluation and decoding use."""
+MEGATRON_CORE, MEGATRON_CORE_END = (0, 16, 1), (0, 20)
+"""The oldest megatron-core, and the first version after the newest one."""
+MEGATRON_CORE_TESTED = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
+"""The versions that `make test-versions` runs, oldest first."""
+LAST_FOR_OLDER_MEGATRON = "0.10.0"
+"""The last release of this program that ran on megatron-core 0.12.1 to 0.15."""
+
+
+def shown(version: tuple[int, ...]) -> str:
+    """Return a version as text.
+
+    >>> shown((0, 16, 1))
+    '0.16.1'
+    """
+    return ".".join(map(str, version))
+
+
+MEGATRON_CORE_RANGE = f">={shown(MEGATRON_CORE)},<{shown(MEGATRON_CORE_END)}"
+"""The supported versions of megatron-core as a requirement of pip."""
