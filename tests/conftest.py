@@ -5,6 +5,7 @@ printed at the end.
 import os
 import signal
 
+import megatron_sorted  # noqa: F401  before tests import megatron: see triton_stand_in.py
 from tests.support.preloaded.session import close_session, open_session
 
 os.environ.setdefault(

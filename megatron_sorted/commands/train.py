@@ -12,7 +12,7 @@ from megatron_sorted.platform.processes import (
     read_world_of_training,
     silence_library_warnings,
 )
-from megatron_sorted.platform.versions import check_megatron_version
+from megatron_sorted.platform.versions import check_megatron_names, check_megatron_version
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.settings.rules import check_settings
 from megatron_sorted.training.watch.failure import report_and_exit
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_sorted.platform.select import load_device
 
     load_device(settings)
+    check_megatron_names()
     from megatron_sorted.training.run.loop import run
 
     stopped = run(settings) is not None

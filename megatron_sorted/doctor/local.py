@@ -14,7 +14,7 @@ from megatron_sorted.doctor.devices.local import Check, LocalDevices, read_devic
 from megatron_sorted.doctor.devices.names import PROBED
 from megatron_sorted.doctor.finding import Finding, fail, ok, warn
 from megatron_sorted.doctor.probes import Probe, probe_all, training_path
-from megatron_sorted.platform import supported
+from megatron_sorted.platform import supported, versions
 from megatron_sorted.platform.processes import World
 
 IMPORT_SECONDS, DISK_SECONDS = 180.0, 30.0
@@ -111,6 +111,10 @@ def check_megatron(probes: Mapping[str, Probe], path: list[str]) -> list[Finding
             "Reinstall what it names, or uninstall it: Apex and Transformer Engine are optional."
         )
         findings.append(fail("import megatron.core", probes["megatron"].error, remedy))
+    missing = (probes["megatron"].facts or {}).get("missing")
+    if missing:
+        value = f"it lacks {', '.join(missing)}, which training uses"
+        findings.append(fail("names in megatron-core", value, f"{versions.INSTALL}."))
     return findings
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.platform.megatron_names import NAMES, missing_names
 from megatron_sorted.platform.supported import (
     LAST_FOR_OLDER_MEGATRON,
     MEGATRON_CORE,
@@ -60,7 +61,27 @@ def check_megatron_version(version: str | None = None) -> None:
             "was the last release that ran on 0.12.1 to 0.15."
         )
     if numbers[:2] >= MEGATRON_CORE_END:
-        raise PlatformError(f"{reason}, and this one is untried. Install one of them: {INSTALL}.")
+        # An error is certain now, so the time to import it does not matter.
+        missing = missing_names()
+        verdict = f"lacks {', '.join(missing)}" if missing else f"has all {len(NAMES)}"
+        raise PlatformError(
+            f"{reason}. Newer ones are untried; of the names of Megatron that this program uses "
+            f"this one {verdict}. Install one of them: {INSTALL}."
+        )
+
+
+def check_megatron_names() -> None:
+    """Check that the installed megatron-core has the names of ``megatron_names``; imports it.
+
+    Raises:
+        PlatformError: It lacks one, as a checkout between two releases may.
+    """
+    missing = missing_names()
+    if missing:
+        raise PlatformError(
+            f"megatron-core {megatron_version()}: it lacks {', '.join(missing)}, which training "
+            f"uses. Install a release: {INSTALL}."
+        )
 
 
 def known_arguments(function: Callable, **arguments: Any) -> dict[str, Any]:

@@ -1,46 +1,62 @@
-"""Which versions of megatron-core are taken, and what only later ones can do."""
+"""Which versions of megatron-core are taken, and calls that differ between versions."""
 
+import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import megatron.core
 import pytest
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
-from megatron_sorted.doctor.local import OLDEST_TORCH
 from megatron_sorted.errors import PlatformError
-from megatron_sorted.platform import versions
+from megatron_sorted.platform import megatron_names, supported, versions
+
+ROOT = Path(__file__).resolve().parents[2]
+OLDEST, END = supported.shown(supported.MEGATRON_CORE), supported.shown(supported.MEGATRON_CORE_END)
 
 
 def test_the_version_is_that_of_the_package_that_is_imported():
     assert versions.megatron_version() == megatron.core.__version__
     versions.check_megatron_version()
+    versions.check_megatron_names()
 
 
-@pytest.mark.parametrize("version", ["0.12.1", "0.12.3", "0.13.0", "0.15.3", "0.16.1", "0.16.9rc0"])
+@pytest.mark.parametrize(
+    "version", [*supported.MEGATRON_CORE_TESTED, "0.16.9rc0", "0.17.0", "0.18.0rc1", "0.19.99"]
+)
 def test_versions_that_are_taken(version):
     versions.check_megatron_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.11.0", "0.12.0", "0.17.0rc0", "1.0"])
-def test_other_versions_are_refused_with_value_rule_and_remedy(version):
+@pytest.mark.parametrize("version", ["0.11.0", "0.12.1", "0.15.3", "0.16.0", "unknown"])
+def test_older_versions_are_refused_with_the_last_release_that_took_them(version):
     with pytest.raises(
         PlatformError,
-        match=rf"megatron-core {version}: .* runs on 0.12.1 to 0.16. "
-        r".*pip install 'megatron-core==0.16.\*'",
+        match=rf"megatron-core {version}: this program runs on >={OLDEST},<{END}. "
+        rf"Install one of them: pip install 'megatron-core>={OLDEST},<{END}'. "
+        r"megatron_sorted 0.10.0 was the last release that ran on 0.12.1 to 0.15.",
     ):
         versions.check_megatron_version(version)
 
 
-def test_features_that_an_older_version_lacks_are_refused():
-    versions.check_megatron_can(("--lora-rank", False), version="0.14.0")
-    versions.check_megatron_can(("--lora-rank", True), version="0.15.0")
+@pytest.mark.parametrize("version", ["0.20.0", "0.20.0rc0", "1.0"])
+def test_newer_versions_are_refused_with_the_names_that_they_lack(version, monkeypatch):
+    with pytest.raises(PlatformError, match=rf"{version}: .*<{END}.* this one has all \d+\."):
+        versions.check_megatron_version(version)
+    gone = megatron_names.Name("optimizer.optimizer", "MegatronOptimizer.gone", "here", "a test")
+    no_module = megatron_names.Name("no_such_module", "name", "here", "a test")
+    monkeypatch.setattr(megatron_names, "NAMES", (*megatron_names.NAMES, gone, no_module))
     with pytest.raises(
         PlatformError,
-        match=r"--lora-rank: needs megatron-core 0.15 or later, and 0.14.0 is installed",
+        match=r"this one lacks megatron.core.optimizer.optimizer.MegatronOptimizer.gone, "
+        r"megatron.core.no_such_module.name \(ModuleNotFoundError: .*Install one of them",
     ):
-        versions.check_megatron_can(
-            ("--data-parallel fsdp", False), ("--lora-rank", True), version="0.14.0"
-        )
+        versions.check_megatron_version(version)
+    with pytest.raises(
+        PlatformError, match=r"it lacks .*MegatronOptimizer.gone.*Install a release"
+    ):
+        versions.check_megatron_names()
 
 
 def test_only_known_arguments_are_passed():
@@ -48,23 +64,42 @@ def test_only_known_arguments_are_passed():
         return one + two
 
     assert versions.known_arguments(function, two=3, three=4) == {"two": 3}
-    assert versions.chunk_arguments(lambda config, vp_stage: None, 1) == {"vp_stage": 1}
 
 
-ROOT = Path(__file__).resolve().parents[2]
-OLDEST, NEWEST = versions.shown(versions.OLDEST), versions.shown(versions.NEWEST)
+def test_the_parts_of_an_mlp_in_both_forms_of_a_specification():
+    parts = SimpleNamespace(linear_fc1=object)
+
+    def layer(mlp):
+        return SimpleNamespace(submodules=SimpleNamespace(mlp=mlp))
+
+    assert versions.mlp_parts(layer(ModuleSpec(object, submodules=parts))) is parts
+    assert versions.mlp_parts(layer(functools.partial(dict, submodules=parts))) is parts
 
 
-@pytest.mark.parametrize(("file", "text"), [
-    ("setup.py", f"megatron-core>={OLDEST},<{versions.NEWEST[0]}.{versions.NEWEST[1] + 1}"),
-    ("README.md", f"megatron-core {OLDEST} to {NEWEST}"),
-    ("constraints.txt", f"megatron-core=={NEWEST}."),
-])  # fmt: skip
-def test_pages_and_requirements_name_the_same_versions(file, text):
-    assert text in (ROOT / file).read_text(encoding="utf-8")
+def test_a_class_with_options_can_be_called_and_built():
+    class Kind:
+        def __init__(self, size, *, rank=0):
+            self.made = size, rank
+
+    adapted = versions.with_options(Kind, rank=4)
+    assert adapted(2).made == build_module(adapted, 2).made == (2, 4)
+    assert issubclass(adapted, Kind) and adapted.__name__ == "Kind" and Kind(2).made == (2, 0)
 
 
-def test_the_oldest_torch_is_the_one_that_is_required():
-    assert set(re.findall(r"torch>=([\d.]+)", (ROOT / "setup.py").read_text(encoding="utf-8"))) == {
-        versions.shown(OLDEST_TORCH)
-    }
+def test_the_gradients_of_a_norm_by_both_names():
+    renamed = SimpleNamespace(get_grads_for_grad_norm=lambda: ["new"])
+    assert versions.gradients_for_norm(renamed) == ["new"]
+    older = SimpleNamespace(get_main_grads_for_grad_norm=lambda: ["old"])
+    assert versions.gradients_for_norm(older) == ["old"]
+
+
+def test_the_readme_names_the_supported_versions():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    newest = supported.MEGATRON_CORE_TESTED[-1].rpartition(".")[0]
+    assert f"megatron-core {OLDEST} to {newest}" in text
+    assert supported.MEGATRON_CORE_TESTED[0] == OLDEST
+
+
+def test_requirements_are_read_from_one_place():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert not re.search(r"(torch|transformers|megatron-core)[<>=]+\d", setup)

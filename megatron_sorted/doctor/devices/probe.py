@@ -63,10 +63,15 @@ def _device_facts(torch: Any, module: Any, kind: str) -> dict[str, Any]:
 
 
 def megatron_facts() -> dict[str, Any]:
-    """Import megatron-core; its version is read from its files."""
+    """Import megatron-core; its version is read from its files.
+
+    Return the names that it lacks.
+    """
     from megatron.core import parallel_state  # noqa: F401
 
-    return {}
+    from megatron_sorted.platform.megatron_names import missing_names
+
+    return {"missing": missing_names()}
 
 
 def transformer_engine_facts() -> dict[str, Any]:
