@@ -25,8 +25,8 @@ class _PagedStash(ModuleType):
 
         def refuse(*_arguments: object, **_options: object) -> None:
             raise RuntimeError(
-                f"{MODULE}.{name} needs triton, which is not installed. Install a CUDA build of "
-                "torch, which brings it, or leave out Megatron's moe_paged_stash."
+                f"{MODULE}.{name} needs triton, which is not installed. Install it, or leave out "
+                "Megatron's moe_paged_stash."
             )
 
         return refuse

@@ -26,20 +26,41 @@ INSTALL = f"pip install 'megatron-core{MEGATRON_CORE_RANGE}'"
 
 
 @cache
+def megatron_copies() -> tuple[tuple[str, str], ...]:
+    """Return (version, folder) of every megatron-core that Python sees, without importing it.
+
+    The first is the one that Python imports: a checkout may precede an installed one.
+    """
+    package = importlib.util.find_spec("megatron")
+    folders = () if package is None else package.submodule_search_locations or ()
+    files = [Path(folder) / "core" / "package_info.py" for folder in dict.fromkeys(folders)]
+    return tuple(
+        (runpy.run_path(str(file))["__version__"], str(file.parent))
+        for file in files
+        if file.is_file()
+    )
+
+
 def megatron_version() -> str:
     """Return the version of the megatron-core that Python would import, without importing it.
-
-    A checkout may precede an installed one.
 
     Raises:
         PlatformError: There is none.
     """
-    package = importlib.util.find_spec("megatron")
-    for folder in package.submodule_search_locations if package is not None else ():
-        package_info = Path(folder) / "core" / "package_info.py"
-        if package_info.is_file():
-            return runpy.run_path(str(package_info))["__version__"]
-    raise PlatformError(f"megatron-core: not installed. Training needs it: {INSTALL}.")
+    if not megatron_copies():
+        raise PlatformError(f"megatron-core: not installed. Training needs it: {INSTALL}.")
+    return megatron_copies()[0][0]
+
+
+def copies_note() -> str | None:
+    """Return a sentence about further copies of megatron-core; None where there is one."""
+    taken, *others = megatron_copies()
+    if not others:
+        return None
+    return (
+        f"{len(others) + 1} copies of megatron-core: {taken[0]} in {taken[1]} is used, not "
+        + ", ".join(f"{version} in {folder}" for version, folder in others)
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -52,9 +73,12 @@ def check_megatron_version(version: str | None = None) -> None:
     Raises:
         PlatformError: The version is older or newer than the supported ones.
     """
-    version = version or megatron_version()
+    where = ""
+    if version is None:
+        version = megatron_version()
+        where = f" in {megatron_copies()[0][1]}"
     numbers = _numbers(version)
-    reason = f"megatron-core {version}: this program runs on {MEGATRON_CORE_RANGE}"
+    reason = f"megatron-core {version}{where}: this program runs on {MEGATRON_CORE_RANGE}"
     if numbers < MEGATRON_CORE:
         raise PlatformError(
             f"{reason}. Install one of them: {INSTALL}. megatron_sorted {LAST_FOR_OLDER_MEGATRON} "

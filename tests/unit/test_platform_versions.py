@@ -1,7 +1,10 @@
 """Which versions of megatron-core are taken, and calls that differ between versions."""
 
 import functools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,19 +47,45 @@ def test_older_versions_are_refused_with_the_last_release_that_took_them(version
 def test_newer_versions_are_refused_with_the_names_that_they_lack(version, monkeypatch):
     with pytest.raises(PlatformError, match=rf"{version}: .*<{END}.* this one has all \d+\."):
         versions.check_megatron_version(version)
-    gone = megatron_names.Name("optimizer.optimizer", "MegatronOptimizer.gone", "here", "a test")
+    lost = megatron_names.Name("optimizer.optimizer", "MegatronOptimizer.lost", "here", "a test")
     no_module = megatron_names.Name("no_such_module", "name", "here", "a test")
-    monkeypatch.setattr(megatron_names, "NAMES", (*megatron_names.NAMES, gone, no_module))
+    monkeypatch.setattr(megatron_names, "NAMES", (*megatron_names.NAMES, lost, no_module))
     with pytest.raises(
         PlatformError,
-        match=r"this one lacks megatron.core.optimizer.optimizer.MegatronOptimizer.gone, "
+        match=r"this one lacks megatron.core.optimizer.optimizer.MegatronOptimizer.lost, "
         r"megatron.core.no_such_module.name \(ModuleNotFoundError: .*Install one of them",
     ):
         versions.check_megatron_version(version)
     with pytest.raises(
-        PlatformError, match=r"it lacks .*MegatronOptimizer.gone.*Install a release"
+        PlatformError, match=r"it lacks .*MegatronOptimizer.lost.*Install a release"
     ):
         versions.check_megatron_names()
+
+
+def test_two_copies_of_megatron(tmp_path):
+    """The first on the path is the one that is judged and imported, and the others are named."""
+    older = tmp_path / "megatron" / "core"
+    older.mkdir(parents=True)
+    (older / "__init__.py").write_text("")
+    (older / "package_info.py").write_text("__version__ = '0.15.3'\n")
+    program = (
+        "from megatron_sorted.platform import versions\n"
+        "print(versions.copies_note())\nversions.check_megatron_version()"
+    )
+
+    def judged(**options):
+        return subprocess.run(
+            [sys.executable, "-c", program], text=True, capture_output=True, check=False, **options
+        )
+
+    own = versions.megatron_copies()[0]
+    both = judged(env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"})
+    assert both.stdout.strip() == (
+        f"2 copies of megatron-core: 0.15.3 in {older} is used, not {own[0]} in {own[1]}"
+    )
+    assert f"PlatformError: megatron-core 0.15.3 in {older}: this program runs on" in both.stderr
+    one = judged(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert one.stdout.strip() == "None" and one.returncode == 0, one.stderr
 
 
 def test_only_known_arguments_are_passed():

@@ -8,6 +8,7 @@ from megatron_sorted.monitoring.console import evaluation_lines
 from megatron_sorted.monitoring.report import EvaluationReport, StepReport
 from megatron_sorted.monitoring.writers import open_writers
 from megatron_sorted.parallel.groups import start_process_groups, stop_process_groups
+from megatron_sorted.platform.versions import copies_note
 from megatron_sorted.reading.shown import printable
 from megatron_sorted.training.run.carried_files import own_files
 from megatron_sorted.training.run.checkpoints import Checkpoints
@@ -46,7 +47,7 @@ class TrainingRun:
         self.watchdog = Watchdog(60 * hang_minutes, report_and_exit)
         self.log(
             *opening_lines(settings, self.platform, self.place, self.vocab_size),
-            *(f"note: {line}" for line in self.inputs.notes),
+            *(f"note: {line}" for line in (copies_note(), *self.inputs.notes) if line),
         )
         if self.inputs.samples is not None:
             self.log(f"training data: {self.inputs.samples.describe()}")
