@@ -60,17 +60,6 @@ def check_python(version: Sequence[int], executable: str) -> list[Finding]:
     return [ok("python", shown)]
 
 
-def version_in(folder: Path) -> str:
-    """Return the version in a package's own files, without importing it."""
-    for path in (folder / "package_info.py", folder / "__init__.py"):
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        numbers = re.findall(r"^(?:MAJOR|MINOR|PATCH) = (\d+)", text, re.MULTILINE)
-        written = re.findall(r"^__version__ = ['\"]([^'\"]+)", text, re.MULTILINE)
-        if len(numbers) == 3 or written:
-            return ".".join(numbers) or written[0]
-    return "unknown"
-
-
 def copies_of(package: str, distribution: str, path: Sequence[str]) -> list[InstalledCopy]:
     """Return all copies of a package that Python could import, starting with the one it imports.
 
@@ -84,7 +73,7 @@ def copies_of(package: str, distribution: str, path: Sequence[str]) -> list[Inst
     def add(folder: Path, version: str = "", editable: bool = False) -> None:
         place = folder / package
         if (place / "__init__.py").is_file():
-            copy = InstalledCopy(str(folder), version or version_in(place), editable)
+            copy = InstalledCopy(str(folder), version or versions.version_in(place), editable)
             copies.setdefault(place.resolve(), copy)
 
     for entry in path:

@@ -1,5 +1,6 @@
 """The choice of this process's platform. A new device needs a module and a line here."""
 
+import os
 from typing import Protocol
 
 import torch
@@ -55,6 +56,9 @@ def load_device(choice: DeviceChoice) -> None:
     Raises:
         PlatformError: A package or the device is missing.
     """
+    # Megatron would run git in its own folder on every rank, and call the commit of whatever
+    # repository that lies in a part of its version.
+    os.environ.setdefault("NO_VCS_VERSION", "1")
     device = device_for(choice.device)
     if device == "cpu":
         keep_unused_out()

@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import inspect
 import re
-import runpy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -25,6 +24,17 @@ from megatron_sorted.platform.supported import (
 INSTALL = f"pip install 'megatron-core{MEGATRON_CORE_RANGE}'"
 
 
+def version_in(folder: Path) -> str:
+    """Return the version in a package's own files; nothing in them is executed."""
+    for path in (folder / "package_info.py", folder / "__init__.py"):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        numbers = re.findall(r"^(?:MAJOR|MINOR|PATCH) = (\d+)", text, re.MULTILINE)
+        written = re.findall(r"^__version__ = ['\"]([^'\"]+)", text, re.MULTILINE)
+        if len(numbers) == 3 or written:
+            return ".".join(numbers) or written[0]
+    return "unknown"
+
+
 @cache
 def megatron_copies() -> tuple[tuple[str, str], ...]:
     """Return (version, folder) of every megatron-core that Python sees, without importing it.
@@ -33,11 +43,9 @@ def megatron_copies() -> tuple[tuple[str, str], ...]:
     """
     package = importlib.util.find_spec("megatron")
     folders = () if package is None else package.submodule_search_locations or ()
-    files = [Path(folder) / "core" / "package_info.py" for folder in dict.fromkeys(folders)]
+    cores = [Path(folder) / "core" for folder in dict.fromkeys(folders)]
     return tuple(
-        (runpy.run_path(str(file))["__version__"], str(file.parent))
-        for file in files
-        if file.is_file()
+        (version_in(core), str(core)) for core in cores if (core / "__init__.py").is_file()
     )
 
 
