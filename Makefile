@@ -16,6 +16,8 @@ TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reo
 
 NPU_VENV  := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
+# What make test-npu runs.
+NPU_TESTS ?= tests/npu
 
 .PHONY: help setup demo check docs test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron bench clean
 
@@ -28,7 +30,7 @@ help:
 	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (.ci/install brings what is missing)"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
 	@echo "make test-megatron VERSION=0.15.3  layouts and checkpoints under another megatron-core"
-	@echo "make test-npu  the same bodies through torch_npu on simulated Ascend NPUs (needs gcc; about four minutes)"
+	@echo "make test-npu  the same bodies through torch_npu on simulated Ascend NPUs, under two versions of megatron-core (needs gcc; about four minutes each; VERSION=0.17.1: under that one)"
 	@echo "make accept-npu  what the first day on real Ascend NPUs must show (accept-npu ON=simulation: a trial without them)"
 	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions, rules for exits, decoding; writes docs/benchmarks/"
 	@echo "make docs      the documentation as a site, in docs/_build/html (half a minute)"
@@ -102,8 +104,23 @@ $(NPU_READY): $(READY) constraints.txt
 	    torch_npu==$$(sed -n 's/^torch==//p' constraints.txt)
 	@touch $(NPU_READY)
 
+# NPU_VENV's packages with another megatron-core before them. Newer ones ask for Python 3.12, and run on 3.11.
+$(NPU_VENV)-megatron/%/.ready: $(NPU_READY)
+	@$(BIN)/python -m venv --without-pip $(@D)
+	@$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps \
+	    --ignore-requires-python megatron-core==$*
+	@for python in $(NPU_VENV) $(VENV); do $$python/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done > \
+	    $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/npu.pth
+	@touch $@
+
+# by default the oldest and the newest megatron-core for which the Ascend stack has a branch
 test-npu: $(NPU_READY)
-	@NPU_TESTS_ON=simulation TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_VENV)/bin/python -m pytest -m "not long" tests/npu
+	@for version in $(or $(VERSION),$$($(BIN)/python -m tests.npu.versions)); do \
+	    $(MAKE) -s --no-print-directory $(NPU_VENV)-megatron/$$version/.ready && \
+	    echo "tests/npu under megatron-core $$version" && \
+	    NPU_TESTS_ON=simulation TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+	        $(NPU_VENV)-megatron/$$version/bin/python -m pytest -m "not long" $(NPU_TESTS) || exit 1; \
+	done
 
 # on an Ascend host the Python that has torch_npu: make accept-npu PYTHON=...
 ifeq ($(ON),simulation)
@@ -122,4 +139,4 @@ bench: $(READY)
 	@$(BIN)/python -m lab.bench_decoding
 
 clean:
-	rm -rf $(VENV) $(VENV)-megatron $(NPU_VENV) runs build dist docs/_build docs/reference *.egg-info
+	rm -rf $(VENV) $(VENV)-megatron $(NPU_VENV) $(NPU_VENV)-megatron runs build dist docs/_build docs/reference *.egg-info

@@ -23,8 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_sorted.command_line import run_main, start_command
+from megatron_sorted.errors import PlatformError
 from megatron_sorted.installation import ROOT
+from megatron_sorted.platform.npu.adaptors import ADAPTORS
 from megatron_sorted.platform.supported import MEGATRON_CORE_TESTED
+from megatron_sorted.platform.transformer_engine import check_engine, installed_engine
 
 if __name__ == "__main__":
     start_command()
@@ -72,6 +75,13 @@ def versions(options: argparse.Namespace) -> Iterator[Line]:
     yield "torch and torch_npu", fits, f"{torch} and {torch_npu}"
     tested = ", ".join(MEGATRON_CORE_TESTED)
     yield "megatron-core", megatron in MEGATRON_CORE_TESTED, f"{megatron} (tested: {tested})"
+    engine = installed_engine()
+    allowed, figure = True, f"{engine.folder}, in a trial" if engine else "none, as it must be"
+    try:
+        check_engine(engine, "npu")
+    except PlatformError as error:
+        allowed, figure = False, str(error)
+    yield "Transformer Engine", allowed, figure
     loads = run(
         [
             "-c",
@@ -178,9 +188,8 @@ def steps(options: argparse.Namespace) -> Iterator[Line]:
                 )
                 continue
             path = Path(folder, f"{processes} {len(more)}.jsonl")
-            done = run(
-                [entry, *MODEL, *last, *more, "--device", "npu", "--metrics-file", path], processes
-            )
+            on_npu = ["--device", "npu", "--npu-adaptor", options.adaptor]
+            done = run([entry, *MODEL, *last, *more, *on_npu, "--metrics-file", path], processes)
             if done.returncode:
                 yield f"{options.steps} steps, {name}", False, end_of_output(done)
                 continue
@@ -237,6 +246,12 @@ def main() -> int:
         default=5.0,
         metavar="GB",
         help="Least rate of collectives (default: %(default)s GB/s).",
+    )
+    parser.add_argument(
+        "--adaptor",
+        choices=("none", *ADAPTORS),
+        default="none",
+        help="Package that patches Megatron in the steps on NPUs (default: %(default)s).",
     )
     options = parser.parse_args()
     if SIMULATED:

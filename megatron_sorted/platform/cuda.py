@@ -1,12 +1,12 @@
 """NVIDIA GPUs with nccl, for which Megatron-core is written: nothing is redirected."""
 
-import importlib.util
 import os
 
 import torch
 
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.accelerator import Accelerator
+from megatron_sorted.platform.transformer_engine import has_nvidia_engine
 
 
 class CudaPlatform(Accelerator):
@@ -31,5 +31,5 @@ class CudaPlatform(Accelerator):
             )
 
     def has_transformer_engine(self) -> bool:
-        """Return whether Transformer Engine is installed."""
-        return importlib.util.find_spec("transformer_engine") is not None
+        """Return whether Transformer Engine is installed, NVIDIA's and not the one for NPUs."""
+        return has_nvidia_engine(self.name)

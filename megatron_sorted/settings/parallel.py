@@ -29,11 +29,14 @@ class ParallelSettings:
     distributed_backend: Literal["auto", "nccl", "hccl", "gloo"] = setting(
         "auto", "Communication library; 'auto' is nccl on cuda, hccl on npu and gloo on cpu."
     )
-    npu_adaptor: Literal["none", "mindspeed"] = setting(
-        "none", "Whether MindSpeed patches Megatron for Ascend NPUs."
+    npu_adaptor: Literal["none", "mindspeed", "megatron_adaptor"] = setting(
+        "none",
+        "The package of Ascend's that patches Megatron for NPUs: MindSpeed or, from megatron-core "
+        "0.17 on, MegatronAdaptor.",
     )
     npu_adaptor_arguments: str = setting(
-        "", 'MindSpeed\'s flags, as one argument: --npu-adaptor-arguments="--optimization-level 1".'
+        "",
+        'The adaptor\'s flags, as one argument: --npu-adaptor-arguments="--optimization-level 1".',
     )
     npu_kernels: tuple[str, ...] = setting(
         NPU_KERNELS, "Operations that run as fused kernels on NPUs; the others run as torch's own."
@@ -140,16 +143,16 @@ def check_device(settings: AllSettings) -> None:
             f"--npu-kernels: {name!r} is not a fused operation. Use some of "
             f"{', '.join(NPU_KERNELS)}.",
         )
-    mindspeed = settings.npu_adaptor == "mindspeed"
+    adaptor = settings.npu_adaptor
     require(
-        not mindspeed or device in ("auto", "npu"),
-        f"--npu-adaptor: mindspeed patches Megatron for NPUs, not for --device {device}. Use "
+        adaptor == "none" or device in ("auto", "npu"),
+        f"--npu-adaptor: {adaptor} patches Megatron for NPUs, not for --device {device}. Use "
         "--device npu, or leave the adaptor out.",
     )
     require(
-        mindspeed or not settings.npu_adaptor_arguments,
+        adaptor != "none" or not settings.npu_adaptor_arguments,
         f"--npu-adaptor-arguments: {settings.npu_adaptor_arguments!r} has no effect without an "
-        "adaptor. Give --npu-adaptor mindspeed, or leave them out.",
+        "adaptor. Give --npu-adaptor mindspeed or megatron_adaptor, or leave them out.",
     )
     require(
         settings.npu_coalesced_collectives or device in ("auto", "npu"),

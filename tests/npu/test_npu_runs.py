@@ -1,5 +1,6 @@
 """Whole runs on NPUs from the command line, and the errors for missing parts."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sorted.monitoring.json_lines import read_json_lines
+from megatron_sorted.platform.npu.adaptors import ADAPTORS
+from megatron_sorted.platform.transformer_engine import TRIAL
+from tests.support.engines import write_engine
 from tests.support.npu_simulation.environment import ROOT, simulated_environment
 
 pytestmark = pytest.mark.npu
@@ -17,7 +21,7 @@ ARGUMENTS = [
     "--num-attention-heads", 4, "--exit-layer-nums", 1, 2, 3, "--device", "npu", "--bf16",
     "--seq-length", 32, "--micro-batch-size", 2, "--global-batch-size", 4, "--log-interval", 1,
     "--train-iters", 4, "--eval-interval", "none"]  # fmt: skip
-MINDSPEED = """\
+ADAPTOR = """\
 import sys
 assert "torch" in sys.modules and "torch_npu" in sys.modules, "after torch"
 assert not any(name.startswith("megatron.core") for name in sys.modules), "before megatron"
@@ -88,27 +92,43 @@ def test_a_run_on_two_stages_saves_and_resumes_exactly(tmp_path):
         assert json.dumps(losses[1][step]) == json.dumps(losses[0][step])
 
 
-def test_the_entry_point_alone_loads_torch_npu(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ADAPTORS)
+def test_the_entry_point_alone_loads_torch_npu(name, tmp_path, monkeypatch):
     """Start where torch would load torch_npu by itself, before names are patched.
 
-    MindSpeed's place in the order is checked too.
+    An adaptor's place in the order is checked too, on a stand-in that patches torch as MindSpeed
+    does; the real ones were not at hand.
     """
     monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
-    (tmp_path / "mindspeed").mkdir()
-    (tmp_path / "mindspeed" / "__init__.py").touch()
-    (tmp_path / "mindspeed" / "megatron_adaptor.py").write_text(MINDSPEED)
+    package, _, module = ADAPTORS[name].module.partition(".")
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    (tmp_path / package / f"{module or '__init__'}.py").write_text(ADAPTOR)
     done = pretrain(
         tmp_path,
         *ARGUMENTS,
         "--train-iters",
         1,
         "--npu-adaptor",
-        "mindspeed",
+        name,
         "--npu-adaptor-arguments=--optimization-level 1",
         PYTHONPATH=f"{os.environ['PYTHONPATH']}{os.pathsep}{tmp_path}",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "adaptor sees ['--optimization-level', '1']" in done.stdout
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside NVIDIA's"])
+def test_tenpu_is_refused(beside, tmp_path, monkeypatch):
+    monkeypatch.delenv(TRIAL, raising=False)
+    folder = write_engine(tmp_path, for_npus=True, nvidia_part=beside)
+    message = refusal(
+        tmp_path,
+        *ARGUMENTS,
+        changes={"PYTHONPATH": f"{os.environ['PYTHONPATH']}{os.pathsep}{tmp_path}"},
+    )
+    assert str(folder) in message and "pip uninstall transformer_engine" in message
+    assert ("the distribution transformer_engine_torch" in message) == beside
 
 
 def test_without_cann_the_missing_library_is_named(tmp_path):
@@ -121,13 +141,18 @@ def test_bf16_is_refused_on_the_first_generation_with_a_hint_at_fp16(tmp_path):
     assert "--bf16: the device (npu) does not support bf16. Use --fp16" in message
 
 
-def test_no_npu_and_no_mindspeed_are_sentences(tmp_path):
+def test_no_npu_and_no_adaptor_are_sentences(tmp_path):
     assert "CANN sees no NPU" in refusal(
         tmp_path, *ARGUMENTS, changes=simulated_environment(devices=0)
     )
     assert "MindSpeed is not installed" in refusal(
         tmp_path, *ARGUMENTS, "--npu-adaptor", "mindspeed"
     )
+
+
+def test_this_run_has_no_triton():
+    """Say so where it has: the tests here then do not show Megatron without triton."""
+    assert importlib.util.find_spec("triton") is None
 
 
 def test_torch_npu_changes_nothing_for_a_run_on_the_cpu(tmp_path, monkeypatch):

@@ -5,10 +5,13 @@ import importlib.metadata
 import json
 import math
 import subprocess
+import sys
 
 import pytest
 
 from lab import accept_npu
+from megatron_sorted.platform.transformer_engine import TRIAL
+from tests.support.engines import write_engine
 
 EXPECTED = {1: [4.0, 5.0], 2: [2.0, 4.0]}
 
@@ -71,3 +74,23 @@ def test_torch_and_torch_npu_must_be_there_in_one_version(torch, torch_npu, pass
         f"{torch or 'missing'} and {torch_npu or 'missing'}",
     )
     assert lines["torch_npu loads and sees NPUs"] == (False, "no")
+
+
+def test_a_transformer_engine_on_an_npu_host_fails_unless_it_is_the_trial(tmp_path, monkeypatch):
+    folder = write_engine(tmp_path, for_npus=True)
+    monkeypatch.delenv(TRIAL, raising=False)
+    monkeypatch.setattr(
+        accept_npu, "run", lambda arguments: subprocess.CompletedProcess(arguments, 1, "", "no")
+    )
+
+    def judged() -> tuple[bool, str]:
+        lines = accept_npu.versions(argparse.Namespace())
+        return next((passed, figure) for name, passed, figure in lines if "Engine" in name)
+
+    monkeypatch.setattr(sys, "path", [])
+    assert judged() == (True, "none, as it must be")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    passed, figure = judged()
+    assert not passed and "has not been tried with it" in figure
+    monkeypatch.setenv(TRIAL, "1")
+    assert judged() == (True, f"{folder}, in a trial")

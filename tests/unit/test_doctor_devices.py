@@ -286,30 +286,6 @@ def test_cann_is_read_from_the_system(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("probe", "verdict", "remedy"),
-    [
-        (None, OK, ""),
-        (Probe({"version": "2.9.0"}), OK, ""),
-        (Probe({"version": "2.12.0"}), WARN, ">=2.9,<2.12"),
-        (
-            Probe(errors=("ImportError: x.so: undefined symbol: _ZN3c10",)),
-            FAIL,
-            "built for another torch",
-        ),
-        (
-            Probe(errors=("ModuleNotFoundError: No module named 'transformer_engine_torch'",)),
-            FAIL,
-            "Reinstall it",
-        ),
-        (Probe(errors=("ImportError: libcuda.so.1",)), FAIL, "pip uninstall transformer-engine"),
-    ],
-)
-def test_transformer_engine(probe, verdict, remedy):
-    finding = only(gpu.check_transformer_engine(probe))
-    assert finding.verdict == verdict and remedy in finding.remedy
-
-
-@pytest.mark.parametrize(
     ("environment", "name", "verdict"),
     [
         ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "CUDA_DEVICE_MAX_CONNECTIONS", WARN),

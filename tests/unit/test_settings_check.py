@@ -53,6 +53,7 @@ ALLOWED = [
         1,
     ),
     (BASE, {"npu_adaptor": "mindspeed"}, 1),
+    (BASE, {"npu_adaptor": "megatron_adaptor", "npu_adaptor_arguments": "--x"}, 1),
     (BASE, {"context_parallel_size": 2}, 2),
     (BASE, {**EXITS, "exit_layer_weight": (0.1, 0.2)}, 1),
     (BASE, {"exit_layer_nums": (4, 8, 2), "exit_layer_weight": (0.1, 0.2, 0.3)}, 1),
@@ -405,6 +406,12 @@ REFUSED = [
         {"device": "cuda", "npu_adaptor": "mindspeed"},
         1,
         "--npu-adaptor: mindspeed patches Megatron for NPUs, not for --device cuda",
+    ),
+    (
+        BASE,
+        {"device": "cpu", "npu_adaptor": "megatron_adaptor"},
+        1,
+        "--npu-adaptor: megatron_adaptor patches Megatron for NPUs, not for --device cpu",
     ),
     (
         BASE,

@@ -8,15 +8,12 @@ from typing import Any
 
 from megatron_sorted.doctor.finding import Finding, fail, ok, warn
 from megatron_sorted.doctor.packages import version_numbers
-from megatron_sorted.doctor.probes import Probe
 
 OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 """Major version of CUDA -> the oldest Linux driver for all its minor versions.
 
 Source: release notes of the CUDA toolkit.
 """
-OLDEST_ENGINE, FIRST_UNTRIED_ENGINE = (2, 9), (2, 12)
-"""Bounds of Transformer Engine in the requirements of megatron-core 0.16.1."""
 BF16_CAPABILITY = 8
 """The compute capability from which matrix products support bfloat16."""
 
@@ -109,32 +106,6 @@ def _check_devices(
         return fail(name, value, "Install torch from pytorch.org, not a build without it.")
     hidden = f", CUDA_VISIBLE_DEVICES={visible}" if visible else ""
     return ok(name, f"{shown}, NCCL {torch['nccl']}{hidden}")
-
-
-def check_transformer_engine(probe: Probe | None) -> list[Finding]:
-    """Check that Transformer Engine, which is used on GPUs if it is installed, works.
-
-    Args:
-        probe: The result of importing it; None if it is not installed.
-    """
-    name = "Transformer Engine"
-    if probe is None:
-        return [ok(name, "not installed (optional)")]
-    if probe.facts is None:
-        cause = "It was built for another torch: r" if "undefined symbol" in probe.error else "R"
-        remedy = (
-            f"{cause}einstall it (pip install --no-build-isolation transformer-engine[pytorch]), "
-            "or pip uninstall transformer-engine: it is optional, and useless without a GPU."
-        )
-        return [fail(name, probe.error, remedy)]
-    version = probe.facts["version"]
-    if OLDEST_ENGINE <= version_numbers(version)[:2] < FIRST_UNTRIED_ENGINE:
-        return [ok(name, version)]
-    remedy = (
-        "megatron-core 0.16.1 was made for 2.9 to 2.11: pip install "
-        "'transformer-engine[pytorch]>=2.9,<2.12', or use --transformer-impl local."
-    )
-    return [warn(name, version, remedy)]
 
 
 def supports_bf16(torch: Mapping[str, Any]) -> bool:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.doctor.devices import ascend, gpu, variables
+from megatron_sorted.doctor.devices import ascend, engine, gpu, variables
 from megatron_sorted.doctor.devices.names import library_versions
 from megatron_sorted.doctor.finding import Finding
-from megatron_sorted.doctor.probes import Probe
+from megatron_sorted.doctor.probes import Probe, training_path
+from megatron_sorted.platform.transformer_engine import installed_engine
 
 Check = tuple[str, Callable[[], list[Finding]]]
 
@@ -66,13 +67,21 @@ class LocalDevices:
             installed: Versions of distributions, by name in lower case.
             environment: The process's environment.
         """
-        npu, engine = self.probes.get("torch_npu"), self.probes.get("transformer_engine")
+        npu, imported = self.probes.get("torch_npu"), self.probes.get("transformer_engine")
+        path = training_path()
         versions = {**installed, **library_versions(installed)}
         has_npu = self.npus.device_files > 0
+        # as in a run, the system's NPUs count here whether or not the libraries see them
+        kind = "npu" if device == "auto" and has_npu else self.chosen(device)
         return [
             ("GPU", lambda: gpu.check_gpus(self.gpus, self.torch, device, environment)),
             ("NPU", lambda: ascend.check_npus(self.npus, versions, npu, device)),
-            ("Transformer Engine", lambda: gpu.check_transformer_engine(engine)),
+            (
+                engine.NAME,
+                lambda: engine.check_transformer_engine(
+                    imported, installed_engine(path), kind, path
+                ),
+            ),
             ("variables", lambda: variables.check_variables(environment, has_npu)),
         ]
 

@@ -2,9 +2,10 @@
 
 They are applied once in a process, before Megatron is imported, because Megatron's modules keep
 references to torch's functions. Each patch is listed with its reason, and tests/npu/test_patches.py
-shows for each what happens without it. Megatron's compiled functions (its jit_fuser is
-torch.compile, for which inductor has no NPU code) need no patch: the fusions that call them are off
-in model/config.py.
+shows for each what happens without it. Beside an adaptor all of them are applied after it: each
+changes nothing where an adaptor did the same, and which of them an adaptor's branch brings is not
+assumed. Megatron's compiled functions (its jit_fuser is torch.compile, for which inductor has no
+NPU code) need no patch: the fusions that call them are off in model/config.py.
 """
 
 import functools
@@ -31,13 +32,11 @@ class Patch:
         name: Name of the patch in tests and messages.
         reason: What fails without it.
         apply: Function that applies it.
-        adaptor_has_it: Whether MindSpeed's adaptor has its own, so that ours is left out beside it.
     """
 
     name: str
     reason: str
     apply: Callable[[], None]
-    adaptor_has_it: bool = False
 
 
 def _transfer_names() -> None:
@@ -100,14 +99,12 @@ PATCHES = (
         "Megatron's optimizers distinguish dtypes by Tensor.type(), where transfer_to_npu leaves "
         "torch.npu.*: TypeError: Wrapped parameters must be one of torch.cuda.FloatTensor",
         _type_names,
-        adaptor_has_it=True,
     ),
     Patch(
         "capability",
         "torch.distributed.broadcast reads the major number of the device capability, which is "
         "None: TypeError: 'NoneType' object is not subscriptable",
         _capability,
-        adaptor_has_it=True,
     ),
     Patch(
         "float64 sums",
@@ -118,17 +115,11 @@ PATCHES = (
 )
 
 
-def apply_patches(
-    leave_out: frozenset[str] = frozenset(), beside_adaptor: bool = False
-) -> tuple[str, ...]:
-    """Apply all patches but ``leave_out`` and those that an adaptor has; return their names."""
+def apply_patches(leave_out: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """Apply all patches but ``leave_out``; return their names."""
     unknown = leave_out - {patch.name for patch in PATCHES}
     assert not unknown, f"no such patches: {unknown}"
-    chosen = [
-        patch
-        for patch in PATCHES
-        if patch.name not in leave_out and not (beside_adaptor and patch.adaptor_has_it)
-    ]
+    chosen = [patch for patch in PATCHES if patch.name not in leave_out]
     for patch in chosen:
         patch.apply()
     return tuple(patch.name for patch in chosen)

@@ -1,20 +1,19 @@
 """The start of a process that computes on NPUs, before Megatron is imported.
 
-It loads torch_npu, then MindSpeed's adaptor if requested, then applies our patches.
+It loads torch_npu, then an adaptor if requested, then applies our patches.
 """
 
 import importlib
 import importlib.util
 import re
-import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.platform.npu.adaptors import load_adaptor
+from megatron_sorted.platform.transformer_engine import check_engine, installed_engine
 
 MISSING_LIBRARY = re.compile(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file")
 APPLIED_PATCHES: list[str] = []
@@ -76,38 +75,6 @@ def load_torch_npu() -> None:
         )
 
 
-@contextmanager
-def _command_line(arguments: str) -> Iterator[None]:
-    """Replace the arguments in ``sys.argv`` within a context, for another package's parser."""
-    original = sys.argv
-    sys.argv = [original[0], *shlex.split(arguments)]
-    try:
-        yield
-    finally:
-        sys.argv = original
-
-
-def _load_mindspeed(arguments: str) -> None:
-    """Import MindSpeed's adaptor, which patches torch, and Megatron when that is imported.
-
-    It reads its options from ``sys.argv``.
-    """
-    if importlib.util.find_spec("mindspeed") is None:
-        raise PlatformError(
-            "--npu-adaptor mindspeed: MindSpeed is not installed. It is not on PyPI: clone branch "
-            "core_r0.16.0 of gitcode.com/Ascend/MindSpeed and pip install it, or leave "
-            "--npu-adaptor out."
-        )
-    try:
-        with _command_line(arguments):
-            importlib.import_module("mindspeed.megatron_adaptor")
-    except ImportError as error:
-        raise PlatformError(
-            f"--npu-adaptor mindspeed: {error}. Install what MindSpeed needs (its own "
-            "requirements, and triton-ascend), or leave --npu-adaptor out."
-        ) from error
-
-
 def start_npu(
     adaptor: str = "none",
     adaptor_arguments: str = "",
@@ -117,26 +84,27 @@ def start_npu(
     """Make this process compute on NPUs. Calling it again does nothing.
 
     Args:
-        adaptor: "mindspeed" to have Megatron patched by MindSpeed, or "none".
+        adaptor: Which of ``ADAPTORS`` patches Megatron, or "none".
         adaptor_arguments: Flags for the adaptor, as on a command line.
         leave_out: Names of patches that are not applied, to show what they are for.
         coalesced_collectives: Whether Megatron may coalesce the collectives of several buckets.
 
     Raises:
-        PlatformError: torch_npu, CANN, MindSpeed or the NPUs are missing, or the host also has
-            NVIDIA GPUs.
+        PlatformError: torch_npu, CANN, the adaptor or the NPUs are missing, the host also has
+            NVIDIA GPUs, or a ``transformer_engine`` is installed.
     """
     if is_started():
         return
     assert "megatron.core" not in sys.modules, (
         "Megatron was imported before the device was prepared: call load_device first"
     )
+    check_engine(installed_engine(), "npu")
     load_torch_npu()
     from megatron_sorted.platform.npu.patches import apply_patches
 
-    if adaptor == "mindspeed":
-        _load_mindspeed(adaptor_arguments)
-    APPLIED_PATCHES.extend(apply_patches(leave_out, beside_adaptor=adaptor == "mindspeed"))
+    if adaptor != "none":
+        load_adaptor(adaptor, adaptor_arguments)
+    APPLIED_PATCHES.extend(apply_patches(leave_out))
     if not coalesced_collectives:
         from megatron_sorted.platform.npu.collectives import take_collectives_apart
 
