@@ -15,6 +15,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from lab.benchmarks.cases import Case
 from lab.benchmarks.trainer import Trainer
@@ -22,9 +23,10 @@ from megatron_sorted.data.batches import Batch, make_train_batches
 from megatron_sorted.model.chunk import SortedChunk
 from megatron_sorted.model.config import make_config, uses_transformer_engine
 from megatron_sorted.model.spec import layer_spec
-from megatron_sorted.parallel.groups import start_process_groups
+from megatron_sorted.parallel.groups import process_groups, start_process_groups
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import seed_everything
+from megatron_sorted.platform.versions import known_arguments
 from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.derived import padded_vocab_size, trained_exits
 from megatron_sorted.settings.layout import layout_of
@@ -70,12 +72,14 @@ class EagerForwardStep:
     Attributes:
         device: The device of the batches.
         output_layer: Megatron's output layer without a weight of its own.
+        groups: Megatron's process groups.
         coefficients: {depth: coefficient} of the next step.
         num_micro_batches: A number that ``run_schedule`` sets.
     """
 
     device: torch.device
     output_layer: tensor_parallel.ColumnParallelLinear
+    groups: ProcessGroupCollection
     coefficients: dict[int, float] = field(default_factory=dict)
     num_micro_batches: int = 1
 
@@ -92,7 +96,13 @@ class EagerForwardStep:
             logits_sbv, _ = self.output_layer(head.norm(hidden_sbh), weight=head.weight_ph)
             losses.append(
                 self.coefficients[depth]
-                * tensor_parallel.vocab_parallel_cross_entropy(logits_sbv, labels_sb)
+                * tensor_parallel.vocab_parallel_cross_entropy(
+                    logits_sbv,
+                    labels_sb,
+                    **known_arguments(
+                        tensor_parallel.vocab_parallel_cross_entropy, tp_group=self.groups.tp
+                    ),
+                )
             )
             return hidden_sbh
 
@@ -115,22 +125,28 @@ def _wrapped(module: torch.nn.Module, config, settings: Settings) -> Model:
     """Build a Model of one chunk like ``build_model``, with Megatron's own gradient reduction."""
     for parameter in module.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    groups = process_groups()
     chunk = DistributedDataParallel(
-        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), module
+        config,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+        module,
+        pg_collection=groups,
     )
     config.finalize_model_grads_func = finalize_model_grads
     return Model(
         [chunk],
         config,
+        groups,
         layout_of(settings),
         [],
-        vocabulary_shard(settings, settings.vocab_size),
+        vocabulary_shard(settings, settings.vocab_size, groups),
         settings.vocab_size,
     )
 
 
 def _build_plain(settings: Settings, platform: Platform) -> tuple[Model, PlainForwardStep]:
-    seed_everything(settings.seed)
+    groups = process_groups()
+    seed_everything(settings.seed, groups)
     config = make_config(settings, platform)
     module = GPTModel(
         config,
@@ -140,6 +156,7 @@ def _build_plain(settings: Settings, platform: Platform) -> tuple[Model, PlainFo
         share_embeddings_and_output_weights=True,
         position_embedding_type="rope",
         rotary_base=settings.rotary_base,
+        pg_collection=groups,
     )
     return _wrapped(module.to(platform.device()), config, settings), PlainForwardStep(
         platform.device()
@@ -147,12 +164,13 @@ def _build_plain(settings: Settings, platform: Platform) -> tuple[Model, PlainFo
 
 
 def _build_eager(settings: Settings, platform: Platform) -> tuple[Model, EagerForwardStep]:
-    seed_everything(settings.seed)
+    groups = process_groups()
+    seed_everything(settings.seed, groups)
     config = make_config(settings, platform)
     vocab_size = padded_vocab_size(settings.vocab_size, settings)
     spec = layer_spec(settings, uses_transformer_engine(settings, platform))
     (plan,) = layout_of(settings).chunks
-    stage = SortedChunk(settings, config, spec, vocab_size, plan).to(platform.device())
+    stage = SortedChunk(settings, config, spec, vocab_size, plan, groups).to(platform.device())
     output_layer = tensor_parallel.ColumnParallelLinear(
         settings.hidden_size,
         vocab_size,
@@ -160,8 +178,10 @@ def _build_eager(settings: Settings, platform: Platform) -> tuple[Model, EagerFo
         init_method=config.init_method,
         bias=False,
         skip_weight_param_allocation=True,
+        tp_group=groups.tp,
     )
-    return _wrapped(stage, config, settings), EagerForwardStep(platform.device(), output_layer)
+    forward_step = EagerForwardStep(platform.device(), output_layer, groups)
+    return _wrapped(stage, config, settings), forward_step
 
 
 def make_trainer(case: Case, settings: Settings, platform: Platform) -> Callable[[], None]:

@@ -8,6 +8,7 @@ import torch
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -91,6 +92,7 @@ class SortedChunk(MegatronModule):
         spec: Specification of a transformer layer.
         vocab_size: Size of the padded vocabulary.
         layout: What this chunk holds.
+        groups: Megatron's process groups.
         shared: Earlier chunks of this rank, whose shared norm and output matrix are used again.
 
     Attributes:
@@ -108,11 +110,12 @@ class SortedChunk(MegatronModule):
         spec: ModuleSpec,
         vocab_size: int,
         layout: ChunkLayout,
+        groups: ProcessGroupCollection,
         shared: tuple["SortedChunk", ...] = (),
     ):
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
-        self.layout = layout
+        self.layout, self.groups = layout, groups
         self.vp_stage = layout.chunk if config.virtual_pipeline_model_parallel_size else None
         self.pre_process, self.post_process = layout.has_embedding, layout.is_last
         # Megatron ties the first and the last stage only; parallel/copies.py keeps all copies equal
@@ -127,8 +130,9 @@ class SortedChunk(MegatronModule):
                 vocab_size,
                 max_position_embeddings(settings),
                 settings.position_embedding_type,
+                tp_group=groups.tp,
             )
-        self.rotary_pos_emb = make_rotary(settings)
+        self.rotary_pos_emb = make_rotary(settings, groups)
         self.adapter_ranks = RanksInUse(settings.lora_rank)
         self.decoder = TransformerBlock(
             config,
@@ -136,6 +140,7 @@ class SortedChunk(MegatronModule):
             post_layer_norm=False,
             pre_process=layout.has_embedding,
             post_process=layout.is_last,
+            pg_collection=groups,
             vp_stage=self.vp_stage,
         )
         start_adapters(self.decoder.layers, layout.layers_before, settings.seed)
@@ -154,10 +159,10 @@ class SortedChunk(MegatronModule):
         )
         self._segments = cut_block(self.decoder, list(accumulate(layout.segments)))
         self.trains_below = True
-        parts = make_parts(settings, config, spec, layout, self.vp_stage)
+        parts = make_parts(settings, config, spec, layout, self.vp_stage, groups)
         tied = self.embedding.word_embeddings if self.tied and layout.has_embedding else None
         earlier_heads = tuple(chunk.heads for chunk in shared)
-        self.heads = Heads(layout, config, vocab_size, parts, tied, earlier_heads)
+        self.heads = Heads(layout, config, vocab_size, groups, parts, tied, earlier_heads)
         for name, module in (parts | self.heads.made).items():
             setattr(self, name, module)
 
@@ -194,7 +199,8 @@ class SortedChunk(MegatronModule):
         if self.rotary_pos_emb is None:
             return None
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return self.rotary_pos_emb(tokens_t * ranks * self.config.context_parallel_size)
+        whole_length = tokens_t * ranks * self.config.context_parallel_size
+        return self.rotary_pos_emb(whole_length, cp_group=self.groups.cp)
 
     def _await_head_parameters(self) -> None:
         """Wait for overlapped gathering of the norms and heads that this chunk owns.
@@ -272,6 +278,7 @@ class SortedChunk(MegatronModule):
 
         Copies of a shared parameter have one name; only the first stage that holds one writes it.
         """
+        metadata = {**(metadata or {}), "dp_cp_group": self.groups.dp_cp}
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         # Megatron does not look into a ModuleDict: without this it takes each rank's vocabulary
         # shard of an exit's own head for a copy of one tensor.

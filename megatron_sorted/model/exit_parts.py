@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -84,6 +85,7 @@ def make_parts(
     spec: ModuleSpec,
     layout: ChunkLayout,
     vp_stage: int | None,
+    groups: ProcessGroupCollection,
 ) -> dict[str, torch.nn.ModuleDict]:
     """Build the parts of a chunk's intermediate exits, with Megatron's initial weights.
 
@@ -93,6 +95,7 @@ def make_parts(
         spec: Specification of a transformer layer.
         layout: What the chunk holds.
         vp_stage: Megatron's number of the chunk on this rank; None if the rank holds one chunk.
+        groups: Megatron's process groups.
 
     Returns:
         {name of the part, one of ``PARTS``: {depth: module}}.
@@ -104,6 +107,7 @@ def make_parts(
             layer,
             config=without_recomputation(config),
             layer_number=depth - layout.layers_before,
+            pg_collection=groups,
             vp_stage=vp_stage,
         )
 

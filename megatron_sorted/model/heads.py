@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sorted.model.exit_parts import PARTS, NormWithParts
@@ -53,7 +54,7 @@ class ReadoutModules:
 
 
 def _output_layer(
-    config: TransformerConfig, vocab_size: int
+    config: TransformerConfig, vocab_size: int, groups: ProcessGroupCollection
 ) -> tensor_parallel.ColumnParallelLinear:
     return tensor_parallel.ColumnParallelLinear(
         config.hidden_size,
@@ -62,6 +63,7 @@ def _output_layer(
         init_method=config.init_method,
         bias=False,
         gather_output=False,
+        tp_group=groups.tp,
     )
 
 
@@ -83,6 +85,7 @@ class Heads:
         layout: ChunkLayout,
         config: TransformerConfig,
         vocab_size: int,
+        groups: ProcessGroupCollection,
         parts: Mapping[str, torch.nn.ModuleDict],
         embedding: torch.nn.Module | None,
         earlier: tuple["Heads", ...],
@@ -93,6 +96,7 @@ class Heads:
             layout: What the chunk holds.
             config: Megatron's configuration.
             vocab_size: Size of the padded vocabulary.
+            groups: Megatron's process groups.
             parts: The exits' own parts, by name and depth.
             embedding: The chunk's embedding where the shared output matrix is tied to it.
             earlier: Heads of this rank's earlier chunks.
@@ -104,7 +108,7 @@ class Heads:
         self.layout, self._tied = layout, embedding is not None
         norms = torch.nn.ModuleDict({str(depth): make_norm() for depth in layout.exit_norms})
         outputs = torch.nn.ModuleDict(
-            {str(depth): _output_layer(config, vocab_size) for depth in layout.exit_heads}
+            {str(depth): _output_layer(config, vocab_size, groups) for depth in layout.exit_heads}
         )
         self.made: dict[str, torch.nn.Module] = {"exit_norms": norms, "exit_output_layers": outputs}
         self.norm = next((heads.norm for heads in earlier if heads.norm is not None), None)
@@ -114,7 +118,7 @@ class Heads:
             (heads.output for heads in earlier if heads.output is not None), embedding
         )
         if layout.owns_head and not self._tied:
-            self.output = self.made["output_layer"] = _output_layer(config, vocab_size)
+            self.output = self.made["output_layer"] = _output_layer(config, vocab_size, groups)
         own_norms, own_outputs, *own_parts = (
             dict(modules) for modules in (norms, outputs, *(parts[name] for name in PARTS))
         )

@@ -102,10 +102,6 @@ class _Adapted:
         with random_tracker().fork() if is_sharded else nullcontext():
             return F.dropout(hidden, self.adapter.dropout)
 
-    def _groups(self, metadata: dict | None) -> dict:
-        """Return the process groups of sharded tensors."""
-        return {"tp_group": self.tp_group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
-
     @staticmethod
     def _add_product(
         output: torch.Tensor, z_tbr: torch.Tensor, b_or: torch.Tensor, scale: float
@@ -185,7 +181,8 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
             prefix,
             sharded_axes,
             sharded_offsets,
-            **self._groups(metadata),
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
         )
         if self.is_gated:  # Megatron's MLP does this for the names weight and bias only
             name = f"{prefix}lora_b"
@@ -196,7 +193,7 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
                 **known_arguments(
                     apply_swiglu_sharded_factory,
                     tp_group=self.tp_group,
-                    dp_group=metadata.get("dp_cp_group"),
+                    dp_group=metadata["dp_cp_group"],
                 ),
             )
         return state
@@ -240,7 +237,8 @@ class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
             prefix,
             {"weight": 1, "lora_a": 1},
             sharded_offsets,
-            **self._groups(metadata),
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
         )
 
 

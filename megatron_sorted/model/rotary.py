@@ -3,8 +3,8 @@
 import math
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sorted.settings.derived import kv_channels
 from megatron_sorted.settings.run import Settings
@@ -35,7 +35,7 @@ def stretch_low_frequencies(
     return (1.0 - kept) * frequencies / factor + kept * frequencies
 
 
-def make_rotary(settings: Settings) -> RotaryEmbedding | None:
+def make_rotary(settings: Settings, groups: ProcessGroupCollection) -> RotaryEmbedding | None:
     """Build Megatron's rotary embedding with this model's frequencies.
 
     The result is None where positions are embedded by another method.
@@ -47,7 +47,7 @@ def make_rotary(settings: Settings) -> RotaryEmbedding | None:
         rotary_percent=settings.rotary_percent,
         rotary_base=settings.rotary_base,
         seq_len_interpolation_factor=settings.rotary_seq_len_interpolation_factor,
-        cp_group=parallel_state.get_context_parallel_group(),
+        cp_group=groups.cp,
     )
     if settings.use_rope_scaling:
         rotary.inv_freq = stretch_low_frequencies(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+
+from megatron_sorted.parallel.groups import process_groups
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def stage_group(stages: tuple[int, ...]) -> dist.ProcessGroup | None:
     Collective: creates one group for each pipeline of the layout; every process must call it in the
         same order.
     """
-    pipeline = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    pipeline = dist.get_process_group_ranks(process_groups().pp)
     world_size = dist.get_world_size()
     # Megatron numbers the ranks of a stage consecutively
     stride = world_size // len(pipeline)

@@ -3,9 +3,11 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sorted.parallel.rendezvous import has_shared_store, meet
 from megatron_sorted.platform.contract import Platform
@@ -77,19 +79,31 @@ def start_process_groups(
         distributed_timeout_minutes=settings.distributed_timeout_minutes,
         create_gloo_process_groups=False,  # the device's own groups are enough
     )
+    process_groups.cache_clear()  # a process may start groups again
     return current_place()
+
+
+@cache
+def process_groups() -> ProcessGroupCollection:
+    """Return Megatron's process groups, which every function of Megatron's is given explicitly.
+
+    A group that is left out is, in some functions and versions, the group of all processes instead
+    of the right one. tests/rules/test_process_groups.py finds calls that leave one out.
+    """
+    return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def current_place() -> Place:
     """Return this process's place in the groups that exist."""
+    groups = process_groups()
     return Place(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        stage=parallel_state.get_pipeline_model_parallel_rank(),
-        num_stages=parallel_state.get_pipeline_model_parallel_world_size(),
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        stage=groups.pp.rank(),
+        num_stages=groups.pp.size(),
+        data_rank=groups.dp.rank(),
+        data_size=groups.dp.size(),
+        tensor_rank=groups.tp.rank(),
     )
 
 
@@ -98,6 +112,7 @@ def stop_process_groups() -> None:
 
     Collective: every process must call it.
     """
+    process_groups.cache_clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

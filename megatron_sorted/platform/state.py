@@ -5,6 +5,7 @@ Megatron's functions have names of CUDA; other platforms redirect them (see ``cp
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 def current_device() -> torch.device | int:
@@ -12,12 +13,14 @@ def current_device() -> torch.device | int:
     return torch.cuda.current_device()
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, groups: ProcessGroupCollection) -> None:
     """Seed the initial weights and dropout.
 
     Data parallel ranks use the same numbers; tensor parallel ranks use different ones for shards.
     """
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed, tp_rank=groups.tp.rank(), ep_rank=groups.ep.rank(), etp_rank=groups.expt_tp.rank()
+    )
 
 
 def random_tracker():

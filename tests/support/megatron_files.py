@@ -8,7 +8,7 @@ import torch
 
 from megatron_sorted.model.config import make_config
 from megatron_sorted.model.spec import layer_spec
-from megatron_sorted.parallel.groups import start_process_groups
+from megatron_sorted.parallel.groups import process_groups, start_process_groups
 from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.platform.state import seed_everything
 from megatron_sorted.settings.derived import padded_vocab_size
@@ -61,7 +61,7 @@ def _chunks(settings: Settings) -> list:
     platform = choose_platform("cpu")
     platform.prepare()
     start_process_groups(settings, platform, init_method())
-    seed_everything(settings.seed)
+    seed_everything(settings.seed, process_groups())
     count = num_virtual_chunks(settings)
     assert padded_vocab_size(settings.vocab_size, settings) == PADDED
     spec, tied = layer_spec(settings, False), not settings.untie_embeddings_and_output_weights

@@ -87,7 +87,7 @@ def steps_taken(optimizer) -> int:
             if group.get("step") is not None
         ]
     most = torch.tensor(max(counts), device=current_device())
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
     return int(most.item())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -34,7 +34,9 @@ from megatron_sorted.checkpoint.sharding.row_shards import (
     views_of_rows,
 )
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.parallel.groups import process_groups
 from megatron_sorted.platform.state import random_state, set_random_state
+from megatron_sorted.platform.versions import known_arguments
 from megatron_sorted.settings.lora import is_adapter
 
 
@@ -68,10 +70,8 @@ def _model_states(chunks: list, is_loading: bool) -> dict[str, Any]:
 
 def random_place() -> list[int]:
     """Return the sizes of pipeline and tensor parallel groups, on which random numbers depend."""
-    return [
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    ]
+    groups = process_groups()
+    return [groups.pp.size(), groups.tp.size()]
 
 
 def _random_object(state: Any) -> ShardedObject:
@@ -79,11 +79,8 @@ def _random_object(state: Any) -> ShardedObject:
 
     Data parallel ranks draw the same numbers, so the first one writes, and their number may change.
     """
-    place = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
-    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    groups = process_groups()
+    place, replica = (groups.pp.rank(), groups.tp.rank()), groups.dp_cp.rank()
     return ShardedObject("random_state", state, tuple(random_place()), place, replica_id=replica)
 
 
@@ -212,7 +209,11 @@ def load_sharded(
     if same_place:
         wanted["random_state"] = _random_object(None)
     try:
-        loaded = dist_checkpointing.load(wanted, str(directory))
+        loaded = dist_checkpointing.load(
+            wanted,
+            str(directory),
+            **known_arguments(dist_checkpointing.load, process_group=dist.group.WORLD),
+        )
     except (Exception, CheckpointException) as error:
         # torch's CheckpointException is no Exception; damaged files raise errors of many kinds
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -270,5 +271,6 @@ def find_damage_on_all_ranks(
         if lightest == rank:
             mine.append(name)
     problems: list[list[str]] = [[]] * world_size
-    dist.all_gather_object(problems, find_damage(directory, manifest, mine))
+    damage = find_damage(directory, manifest, mine)
+    dist.all_gather_object(problems, damage, group=dist.group.WORLD)
     return [problem for of_rank in problems for problem in of_rank]

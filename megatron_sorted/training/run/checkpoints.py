@@ -71,7 +71,7 @@ def agree_on_run(
     shared: list[Any] = [None]
     if dist.get_rank() == 0:
         shared = [_name_of_run(settings, resumed, started_from)]
-    dist.broadcast_object_list(shared, src=0)
+    dist.broadcast_object_list(shared, src=0, group=dist.group.WORLD)
     return shared[0]
 
 
@@ -111,7 +111,8 @@ def choose_checkpoint(
             the one taken.
     """
     shared = [candidates, data]
-    dist.broadcast_object_list(shared, src=0)  # ranks may have looked at different moments
+    # ranks may have looked at different moments
+    dist.broadcast_object_list(shared, src=0, group=dist.group.WORLD)
     candidates, data = shared
     taken = None
     for candidate in candidates.usable:
@@ -180,7 +181,7 @@ class Checkpoints:
                     f"--save: cannot write in {settings.save} ({error.strerror}). Give a directory "
                     "that can be written."
                 ]
-        dist.broadcast_object_list(refusal, src=0)
+        dist.broadcast_object_list(refusal, src=0, group=dist.group.WORLD)
         if refusal[0]:
             raise CheckpointError(refusal[0])
         self.saver = Saver(
@@ -245,7 +246,7 @@ class Checkpoints:
             )
             if not state["random_state"]:
                 # with the run's own seed, dropout would repeat that of the first steps
-                seed_everything(settings.seed + SEEDS_A_STEP * progress.step)
+                seed_everything(settings.seed + SEEDS_A_STEP * progress.step, model.groups)
             self.saved_step = progress.step if same_path(settings.load, settings.save) else None
         self.log(loaded_line(candidate, settings, model.optimizer.param_groups[0]["lr"]))
         return progress

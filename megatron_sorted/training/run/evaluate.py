@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_sorted.data.batches import Batch, make_eval_batches, num_eval_batches
 from megatron_sorted.data.samples.dataset import EvaluationSet, InstructionSamples
@@ -43,17 +42,17 @@ def pieces_of(batch: Batch) -> tuple[torch.Tensor, int]:
 
 
 def _whole_sums(
-    settings: Settings, losses: ExitLoss, targets: Targets
+    settings: Settings, losses: ExitLoss, targets: Targets, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return loss and tokens of the whole micro-batch, where its mean needs other ranks; else None.
 
     Collective: with context parallelism and without per-token loss, one all-reduce of two numbers
-        over its group.
+        over ``group``, its ranks.
     """
     if settings.context_parallel_size == 1 or settings.calculate_per_token_loss:
         return None
     sums = torch.stack(((losses.loss_n * targets.loss_mask_n).sum(), targets.loss_mask_n.sum()))
-    dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
+    dist.all_reduce(sums, group=group)
     return sums[0], sums[1]
 
 
@@ -76,7 +75,8 @@ class EvaluationStep:
     ):
         self.settings, self.platform, self.observe = settings, platform, observe
         self.coefficients: dict[int, float] = {}
-        self.num_micro_batches, self.input_builder = 1, InputBuilder(settings, platform)
+        self.num_micro_batches = 1
+        self.input_builder = InputBuilder(settings, platform, model.groups.cp)
         self.losses = ExitLosses(settings, model, platform)
 
     def __call__(self, batches: Iterator[Batch], wrapped_chunk: torch.nn.Module):
@@ -140,7 +140,7 @@ class Evaluator:
             pieces = self.platform.to_device(pieces)
             self.ledger.add(depth, losses, loss_mask_n, pieces, num_pieces)
         else:
-            whole = _whole_sums(self.settings, losses, micro.targets)
+            whole = _whole_sums(self.settings, losses, micro.targets, self.model.groups.cp)
             self.ledger.add(depth, losses, loss_mask_n, whole=whole)
 
     def run(self, step: int, progress: Callable[[int, int], None]) -> EvaluationReport:

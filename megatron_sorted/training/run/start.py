@@ -78,7 +78,7 @@ def find_starting_point(
     if place.rank == 0:
         # again, now that the directory is locked: an earlier start may have saved since
         shared = [search_checkpoints(prepared.settings, inputs.tokenizer, inputs.data)]
-    dist.broadcast_object_list(shared, src=0)
+    dist.broadcast_object_list(shared, src=0, group=dist.group.WORLD)
     settings, candidates, origin, lines = shared[0]
     for line in (*inputs.resume_lines, *lines):
         log(line)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -12,6 +12,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
@@ -27,7 +28,7 @@ from megatron_sorted.model.config import make_config, parameter_dtype, uses_tran
 from megatron_sorted.model.spec import layer_spec
 from megatron_sorted.parallel.copies import SharedCopies, connect_copies
 from megatron_sorted.parallel.fsdp import FullyShardedChunk, connect_optimizer
-from megatron_sorted.parallel.groups import Place
+from megatron_sorted.parallel.groups import Place, process_groups
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import current_device, seed_everything
 from megatron_sorted.settings.derived import global_batch_size, padded_vocab_size
@@ -44,6 +45,7 @@ class Model:
     Attributes:
         chunks: The model chunks of this rank, in the order in which a token passes them.
         config: Megatron's configuration, which all chunks share.
+        groups: Megatron's process groups.
         layout: The layers, exits, norms and heads of every chunk of every stage.
         copies: The norms and output matrices of which other stages hold copies.
         shard: This rank's rows of the vocabulary.
@@ -58,6 +60,7 @@ class Model:
 
     chunks: list[DistributedDataParallel | FullyShardedChunk]
     config: TransformerConfig
+    groups: ProcessGroupCollection
     layout: Layout
     copies: list[SharedCopies]
     shard: VocabularyShard
@@ -74,11 +77,12 @@ def unwrap(chunk: torch.nn.Module) -> SortedChunk:
     return get_attr_wrapped_model(chunk, "layout", return_model_obj=True)
 
 
-def vocabulary_shard(settings: Settings, vocab_size: int) -> VocabularyShard:
+def vocabulary_shard(
+    settings: Settings, vocab_size: int, groups: ProcessGroupCollection
+) -> VocabularyShard:
     """Return this rank's shard of a vocabulary of ``vocab_size`` real tokens."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    rows = vocabulary_rows(settings, vocab_size, group.rank())
-    return VocabularyShard(rows.start, len(rows), group, settings.sequence_parallel)
+    rows = vocabulary_rows(settings, vocab_size, groups.tp.rank())
+    return VocabularyShard(rows.start, len(rows), groups.tp, settings.sequence_parallel)
 
 
 def build_model(settings: Settings, platform: Platform, place: Place, vocab_size: int) -> Model:
@@ -86,13 +90,14 @@ def build_model(settings: Settings, platform: Platform, place: Place, vocab_size
 
     Collective: creates the groups of shared copies and broadcasts them (``connect_copies``).
     """
-    seed_everything(settings.seed)
+    groups = process_groups()
+    seed_everything(settings.seed, groups)
     config = make_config(settings, platform)
     spec = layer_spec(settings, uses_transformer_engine(settings, platform))
     layout, rows = layout_of(settings), padded_vocab_size(vocab_size, settings)
     chunks: list[SortedChunk] = []
     for chunk_layout in layout.of_stage(place.stage):
-        chunk = SortedChunk(settings, config, spec, rows, chunk_layout, tuple(chunks))
+        chunk = SortedChunk(settings, config, spec, rows, chunk_layout, groups, tuple(chunks))
         chunks.append(chunk.to(current_device()))
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -105,8 +110,8 @@ def build_model(settings: Settings, platform: Platform, place: Place, vocab_size
     copies = connect_copies(parameters, layout.copies)
     wrap = _shard_fully if settings.data_parallel == "fsdp" else _replicate
     wrapped = wrap(chunks, config, settings, platform)
-    shard = vocabulary_shard(settings, vocab_size)
-    model = Model(wrapped, config, layout, copies, shard, vocab_size)
+    shard = vocabulary_shard(settings, vocab_size, groups)
+    model = Model(wrapped, config, groups, layout, copies, shard, vocab_size)
     _connect_schedule(model, settings)
     if settings.exit_kd_teacher is not None and not settings.skip_train:
         model.teacher = FrozenTeacher(settings, platform, layout, place.stage, vocab_size)
@@ -126,8 +131,10 @@ def _replicate(
         use_distributed_optimizer=settings.use_distributed_optimizer,
     )
     wrapped = [
-        DistributedDataParallel(config, buffers, module, disable_bucketing=index > 0)
-        for index, module in enumerate(modules)
+        DistributedDataParallel(
+            config, buffers, module, disable_bucketing=index > 0, pg_collection=chunk.groups
+        )
+        for index, (chunk, module) in enumerate(zip(chunks, modules, strict=True))
     ]
     count_padding_in_offsets(wrapped)
     return wrapped
@@ -140,7 +147,7 @@ def _shard_fully(
 
     Every data parallel rank keeps some rows of each weight.
     """
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group = chunks[0].groups.dp_cp
     states = chunks[0].sharded_state_dict(metadata=dict(CONTENT))
     return [
         FullyShardedChunk(
@@ -159,9 +166,16 @@ def finalize_gradients(model: Model) -> Callable:
     Collective: the returned function communicates over data, tensor and pipeline groups.
     """
 
-    def finalize(chunks: list, num_tokens: torch.Tensor | None = None, **options) -> None:
+    def finalize(
+        chunks: list,
+        num_tokens: torch.Tensor | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **options,
+    ) -> None:
         with model.timers("gradients"):
-            finalize_model_grads(chunks, num_tokens, **options)
+            finalize_model_grads(
+                chunks, num_tokens, pg_collection=pg_collection or model.groups, **options
+            )
             model.num_tokens = num_tokens  # summed over all ranks by now
             for copies in model.copies:
                 copies.sum_gradients()
@@ -207,7 +221,7 @@ def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
         overlap_param_gather=settings.overlap_param_gather,
     )
     model.optimizer = get_megatron_optimizer(
-        optimizer_config, model.chunks, use_gloo_process_groups=False
+        optimizer_config, model.chunks, use_gloo_process_groups=False, pg_collection=model.groups
     )
     give_sgd_an_initial_state(model.optimizer)
     if settings.data_parallel == "fsdp":

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_sorted.settings.layout import Layout
 
@@ -32,6 +31,7 @@ class Confidences:
     chunk's exits.
 
     Attributes:
+        group: The pipeline parallel ranks.
         thresholds: The thresholds of this step; empty where the coefficient rule needs none.
         num_counted: {micro-batch: number of its counted tokens}.
         levels: {depth: {micro-batch: thresholds passed [n], uint8}}.
@@ -39,6 +39,7 @@ class Confidences:
             None before the first.
     """
 
+    group: dist.ProcessGroup
     thresholds: tuple[float, ...] = ()
     num_counted: dict[int, int] = field(default_factory=dict)
     levels: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
@@ -88,7 +89,7 @@ class Confidences:
         for index, depth in enumerate(depths):
             if depth in level:
                 sums[index] = (level[depth].int() - shallower[depth].int()).clamp(min=0).sum()
-        if parallel_state.get_pipeline_model_parallel_rank() == 0:
+        if self.group.rank() == 0:
             sums[len(depths)] = num_tokens
         if self.bins is not None:
             sums[len(depths) + 1 :] = self.bins
@@ -103,7 +104,7 @@ class Confidences:
         Collective: see ``count``.
         """
         chunks, stages = layout.num_chunks, layout.num_stages
-        stage = parallel_state.get_pipeline_model_parallel_rank()
+        stage = self.group.rank()
         chunk_of = {depth: layout.chunk_at(depth).chunk for depth in level}
         own_cn = torch.zeros(chunks, num_tokens, dtype=torch.uint8, device=device)
         for depth, level_n in level.items():
@@ -112,11 +113,7 @@ class Confidences:
         ordered = own_cn  # in the order in which a token passes the chunks
         if stages > 1:
             gathered = torch.empty(stages, chunks, num_tokens, dtype=torch.uint8, device=device)
-            dist.all_gather(
-                list(gathered.unbind(0)),
-                own_cn,
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
+            dist.all_gather(list(gathered.unbind(0)), own_cn, group=self.group)
             ordered = gathered.transpose(0, 1).reshape(chunks * stages, num_tokens)
         result = {}
         for depth in sorted(level):

@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sorted.loss.attached import AttachedExit
 from megatron_sorted.loss.cross_entropy import CrossEntropy, LossRequest
@@ -37,7 +37,8 @@ class ExitLosses:
             settings.exit_kd_weight, settings.exit_kd_temperature, settings.exit_kd_top_k
         )
         self.chunk_tokens = loss_chunk_tokens(settings, on_cpu=platform.is_processor)
-        self.top_tokens, self.confidences = TopTokens(), Confidences()
+        groups = model.groups
+        self.top_tokens, self.confidences = TopTokens(groups.pp), Confidences(groups.pp)
 
     def compute(
         self, micro: MicroBatch, depth: int, hidden_tbh: torch.Tensor, factor: torch.Tensor | None
@@ -71,15 +72,13 @@ class ExitLosses:
         return losses, gradient
 
 
-def make_gradient_rule(settings: Settings) -> GradientRule:
+def make_gradient_rule(settings: Settings, groups: ProcessGroupCollection) -> GradientRule:
     """Build the rule that joins an exit's gradient with those of deeper exits."""
     whole, group = settings.exit_gradient_scope == "micro-batch", None
     if whole and settings.sequence_parallel and settings.tensor_model_parallel_size > 1:
-        group = parallel_state.get_tensor_model_parallel_group()
-        if settings.context_parallel_size > 1:
-            group = parallel_state.get_tensor_and_context_parallel_group()
+        group = groups.tp if settings.context_parallel_size == 1 else groups.tp_cp
     elif whole and settings.context_parallel_size > 1:
-        group = parallel_state.get_context_parallel_group()
+        group = groups.cp
     return GradientRule(settings.exit_gradient_rule, whole, settings.exit_gradient_balance, group)
 
 
@@ -93,7 +92,7 @@ class TrainedExits:
 
     def __init__(self, losses: ExitLosses, ledger: Ledger):
         self.settings, self.losses, self.ledger = losses.settings, losses, ledger
-        self.gradient_rule = make_gradient_rule(self.settings)
+        self.gradient_rule = make_gradient_rule(self.settings, losses.model.groups)
 
     def attach(self, micro: MicroBatch, depth: int, hidden_tbh: torch.Tensor) -> torch.Tensor:
         """Return the hidden state from which deeper layers continue; see ``loss.deferred``."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_sorted.data.batches import Batch
 from megatron_sorted.exits.coefficients import EXIT_LAYERS, CoefficientRule
@@ -57,7 +56,7 @@ class ForwardStep:
     def __post_init__(self) -> None:
         """Create the objects that the steps use."""
         self.loss_scaling = LossScaling(self.settings, self.model)
-        self.input_builder = InputBuilder(self.settings, self.platform)
+        self.input_builder = InputBuilder(self.settings, self.platform, self.model.groups.cp)
         self.losses = ExitLosses(self.settings, self.model, self.platform)
         self.exits = TrainedExits(self.losses, self.ledger)
 
@@ -141,6 +140,6 @@ class ForwardStep:
     def _global_indices(self, number: int) -> list[int]:
         """Return the positions of a micro-batch's samples in the global batch."""
         size = self.settings.micro_batch_size
-        data_parallel_size = parallel_state.get_data_parallel_world_size()
-        first = (number * data_parallel_size + parallel_state.get_data_parallel_rank()) * size
+        group = self.model.groups.dp
+        first = (number * group.size() + group.rank()) * size
         return list(range(first, first + size))

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_sorted.platform.state import current_device
 from megatron_sorted.settings.run import Settings
@@ -56,6 +55,4 @@ class LossScaling:
         """
         if self.settings.calculate_per_token_loss:
             return self.loss_scale() * self.model.num_tokens.clamp(min=1)
-        return self.loss_scale() * parallel_state.get_data_parallel_world_size(
-            with_context_parallel=True
-        )
+        return self.loss_scale() * self.model.groups.dp_cp.size()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core import parallel_state
+import torch.distributed as dist
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_sorted.data.batches import Batch
@@ -103,10 +103,16 @@ class InputBuilder:
 
     Every chunk takes the same micro-batches in the same order. The host never waits for the device:
     it reads what it must know of a batch before the batch is copied.
+
+    Attributes:
+        settings: The run.
+        platform: The devices of the run.
+        context_group: The context parallel ranks, each of which takes a part of every sequence.
     """
 
     settings: Settings
     platform: Platform
+    context_group: dist.ProcessGroup
     _calls: dict[int, int] = field(default_factory=dict)
 
     def build(
@@ -155,7 +161,7 @@ class InputBuilder:
             return batch
         parts = get_batch_on_this_cp_rank(
             {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)},
-            cp_group=parallel_state.get_context_parallel_group(),
+            cp_group=self.context_group,
             **known_arguments(get_batch_on_this_cp_rank, is_hybrid_cp=False),
         )
         return dataclasses.replace(batch, **parts)

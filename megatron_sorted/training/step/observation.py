@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_sorted.exits.coefficients import EXIT_LAYERS, GRADIENTS, Observation
 from megatron_sorted.loss.ledger import COLUMNS, GRADIENT
@@ -65,7 +64,7 @@ def read_observation(sums: Sequence[float], forward_step: ForwardStep) -> Observ
         if rows[depth][1] > 0 and forward_step.coefficients.get(depth, 0.0) > 0
     }
     # each tensor parallel rank holds the whole gradient unless it holds a part of the sequence
-    tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
+    tensor_ranks = forward_step.model.groups.tp.size()
     copies = 1 if settings.sequence_parallel else tensor_ranks
     norms = {}
     if GRADIENTS in needs:

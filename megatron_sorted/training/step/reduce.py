@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_sorted.loss.agreement import accept_length
 from megatron_sorted.loss.ledger import COLUMNS, Ledger
 from megatron_sorted.monitoring.report import ExitNumbers
+from megatron_sorted.parallel.groups import process_groups
 from megatron_sorted.platform.state import current_device
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
@@ -63,7 +63,7 @@ def reduce_interval(
     phases = phases or {}
     own = [float(memory_bytes), *(phases.get(name, -1.0) for name in PHASES)]
     largest = torch.tensor(own, dtype=torch.float64, device=current_device())
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
     memory, *seconds = largest.tolist()
     measured = {name: value for name, value in zip(PHASES, seconds, strict=True) if value >= 0}
     return replace(summed, memory_bytes=int(memory), phases=measured)
@@ -71,11 +71,8 @@ def reduce_interval(
 
 def _counts_samples() -> bool:
     """Return whether this rank counts the samples for all ranks that read the same ones."""
-    return (
-        parallel_state.get_pipeline_model_parallel_rank() == 0
-        and parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_context_parallel_rank() == 0
-    )
+    groups = process_groups()
+    return groups.pp.rank() == groups.tp.rank() == groups.cp.rank() == 0
 
 
 def reduce_ledger(ledger: Ledger, settings: Settings, checksum: int = 0) -> LedgerReport:
@@ -100,7 +97,7 @@ def reduce_ledger(ledger: Ledger, settings: Settings, checksum: int = 0) -> Ledg
             table[row, len(COLUMNS) :] = ledger.drafts[depth].reshape(-1)
     if _counts_samples():
         table[-1, 0] = checksum % CHECKSUM_RANGE
-    dist.all_reduce(table)
+    dist.all_reduce(table, group=dist.group.WORLD)
     table = table.cpu()
     tp, exits, num_tokens = settings.tensor_model_parallel_size, {}, 0.0
     for row, depth in enumerate(depths):

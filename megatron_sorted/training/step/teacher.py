@@ -19,6 +19,7 @@ from megatron_sorted.model.attention import make_attention_mask
 from megatron_sorted.model.chunk import SortedChunk
 from megatron_sorted.model.config import make_config, parameter_dtype, uses_transformer_engine
 from megatron_sorted.model.spec import layer_spec
+from megatron_sorted.parallel.groups import process_groups
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import current_device
 from megatron_sorted.settings.derived import padded_vocab_size
@@ -121,7 +122,9 @@ class FrozenTeacher:
         ]
         self.chunks: list[SortedChunk] = []
         for chunk_layout in layout_of(own, ends).of_stage(stage):
-            chunk = SortedChunk(own, config, spec, rows, chunk_layout, tuple(self.chunks))
+            chunk = SortedChunk(
+                own, config, spec, rows, chunk_layout, process_groups(), tuple(self.chunks)
+            )
             chunk.to(device=current_device(), dtype=parameter_dtype(settings))
             self.chunks.append(chunk.requires_grad_(False).eval())
         load_by_name(Path(settings.exit_kd_teacher), own, self.chunks, None)

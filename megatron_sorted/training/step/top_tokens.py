@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_sorted.data.batches import Batch
 from megatron_sorted.loss.agreement import draft_counts, following_n
@@ -20,11 +19,13 @@ class TopTokens:
     """Most likely tokens for one step: micro-batches x counted tokens x exits of this rank.
 
     Attributes:
+        group: The pipeline parallel ranks.
         num_counted: {micro-batch: number of its counted tokens}.
         follow: {micro-batch: ``following_n`` of its tokens, on the host}.
         ids: {depth: {micro-batch: token ids [n], int32, on the device}}.
     """
 
+    group: dist.ProcessGroup
     num_counted: dict[int, int] = field(default_factory=dict)
     follow: dict[int, torch.Tensor] = field(default_factory=dict)
     ids: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
@@ -69,9 +70,9 @@ class TopTokens:
             last_n = torch.cat([self.ids[last][micro_batch] for micro_batch in order])
         else:
             last_n = torch.empty(sum(self.num_counted.values()), dtype=torch.int32, device=device)
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            source = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(last_n, source, group=parallel_state.get_pipeline_model_parallel_group())
+        if self.group.size() > 1:
+            last_rank = dist.get_process_group_ranks(self.group)[-1]
+            dist.broadcast(last_n, last_rank, group=self.group)
         return last_n
 
     def _follow(self, order: list[int]) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch.nn.utils import get_total_norm
 
 from megatron_sorted.checkpoint.sharding.optimizer_shards import parts_of
@@ -36,7 +37,10 @@ def run_schedule(
     forward_step.num_micro_batches = len(micro_batches)
     # every chunk reads the same micro-batches in the same order
     iterators: list[Iterator[Batch]] = [iter(micro_batches) for _ in model.chunks]
-    get_forward_backward_func()(
+    schedule = get_forward_backward_func(
+        pp_size=model.groups.pp.size(), vp_size=model.config.virtual_pipeline_model_parallel_size
+    )
+    schedule(
         forward_step_func=forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
@@ -45,6 +49,8 @@ def run_schedule(
         * halves_of_message(settings, forward_step.coefficients, forward_only),
         micro_batch_size=settings.micro_batch_size,
         forward_only=forward_only,
+        p2p_communicator=P2PCommunicator(model.groups.pp, model.config),
+        pg_collection=model.groups,
     )
 
 
@@ -128,7 +134,7 @@ def optimizer_step(
         forward_step.ledger.bad_flag(forward_step.device), (~torch.isfinite(norm)).float()
     )
     numbers = torch.cat((bad.double().reshape(1), numbers_to_observe(forward_step)))
-    dist.all_reduce(numbers)
+    dist.all_reduce(numbers, group=dist.group.WORLD)
     answers = torch.cat((numbers[:1], norm.double().reshape(1), numbers[1:]))
     is_bad, grad_norm, *observed = answers.tolist()
     if is_bad:

@@ -65,7 +65,7 @@ def describe_nonfinite(ledger: Ledger, grad_norm: float) -> str:
         grad_norm: The gradient norm of the whole model.
     """
     bad_exits: list[dict[int, list[str]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(bad_exits, ledger.bad_exits())
+    dist.all_gather_object(bad_exits, ledger.bad_exits(), group=dist.group.WORLD)
     ranks_of: dict[tuple[int, str], list[int]] = {}
     for rank, exits in enumerate(bad_exits):
         for depth, numbers in exits.items():
@@ -94,7 +94,7 @@ def check_finite_weights(chunks: list[torch.nn.Module]) -> None:
     parameters = {name: p for chunk in chunks for name, p in chunk.named_parameters()}
     sums = torch.stack([p.detach().float().sum() for p in parameters.values()])
     is_bad = (~torch.isfinite(sums)).any().float()
-    dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
+    dist.all_reduce(is_bad, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
     if not is_bad.item():
         return
     names = [
