@@ -100,6 +100,8 @@ setup(
         "monitoring": MONITORING,
         "demo": DEMO,
         "cuda": ["transformer-engine[pytorch]"],
+        # Muon; the package is for Python 3.12 and newer
+        "muon": [f"emerging-optimizers>={supported('EMERGING_OPTIMIZERS')}"],
         "npu": ["torch_npu"],  # of torch's own version; on Ascend hosts alone
         "docs": DOCS,
         "dev": DEV + DOCS + DEMO + TRAIN + MONITORING + EVALUATE + SERVE,

@@ -7,6 +7,7 @@ from megatron_sorted.errors import PlatformError
 from megatron_sorted.parallel.fsdp import check_torch_can_shard
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.kernels import fused_kernels
+from megatron_sorted.platform.muon import check_muon_is_there
 from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels
 from megatron_sorted.settings.layout import layers_of_chunks, num_virtual_chunks
 from megatron_sorted.settings.run import Settings
@@ -35,6 +36,8 @@ def check_platform(settings: Settings, platform: Platform) -> None:
     """
     if settings.data_parallel == "fsdp":
         check_torch_can_shard()
+    if settings.optimizer == "muon":
+        check_muon_is_there()
     if settings.transformer_impl == "transformer_engine" and not platform.has_transformer_engine():
         raise PlatformError(
             "--transformer-impl transformer_engine: Transformer Engine is not installed or "

@@ -11,7 +11,13 @@ from megatron_sorted.planning.devices import Device
 from megatron_sorted.planning.operations import recomputed_layers
 from megatron_sorted.planning.schedule import most_alive, passes_of_stage
 from megatron_sorted.planning.sharded import gathered_bytes
-from megatron_sorted.planning.work import ChunkWork, element_bytes, parameters_on_rank, shapes_of
+from megatron_sorted.planning.work import (
+    ChunkWork,
+    element_bytes,
+    muon_parameters_on_rank,
+    parameters_on_rank,
+    shapes_of,
+)
 from megatron_sorted.settings.derived import data_parallel_size, num_micro_batches
 from megatron_sorted.settings.layout import num_virtual_chunks, vocabulary_rows
 from megatron_sorted.settings.run import Settings
@@ -196,7 +202,13 @@ def memory_of_stage(
     parameters = sum(
         sum(parameters_on_rank(settings, chunk, vocab_size).values()) for chunk in chunks
     )
-    moments = 8 if settings.optimizer == "adam" else 4 * (settings.sgd_momentum > 0)
+    moments = 4 * (settings.sgd_momentum > 0) if settings.optimizer == "sgd" else 8
+    # Muon keeps one number for each element of its matrices, and Adam two for each of the others.
+    saved_by_muon = (
+        4
+        * (settings.optimizer == "muon")
+        * sum(muon_parameters_on_rank(settings, chunk, vocab_size) for chunk in chunks)
+    )
     # Fully sharded: fp32 rows of weights, gradients and moments, for any precision.
     in_rows = settings.data_parallel == "fsdp"
     updated = -(-parameters // dp) if settings.use_distributed_optimizer or in_rows else parameters
@@ -227,7 +239,7 @@ def memory_of_stage(
     return RankMemory(
         weights=updated * 4 if in_rows else parameters * e,
         gradients=gradients,
-        optimizer=updated * (moments + (4 if e == 2 and not in_rows else 0)),
+        optimizer=updated * (moments + (4 if e == 2 and not in_rows else 0)) - saved_by_muon,
         activations=int(alive),
         exit_loss=(exit_loss + gathered.exit_loss) * any(chunk.trained for chunk in chunks),
         layer_backward=max(layer_backward + gathered.layer_backward, gathered.layer_reduction),

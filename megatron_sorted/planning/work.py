@@ -125,6 +125,15 @@ def parameters_on_rank(settings: Settings, work: ChunkWork, vocab_size: int) -> 
     }
 
 
+def muon_parameters_on_rank(settings: Settings, work: ChunkWork, vocab_size: int) -> int:
+    """Return the parameters of a model chunk that Muon updates: matrices of layers and exits."""
+    shapes, own = shapes_of(settings, vocab_size), len(work.intermediate)
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.matrices.items()}
+    mlp = sizes["linear_fc1"] + sizes["linear_fc2"]
+    layers = work.num_layers + own * settings.use_exit_block
+    return layers * sum(sizes.values()) + own * settings.use_exit_mlp * mlp
+
+
 def summed_parameters_on_rank(settings: Settings, work: ChunkWork, vocab_size: int) -> int:
     """Return the parameters of a model chunk whose gradients are summed over tensor parallel ranks.
 

@@ -10,6 +10,8 @@ TORCH = (2, 6)
 """The oldest torch."""
 TRANSFORMERS = (5,)
 """The oldest transformers, which conversion, evaluation and decoding use."""
+EMERGING_OPTIMIZERS = (0, 2)
+"""The oldest emerging-optimizers, which Muon needs, with megatron-core 0.18 or newer."""
 MEGATRON_CORE, MEGATRON_CORE_END = (0, 16, 1), (0, 20)
 """The oldest megatron-core, and the first version after the newest one."""
 MEGATRON_CORE_TESTED = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")

@@ -15,6 +15,7 @@ from megatron_sorted.settings.layout_rules import (
 from megatron_sorted.settings.lora import check_adapters
 from megatron_sorted.settings.model import check_experts, check_model
 from megatron_sorted.settings.monitoring import check_monitoring, check_profile
+from megatron_sorted.settings.muon import check_muon
 from megatron_sorted.settings.parallel import check_data_parallel, check_device
 from megatron_sorted.settings.require import require
 from megatron_sorted.settings.run import Settings
@@ -44,6 +45,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_interleaving(settings, world_size)
     check_recompute(settings)
     check_training(settings)
+    check_muon(settings)
     check_data_parallel(settings)
     check_files(settings)
     check_monitoring(settings)
@@ -70,6 +72,7 @@ POSITIVE = (
     "exit_uncertainty_rate", "exit_uncertainty_variance", "exit_dwa_window", "exit_dwa_temperature",
     "exit_gradnorm_rate", "exit_simulated_thresholds", "exit_excess_rate", "exit_guard_rate",
     "exit_guard_largest", "exit_guard_loss", "exit_curriculum_interval", "exit_curriculum_fraction",
+    "muon_extra_scale_factor", "muon_num_ns_steps",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "moe_aux_loss_coeff", "exit_layer_weight_warmup_iters", "train_iters", "seed", "min_lr",
@@ -83,6 +86,7 @@ BELOW_ONE = (
     "adam_beta1",
     "adam_beta2",
     "sgd_momentum",
+    "muon_momentum",
     "exit_inverse_loss_decay",
     "exit_guard_decay",
     "exit_excess_smoothing",

@@ -10,6 +10,7 @@ from megatron_sorted.settings.files import FileSettings
 from megatron_sorted.settings.lora import LoraSettings
 from megatron_sorted.settings.model import ModelSettings
 from megatron_sorted.settings.monitoring import MonitoringSettings
+from megatron_sorted.settings.muon import MuonSettings
 from megatron_sorted.settings.parallel import ParallelSettings
 from megatron_sorted.settings.training import TrainingSettings
 
@@ -18,6 +19,7 @@ from megatron_sorted.settings.training import TrainingSettings
 class Settings(
     MonitoringSettings,
     FileSettings,
+    MuonSettings,
     TrainingSettings,
     ParallelSettings,
     LoraSettings,

@@ -32,7 +32,11 @@ class TrainingSettings:
     )
     skip_train: bool = setting(False, "Do not train; only evaluate the weights of --load.")
     seed: int = setting(1234, "Seed of initial weights, data order and sampling of exits.")
-    optimizer: Literal["adam", "sgd"] = setting("adam", "Optimizer.")
+    optimizer: Literal["adam", "sgd", "muon"] = setting(
+        "adam",
+        "Optimizer; muon needs the package emerging-optimizers.",
+        untested=("dist_muon", "adaptive_muon", "soap", "lion"),
+    )
     lr: float = setting(3e-4, "Peak learning rate.")
     min_lr: float = setting(0.0, "Learning rate at the end of the decay.")
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = setting(

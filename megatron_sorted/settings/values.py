@@ -84,10 +84,14 @@ def convert(name: str, value: Any, source: str, strict: bool) -> Any:
     except ValidationError:
         given = list(value) if isinstance(value, tuple) else value
         hint = nearest(str(given)[:80], choices(kind))
-        what = shown(repr(given), 120)
+        what = f"{shown(repr(given), 120)} is not a value of this setting"
+        if given in Settings.__dataclass_fields__[name].metadata["untested"]:
+            what += (
+                ": Megatron-LM has it, but its steps, its checkpoints and its treatment of output "
+                "matrices on several stages are not tested in this program"
+            )
         raise SettingsError(
-            f"{shown(source)}: {what} is not a value of this setting. "
-            f"{hint}{' ' * bool(hint)}Give {describe(kind)}."
+            f"{shown(source)}: {what}. {hint}{' ' * bool(hint)}Give {describe(kind)}."
         ) from None
     numbers = result if isinstance(result, tuple) else (result,)
     for number in numbers:

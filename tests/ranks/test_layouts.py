@@ -55,28 +55,11 @@ def cross_entropies(
     return means, sum(c * means[d] for d, c in coefficients.items())
 
 
-def reference_run(
-    settings: Settings,
-    weights: dict[str, torch.Tensor],
-    steps: int,
-    unequal: bool,
-    packed: bool,
-    coefficients: list[dict],
-    objective=cross_entropies,
-):
-    """Return each step's losses by depth, the first step's gradients, and the final weights.
-
-    ``objective`` computes what training lowers, from settings, parameters, samples, their segments
-    where packed, and coefficients.
-    """
-    parameters = {
-        name: w.clone().requires_grad_(not settings.tune_exit or name.startswith("exit_"))
-        for name, w in weights.items()
-    }
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+def adamw(settings: Settings, trained: dict[str, torch.Tensor]) -> torch.optim.AdamW:
+    """Return torch's AdamW for the trained parameters, without weight decay of vectors."""
     decayed = [p for p in trained.values() if p.dim() > 1]
     others = [p for p in trained.values() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": settings.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -85,6 +68,30 @@ def reference_run(
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,
     )
+
+
+def reference_run(
+    settings: Settings,
+    weights: dict[str, torch.Tensor],
+    steps: int,
+    unequal: bool,
+    packed: bool,
+    coefficients: list[dict],
+    objective=cross_entropies,
+    make_optimizer=adamw,
+):
+    """Return each step's losses by depth, the first step's gradients, and the final weights.
+
+    ``objective`` computes what training lowers, from settings, parameters, samples, their segments
+    where packed, and coefficients; ``make_optimizer`` returns the optimizer of the settings and
+    {name: trained parameter}.
+    """
+    parameters = {
+        name: w.clone().requires_grad_(not settings.tune_exit or name.startswith("exit_"))
+        for name, w in weights.items()
+    }
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    optimizer = make_optimizer(settings, trained)
     losses, first_gradients = [], None
     for step in range(steps):
         samples = make_samples(
@@ -124,12 +131,20 @@ def compare(
     unequal=False,
     packed=False,
     objective=cross_entropies,
+    make_optimizer=adamw,
 ):
-    """Compare a layout with ``reference_run``, and ``objective``; return the ranks' reports."""
+    """Compare a layout with ``reference_run``, and its other arguments; return ranks' reports."""
     reports = run_ranks(world_size, train_and_report, settings, STEPS, unequal, packed)
     initial, _ = join_ranks([r["initial"] for r in reports])
     losses, gradients, weights = reference_run(
-        settings, initial, STEPS, unequal, packed, reports[0]["coefficients"], objective
+        settings,
+        initial,
+        STEPS,
+        unequal,
+        packed,
+        reports[0]["coefficients"],
+        objective,
+        make_optimizer,
     )
     rows = settings.vocab_size
     got_gradients, _ = join_ranks([r["gradients"] for r in reports])

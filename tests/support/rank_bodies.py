@@ -27,7 +27,7 @@ from megatron_sorted.training.step.forward_step import ForwardStep
 from megatron_sorted.training.step.reduce import reduce_ledger
 from megatron_sorted.training.step.train_step import train_step
 from megatron_sorted.training.watch.watchdog import Watchdog
-from tests.support.gather import rows_by_parameter, shards_of
+from tests.support.gather import global_name, rows_by_parameter, shards_of
 from tests.support.tiny import init_method, make_samples, micro_batches
 
 
@@ -135,9 +135,13 @@ def train_and_report(
 
 
 def moments(model, settings: Settings) -> dict[str, list]:
-    """Return this rank's shards of Adam's moments by name, as without a distributed optimizer."""
+    """Return this rank's shards of Adam's moments by name, as without a distributed optimizer.
+
+    With ``--optimizer muon`` Muon's momentum is among them.
+    """
     result = {}
-    for moment in ("exp_avg", "exp_avg_sq"):
+    names = ("exp_avg", "exp_avg_sq", *(["momentum_buffer"] * (settings.optimizer == "muon")))
+    for moment in names:
         values: dict[int, torch.Tensor] = {}
         for optimizer in model.optimizer.chained_optimizers:
             if settings.use_distributed_optimizer:
@@ -171,7 +175,7 @@ def moments(model, settings: Settings) -> dict[str, list]:
                     for main in group["params"]:
                         values[mains[id(main)]] = optimizer.optimizer.state[main].get(
                             moment
-                        )  # sgd has none of them
+                        )  # sgd has none of Adam's, and Muon other ones
         tied = not settings.untie_embeddings_and_output_weights
         rank = (
             0
@@ -182,6 +186,20 @@ def moments(model, settings: Settings) -> dict[str, list]:
             model, unwrap, lambda p, values=values: values.get(id(p)), rank, tied
         )
     return result
+
+
+def parameters_of_parts(settings: Settings) -> dict[str, set[str]]:
+    """Return {class of an optimizer: global names of this rank's parameters that it updates}."""
+    *_, model = start(settings)
+    names = {
+        id(parameter): global_name(unwrap(chunk), name, False)
+        for chunk in model.chunks
+        for name, parameter in unwrap(chunk).named_parameters()
+    }
+    return {
+        type(part.optimizer).__name__: {names[id(p)] for p in part.get_parameters()}
+        for part in model.optimizer.chained_optimizers
+    }
 
 
 def save_now(

@@ -103,6 +103,8 @@ BYTES = {
     "bf16, distributed": (4, {"use_distributed_optimizer": True}, 6 + 12 / 4),
     "fp32, fully sharded": (4, {"bf16": False, **FULLY}, 16 / 4),
     "bf16, fully sharded": (4, FULLY, 16 / 4),
+    # of 6,738,415,616 parameters 2 x 32,000 x 4096 are rows of tokens, and 65 x 4096 of norms
+    "Muon": (4, {"bf16": False, "optimizer": "muon"}, 12 + 4 * 262_410_240 / 6_738_415_616),
     "SGD": (4, {"bf16": False, "optimizer": "sgd"}, 12),
     "SGD without momentum": (4, {"bf16": False, "optimizer": "sgd", "sgd_momentum": 0.0}, 8),
 }

@@ -16,12 +16,14 @@ TP2 = {"tensor_model_parallel_size": 2}
 CHUNKS = {**PP2, "num_layers_per_virtual_pipeline_stage": 2, "global_batch_size": 4}
 SERIAL = {"overlap_p2p_communication": False}
 FSDP = {"data_parallel": "fsdp"}
+MUON = {"optimizer": "muon"}
 EXITS = {"exit_layer_nums": (2, 4)}
 UNIFORM = {**EXITS, "exit_sampling": "uniform"}
 DRAWN = {**EXITS, "exit_sampling": "probabilities", "exit_probabilities": (0.25, 0.25, 0.5)}
 
 ALLOWED = [
     (BASE, {}, 1),
+    (BASE, {**MUON, **PP2, "muon_tp_mode": "blockwise", "bf16": True}, 2),
     (REAL, {}, 1),
     (REAL, {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "vocab_size": 9}, 1),
     (REAL, {"valid_data_path": ("other",), "split": "100,0"}, 1),
@@ -611,6 +613,24 @@ REFUSED = [
         1,
         "splits the state of adam only, not of sgd",
     ),
+    (
+        BASE,
+        {**MUON, "use_distributed_optimizer": True},
+        1,
+        "splits the state of adam only, not of muon",
+    ),
+    (BASE, {**MUON, **FSDP}, 2, "fsdp with --optimizer muon: only the state of adam"),
+    (BASE, {**MUON, "fp16": True}, 1, "--optimizer: muon with --fp16: megatron's Muon has no"),
+    (BASE, {**MUON, "lora_rank": 8}, 1, "--optimizer: muon with --lora-rank 8: Muon on the two"),
+    (BASE, {**MUON, "num_experts": 4}, 1, "--optimizer: muon with --num-experts 4: Muon on the"),
+    (
+        BASE,
+        {"muon_tp_mode": "blockwise"},
+        1,
+        "--muon-tp-mode: has an effect with --optimizer muon only, not with adam",
+    ),
+    (BASE, {**MUON, "muon_momentum": 1.0}, 1, "--muon-momentum: 1.0 is not in [0, 1)"),
+    (BASE, {**MUON, "muon_num_ns_steps": 0}, 1, "--muon-num-ns-steps: 0 is not above 0"),
     (
         BASE,
         {"use_distributed_optimizer": True, "overlap_param_gather": True},

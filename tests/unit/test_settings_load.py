@@ -124,7 +124,13 @@ def test_a_line_of_the_file_becomes_a_value_of_the_field(run_file, text, name, v
         (
             ["--optimizer", "adamw"],
             "--optimizer: 'adamw' is not a value of this setting. Did you mean adam? Give one of "
-            "adam, sgd.",
+            "adam, sgd, muon.",
+        ),
+        (
+            ["--optimizer", "soap"],
+            "--optimizer: 'soap' is not a value of this setting: Megatron-LM has it, but its "
+            "steps, its checkpoints and its treatment of output matrices on several stages are "
+            "not tested in this program. Give one of adam, sgd, muon.",
         ),
         (
             ["--config", "a", "--config", "b"],

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sorted.triton_stand_in import MODULE, install_finder
+from megatron_sorted.triton_stand_in import MODULES, install_finder
 
+MODULE = next(iter(MODULES))
 CORE = Path(importlib.util.find_spec("megatron.core").origin).parent
 HAS_MODULE = (CORE / "transformer" / "moe" / "paged_stash.py").exists()
 HIDE = """
@@ -44,8 +45,8 @@ def test_megatron_is_imported_where_triton_is_hidden():
         "print(type(sys.modules.get('" + MODULE + "')).__name__)"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] in ("_PagedStash", "NoneType")
-    assert not HAS_MODULE or done.stdout.split()[-1] == "_PagedStash"
+    assert done.stdout.split()[-1] in ("_StandIn", "NoneType")
+    assert not HAS_MODULE or done.stdout.split()[-1] == "_StandIn"
 
 
 def test_what_the_stand_in_offers_refuses_with_the_remedy():
@@ -88,6 +89,6 @@ def test_the_finder_is_installed_once_and_answers_for_one_module():
 
 @pytest.mark.parametrize("name", ["__file__", "__path__", "_private"])
 def test_the_stand_in_has_no_names_that_python_asks_for(name):
-    from megatron_sorted.triton_stand_in import _PagedStash
+    from megatron_sorted.triton_stand_in import _StandIn
 
-    assert not hasattr(_PagedStash(MODULE), name) and callable(_PagedStash(MODULE).anything)
+    assert not hasattr(_StandIn(MODULE), name) and callable(_StandIn(MODULE).anything)

@@ -26,6 +26,12 @@ def parts_of(optimizer) -> list:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
+def states_of_parts(optimizer, state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """Return the state of each part of ``optimizer``; a single part's state is not numbered."""
+    count = len(parts_of(optimizer))
+    return [state] if count == 1 else [state[index] for index in range(count)]
+
+
 def only_part(optimizer) -> DistributedOptimizer | None:
     """Return ``optimizer`` as a single distributed optimizer; None if it is of another kind."""
     parts = parts_of(optimizer)

@@ -10,7 +10,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from megatron_sorted.checkpoint.sharding.optimizer_shards import parts_of, take_state_of_parts
+from megatron_sorted.checkpoint.sharding.optimizer_shards import (
+    parts_of,
+    states_of_parts,
+    take_state_of_parts,
+)
 from megatron_sorted.platform.state import current_device
 
 MAIN_WEIGHTS = "fp32_from_fp16_params"  # Megatron's
@@ -127,7 +131,8 @@ def complete_empty_state(one, state: dict[str, Any], steps: int) -> None:
     own = state.get("optimizer", state)
     if not _is_torchs_adam(one.optimizer):
         for group in own["param_groups"] if steps else ():
-            group.setdefault("step", steps)
+            if "betas" in group:  # Muon has none, and a count of it would stand still
+                group.setdefault("step", steps)
     elif steps and "state" in own:  # which Megatron's form of a distributed optimizer lacks
         own["state"].setdefault("common_step", torch.tensor(float(steps)))
 
@@ -156,9 +161,7 @@ def load_optimizer_state(optimizer, state: Any) -> None:
     counts are removed while the other entries are copied. Then every parameter gets a separate
     count: Megatron gives the same tensor to all, and each parameter's step would increment it.
     """
-    parts = parts_of(optimizer)
-    states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
-    for one, part in zip(parts, states, strict=True):
+    for one, part in zip(parts_of(optimizer), states_of_parts(optimizer, state), strict=True):
         if isinstance(one, Float16OptimizerWithFloat16Params) and not isinstance(
             part.get(MAIN_WEIGHTS), list
         ):

@@ -13,11 +13,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sorted.checkpoint.manifest import CONTENT, WEIGHTS_ONLY, find_damage
 from megatron_sorted.checkpoint.plain_objects import check_checkpoint_is_safe
-from megatron_sorted.checkpoint.sharding.optimizer_shards import only_part, parts_of, state_of_parts
+from megatron_sorted.checkpoint.sharding.optimizer_shards import (
+    only_part,
+    parts_of,
+    state_of_parts,
+    states_of_parts,
+)
 from megatron_sorted.checkpoint.sharding.optimizer_state import (
     complete_empty_state,
     fill_empty_state,
@@ -96,8 +102,9 @@ def optimizer_state(optimizer, model_state: dict[str, Any], is_loading: bool) ->
         state = optimizer.sharded_state_dict(
             model_state, is_loading=is_loading, metadata=dict(CONTENT)
         )
-        if len(parts) == 1:
-            complete_empty_state(parts[0], state, steps)
+        for one, own in zip(parts, states_of_parts(optimizer, state), strict=True):
+            if len(parts) == 1 or not isinstance(one, DistributedOptimizer):
+                complete_empty_state(one, own, steps)
         return state
     if hasattr(optimizer, "_synchronize_steps"):
         optimizer._synchronize_steps()

@@ -34,6 +34,7 @@ from megatron_sorted.platform.state import current_device, seed_everything
 from megatron_sorted.settings.derived import global_batch_size, padded_vocab_size
 from megatron_sorted.settings.layout import Layout, layout_of, vocabulary_rows
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.step.muon import leave_lookups_and_outputs_to_adam, muon_options
 from megatron_sorted.training.step.teacher import FrozenTeacher
 from megatron_sorted.training.watch.timers import PhaseTimers
 
@@ -219,7 +220,10 @@ def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
         hysteresis=settings.hysteresis,
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
+        **muon_options(settings),
     )
+    if settings.optimizer == "muon":
+        leave_lookups_and_outputs_to_adam(unwrap(chunk) for chunk in model.chunks)
     model.optimizer = get_megatron_optimizer(
         optimizer_config, model.chunks, use_gloo_process_groups=False, pg_collection=model.groups
     )
