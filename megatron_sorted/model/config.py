@@ -2,12 +2,14 @@
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.parallel.fsdp import check_torch_can_shard
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.kernels import fused_kernels
 from megatron_sorted.platform.muon import check_muon_is_there
+from megatron_sorted.platform.versions import megatron_version
 from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels
 from megatron_sorted.settings.layout import layers_of_chunks, num_virtual_chunks
 from megatron_sorted.settings.run import Settings
@@ -56,12 +58,50 @@ def check_platform(settings: Settings, platform: Platform) -> None:
             "Install Transformer Engine on GPU hosts, or use 1."
         )
     if settings.num_experts and not platform.has_transformer_engine():
+        _check_router(settings, platform)
+    backend = (
+        platform.backend if settings.distributed_backend == "auto" else settings.distributed_backend
+    )
+    tp, ep = settings.tensor_model_parallel_size, settings.expert_model_parallel_size
+    is_unequal = settings.moe_token_dispatcher_type == "alltoall" and tp > 1 and ep > 1
+    if settings.num_experts and is_unequal and backend == "gloo":
         raise PlatformError(
-            f"--num-experts: {settings.num_experts} needs Transformer Engine: the router of "
-            "megatron-core 0.16.1 uses its matrix product without checking that it is installed, "
-            f"and it is not available on {platform.name}. "
-            "Install Transformer Engine on a GPU host, or leave --num-experts out."
+            "--moe-token-dispatcher-type alltoall: with --tensor-model-parallel-size "
+            f"{tp} and --expert-model-parallel-size {ep} ranks gather unequal numbers of tokens, "
+            "which gloo cannot do. Use allgather, or set one of the sizes to 1."
         )
+
+
+def can_route_without_transformer_engine() -> bool:
+    """Return whether the installed router of experts takes torch's matrix product.
+
+    It does where Megatron looked for Transformer Engine's product and found none: the name is None
+    then. megatron-core 0.16 leaves the name undefined and fails at the first token.
+    """
+    return getattr(moe_utils, "te_general_gemm", moe_utils) is None
+
+
+def _check_router(settings: Settings, platform: Platform) -> None:
+    """Check that experts can run on a device without Transformer Engine.
+
+    Raises:
+        PlatformError: The router needs Transformer Engine.
+    """
+    if can_route_without_transformer_engine():
+        return
+    reason = f"--num-experts: {settings.num_experts} needs Transformer Engine"
+    if hasattr(moe_utils, "te_general_gemm"):
+        raise PlatformError(
+            f"{reason}: it is installed, so megatron-core's router calls it, but it cannot run on "
+            f"{platform.name}. Uninstall it, use another device, or leave --num-experts out."
+        )
+    raise PlatformError(
+        f"{reason}: the router of the installed megatron-core {megatron_version()} calls its "
+        "matrix product without checking that it is there, and it is not available on "
+        f"{platform.name}. "
+        "Install megatron-core 0.17 or later (on Python 3.12 or later), whose router does without, "
+        "or Transformer Engine on a GPU host; or leave --num-experts out."
+    )
 
 
 def uses_fused_swiglu(settings: Settings, platform: Platform) -> bool:
@@ -105,6 +145,8 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
         experts = {
             "num_moe_experts": settings.num_experts,
             "moe_router_topk": settings.moe_router_topk,
+            # a softmax over one chosen expert would be 1 whatever the router says
+            "moe_router_pre_softmax": settings.moe_router_topk == 1,
             "moe_ffn_hidden_size": settings.moe_ffn_hidden_size or ffn_hidden_size(settings),
             "moe_aux_loss_coeff": settings.moe_aux_loss_coeff,
             "moe_token_dispatcher_type": settings.moe_token_dispatcher_type,

@@ -48,6 +48,10 @@ def layer_spec(settings: Settings, transformer_engine: bool) -> ModuleSpec:
     )
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
+    if settings.num_experts is not None:
+        # Transformer Engine's layers fuse this norm into a dense MLP alone; a checkpoint has the
+        # same names for both kinds of layers
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SdpaAttention
     if settings.swiglu and fused_kernels().swiglu is not None:

@@ -6,6 +6,7 @@ function of Megatron is changed except the two that read and write the state of 
 which are replaced by those of the CPU generator.
 """
 
+import contextlib
 import functools
 import logging
 import resource
@@ -73,10 +74,34 @@ def _type_as_cuda(method):
     return type_name
 
 
+def _with_plain_sizes(all_to_all: Callable) -> Callable:
+    """Return ``all_to_all_single`` that takes its split sizes as tensors too.
+
+    Megatron makes numbers of those that it copies from a GPU, and leaves tensors of the host alone.
+    """
+
+    @functools.wraps(all_to_all)
+    def exchange(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
+        sizes = (
+            given.tolist() if isinstance(given, torch.Tensor) else given
+            for given in (output_split_sizes, input_split_sizes)
+        )
+        return all_to_all(output, input, *sizes, *args, **kwargs)
+
+    return exchange
+
+
 class _NoStream:
-    """The current stream of a device that works in order: there is nothing to wait for."""
+    """A stream of a device that works in order, or an event in it: there is nothing to wait for."""
+
+    def __init__(self, *_arguments, **_options):
+        pass
 
     wait_event = wait_stream = synchronize = staticmethod(_nothing)
+
+    def record_event(self, *_arguments) -> "_NoStream":
+        """Return the event up to which the stream has worked."""
+        return self
 
 
 def redirect_cuda(device: torch.device = CPU) -> None:
@@ -97,6 +122,10 @@ def redirect_cuda(device: torch.device = CPU) -> None:
     torch.cuda.synchronize = _nothing
     torch.cuda.empty_cache = _nothing
     torch.cuda.current_stream = lambda *_arguments: _NoStream()
+    # experts whose tokens are sent by all-to-all copy their numbers to the host in another stream
+    torch.cuda.Stream = _NoStream
+    torch.cuda.stream = contextlib.nullcontext
+    torch.distributed.all_to_all_single = _with_plain_sizes(torch.distributed.all_to_all_single)
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = _get_rng_state
     torch.cuda.random.get_rng_state = _get_rng_state

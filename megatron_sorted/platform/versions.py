@@ -126,12 +126,16 @@ def known_arguments(function: Callable, **arguments: Any) -> dict[str, Any]:
 
 
 def mlp_parts(spec: Any) -> Any:
-    """Return the parts of a layer's MLP, of a layer specification of Megatron's.
+    """Return the parts of the MLP, or of each expert, in a layer specification of Megatron's.
 
-    From 0.18 on the MLP is a partial function instead of a ``ModuleSpec``.
+    From 0.18 on the MLP is a partial function instead of a ``ModuleSpec``; experts from 0.17 on.
     """
-    mlp = spec.submodules.mlp
-    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    parts = _parts(spec.submodules.mlp)
+    return _parts(parts.experts) if hasattr(parts, "experts") else parts
+
+
+def _parts(part: Any) -> Any:
+    return part.keywords["submodules"] if isinstance(part, functools.partial) else part.submodules
 
 
 def with_options(kind: type, **options: Any) -> type:

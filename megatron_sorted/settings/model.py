@@ -109,13 +109,18 @@ class ModelSettings:
     num_experts: int | None = setting(
         None, "Number of experts of a mixture-of-experts MLP; none by default."
     )
-    moe_router_topk: int = setting(2, "Number of experts that each token is sent to.")
+    moe_router_topk: int = setting(
+        2,
+        "Number of experts that each token is sent to. Their outputs are weighed by the router's "
+        "softmax over them; a single one by its share of the softmax over all experts.",
+    )
     moe_ffn_hidden_size: int | None = setting(
         None, "MLP width of one expert; by default --ffn-hidden-size."
     )
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = setting(
         "allgather",
-        "How tokens are sent to their experts; alltoall sends less and needs an accelerator.",
+        "How tokens are sent to their experts: every token to all expert parallel ranks, or with "
+        "alltoall each to its experts' ranks alone, which sends less.",
     )
     moe_aux_loss_coeff: float = setting(0.0, "Coefficient of the router's load-balancing loss.")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = setting(

@@ -9,7 +9,7 @@ from tests.support.gather import join_ranks
 from tests.support.layouts import SANDWICH, pairwise
 from tests.support.rank_bodies import train_and_report
 from tests.support.ranks import run_ranks
-from tests.support.reference import exit_losses
+from tests.support.reference import balance_losses, exit_losses
 from tests.support.tiny import make_samples, tiny
 
 STEPS = 3
@@ -39,6 +39,7 @@ def cross_entropies(
     coefficients: dict,
 ):
     """Return the mean loss of every exit, and the objective of training."""
+    routed = []
     per_token = exit_losses(
         parameters,
         samples["tokens"],
@@ -50,9 +51,15 @@ def cross_entropies(
         settings.num_query_groups,
         settings.vocab_size,
         settings.norm_epsilon,
+        settings.moe_router_topk,
+        routed,
     )
     means = {d: mean_by_rule(settings, loss, samples["mask"]) for d, loss in per_token.items()}
-    return means, sum(c * means[d] for d, c in coefficients.items())
+    objective = sum(c * means[d] for d, c in coefficients.items())
+    if settings.moe_aux_loss_coeff:
+        balance = balance_losses(routed, settings.micro_batch_size).mean()
+        objective = objective + settings.moe_aux_loss_coeff * balance
+    return means, objective
 
 
 def adamw(settings: Settings, trained: dict[str, torch.Tensor]) -> torch.optim.AdamW:
@@ -150,6 +157,10 @@ def compare(
     got_gradients, _ = join_ranks([r["gradients"] for r in reports])
     got_weights, _ = join_ranks([r["weights"] for r in reports])
     assert got_gradients.keys() == gradients.keys()
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    for report in reports:
+        assert report["grad_norms"][0] == pytest.approx(norm, rel=tolerance), "gradient norm"
+        assert report["grad_norms"] == reports[0]["grad_norms"]
     for step, expected in enumerate(losses):
         assert reports[0]["losses"][step].keys() == expected.keys()
         for depth, value in expected.items():

@@ -15,8 +15,13 @@ def global_name(stage, name: str, tied: bool) -> str:
     """Return the reference's name of a parameter of one chunk."""
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match:
-        inner = match.group(2)
-        number = stage.layout.layers_before + int(match.group(1))
+        inner, index = match.group(2), int(match.group(1))
+        number = stage.layout.layers_before + index
+        if (expert := re.match(r"(mlp\.experts\.local_experts)\.(\d+)\.(.*)", inner)) is not None:
+            first = stage.decoder.layers[index].mlp.local_expert_indices[0]
+            inner = f"{expert.group(1)}.{first + int(expert.group(2))}.{expert.group(3)}"
+        if inner.startswith("pre_mlp_layernorm.") and stage.config.num_moe_experts:
+            return f"decoder.layers.{number}.{inner}"
         return f"decoder.layers.{number}.{RENAMED.get(inner, inner)}"
     match = re.match(r"(exit_blocks|exit_mlps)\.(\d+)\.(.*)", name)
     if match:

@@ -58,7 +58,7 @@ def complete_gradients(model, settings: Settings) -> None:
     if not settings.use_distributed_optimizer:
         return
     for chunk in model.chunks:
-        for buffer in chunk.buffers:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 shards = list(bucket.grad_data.chunk(group.size()))
@@ -146,7 +146,9 @@ def moments(model, settings: Settings) -> dict[str, list]:
         for optimizer in model.optimizer.chained_optimizers:
             if settings.use_distributed_optimizer:
                 for chunk in model.chunks:
-                    for buffer in chunk.buffers:
+                    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                        if all(buffer is not one for one in optimizer.buffers):
+                            continue
                         flat = torch.zeros(buffer.numel)
                         for parameter in buffer.params:
                             start, end, _ = buffer.param_index_map[parameter]

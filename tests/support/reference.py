@@ -28,8 +28,53 @@ def mlp(x, norm, up, down, eps, post=None):
     return x + (y if post is None else F.rms_norm(y, x.shape[-1:], post, eps))
 
 
-def layer(p, prefix, x, heads, groups, allowed, eps):
-    """Return x [b, s, h] after the layer named ``prefix``; allowed [b, 1, s, s] is its mask."""
+def experts_mlp(p, prefix, x, eps, topk, routed):
+    """Return x [b, s, h] after a normed mixture of gated MLPs with residual.
+
+    Each token is given to the ``topk`` experts of its largest router logits, whose softmax weighs
+    them; a single one has its share of the softmax over all. Every expert is computed for every
+    token, so that nothing is sent or sorted. Logits [b, s, e] and choices [b, s, topk] are appended
+    to ``routed``.
+    """
+    y = F.rms_norm(x, x.shape[-1:], p[prefix + "pre_mlp_layernorm.weight"], eps)
+    logits = y @ p[prefix + "mlp.router.weight"].t()
+    best, chosen = logits.topk(topk, -1)
+    shares = best.softmax(-1) if topk > 1 else logits.softmax(-1).gather(-1, chosen)
+    routed.append((logits, chosen))
+    for n in range(logits.size(-1)):
+        expert = f"{prefix}mlp.experts.local_experts.{n}."
+        left, right = (y @ p[expert + "linear_fc1.weight"].t()).chunk(2, -1)
+        share = (shares * (chosen == n)).sum(-1, keepdim=True)
+        x = x + share * ((F.silu(left) * right) @ p[expert + "linear_fc2.weight"].t())
+    return x
+
+
+def balance_losses(routed, micro_batch_size):
+    """Return the load-balancing losses of all layers together, of every micro-batch, as a tensor.
+
+    Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6, with shares of all choices.
+    """
+    total = 0.0
+    for logits, chosen in routed:
+        experts = logits.size(-1)
+        taken = F.one_hot(chosen, experts).float().mean(2)
+        losses = [
+            experts * (t.mean((0, 1)) * q.mean((0, 1))).sum()
+            for t, q in zip(
+                taken.split(micro_batch_size),
+                logits.softmax(-1).split(micro_batch_size),
+                strict=True,
+            )
+        ]
+        total = total + torch.stack(losses)
+    return total
+
+
+def layer(p, prefix, x, heads, groups, allowed, eps, topk=0, routed=None):
+    """Return x [b, s, h] after the layer named ``prefix``; allowed [b, 1, s, s] is its mask.
+
+    ``topk`` and ``routed`` are for a layer of experts (``experts_mlp``).
+    """
     b, s, h = x.shape
     d = h // heads
     w = {
@@ -38,9 +83,6 @@ def layer(p, prefix, x, heads, groups, allowed, eps):
             "self_attention.linear_qkv.layer_norm_weight",
             "self_attention.linear_qkv.weight",
             "self_attention.linear_proj.weight",
-            "mlp.linear_fc1.layer_norm_weight",
-            "mlp.linear_fc1.weight",
-            "mlp.linear_fc2.weight",
         )
     }
     y = F.rms_norm(x, (h,), w["self_attention.linear_qkv.layer_norm_weight"], eps)
@@ -57,11 +99,13 @@ def layer(p, prefix, x, heads, groups, allowed, eps):
     ].t()
     post = p.get(prefix + "post_self_attn_layernorm.weight")
     x = x + (y if post is None else F.rms_norm(y, (h,), post, eps))
+    if prefix + "mlp.router.weight" in p:
+        return experts_mlp(p, prefix, x, eps, topk, routed)
     return mlp(
         x,
-        w["mlp.linear_fc1.layer_norm_weight"],
-        w["mlp.linear_fc1.weight"],
-        w["mlp.linear_fc2.weight"],
+        p[prefix + "mlp.linear_fc1.layer_norm_weight"],
+        p[prefix + "mlp.linear_fc1.weight"],
+        p[prefix + "mlp.linear_fc2.weight"],
         eps,
         p.get(prefix + "post_mlp_layernorm.weight"),
     )
@@ -100,11 +144,13 @@ def exit_logits(
     eps=1e-5,
     read=lambda depth, x: x,
     split=lambda depth, x: (x, x),
+    topk=0,
+    routed=None,
 ):
     """Return {depth: logits [b, s, v]} over the real vocabulary.
 
     ``read`` may replace the tensor that an exit reads; ``split`` returns the input of the deeper
-    layers and that of the exit.
+    layers and that of the exit. ``topk`` and ``routed`` are for experts (``experts_mlp``).
     """
     s = tokens.size(1)
     allowed = torch.ones(s, s, dtype=torch.bool).tril()[None, None]
@@ -112,7 +158,7 @@ def exit_logits(
         allowed = allowed & (segments[:, None, :, None] == segments[:, None, None, :])
     x, logits = p["embedding.word_embeddings.weight"][tokens], {}
     for i in range(max(depths)):
-        x = layer(p, f"decoder.layers.{i}.", x, heads, groups, allowed, eps)
+        x = layer(p, f"decoder.layers.{i}.", x, heads, groups, allowed, eps, topk, routed)
         if i + 1 in depths:
             norm = p.get(f"exit_norms.{i + 1}.weight", p["decoder.final_layernorm.weight"])
             head = p.get(
@@ -125,9 +171,24 @@ def exit_logits(
     return logits
 
 
-def exit_losses(p, tokens, labels, mask, segments, depths, heads, groups, vocab_size, eps=1e-5):
-    """Return {depth: loss of every token [b, s] times its mask}."""
-    logits = exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps)
+def exit_losses(
+    p,
+    tokens,
+    labels,
+    mask,
+    segments,
+    depths,
+    heads,
+    groups,
+    vocab_size,
+    eps=1e-5,
+    topk=0,
+    routed=None,
+):
+    """Return {depth: loss of every token [b, s] times its mask}; see ``experts_mlp``."""
+    logits = exit_logits(
+        p, tokens, segments, depths, heads, groups, vocab_size, eps, topk=topk, routed=routed
+    )
     return {
         depth: F.cross_entropy(values.transpose(1, 2), labels, reduction="none") * mask
         for depth, values in logits.items()

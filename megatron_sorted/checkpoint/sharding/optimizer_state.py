@@ -10,11 +10,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from megatron_sorted.checkpoint.sharding.optimizer_shards import (
-    parts_of,
-    states_of_parts,
-    take_state_of_parts,
-)
+from megatron_sorted.checkpoint.sharding.chained_state import states_of_optimizers
+from megatron_sorted.checkpoint.sharding.optimizer_shards import parts_of, take_state_of_parts
 from megatron_sorted.platform.state import current_device
 
 MAIN_WEIGHTS = "fp32_from_fp16_params"  # Megatron's
@@ -161,7 +158,8 @@ def load_optimizer_state(optimizer, state: Any) -> None:
     counts are removed while the other entries are copied. Then every parameter gets a separate
     count: Megatron gives the same tensor to all, and each parameter's step would increment it.
     """
-    for one, part in zip(parts_of(optimizer), states_of_parts(optimizer, state), strict=True):
+    parts = parts_of(optimizer)
+    for one, part in zip(parts, states_of_optimizers(state, parts), strict=True):
         if isinstance(one, Float16OptimizerWithFloat16Params) and not isinstance(
             part.get(MAIN_WEIGHTS), list
         ):
