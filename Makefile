@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# What make test-megatron runs; its -k takes rows (MEGATRON_TESTS='tests/ranks/test_layouts.py -k pp2').
+# What make test-megatron and test-versions run; a -k takes rows (MEGATRON_TESTS="tests/ranks/test_layouts.py -k pp2").
 MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precision.py tests/ranks/test_checkpoint.py tests/ranks/test_fsdp.py tests/ranks/test_lora.py
-# more arguments for pytest in check, test, test-all, test-faults and test-launch, such as --no-skips
+# more arguments for pytest in check, test, test-all, test-faults, test-launch and test-megatron, such as --no-skips
 PYTEST_OPTIONS ?=
+VERSIONS_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 # one process: launchers end process groups, and with them workers
@@ -19,7 +20,7 @@ NPU_READY := $(NPU_VENV)/.ready
 # What make test-npu runs.
 NPU_TESTS ?= tests/npu
 
-.PHONY: help setup demo check docs test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron bench clean
+.PHONY: help setup demo check docs test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron test-versions bench clean
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 to 4 minutes on 2 CPU cores)"
@@ -29,7 +30,8 @@ help:
 	@echo "make test-faults  kills at random moments, damaged input, other people's clients, in great numbers"
 	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (.ci/install brings what is missing)"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
-	@echo "make test-megatron VERSION=0.15.3  layouts and checkpoints under another megatron-core"
+	@echo "make test-megatron VERSION=0.19.2  unit tests, layouts and checkpoints under another megatron-core"
+	@echo "make test-versions  before a release: those with every row, checkpoints and a fine-tuning under every supported megatron-core (hours)"
 	@echo "make test-npu  the same bodies through torch_npu on simulated Ascend NPUs, under two versions of megatron-core (needs gcc; about four minutes each; VERSION=0.17.1: under that one)"
 	@echo "make accept-npu  what the first day on real Ascend NPUs must show (accept-npu ON=simulation: a trial without them)"
 	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions, rules for exits, decoding; writes docs/benchmarks/"
@@ -39,7 +41,7 @@ help:
 setup: $(READY)
 
 # A torch with an accelerator that is already there is kept; otherwise the tested build is installed.
-$(READY): setup.py constraints.txt
+$(READY): setup.py constraints.txt megatron_sorted/platform/supported.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than Python 3.10. Give another one: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "setting up $(VENV): one to three minutes, mostly downloads"
 	@if $(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
@@ -87,13 +89,15 @@ test-launch: $(READY)
 test-gpu: $(READY)
 	@$(BIN)/python -m pytest -m gpu tests/device
 
-# the environment of this project with another megatron-core before its own
+# the packages of this project with another megatron-core before its own
 test-megatron: $(READY)
-	@test -n "$(VERSION)" || { echo "error: which megatron-core? make test-megatron VERSION=0.15.3"; exit 1; }
-	@test -d $(VENV)-megatron/$(VERSION) || $(BIN)/python -m venv $(VENV)-megatron/$(VERSION)
-	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(VENV)-megatron/$(VERSION)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
-	@$(VENV)-megatron/$(VERSION)/bin/python -m pip install -q --disable-pip-version-check --no-deps megatron-core==$(VERSION)
-	@$(VENV)-megatron/$(VERSION)/bin/python -m pytest -rs -m "not long" $(MEGATRON_TESTS)
+	@test -n "$(VERSION)" || { echo "error: which megatron-core? make test-megatron VERSION=0.19.2"; exit 1; }
+	@$(BIN)/python -m lab.versions.environment $(VERSION) $(VENV)-megatron/$(VERSION) > /dev/null
+	@$(VENV)-megatron/$(VERSION)/bin/python -m pytest -rs -m "not long" $(PYTEST_OPTIONS) $(MEGATRON_TESTS)
+
+# before a release; the same command again continues where it was stopped, VERSIONS_OPTIONS="--only checkpoints" runs a part
+test-versions: $(READY)
+	@$(BIN)/python -m lab.megatron_versions --workers $(WORKERS) --tests "$(MEGATRON_TESTS)" $(VERSIONS_OPTIONS)
 
 # torch_npu makes `import torch` fail where CANN is missing, so it has a virtual environment of its own, on top of .venv's packages
 $(NPU_READY): $(READY) constraints.txt

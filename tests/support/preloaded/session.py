@@ -30,11 +30,17 @@ END_SECONDS = 10
 
 
 def open_session() -> None:
-    """Create the folder of this test run, unless a parent process has; no server starts yet."""
-    if FOLDER in os.environ:
+    """Create the folder of this test run, unless a parent process of this Python has.
+
+    No server starts yet. The parent may be a test that runs tests in another environment, whose
+    packages its servers do not have.
+    """
+    started_by = Path(os.environ.get(FOLDER, "/nowhere")) / "session.python"
+    if started_by.is_file() and started_by.read_text() == sys.executable:
         return
     folder = Path(tempfile.mkdtemp(prefix="preloaded_"))
     (folder / "session.pid").write_text(str(os.getpid()))
+    (folder / "session.python").write_text(sys.executable)
     stand_in = folder / "python"
     stand_in.write_text(
         STAND_IN.format(python=sys.executable, here=str(HERE), root=str(ROOT), folder=str(folder))

@@ -1,0 +1,1 @@
+"""Tests, checkpoints and a fine-tuning under every supported version of megatron-core."""
