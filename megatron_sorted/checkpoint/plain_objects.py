@@ -49,7 +49,10 @@ ENUMS = (
     "PositionEmbeddingType",
     "AttnBackend",
     "CudaGraphScope",
+    "CudaGraphModule",
+    "InferenceCudaGraphScope",
     "Fp8Recipe",
+    "Fp4Recipe",
 )
 """Names of Megatron's enumerations, in any of the modules below."""
 
@@ -69,6 +72,7 @@ RECORDS = (
     "megatron.core.optimizer.optimizer_config.OptimizerConfig",
     "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout",
     "signal.Signals",
+    "torch._C.Generator",
     "pathlib.PosixPath",
     "pathlib._local.PosixPath",
     "types.SimpleNamespace",
@@ -178,17 +182,19 @@ def _object_bytes(directory: Path, name: str, piece: StoredPiece | None) -> io.B
         raise CheckpointError(f"{directory}: {name}: its metadata does not record its place.")
     try:
         with open(directory / piece.file, "rb") as file:
+            size = file.seek(0, io.SEEK_END)
+            # a metadata that is damaged may ask for any number of bytes
+            if size < piece.offset + piece.num_bytes:
+                raise CheckpointError(
+                    f"{directory}: {name}: {piece.file} ends after {size} bytes, "
+                    f"{piece.offset + piece.num_bytes} are needed; it was cut off. Copy it again."
+                )
             file.seek(piece.offset)
             content = file.read(piece.num_bytes)
     except OSError as error:
         raise CheckpointError(
             f"{directory}: {name}: {piece.file} cannot be read ({error.strerror})."
         ) from error
-    if len(content) < piece.num_bytes:
-        raise CheckpointError(
-            f"{directory}: {name}: {piece.file} ends after {piece.offset + len(content)} bytes, "
-            f"{piece.offset + piece.num_bytes} are needed; it was cut off."
-        )
     return io.BytesIO(content)
 
 

@@ -171,7 +171,7 @@ def _piece(info: Any) -> StoredPiece:
         raise ValueError(
             f"a piece is recorded in {info.relative_path!r}, which is not a file of this directory"
         )
-    if min(info.offset, info.length) < 0:
+    if not all(isinstance(number, int) and number >= 0 for number in (info.offset, info.length)):
         raise ValueError(
             f"a piece of {info.relative_path} begins at {info.offset} and has {info.length} bytes"
         )

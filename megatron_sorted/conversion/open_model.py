@@ -29,6 +29,7 @@ from megatron_sorted.conversion.hugging_face.families import (
 )
 from megatron_sorted.conversion.hugging_face.safetensors_files import SafetensorsFile
 from megatron_sorted.conversion.hugging_face.weight_files import HuggingFaceFiles
+from megatron_sorted.conversion.megatron.common_state import COMMON_FILE, COMMON_OBJECT
 from megatron_sorted.conversion.megatron.directory import open_megatron
 from megatron_sorted.conversion.megatron.legacy_files import EMBEDDING as EMBEDDING_OURS
 from megatron_sorted.conversion.megatron.torch_dist_files import TorchDistFiles
@@ -255,7 +256,9 @@ def _open_foreign(path: Path, ckpt_step: int | None, vocab_size: int | None) -> 
     source, fields = open_megatron(path, ckpt_step)
     if fields is None:
         raise CheckpointError(
-            f"{path}: this checkpoint holds no arguments, so the shape of its network is unknown."
+            f"{path}: this checkpoint holds no arguments, so the shape of its network is unknown. "
+            f"Megatron-LM writes them into {COMMON_FILE}, from 0.19 on into {COMMON_OBJECT} of the "
+            "*.distcp files; copy the whole directory again, or save it again with Megatron-LM."
         )
     settings = Settings(**fields)
     rows = source.tensors[EMBEDDING_OURS].shape[0]

@@ -14,6 +14,7 @@ import torch
 from megatron_sorted.checkpoint.restricted_pickle import METADATA
 from megatron_sorted.conversion.exporting import export_model
 from megatron_sorted.conversion.importing import import_model
+from megatron_sorted.conversion.megatron.common_state import COMMON_OBJECT
 from megatron_sorted.conversion.megatron.directory import open_megatron
 from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.conversion.origins import RequestedExits
@@ -22,6 +23,7 @@ from megatron_sorted.exported.exit_plan import plan_exits
 from megatron_sorted.exported.load import load_with_exits
 from tests.support.fuzzing import check_reader, fuzzed
 from tests.support.model_directories import save_model
+from tests.support.stored_files import write_torch_dist
 
 
 @pytest.fixture(scope="module")
@@ -162,5 +164,24 @@ def test_objects_of_torch_save_are_read(examples, origin, tmp_path):
     def read(data: bytes) -> None:
         path.write_bytes(data)
         open_megatron(directory)
+
+    check_reader([path.read_bytes()], read, examples)
+
+
+@fuzzed
+def test_the_object_that_all_ranks_share_is_read(examples, tmp_path):
+    arguments = argparse.Namespace(num_layers=4, hidden_size=64, num_attention_heads=4)
+    embedding = torch.ones(8, 4)
+    rectangle = ("__1_0.distcp", (0, 0), (8, 4))
+    write_torch_dist(
+        tmp_path / "x",
+        {"embedding.word_embeddings.weight": (embedding, [rectangle])},
+        {COMMON_OBJECT: [{"args": arguments, "x": torch.ones(3)}]},
+    )
+    path = tmp_path / "x" / "__0_0.distcp"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        open_megatron(tmp_path / "x")
 
     check_reader([path.read_bytes()], read, examples)

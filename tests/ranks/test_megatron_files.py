@@ -1,18 +1,19 @@
 """Weights read from GPTModel's checkpoints, in any form and layout, equal those of one process."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
 
 from megatron_sorted.checkpoint.plain_objects import check_checkpoint_is_safe
 from megatron_sorted.checkpoint.restricted_pickle import read_stored_names
+from megatron_sorted.conversion.megatron.common_state import COMMON_FILE, COMMON_OBJECT
 from megatron_sorted.conversion.megatron.directory import open_megatron
 from megatron_sorted.conversion.megatron.legacy_files import LegacyFiles
 from megatron_sorted.conversion.megatron.torch_dist_files import TorchDistFiles
-from tests.support.gather import RENAMED
 from tests.support.layouts import CHUNKS, PP2, TP2, UNTIED
-from tests.support.megatron_files import FORMS, make_truth, save_as_megatron
+from tests.support.megatron_files import FORMS, make_truth, plain_name_of, save_as_megatron
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny
 
@@ -30,12 +31,13 @@ LAYOUTS = {
 }
 
 
-def name_of(theirs: str) -> str:
-    """Return the name under which a weight of GPTModel on one process is offered."""
-    for old, new in RENAMED.items():
-        for kind in ("weight", "bias"):
-            theirs = theirs.replace(old.replace("weight", kind), new.replace("weight", kind))
-    return theirs
+def installed_form() -> str:
+    """Return where the installed Megatron saves what all ranks share."""
+    from megatron.core import dist_checkpointing
+
+    # It lost the argument of the file's writer when it began to write an object.
+    writes_file = "common_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    return COMMON_FILE if writes_file else COMMON_OBJECT
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def truths(tmp_path_factory):
         if key not in made:
             seed = str(tmp_path_factory.mktemp("truth") / "seed")
             (weights,) = run_ranks(1, make_truth, tiny(**network), seed)
-            made[key] = seed, {name_of(name): value for name, value in weights.items()}
+            made[key] = seed, {plain_name_of(name): value for name, value in weights.items()}
         return made[key]
 
     return truth
@@ -88,6 +90,15 @@ def test_weights_are_those_of_one_process(layout, truths, tmp_path):
         }
         if form != "legacy":
             check_checkpoint_is_safe(source.directory)
+    places = {
+        form: set(TorchDistFiles(tmp_path / form / "iter_0000300").common_states())
+        for form in FORMS[1:]
+    }
+    assert places == {
+        "stacked": {installed_form()},
+        "per_layer": {COMMON_FILE},
+        "norms_by_module": {COMMON_OBJECT},
+    }
     names = {
         form: set(read_stored_names(tmp_path / form / "iter_0000300").tensors) for form in FORMS[1:]
     }

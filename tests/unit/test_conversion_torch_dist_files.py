@@ -191,13 +191,13 @@ def test_common_files_may_hold_plain_values_only(tmp_path, capsys):
     write_torch_dist(tmp_path, TENSORS)
     files = TorchDistFiles(tmp_path)
     torch.save({"args": argparse.Namespace(a=1), "iteration": 3}, tmp_path / "common.pt")
-    assert files.common() == {"args": argparse.Namespace(a=1), "iteration": 3}
+    assert files.common_states()["common.pt"] == {"args": argparse.Namespace(a=1), "iteration": 3}
     torch.save({"args": Runs()}, tmp_path / "common.pt")
     with pytest.raises(CheckpointError, match=r"common\.pt: refused: it asks for .*print"):
-        files.common()
+        files.common_states()
     torch.save({"args": Runs()}, tmp_path / "common.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"common\.pt: refused or damaged .*print"):
-        files.common()
+        files.common_states()
     assert capsys.readouterr().out == ""
     assert (
         pickle.loads(pickle.dumps(Runs())) is None and capsys.readouterr().out == "never\n"

@@ -37,6 +37,7 @@ REFUSED = {
     "activation_func_clamp_value": "another gated activation",
     "is_hybrid_model": "Mamba layers",
     "hybrid_override_pattern": "Mamba layers",
+    "hybrid_layer_pattern": "layers of different kinds",
     "hybrid_attention_ratio": "Mamba layers",
     "retro_add_retriever": "retrieval",
     "use_mup": "scaled activations",

@@ -1,15 +1,17 @@
 """Opening of Megatron checkpoints of every writer and format as one source of weights."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_sorted.checkpoint.layout import ITERATION, TRACKER, iteration_directory
 from megatron_sorted.checkpoint.restricted_pickle import METADATA
 from megatron_sorted.conversion.megatron.arguments import settings_of
+from megatron_sorted.conversion.megatron.common_state import COMMON_FILE
 from megatron_sorted.conversion.megatron.legacy_files import EMBEDDING, LegacyFiles
 from megatron_sorted.conversion.megatron.legacy_layout import plain_arguments
-from megatron_sorted.conversion.megatron.torch_dist_files import COMMON, TorchDistFiles
+from megatron_sorted.conversion.megatron.torch_dist_files import TorchDistFiles
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.json_text import read_json
 from megatron_sorted.reading.shown import shown
@@ -104,6 +106,36 @@ def _settings(arguments: dict[str, Any] | None, directory: Path) -> dict[str, An
         ) from error
 
 
+def _agreed_settings(
+    states: Mapping[str, Mapping[str, Any]], directory: Path
+) -> dict[str, Any] | None:
+    """Return the settings of a checkpoint's arguments; None if no place holds any.
+
+    Megatron-LM 0.19 that saves over the files of an older one leaves that one's arguments there.
+
+    Raises:
+        CheckpointError: Two places describe different networks.
+    """
+    described = {
+        place: settings
+        for place, state in states.items()
+        if (settings := _settings(plain_arguments(state.get("args")), directory)) is not None
+    }
+    if not described:
+        return None
+    (first, settings), *others = described.items()
+    for place, other in others:
+        for name in sorted(settings.keys() | other.keys()):
+            one, another = (shown(repr(fields.get(name)), 60) for fields in (settings, other))
+            if one != another:
+                raise CheckpointError(
+                    f"{shown(directory)}: {name} is {one} by {first} and {another} by {place}, so "
+                    f"it holds files of two saves. Delete {COMMON_FILE} if the newer one is meant, "
+                    "or copy the directory again."
+                )
+    return settings
+
+
 def open_megatron(
     path: str | Path, ckpt_step: int | None = None
 ) -> tuple[TorchDistFiles | LegacyFiles, dict[str, Any] | None]:
@@ -115,7 +147,7 @@ def open_megatron(
         CheckpointError: It is no checkpoint of a GPT model, is damaged, or describes a network that
             the settings cannot represent.
     """
-    directory, arguments = find_megatron(Path(path), ckpt_step), None
+    directory = find_megatron(Path(path), ckpt_step)
     if (directory / METADATA).exists():
         backend = _backend(directory)
         if backend not in (None, "torch_dist"):
@@ -124,17 +156,15 @@ def open_megatron(
                 "it in Megatron-LM and save it with --ckpt-format torch_dist."
             )
         source: TorchDistFiles | LegacyFiles = TorchDistFiles(directory)
-        if (directory / COMMON).exists():
-            arguments = plain_arguments(source.common().get("args"))
+        settings = _agreed_settings(source.common_states(), directory)
     elif any(directory.glob("mp_rank_*")):
         source = LegacyFiles(directory)
-        arguments = source.arguments
+        settings = _settings(source.arguments, directory)
     else:
         raise CheckpointError(
             f"{directory}: holds neither {METADATA} nor mp_rank_* directories, so it is none of "
             f"{KINDS}."
         )
-    settings = _settings(arguments, directory)
     if EMBEDDING not in source.tensors:
         some = ", ".join(shown(name, 60) for name in list(source.tensors)[:3])
         raise CheckpointError(

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from megatron_sorted.checkpoint.plain_objects import load_plain
 from megatron_sorted.checkpoint.restricted_pickle import (
     StoredChunk,
     StoredPiece,
     StoredTensor,
     read_stored_names,
 )
+from megatron_sorted.conversion.megatron.common_state import read_common_states
 from megatron_sorted.conversion.megatron.names import STACKED, is_no_weight, plain_name
 from megatron_sorted.conversion.megatron.saved_tensors import SavedFile
 from megatron_sorted.conversion.tensors.memory import new_tensor
@@ -22,7 +22,6 @@ from megatron_sorted.conversion.tensors.source import TensorInfo, TensorSource
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
 
-COMMON = "common.pt"
 MAX_LAYERS = 1 << 16
 """Limit for layers of one stored tensor: far more than any network has."""
 
@@ -77,6 +76,7 @@ class TorchDistFiles(TensorSource):
         """
         self.directory = Path(directory)
         names = read_stored_names(self.directory)
+        self._objects = names.objects
         # Pieces whose checksums matched; they are not compared again.
         self._verified: set[StoredPiece] = set()
         self._stored = {
@@ -161,20 +161,17 @@ class TorchDistFiles(TensorSource):
                     f"{shown(name)} lies up to byte {end}; it was cut off. Copy it again."
                 )
 
-    def common(self) -> dict[str, Any]:
-        """Read ``common.pt``, which all ranks share: arguments, step and whatever else was saved.
+    def common_states(self) -> dict[str, dict[str, Any]]:
+        """Read what all ranks share: arguments, step and whatever else was saved.
+
+        Returns:
+            {file or object: its content}; ``common_state`` says which there may be.
 
         Raises:
-            CheckpointError: The file is missing or damaged, or holds a class that is not on the
-                list of plain ones.
+            CheckpointError: One of them is damaged, or holds a class that is not on the list of
+                plain ones.
         """
-        content = load_plain(self.directory / COMMON, str(self.directory / COMMON))
-        if not isinstance(content, dict):
-            raise CheckpointError(
-                f"{self.directory / COMMON}: holds a {type(content).__name__}, not a dict; it is "
-                "no common part of a save."
-            )
-        return content
+        return read_common_states(self.directory, self._objects)
 
     def _load(self, name: str, stored: StoredTensor, chunk: StoredChunk) -> torch.Tensor:
         """Read one piece, checked against the metadata."""
