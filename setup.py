@@ -77,9 +77,10 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.10",
-        "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.12",
+        *(
+            f"Programming Language :: Python :: {SUPPORTED['shown'](version)}"
+            for version in SUPPORTED["PYTHON_TRIED"]
+        ),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     entry_points={"console_scripts": ["megatron-sorted = megatron_sorted.__main__:main"]},

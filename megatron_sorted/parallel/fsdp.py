@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.platform.supported import TORCH_FOR_FSDP, shown
 
 
 def check_torch_can_shard() -> None:
@@ -33,7 +34,7 @@ def check_torch_can_shard() -> None:
         raise PlatformError(
             f"--data-parallel fsdp: torch {torch.__version__} cannot sum gradients without "
             "dividing them (FSDPModule.set_force_sum_reduction_for_comms). "
-            "Install torch 2.8 or later, or use --data-parallel ddp."
+            f"Install torch {shown(TORCH_FOR_FSDP)} or later, or use --data-parallel ddp."
         )
 
 

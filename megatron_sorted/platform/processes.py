@@ -4,6 +4,7 @@ It also holds what must be set before torch is imported. The trainer and the doc
 the standard library alone.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -139,6 +140,15 @@ def keep_device_packages_out() -> None:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
 
+UNWANTED_RECORDS = {
+    # 0.18 and newer: it lays the buffers out itself, as 0.16 did without a word
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
+    # 0.19: it calls this function itself for every checkpoint that has a common.pt, as ours have
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
+}
+"""{logger of Megatron's: words of a warning that is meant for callers of its functions}."""
+
+
 def silence_library_warnings() -> None:
     """Hide warnings that Megatron causes on every rank; call it before Megatron is imported.
 
@@ -149,3 +159,10 @@ def silence_library_warnings() -> None:
     warnings.filterwarnings(
         "ignore", module=r"megatron\.|torch\.distributed\.(checkpoint\.|c10d_logger)"
     )
+    for logger in UNWANTED_RECORDS:
+        logging.getLogger(logger).addFilter(_is_wanted)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Return whether a record is none of those that only programmers can act on."""
+    return UNWANTED_RECORDS[record.name] not in record.getMessage()

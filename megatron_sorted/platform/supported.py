@@ -6,10 +6,18 @@ it too. docs/megatron_versions.md lists what was run under which version.
 
 PYTHON = (3, 10)
 """The oldest Python."""
+PYTHON_TRIED = ((3, 10), (3, 11), (3, 12), (3, 13))
+"""The versions that were run, oldest first; docs/start.md says how much was."""
 TORCH = (2, 6)
 """The oldest torch."""
+TORCH_FOR_FSDP = (2, 8)
+"""The oldest torch for --data-parallel fsdp."""
+TORCH_TRIED = ("2.13.0", "2.14.1")
+"""The versions of torch that were run: that of constraints.txt, the newest."""
 TRANSFORMERS = (5,)
 """The oldest transformers, which conversion, evaluation and decoding use."""
+TRANSFORMERS_TRIED = ("5.23.0", "5.24.0")
+"""The versions of transformers that were run, as for torch."""
 EMERGING_OPTIMIZERS = (0, 2)
 """The oldest emerging-optimizers, which Muon needs, with megatron-core 0.18 or newer."""
 MEGATRON_CORE, MEGATRON_CORE_END = (0, 16, 1), (0, 20)

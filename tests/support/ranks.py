@@ -15,6 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
+from tests.support.own_warnings import raise_own_warnings
 from tests.support.preloaded import session
 
 # Servers answer device calls on the CPU, so processes for another device start from nothing.
@@ -149,6 +150,7 @@ def _device_rank(
     connection, where: tuple[str, str], arguments: tuple, variables: dict[str, str]
 ) -> None:
     os.environ.update(variables)
+    raise_own_warnings()
     import torch
 
     torch.set_num_threads(1)

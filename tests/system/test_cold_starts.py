@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,13 +74,23 @@ def life(tmp_path_factory) -> Path:
             "--train-tokenizer",
             290,
         ),
-        ("pretrain_sorted.py", *TRAINING, "--save", "run", "--save-interval", 2),
+        (
+            "pretrain_sorted.py",
+            *TRAINING,
+            "--use-distributed-optimizer",
+            "--save",
+            "run",
+            "--save-interval",
+            2,
+        ),
     ):
         done = run_command(script, *arguments, cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
 
 
+WARNED = re.compile(r"Warning\b|deprecated|not provided|^WARNING", re.MULTILINE)
+"""Words of warnings of Python's and of libraries' loggers."""
 TRAINING = (
     "--config",
     ROOT / "examples" / "quickstart.yaml",
@@ -109,7 +120,16 @@ USES = {
         ("--input", "train.jsonl", "--output", "split", "--num-held-out", 1, "--num-tuning", 1),
         "",
     ),
-    "train": ("pretrain_sorted.py", (*TRAINING, "--save", "cold"), "step 2"),
+    "train": (
+        "pretrain_sorted.py",
+        (*TRAINING, "--use-distributed-optimizer", "--save", "cold"),
+        "step 2",
+    ),
+    "resume": (
+        "pretrain_sorted.py",
+        (*TRAINING, "--use-distributed-optimizer", "--load", "run", "--train-iters", 3),
+        "step 3",
+    ),
     "plan": ("tools/plan.py", (ROOT / "examples" / "quickstart.yaml",), "memory of one rank"),
     "report": ("tools/report.py", ("run",), ""),
     "export": ("tools/convert.py", ("export", "run", "cold_hf"), "verified"),
@@ -135,6 +155,7 @@ def test_a_command_works_with_its_own_imports(use, life):
     done = run_command(script, *arguments, cwd=life, cold=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert output in done.stdout + done.stderr, done.stdout + done.stderr
+    assert not WARNED.search(done.stdout + done.stderr), done.stdout + done.stderr
 
 
 def test_a_server_works_with_its_own_imports(life):
@@ -147,5 +168,7 @@ def test_a_server_works_with_its_own_imports(life):
             assert until_it_answers(server, port, "/v1/models")["data"]
             server.terminate()
             assert server.wait(60) in (0, 143, -15)
+            printed = server.stdout.read().decode()
+            assert not WARNED.search(printed), printed
         finally:
             server.kill()

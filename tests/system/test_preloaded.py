@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import commands, ranks
 from tests.support.commands import ROOT, environment, run, start_command
+from tests.support.own_warnings import warn_as
 from tests.support.preloaded.session import stand_in
 
 FORK = {"SORTED_FORK_CODE": 1}
@@ -198,3 +199,13 @@ def test_standard_input_reaches_a_fork(tmp_path):
             "required: --input" in process.communicate("", timeout=60)[1]
             and process.returncode == 2
         )
+
+
+@pytest.mark.parametrize("module", ["megatron_sorted.training.run.loop", "lab.demo"])
+def test_a_warning_of_our_own_is_an_error_in_commands_and_ranks(script, module):
+    lines = f"import warnings\nwarnings.warn_explicit('mend', FutureWarning, 'f', 1, {module!r})"
+    done = script(lines, False)
+    assert done.returncode == 1 and "FutureWarning: mend" in done.stderr
+    with pytest.raises(AssertionError, match="DeprecationWarning: to be mended"):
+        ranks.run_ranks(1, warn_as, module, DeprecationWarning)
+    ranks.run_ranks(1, warn_as, "torch.nn", DeprecationWarning)

@@ -3,9 +3,11 @@
 import importlib
 
 from megatron_sorted.platform.processes import keep_device_packages_out, silence_library_warnings
+from tests.support.own_warnings import raise_own_warnings
 
 keep_device_packages_out()
 silence_library_warnings()
+raise_own_warnings()
 
 import torch  # noqa: E402, F401
 

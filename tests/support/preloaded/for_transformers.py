@@ -3,7 +3,10 @@
 import importlib
 import os
 
+from tests.support.own_warnings import raise_own_warnings
+
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+raise_own_warnings()
 
 LIBRARIES = """
     fastapi matplotlib.figure numpy pydantic safetensors.torch sentencepiece tokenizers torch
