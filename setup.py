@@ -35,7 +35,7 @@ MONITORING = ["wandb", "tensorboard", "matplotlib"]
 CONVERT = [TORCH, "numpy", "safetensors", TRANSFORMERS, "tokenizers", "sentencepiece"]
 EVALUATE = [
     *CONVERT,
-    "lm-eval",
+    "lm-eval>=0.4.13",
     "accelerate",  # lm-eval's models of transformers need it
     "datasets",
     "matplotlib",

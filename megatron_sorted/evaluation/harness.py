@@ -1,8 +1,7 @@
 """Tasks of lm-evaluation-harness for a sub-model; the only file that uses the harness's API."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -58,13 +57,11 @@ class Harness:
         Raises:
             DataError: A task's data cannot be read, or it needs more new tokens than a context has.
         """
-        from lm_eval.tasks import get_task_dict
-
         try:
-            opened = get_task_dict(list(self.tasks), self._manager)
+            opened = self._manager.load(list(self.tasks))["tasks"].values()
         except Exception as error:  # a task's files can raise anything
             raise _stopped(error) from error
-        for task in _leaves(opened):
+        for task in opened:
             if task.config.output_type != "generate_until":
                 continue
             needed = (task.config.generation_kwargs or {}).get("max_gen_toks", DEFAULT_NEW_TOKENS)
@@ -132,15 +129,6 @@ def _stopped(error: Exception) -> DataError:
         f"--tasks: lm-evaluation-harness stopped: {type(error).__name__}: {reason.rstrip('.')}. "
         "Correct the task's files; data must be on this machine (or set HF_HUB_OFFLINE=0)."
     )
-
-
-def _leaves(tasks: dict) -> Iterator[Any]:
-    """Yield the tasks of groups of tasks."""
-    for task in tasks.values():
-        if isinstance(task, dict):
-            yield from _leaves(task)
-        elif task is not None:
-            yield task
 
 
 def _metrics(numbers: dict) -> dict[str, dict]:

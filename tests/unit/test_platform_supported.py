@@ -38,7 +38,7 @@ def setup_arguments() -> dict:
 def constrained(package: str) -> str:
     """Return the version of a package in constraints.txt."""
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    return re.search(rf"^{package}==(\S+)$", text, re.MULTILINE)[1]
+    return re.search(rf"^{package}==(\S+?)(?:; python_version >=.*)?$", text, re.MULTILINE)[1]
 
 
 def row_of_page(name: str) -> list[str]:
