@@ -18,9 +18,17 @@ def layer_parameters(settings: AllSettings) -> tuple[int, int]:
         return shapes.products(), shapes.parameters(settings)
     shapes = layer_shapes(settings, ffn=settings.moe_ffn_hidden_size)
     mlp, router = shapes.products(with_attention=False), settings.hidden_size * settings.num_experts
+    has_biases = not settings.disable_bias_linear
+    biases, router_biases = (
+        (shapes.fc1 + shapes.hidden) * has_biases,
+        settings.num_experts * has_biases,
+    )
     return (
         shapes.products() + (settings.moe_router_topk - 1) * mlp + router,
-        shapes.parameters(settings) + (settings.num_experts - 1) * mlp + router,
+        shapes.parameters(settings)
+        + (settings.num_experts - 1) * (mlp + biases)
+        + router
+        + router_biases,
     )
 
 

@@ -35,9 +35,9 @@ def names_in_megatron() -> set[str]:
 
 
 def test_the_page_lists_what_a_start_checks():
-    words = {name.rpartition(".")[2] for name, _ in rows()}
+    listed = {name.rpartition(".")[2] for name, _ in rows()}
     checked = {path.rpartition(".")[2] for name in NAMES for path in name.path.split("|")}
-    assert checked <= words
+    assert checked <= listed
 
 
 def test_the_page_lists_names():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_sorted.model.config import can_route_without_transformer_engine
 from megatron_sorted.settings.costs import (
     forward_flops_per_token,
     layer_parameters,
@@ -43,6 +44,15 @@ SHAPES = {
         "ffn_hidden_size": None,
     },
 }
+if can_route_without_transformer_engine():
+    SHAPES |= {
+        "experts": {"num_experts": 4},
+        "experts with biases": {
+            "num_experts": 4,
+            "moe_ffn_hidden_size": 24,
+            "disable_bias_linear": False,
+        },
+    }
 
 
 def built_parameters(settings: Settings) -> tuple[int, int]:
