@@ -17,6 +17,8 @@ TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reo
 
 NPU_VENV  := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
+# make -n would run a line with MAKE itself in it
+SELF := $(MAKE)
 # What make test-npu runs.
 NPU_TESTS ?= tests/npu
 
@@ -120,7 +122,7 @@ $(NPU_VENV)-megatron/%/.ready: $(NPU_READY)
 # by default the oldest and the newest megatron-core for which the Ascend stack has a branch
 test-npu: $(NPU_READY)
 	@for version in $(or $(VERSION),$$($(BIN)/python -m tests.npu.versions)); do \
-	    $(MAKE) -s --no-print-directory $(NPU_VENV)-megatron/$$version/.ready && \
+	    $(SELF) -s --no-print-directory $(NPU_VENV)-megatron/$$version/.ready && \
 	    echo "tests/npu under megatron-core $$version" && \
 	    NPU_TESTS_ON=simulation TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 	        $(NPU_VENV)-megatron/$$version/bin/python -m pytest -m "not long" $(NPU_TESTS) || exit 1; \
