@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # What make test-megatron and test-versions run; a -k takes rows (MEGATRON_TESTS="tests/ranks/test_layouts.py -k pp2").
-MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precision.py tests/ranks/test_checkpoint.py tests/ranks/test_fsdp.py tests/ranks/test_lora.py
+MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precision.py tests/ranks/test_checkpoint.py tests/ranks/test_fsdp.py tests/ranks/test_lora.py tests/ranks/test_experts.py tests/ranks/test_context_parallel.py
 # more arguments for pytest in check, test, test-all, test-faults, test-launch and test-megatron, such as --no-skips
 PYTEST_OPTIONS ?=
 VERSIONS_OPTIONS ?=
