@@ -59,8 +59,7 @@ def test_an_installed_newer_version_is_refused_with_the_names_that_it_lacks(monk
         match=rf"0.20.0 in /x/megatron/core: .*<{END}, and newer ones are untried\. It has all \d+",
     ):
         versions.check_megatron_version()
-    lost = megatron_names.Name("optimizer.optimizer", "MegatronOptimizer.lost", "here", "a test")
-    no_module = megatron_names.Name("no_such_module", "name", "here", "a test")
+    lost, no_module = ("optimizer.optimizer", "MegatronOptimizer.lost"), ("no_such_module", "name")
     monkeypatch.setattr(megatron_names, "NAMES", (*megatron_names.NAMES, lost, no_module))
     with pytest.raises(
         PlatformError,
