@@ -93,13 +93,13 @@ def check_megatron_version(version: str | None = None) -> None:
         )
     if numbers[:2] >= MEGATRON_CORE_END:
         # The run ends here in any case, so the time to import the installed one does not matter.
-        found = f" {_names_found()}" if is_installed else ""
+        found = f" {_names_sentence()}" if is_installed else ""
         raise PlatformError(
             f"{reason}, and newer ones are untried.{found} Install one of them: {INSTALL}."
         )
 
 
-def _names_found() -> str:
+def _names_sentence() -> str:
     """Return a sentence about the names that the installed megatron-core lacks."""
     missing = missing_names()
     return (
