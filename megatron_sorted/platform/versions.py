@@ -93,9 +93,9 @@ def check_megatron_version(version: str | None = None) -> None:
         )
     if numbers[:2] >= MEGATRON_CORE_END:
         # The run ends here in any case, so the time to import the installed one does not matter.
-        found = f" {_names_sentence()}" if is_installed else ""
+        names = f" {_names_sentence()}" if is_installed else ""
         raise PlatformError(
-            f"{reason}, and newer ones are untried.{found} Install one of them: {INSTALL}."
+            f"{reason}, and newer ones are untried.{names} Install one of them: {INSTALL}."
         )
 
 
