@@ -4,8 +4,10 @@ Each file here is a command (``python -m lab.NAME``). Each folder holds what com
 
     demo, make_cldr_questions       train two tiny models on true facts: cldr/, results/steps.py
     first_results, study            compare methods of training and write pages: results/, studies/
-    bench, bench_run, bench_convert, bench_rules, bench_plan, bench_decoding, bench_sharding
+    bench, bench_run, bench_convert, bench_rules, bench_plan, bench_decoding, bench_sharding,
+    native_speed
                                     measure: benchmarks/, decoding/
+    build_llama_cpp, contest        compare decoders of others with ours: contests/
     prove_decoding, kill_test, accept_npu
                                     prove: decoding/, reliability/, acceptance/
     megatron_versions               test under every supported megatron-core: versions/

@@ -3,17 +3,21 @@
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, FAMILIES, attention_window
-from megatron_sorted.conversion.hugging_face.nested_exits import ExitBlock, ExitNorm, NestedExit
-from megatron_sorted.decoding.cache.layer import Layer, norm
-from megatron_sorted.decoding.cache.matrix import Matrices, Matrix
+from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, FAMILIES
+from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
+from megatron_sorted.decoding.cache.eager import EagerWeights
+from megatron_sorted.decoding.cache.memory import BatchCache
+from megatron_sorted.decoding.cache.passes import Passes
+from megatron_sorted.decoding.cache.weights import Weights
+from megatron_sorted.decoding.native.choice import native_kind, refuse_or_report
+from megatron_sorted.decoding.native.compiler import NativeError
+from megatron_sorted.decoding.native.network import NativeWeights
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.platform.graphs import graphs_of
@@ -22,40 +26,19 @@ UNKNOWN_ROTATIONS = ("dynamic", "longrope")
 """Rotary embeddings that depend on the text's length, so that cached keys would become wrong."""
 
 
-@dataclass(frozen=True)
-class ExitReadout:
-    """The modules that turn the hidden state at an exit into logits.
-
-    Attributes:
-        norm: Norm before the head; it may hold an MLP or adapter of the exit's own.
-        head: Output matrix.
-        block: The exit's own layer before the norm, with its own KV cache; None without one.
-        adapter: The exit's own adapter before the block; None without one.
-    """
-
-    norm: nn.Module
-    head: Matrix
-    block: Layer | None = None
-    adapter: nn.Module | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., v] of hidden states [..., h] after the block, if there is one."""
-        normed = self.norm(hidden) if isinstance(self.norm, ExitNorm) else norm(hidden, self.norm)
-        return self.head(normed)
-
-
 class Network:
-    """The layers and exits of a transformers model, whose weights it shares.
+    """The layers and exits of a transformers model, as they are decoded.
 
     Attributes:
-        model: The model; it stays usable.
+        model: The model. If the compiled library runs the network, its matrices are freed and only
+            its config, rotary embedding and generation config are usable; see `whole_model`.
         depths: Depths of its exits, increasing; the last is the full model.
-        layers: Layers from shallow to deep.
-        readouts: Readout of each exit, by depth.
+        weights: The weights.
+        num_layers: Number of layers.
         graphs: Whether forward passes take the tokens' positions from the device, so that they can
             be recorded as graphs and replayed.
         make_recorder: Function that makes a recorder of graphs; None if the device has none.
-        idle: Caches that are not in use; see `cache.memory.acquire`.
+        idle: Caches that are not in use; see `cache.idle.acquire`.
     """
 
     def __init__(
@@ -64,16 +47,22 @@ class Network:
         exits: dict[int, NestedExit],
         packed: bool = True,
         graphs: bool | None = None,
+        native: str | None = None,
+        keep: bool = False,
     ):
-        """Join the model's matrices.
+        """Join or pack the model's matrices.
 
         Args:
             model: The transformers model; it must not be moved to another device afterwards.
             exits: Exits by depth.
             packed: Whether to keep a copy of each matrix in a format that a CPU reads faster.
             graphs: See the class; by default True if the device has graphs.
+            native: Name of the kind of weights with which the compiled library runs the network;
+                None: torch runs it.
+            keep: Whether the model keeps its matrices if the compiled library has packed them.
 
         Raises:
+            NativeError: The compiled library cannot run this network; the model is unchanged.
             SettingsError: The model's family or rotary embedding is not supported.
         """
         config = model.config
@@ -89,19 +78,16 @@ class Network:
                 "follow. Use transformers' own generate."
             )
         self.model, self.depths = model, tuple(sorted(exits))
-        matrices = Matrices(packed)
-        self.layers = [
-            Layer(layer, matrices, attention_window(config, index))
-            for index, layer in enumerate(model.model.layers)
-        ]
-        self.readouts = {
-            depth: make_readout(config, depth, own, matrices) for depth, own in exits.items()
-        }
-        self.embedding = model.get_input_embeddings().weight
-        self.rotary, self.num_layers = model.model.rotary_emb, len(self.layers)
-        self.make_recorder = graphs_of(self.device)
+        self.weights: Weights = (
+            EagerWeights.of(model, exits, packed)
+            if native is None
+            else NativeWeights.of(model, exits, native, not keep)
+        )
+        self.num_layers = len(self.layers)
+        self.make_recorder = None if self.is_native else graphs_of(self.device)
         self.graphs = self.make_recorder is not None if graphs is None else graphs
         self.idle: list = []
+        self._whole = None if self.is_native and not keep else model
 
     def resized(self, vocab_size: int) -> "Network":
         """Return a network with a vocabulary padded to another size, which shares the layers.
@@ -109,21 +95,33 @@ class Network:
         Tokens beyond the old size have zeros as embedding and are never chosen.
         """
         other = copy.copy(self)
-        missing = vocab_size - self.vocab_size
-        other.embedding = (
-            F.pad(self.embedding, (0, 0, 0, missing))
-            if missing > 0
-            else self.embedding[:vocab_size]
-        )
-        heads = {
-            id(readout.head): readout.head.resized(vocab_size) for readout in self.readouts.values()
-        }
-        other.readouts = {
-            depth: replace(readout, head=heads[id(readout.head)])
-            for depth, readout in self.readouts.items()
-        }
-        other.idle = []
+        other.weights, other.idle = self.weights.resized(vocab_size), []
         return other
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """Return the layers from shallow to deep."""
+        return self.weights.layers
+
+    @property
+    def readouts(self) -> dict[int, Any]:
+        """Return the readout of each exit, by depth."""
+        return self.weights.readouts
+
+    @property
+    def embedding(self) -> Tensor:
+        """Return the embedding, [v, h]."""
+        return self.weights.embedding
+
+    @property
+    def is_native(self) -> bool:
+        """Return whether the compiled library runs the network."""
+        return self.weights.is_native
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of all weights."""
+        return self.weights.num_bytes
 
     @property
     def vocab_size(self) -> int:
@@ -147,8 +145,41 @@ class Network:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the data type of the weights."""
-        return self.embedding.dtype
+        """Return the data type that stands for the kind of weights; torch.int8 for int8."""
+        return self.weights.dtype
+
+    @property
+    def kind(self) -> str:
+        """Return the name of the kind of weights, such as bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Return the data type of hidden states."""
+        return self.weights.state_dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Return the data type of keys and values."""
+        return self.weights.cache_dtype
+
+    def new_cache(
+        self, num_rows: int, capacity: int, stops: Sequence[int], passes: Passes | None = None
+    ) -> BatchCache:
+        """Return an empty cache, whose passes these weights run; arguments as for `BatchCache`."""
+        return self.weights.cache_type(self.weights, num_rows, capacity, stops, passes)
+
+    def whole_model(self) -> nn.Module:
+        """Return the model with all weights, for transformers' own methods.
+
+        Where the compiled library runs the network, the model is read again, once; int8 has no
+        counterpart in transformers, and is float32 there.
+        """
+        if self._whole is None:
+            dtype = self.dtype if self.dtype.is_floating_point else torch.float32
+            model, _ = load_with_exits(Path(self.model.config.name_or_path), dtype)
+            self._whole = model.requires_grad_(False)
+        return self._whole
 
     def check_depth(self, depth: int, name: str) -> None:
         """Check that the model has an exit at ``depth``.
@@ -163,24 +194,13 @@ class Network:
             )
 
 
-def make_readout(config, depth: int, own: NestedExit, matrices: Matrices) -> ExitReadout:
-    """Return the readout of an exit with these modules."""
-    head = matrices.of(own.head)
-    if own.block is None:
-        return ExitReadout(own.norm, head)
-    module, adapter = own.block, None
-    if isinstance(module, ExitBlock):
-        module, adapter = module.layer, module.adapter
-    window = attention_window(config, min(depth, config.num_hidden_layers - 1))
-    return ExitReadout(own.norm, head, Layer(module, matrices, window), adapter)
-
-
 def load_network(
     directory: str | Path,
     depths: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     graphs: bool | None = None,
+    native: str = "auto",
 ) -> Network:
     """Load the network of a Hugging Face directory; no code in the directory is executed.
 
@@ -189,15 +209,23 @@ def load_network(
             the full model is the only exit.
         depths: Exits to use instead; those that the directory does not name are read with the last
             norm and head.
-        dtype: Data type of the weights.
+        dtype: Data type of the weights; int8 for the compiled library alone.
         device: Device of the weights.
         graphs: Whether forward passes are recorded and replayed; by default if the device can.
+        native: Whether the compiled library runs the network: "on", "off", or "auto": on a CPU,
+            unless it cannot, or graphs are asked for.
 
     Raises:
         CheckpointError: The directory holds no intact model.
-        SettingsError: The model is not supported, or a depth is not one of its layers.
+        SettingsError: The model is not supported, a depth is not one of its layers, or the compiled
+            library is asked for and cannot run the network.
     """
-    model, exits = load_with_exits(Path(directory), dtype)
+    if graphs and native == "auto":
+        native = "off"  # graphs are torch's
+    kind = native_kind(native, dtype, device)
+    # packed as it is stored: a copy in another type would only take more memory
+    stored = dtype if kind in (None, "bfloat16") else None
+    model, exits = load_with_exits(Path(directory), stored)
     last = model.config.num_hidden_layers
     for depth in depths or ():
         if not 1 <= depth <= last:
@@ -207,11 +235,20 @@ def load_network(
         exits.setdefault(depth, NestedExit(model.model.norm, model.lm_head))
     if depths is not None:
         exits = {depth: own for depth, own in exits.items() if depth in depths or depth == last}
-    for own in exits.values():
-        for module in (own.block, own.norm, own.head):
-            if module is not None:
-                module.to(device)
-    return Network(model.to(device).requires_grad_(False).eval(), exits, graphs=graphs)
+    parts = [part for own in exits.values() for part in (own.block, own.norm, own.head)]
+    modules = [model, *(part for part in parts if part is not None)]
+    for module in modules:
+        module.to(device)
+    model.requires_grad_(False).eval()
+    if kind is not None:
+        try:
+            return Network(model, exits, native=kind)
+        except NativeError as error:
+            refuse_or_report(error, native, kind)
+    if stored is None:
+        for module in modules:
+            module.to(dtype)
+    return Network(model, exits, graphs=graphs)
 
 
 def config_sha256(network: Network) -> str:

@@ -187,7 +187,7 @@ def candidate_strategies(choice: RequestedStrategy, generator: TextGenerator) ->
             "--adapt: the model has no exits before its last layer, so there is nothing to "
             "choose. Leave it out, or give --depths or --draft."
         )
-    tuned = choice.tuned(generator.draft).get("strategies") or LOSSLESS
+    tuned = choice.tuned(generator.draft, generator.network).get("strategies") or LOSSLESS
     names = [name for name in LOSSLESS if name == Full.name or name in tuned]
     return [
         choice.named(name).strategy(generator.network, generator.draft_for(STRATEGIES[name]))
@@ -202,8 +202,10 @@ def open_adaptation(
 
     Raises the errors of `candidate_strategies` and `Adaptation`.
     """
+    network = generator.network
     origin = {
-        "machine": machine,
+        # speeds of another kind of weights say nothing; torch's files stay as they were
+        "machine": {**machine, "native": network.kind} if network.is_native else machine,
         "draft": None if generator.draft is None else draft_key(choice.draft, generator.draft),
     }
     return Adaptation(

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sorted.conversion.hugging_face.families import DTYPES
+from megatron_sorted.decoding.native import CHOICES
 from megatron_sorted.decoding.strategies import MEASURES, STRATEGIES, SamplingParameters
-from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE
+from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE, tuned_dtype
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.reading.shown import printable
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:  # it loads torch
     from megatron_sorted.decoding.requested_strategy import RequestedStrategy
     from megatron_sorted.decoding.text_generator import TextGenerator
 
+DECODED_DTYPES = (*DTYPES, "int8")
+"""Kinds of weights with which models are decoded."""
 STRATEGY_OPTIONS = (
     "depth",
     "depths",
@@ -74,16 +77,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=DTYPES,
-        default="float32",
+        choices=DECODED_DTYPES,
         metavar="KIND",
-        help=f"{', '.join(DTYPES)} (default: %(default)s)",
+        help=f"{', '.join(DECODED_DTYPES)} (default: as tuned, else float32); int8 on CPUs",
     )
     group.add_argument(
         "--device", help="cpu, or torch's name of a device (default: the accelerator)"
     )
     group.add_argument(
         "--threads", type=int, metavar="N", help="number of CPU threads (default: torch's choice)"
+    )
+    group.add_argument(
+        "--native",
+        choices=CHOICES,
+        default="auto",
+        metavar="WHEN",
+        help="decode on CPUs by a compiled library: auto (unless it cannot), on, off "
+        "(default: %(default)s)",
     )
 
 
@@ -274,8 +284,34 @@ def _strategy_option(values: argparse.Namespace, name: str) -> object:
     return getattr(values, "strategy_depths" if name == "depths" else name)
 
 
-def open_generator(values: argparse.Namespace) -> "TextGenerator":
-    """Open the model and print its notes; ``values.device`` becomes the chosen device.
+def _tuned_dtype(values: argparse.Namespace) -> str:
+    """Return the kind of weights with which the model was tuned, where it can be used here.
+
+    Raises:
+        DataError: decoding.json is damaged.
+    """
+    from megatron_sorted.decoding.native.compiler import NativeError
+    from megatron_sorted.decoding.native.library import native_library
+
+    tuned = tuned_dtype(values.model / TUNED_FILE) if values.device == "cpu" else None
+    if tuned == "int8":
+        try:
+            if values.native == "off":
+                return "float32"
+            native_library()
+        except NativeError:  # the reason is printed when the network falls back to torch
+            return "float32"
+    return tuned or "float32"
+
+
+def open_generator(values: argparse.Namespace, as_tuned: bool = True) -> "TextGenerator":
+    """Open the model and print its notes.
+
+    ``values.device`` and ``values.dtype`` become those that are chosen.
+
+    Args:
+        values: The options.
+        as_tuned: Whether the kind of weights is by default that of decoding.json.
 
     Raises:
         SortedError: The model cannot be used.
@@ -283,6 +319,7 @@ def open_generator(values: argparse.Namespace) -> "TextGenerator":
     check_positive(values, "threads")
     import torch
 
+    from megatron_sorted.decoding.native.choice import native_kind
     from megatron_sorted.decoding.text_generator import open_text_generator
 
     accelerator = (
@@ -295,6 +332,9 @@ def open_generator(values: argparse.Namespace) -> "TextGenerator":
         )
     if values.threads:
         torch.set_num_threads(values.threads)
+    values.dtype = values.dtype or (_tuned_dtype(values) if as_tuned else "float32")
+    # before a checkpoint is exported or a model read, which may take minutes
+    native_kind(values.native, getattr(torch, values.dtype), values.device)
     generator = open_text_generator(
         values.model,
         values.draft,
@@ -303,6 +343,7 @@ def open_generator(values: argparse.Namespace) -> "TextGenerator":
         getattr(torch, values.dtype),
         values.device,
         values.prompt_template,
+        values.native,
     )
     for line in generator.notes:
         print(f"note: {printable(line)}", file=sys.stderr)

@@ -7,65 +7,31 @@ and replayed.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.layer import KVCache, Layer
+from megatron_sorted.decoding.cache.layer import KVCache
 from megatron_sorted.decoding.cache.passes import Passes
-from megatron_sorted.decoding.cache.places import Places, rotation_tables
+from megatron_sorted.decoding.cache.places import Places, halves, rotation_tables
+from megatron_sorted.decoding.cache.segment import LayerSegment
 from megatron_sorted.decoding.cache.transfer import numbers, set_numbers
-from megatron_sorted.decoding.network import Network
+from megatron_sorted.decoding.cache.weights import Weights
 from megatron_sorted.decoding.speculation.tree import DraftTree
 
 MAX_WIDTH = 65
 """Maximum number of new tokens of a row in a replayed pass: the longest draft and one token."""
 MIN_SPAN = 128
 """Smallest number of slots that a replayed pass attends to; larger ones are powers of two."""
-MAX_IDLE = 4
-"""Maximum number of unused caches that a network keeps."""
-MAX_IDLE_BYTES = 4 << 30
-"""Maximum size of these caches together."""
-
-
-class LayerSegment:
-    """Layers that always run together: from one stop to the next, or an exit's own block.
-
-    Attributes:
-        source: Depth of the stop whose hidden states are the input; 0 for the embedding.
-        layers: The layers.
-        adapter: Adapter before the layers; None without one.
-        caches: KV cache of each layer.
-        hidden_bch: Output of the last layer in every slot.
-        filled: Number of slots that are filled, by row.
-    """
-
-    def __init__(
-        self,
-        source: int,
-        layers: Sequence[Layer],
-        adapter,
-        caches: list[KVCache],
-        hidden_bch: Tensor,
-    ):
-        self.source, self.layers, self.adapter = source, list(layers), adapter
-        self.caches, self.hidden_bch = caches, hidden_bch
-        self.filled = [0] * hidden_bch.size(0)
-
-    def tensors(self) -> list[Tensor]:
-        """Return all tensors with a row per text."""
-        return [
-            self.hidden_bch,
-            *(tensor for cache in self.caches for tensor in (cache.keys, cache.values)),
-        ]
 
 
 class BatchCache:
     """The memory of a batch of texts; see the module.
 
     Args:
-        network: The model.
+        weights: The weights that run the passes.
         num_rows: Number of texts.
         capacity: Number of slots of each text; the last one takes writes of padding.
         stops: Depths at which a forward pass may stop.
@@ -75,7 +41,7 @@ class BatchCache:
 
     def __init__(
         self,
-        network: Network,
+        weights: Weights,
         num_rows: int,
         capacity: int,
         stops: Sequence[int],
@@ -83,37 +49,39 @@ class BatchCache:
     ):
         self.num_rows, self.capacity = num_rows, capacity
         self.stops, self.passes = tuple(sorted(set(stops))), passes
-        self.embedding, self.readouts = network.embedding, network.readouts
-        self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=network.device)
-        self.cos_cd, self.sin_cd = rotation_tables(
-            network.rotary, capacity, network.dtype, network.device
-        )
+        self.embedding, self.readouts = weights.embedding, weights.readouts
+        self.dtype, self.cache_dtype = weights.state_dtype, weights.cache_dtype
+        device = weights.embedding.device
+        self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=device)
+        self.cos_cd, self.sin_cd = rotation_tables(weights.rotary, capacity, self.dtype, device)
         self.segments: dict[int, LayerSegment] = {}
         self.blocks: dict[int, LayerSegment] = {}
         start = 0
         for stop in self.stops:
-            self.segments[stop] = self._make_segment(start, network.layers[start:stop])
-            readout = network.readouts.get(stop)
+            self.segments[stop] = self._make_segment(start, weights.layers[start:stop])
+            readout = weights.readouts.get(stop)
             if readout is not None and readout.block is not None:
                 self.blocks[stop] = self._make_segment(stop, [readout.block], readout.adapter)
             start = stop
         if passes is not None:
             self._starts_b, self._counts_b = (
-                torch.zeros(num_rows, dtype=torch.long, device=network.device) for _ in range(2)
+                torch.zeros(num_rows, dtype=torch.long, device=device) for _ in range(2)
             )
-            self._slots_bn = torch.zeros(
-                num_rows, MAX_WIDTH, dtype=torch.long, device=network.device
-            )
+            self._slots_bn = torch.zeros(num_rows, MAX_WIDTH, dtype=torch.long, device=device)
             self._counts: list[int] = []
 
-    def _make_segment(self, source: int, layers: Sequence[Layer], adapter=None) -> LayerSegment:
-        def zeros(*shape: int) -> Tensor:
-            shape = (self.num_rows, *shape)
-            return torch.zeros(shape, dtype=self.embedding.dtype, device=self.device)
+    def _make_segment(
+        self, source: int, layers: Sequence[Any], adapter: Any = None
+    ) -> LayerSegment:
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        shapes = [(layer.num_groups, self.capacity, layer.head_size) for layer in layers]
-        caches = [KVCache(zeros(*shape), zeros(*shape)) for shape in shapes]
-        hidden_bch = zeros(self.capacity, self.embedding.size(1))
+        b, c = self.num_rows, self.capacity
+        caches = [
+            KVCache(zeros(self.cache_dtype, 2, b, layer.num_groups, c, layer.head_size))
+            for layer in layers
+        ]
+        hidden_bch = zeros(self.dtype, b, c, self.embedding.size(1))
         return LayerSegment(source, layers, adapter, caches, hidden_bch)
 
     @property
@@ -166,10 +134,35 @@ class BatchCache:
         for segment in self.all_segments():
             segment.hidden_bch = segment.hidden_bch[: len(rows)]
             segment.filled = [segment.filled[row] for row in rows]
-            segment.caches = [
-                KVCache(cache.keys[: len(rows)], cache.values[: len(rows)])
-                for cache in segment.caches
-            ]
+            segment.caches = [KVCache(cache.both[:, : len(rows)]) for cache in segment.caches]
+
+    def fill(self, segment: LayerSegment, ends: Sequence[int], tree: DraftTree | None) -> None:
+        """Run a segment on the tokens that it has not processed yet.
+
+        Args:
+            segment: The segment.
+            ends: End of the slots to fill, by row.
+            tree: Draft tree behind the texts; None without one.
+        """
+        counts = [end - filled for end, filled in zip(ends, segment.filled, strict=True)]
+        n = max(counts)
+        in_tree = tree is not None and any(
+            end > begin for end, begin in zip(ends, tree.first, strict=True)
+        )
+        if self.passes is not None and not in_tree and n <= MAX_WIDTH and min(segment.filled) > 0:
+            self.run_pass(segment, segment.filled, counts)
+        elif len(set(segment.filled)) == 1 and len(set(ends)) == 1 and not in_tree:
+            first, end = segment.filled[0], ends[0]
+            span = slice(first, end)
+            cos, sin = (halves(table[None, span]) for table in (self.cos_cd, self.sin_cd))
+            self.run(segment, (slice(None), span), Places(cos, sin, end, first))
+        else:
+            slots, counted = self.slots(
+                numbers(segment.filled, self.device), numbers(counts, self.device), n
+            )
+            places = self.places(slots, counted, max(ends), tree)
+            self.run(segment, (places.rows_b1, slots), places)
+        segment.filled = list(ends)
 
     def run(self, segment: LayerSegment, at: tuple, places: Places) -> None:
         """Run the layers of a segment on the tokens in the slots ``at``."""
@@ -180,9 +173,10 @@ class BatchCache:
         )
         if segment.adapter is not None:
             hidden = segment.adapter(hidden)
+        hidden_th = hidden.flatten(0, 1)
         for layer, cache in zip(segment.layers, segment.caches, strict=True):
-            hidden = layer(hidden, places, cache)
-        segment.hidden_bch[at] = hidden
+            hidden_th = layer(hidden_th, places, cache)
+        segment.hidden_bch[at] = hidden_th.view_as(hidden)
 
     def logits(self, depth: int, slots_bn: Tensor) -> Tensor:
         """Return the logits [b, n, v] of the exit at ``depth`` in these slots, already filled."""
@@ -234,8 +228,8 @@ class BatchCache:
         seen = torch.where(counted_bn[:, :, None], seen, keys == 0)
         positions = positions.clamp(max=self.capacity - 1)
         return Places(
-            self.cos_cd[positions],
-            self.sin_cd[positions],
+            halves(self.cos_cd[positions]),
+            halves(self.sin_cd[positions]),
             span,
             None,
             self.rows(),
@@ -267,47 +261,3 @@ class BatchCache:
         static = self._slots_bn[:, : slots_bn.size(1)]
         static.copy_(slots_bn)
         return self.passes((depth, slots_bn.size(1)), lambda: self.logits(depth, static))
-
-
-def move(memory: BatchCache, sources_bm: Tensor, targets_bm: Tensor) -> None:
-    """Copy some slots of each row, with their tokens, keys, values and hidden states, to others."""
-    rows = memory.rows()
-    memory.tokens_bc[rows, targets_bm] = memory.tokens_bc[rows, sources_bm]
-    for segment in memory.all_segments():
-        segment.hidden_bch[rows, targets_bm] = segment.hidden_bch[rows, sources_bm]
-        for cache in segment.caches:
-            cache.keys[rows, :, targets_bm] = cache.keys[rows, :, sources_bm]
-            cache.values[rows, :, targets_bm] = cache.values[rows, :, sources_bm]
-
-
-def acquire(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> BatchCache:
-    """Return an empty cache of at least this capacity: an unused one of the network or a new one.
-
-    Capacities are powers of two, so that a cache can be reused for texts of other lengths.
-    """
-    wanted = num_rows, max(MIN_SPAN, 1 << (capacity - 1).bit_length()), tuple(sorted(set(stops)))
-    for memory in reversed(network.idle):
-        if (memory.num_rows, memory.capacity, memory.stops) == wanted:
-            network.idle.remove(memory)
-            memory.clear()
-            return memory
-    try:
-        return _make(network, *wanted)
-    except torch.OutOfMemoryError:
-        network.idle.clear()
-    return _make(network, *wanted)
-
-
-def release(network: Network, memory: BatchCache) -> None:
-    """Keep a cache for later use; if there are too many, drop those unused for longest."""
-    network.idle.append(memory)
-    while (
-        len(network.idle) > MAX_IDLE or sum(one.num_bytes for one in network.idle) > MAX_IDLE_BYTES
-    ):
-        del network.idle[0]
-
-
-def _make(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> BatchCache:
-    passes = Passes(network.make_recorder() if network.make_recorder else None)
-    with torch.inference_mode(False):  # inference tensors cannot be written outside the mode
-        return BatchCache(network, num_rows, capacity, stops, passes)

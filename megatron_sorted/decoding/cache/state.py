@@ -12,15 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.memory import (
-    MAX_WIDTH,
-    BatchCache,
-    LayerSegment,
-    acquire,
-    move,
-    release,
-)
-from megatron_sorted.decoding.cache.places import Places
+from megatron_sorted.decoding.cache.idle import acquire, release
+from megatron_sorted.decoding.cache.memory import MAX_WIDTH, BatchCache
+from megatron_sorted.decoding.cache.segment import LayerSegment
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.speculation.tree import DraftTree
@@ -52,7 +46,7 @@ class DecodingState:
         """Return an empty cache: with graphs, one with recorded passes if the network has any."""
         self._release = None
         if not self.network.graphs:
-            return BatchCache(self.network, num_rows, self.capacity, stops)
+            return self.network.new_cache(num_rows, self.capacity, stops)
         memory = acquire(self.network, num_rows, self.capacity, stops)
         self._release = weakref.finalize(self, release, self.network, memory)
         self._release.atexit = False
@@ -160,7 +154,7 @@ class DecodingState:
             for row, count in zip(nodes, counts, strict=True)
         ):
             starts = numbers(first, self.device)[:, None]
-            move(
+            _move(
                 self.memory,
                 starts + nodes_bm,
                 starts + torch.arange(nodes_bm.size(1), device=self.device),
@@ -191,7 +185,6 @@ class DecodingState:
 
     def _fill(self, segment: LayerSegment) -> None:
         """Run a segment on the tokens that it has not processed yet."""
-        memory = self.memory
         while any(
             filled < length for filled, length in zip(segment.filled, self.lengths, strict=True)
         ):
@@ -199,25 +192,15 @@ class DecodingState:
                 min(length, filled + PART)
                 for filled, length in zip(segment.filled, self.lengths, strict=True)
             ]
-            counts = [end - filled for end, filled in zip(ends, segment.filled, strict=True)]
-            n = max(counts)
-            in_tree = self.tree is not None and any(
-                end > begin for end, begin in zip(ends, self.tree.first, strict=True)
-            )
-            if (
-                memory.passes is not None
-                and not in_tree
-                and n <= MAX_WIDTH
-                and min(segment.filled) > 0
-            ):
-                memory.run_pass(segment, segment.filled, counts)
-            elif len(set(segment.filled)) == 1 and len(set(ends)) == 1 and not in_tree:
-                first, end = segment.filled[0], ends[0]
-                span = slice(first, end)
-                cos_bnd, sin_bnd = memory.cos_cd[None, span], memory.sin_cd[None, span]
-                memory.run(segment, (slice(None), span), Places(cos_bnd, sin_bnd, end, first))
-            else:
-                slots, counted = self._slots(segment.filled, counts, n)
-                places = memory.places(slots, counted, max(ends), self.tree)
-                memory.run(segment, (places.rows_b1, slots), places)
-            segment.filled = ends
+            self.memory.fill(segment, ends, self.tree)
+
+
+def _move(memory: BatchCache, sources_bm: Tensor, targets_bm: Tensor) -> None:
+    """Copy some slots of each row, with their tokens, keys, values and hidden states, to others."""
+    rows = memory.rows()
+    memory.tokens_bc[rows, targets_bm] = memory.tokens_bc[rows, sources_bm]
+    for segment in memory.all_segments():
+        segment.hidden_bch[rows, targets_bm] = segment.hidden_bch[rows, sources_bm]
+        for cache in segment.caches:
+            cache.keys[rows, :, targets_bm] = cache.keys[rows, :, sources_bm]
+            cache.values[rows, :, targets_bm] = cache.values[rows, :, sources_bm]
