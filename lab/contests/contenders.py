@@ -90,6 +90,8 @@ class Transformers:
 
     def __init__(self, entry: Entry, model: nn.Module):
         self.entry, self.model = entry, model
+        # generate() fills in what its own config leaves out, and would never write the end token
+        model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
     def write(self, prompts: Sequence[list[int]], num_tokens: int, at_once: bool) -> Turn:

@@ -35,6 +35,9 @@ print(json.dumps(sum(sizes.values())))
 def stand_in_vocabulary(size: int) -> bytes:
     """Return a sentencepiece file of this many tokens, of which only the number matters.
 
+    No token has a name such as </s>, which llama.cpp would take for the end of a text and, under
+    ignore_eos, never write.
+
     Args:
         size: Number of tokens, at least 3; with 260 or more there is one for every byte.
     """
@@ -46,10 +49,10 @@ def stand_in_vocabulary(size: int) -> bytes:
     model.trainer_spec.byte_fallback = bool(num_bytes)
     for index in range(size):
         piece = model.pieces.add()
-        if index < 3:
-            piece.piece = ("<unk>", "<s>", "</s>")[index]
+        if index < 2:
+            piece.piece = ("<unk>", "<s>")[index]
             piece.type = piece_of.CONTROL if index else piece_of.UNKNOWN
-        elif index < num_bytes + 3:
+        elif 3 <= index < num_bytes + 3:
             piece.piece, piece.type = f"<0x{index - 3:02X}>", piece_of.BYTE
         else:
             piece.piece, piece.score = f"t{index}", -float(index)

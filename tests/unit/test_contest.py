@@ -234,6 +234,7 @@ def test_stand_in_vocabulary(size, tmp_path):
     path.write_bytes(stand_in_vocabulary(size))
     tokenizer = SentencePieceProcessor(model_file=str(path))
     assert tokenizer.vocab_size() == size and tokenizer.IsUnknown(0)
+    assert not tokenizer.IsControl(2) and "</s>" not in map(tokenizer.IdToPiece, range(size))
     assert sum(tokenizer.IsByte(token) for token in range(size)) == 256 * (size >= 260)
 
 
