@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, FAMILI
 from megatron_sorted.conversion.hugging_face.nested_exits import ExitBlock, ExitNorm, NestedExit
 from megatron_sorted.decoding.cache.layer import Layer, norm
 from megatron_sorted.decoding.cache.matrix import Matrices, Matrix
+from megatron_sorted.decoding.native.compiler import NativeError
+from megatron_sorted.decoding.native.network import KIND_NAMES, NativeNetwork
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.platform.graphs import graphs_of
@@ -64,6 +67,7 @@ class Network:
         exits: dict[int, NestedExit],
         packed: bool = True,
         graphs: bool | None = None,
+        native: str | None = None,
     ):
         """Join the model's matrices.
 
@@ -72,8 +76,11 @@ class Network:
             exits: Exits by depth.
             packed: Whether to keep a copy of each matrix in a format that a CPU reads faster.
             graphs: See the class; by default True if the device has graphs.
+            native: Name of the kind of weights with which the compiled library runs the network;
+                None: torch runs it.
 
         Raises:
+            NativeError: The compiled library cannot run this network.
             SettingsError: The model's family or rotary embedding is not supported.
         """
         config = model.config
@@ -88,16 +95,21 @@ class Network:
                 f"rope_type: {kind} rotates by the length of the text, which a cache cannot "
                 "follow. Use transformers' own generate."
             )
-        self.model, self.depths = model, tuple(sorted(exits))
-        matrices = Matrices(packed)
-        self.layers = [
-            Layer(layer, matrices, attention_window(config, index))
-            for index, layer in enumerate(model.model.layers)
-        ]
-        self.readouts = {
-            depth: make_readout(config, depth, own, matrices) for depth, own in exits.items()
-        }
-        self.embedding = model.get_input_embeddings().weight
+        self.model, self.depths, self.native = model, tuple(sorted(exits)), None
+        if native is not None:
+            self.native = NativeNetwork(model, exits, native)
+            self.layers, self.readouts = self.native.layers, self.native.readouts
+            self.embedding = self.native.embedding
+        else:
+            matrices = Matrices(packed)
+            self.layers = [
+                Layer(layer, matrices, attention_window(config, index))
+                for index, layer in enumerate(model.model.layers)
+            ]
+            self.readouts = {
+                depth: make_readout(config, depth, own, matrices) for depth, own in exits.items()
+            }
+            self.embedding = model.get_input_embeddings().weight
         self.rotary, self.num_layers = model.model.rotary_emb, len(self.layers)
         self.make_recorder = graphs_of(self.device)
         self.graphs = self.make_recorder is not None if graphs is None else graphs
@@ -115,6 +127,10 @@ class Network:
             if missing > 0
             else self.embedding[:vocab_size]
         )
+        other.idle = []
+        if self.native is not None:
+            other.readouts = self.native.resized(vocab_size)
+            return other
         heads = {
             id(readout.head): readout.head.resized(vocab_size) for readout in self.readouts.values()
         }
@@ -122,7 +138,6 @@ class Network:
             depth: replace(readout, head=heads[id(readout.head)])
             for depth, readout in self.readouts.items()
         }
-        other.idle = []
         return other
 
     @property
@@ -149,6 +164,11 @@ class Network:
     def dtype(self) -> torch.dtype:
         """Return the data type of the weights."""
         return self.embedding.dtype
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Return the data type of hidden states, keys and values."""
+        return self.dtype if self.native is None else torch.float32
 
     def check_depth(self, depth: int, name: str) -> None:
         """Check that the model has an exit at ``depth``.
@@ -181,6 +201,7 @@ def load_network(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     graphs: bool | None = None,
+    native: str = "auto",
 ) -> Network:
     """Load the network of a Hugging Face directory; no code in the directory is executed.
 
@@ -192,12 +213,16 @@ def load_network(
         dtype: Data type of the weights.
         device: Device of the weights.
         graphs: Whether forward passes are recorded and replayed; by default if the device can.
+        native: Whether the compiled library runs the network: "on", "off", or "auto": on a CPU,
+            unless it cannot.
 
     Raises:
         CheckpointError: The directory holds no intact model.
         SettingsError: The model is not supported, or a depth is not one of its layers.
     """
-    model, exits = load_with_exits(Path(directory), dtype)
+    model, exits = load_with_exits(
+        Path(directory), dtype if dtype.is_floating_point else torch.float32
+    )
     last = model.config.num_hidden_layers
     for depth in depths or ():
         if not 1 <= depth <= last:
@@ -211,7 +236,17 @@ def load_network(
         for module in (own.block, own.norm, own.head):
             if module is not None:
                 module.to(device)
-    return Network(model.to(device).requires_grad_(False).eval(), exits, graphs=graphs)
+    model = model.to(device).requires_grad_(False).eval()
+    if native != "off" and torch.device(device).type == "cpu" and dtype in KIND_NAMES:
+        try:
+            return Network(model, exits, graphs=False, native=KIND_NAMES[dtype])
+        except NativeError as error:
+            if native == "on" or dtype == torch.int8:
+                raise SettingsError(
+                    f"--native: {error}. Use --native off and another --dtype."
+                ) from error
+            print(f"note: decoding by torch, which is slower: {error}", file=sys.stderr)
+    return Network(model, exits, graphs=graphs)
 
 
 def config_sha256(network: Network) -> str:

@@ -39,6 +39,7 @@ class LayerSegment:
         caches: KV cache of each layer.
         hidden_bch: Output of the last layer in every slot.
         filled: Number of slots that are filled, by row.
+        native: The compiled library's structure, once it has run.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class LayerSegment:
         self.source, self.layers, self.adapter = source, list(layers), adapter
         self.caches, self.hidden_bch = caches, hidden_bch
         self.filled = [0] * hidden_bch.size(0)
+        self.native = None
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors with a row per text."""
@@ -84,9 +86,10 @@ class BatchCache:
         self.num_rows, self.capacity = num_rows, capacity
         self.stops, self.passes = tuple(sorted(set(stops))), passes
         self.embedding, self.readouts = network.embedding, network.readouts
+        self.native, self.dtype = network.native, network.state_dtype
         self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=network.device)
         self.cos_cd, self.sin_cd = rotation_tables(
-            network.rotary, capacity, network.dtype, network.device
+            network.rotary, capacity, self.dtype, network.device
         )
         self.segments: dict[int, LayerSegment] = {}
         self.blocks: dict[int, LayerSegment] = {}
@@ -109,7 +112,7 @@ class BatchCache:
     def _make_segment(self, source: int, layers: Sequence[Layer], adapter=None) -> LayerSegment:
         def zeros(*shape: int) -> Tensor:
             shape = (self.num_rows, *shape)
-            return torch.zeros(shape, dtype=self.embedding.dtype, device=self.device)
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
         shapes = [(layer.num_groups, self.capacity, layer.head_size) for layer in layers]
         caches = [KVCache(zeros(*shape), zeros(*shape)) for shape in shapes]
@@ -187,6 +190,8 @@ class BatchCache:
     def logits(self, depth: int, slots_bn: Tensor) -> Tensor:
         """Return the logits [b, n, v] of the exit at ``depth`` in these slots, already filled."""
         hidden = (self.blocks.get(depth) or self.segments[depth]).hidden_bch
+        if self.native is not None:
+            return self.native.logits(self.readouts[depth], hidden, slots_bn)
         return self.readouts[depth].logits(
             hidden.gather(1, slots_bn[:, :, None].expand(-1, -1, hidden.size(2)))
         )

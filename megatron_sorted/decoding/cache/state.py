@@ -199,6 +199,10 @@ class DecodingState:
                 min(length, filled + PART)
                 for filled, length in zip(segment.filled, self.lengths, strict=True)
             ]
+            if memory.native is not None:
+                memory.native.run(memory, segment, segment.filled, ends, self.tree)
+                segment.filled = ends
+                continue
             counts = [end - filled for end, filled in zip(ends, segment.filled, strict=True)]
             n = max(counts)
             in_tree = self.tree is not None and any(
