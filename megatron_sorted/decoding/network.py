@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, FAMILI
 from megatron_sorted.conversion.hugging_face.nested_exits import ExitBlock, ExitNorm, NestedExit
 from megatron_sorted.decoding.cache.layer import Layer, norm
 from megatron_sorted.decoding.cache.matrix import Matrices, Matrix
+from megatron_sorted.decoding.native.choice import native_kind, refuse_or_say
 from megatron_sorted.decoding.native.compiler import NativeError
-from megatron_sorted.decoding.native.network import KIND_NAMES, NativeNetwork
+from megatron_sorted.decoding.native.network import NativeNetwork
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.platform.graphs import graphs_of
@@ -210,16 +210,20 @@ def load_network(
             the full model is the only exit.
         depths: Exits to use instead; those that the directory does not name are read with the last
             norm and head.
-        dtype: Data type of the weights.
+        dtype: Data type of the weights; int8 for the compiled library alone.
         device: Device of the weights.
         graphs: Whether forward passes are recorded and replayed; by default if the device can.
         native: Whether the compiled library runs the network: "on", "off", or "auto": on a CPU,
-            unless it cannot.
+            unless it cannot, or graphs are asked for.
 
     Raises:
         CheckpointError: The directory holds no intact model.
-        SettingsError: The model is not supported, or a depth is not one of its layers.
+        SettingsError: The model is not supported, a depth is not one of its layers, or the
+            compiled library is needed and cannot be used.
     """
+    if graphs and native == "auto":
+        native = "off"  # graphs are torch's
+    kind = native_kind(native, dtype, device)
     model, exits = load_with_exits(
         Path(directory), dtype if dtype.is_floating_point else torch.float32
     )
@@ -237,15 +241,11 @@ def load_network(
             if module is not None:
                 module.to(device)
     model = model.to(device).requires_grad_(False).eval()
-    if native != "off" and torch.device(device).type == "cpu" and dtype in KIND_NAMES:
+    if kind is not None:
         try:
-            return Network(model, exits, graphs=False, native=KIND_NAMES[dtype])
+            return Network(model, exits, graphs=False, native=kind)
         except NativeError as error:
-            if native == "on" or dtype == torch.int8:
-                raise SettingsError(
-                    f"--native: {error}. Use --native off and another --dtype."
-                ) from error
-            print(f"note: decoding by torch, which is slower: {error}", file=sys.stderr)
+            refuse_or_say(error, native, kind)
     return Network(model, exits, graphs=graphs)
 
 

@@ -219,6 +219,7 @@ def open_text_generator(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     prompt_template: str | None = None,
+    native: str = "auto",
 ) -> TextGenerator:
     """Load a text generator from a Hugging Face directory or a checkpoint.
 
@@ -227,9 +228,10 @@ def open_text_generator(
         draft: Directory of another model that drafts; None without one.
         depths: Exits to use instead of those that the directory names.
         tokenizer: Directory or sentencepiece file, for a model without tokenizer.
-        dtype: Data type of the weights.
+        dtype: Data type of the weights; int8 for the compiled library alone.
         device: Device of the weights.
         prompt_template: Form of conversations instead of the one the model was trained in.
+        native: Whether the compiled library decodes: "on", "off" or "auto"; see `load_network`.
 
     Raises:
         CheckpointError, SettingsError, DataError: A directory, tokenizer or form cannot be used.
@@ -237,29 +239,41 @@ def open_text_generator(
     opened = as_hugging_face_directory(directory)
     own = open_tokenizer(opened, tokenizer)
     form = generation_defaults_of(opened, own, prompt_template)
-    network = load_network(opened, depths, dtype, device)
+    network = load_network(opened, depths, dtype, device, native=native)
     form.check_rows(network.vocab_size)
-    drafter = draft and open_draft(as_hugging_face_directory(draft), network, own, tokenizer)
+    drafter = draft and open_draft(
+        as_hugging_face_directory(draft), network, own, tokenizer, native
+    )
     return TextGenerator(network, own, drafter, form)
 
 
 def open_draft(
-    directory: Path, network: Network, tokenizer: Tokenizer, option: Path | None = None
+    directory: Path,
+    network: Network,
+    tokenizer: Tokenizer,
+    option: Path | None = None,
+    native: str = "auto",
 ) -> Network:
     """Load a model with the same tokenizer that drafts for another one.
 
-    Where the two vocabularies are padded to different sizes, the draft model is resized.
+    Where the two vocabularies are padded to different sizes, the draft model is resized. It has the
+    kind of weights of the other one; where torch runs that, torch runs both.
 
     Args:
         directory: Directory of the draft model.
         network: The model that it drafts for.
         tokenizer: Tokenizer of ``network``.
         option: Tokenizer of both, for directories without one.
+        native: Whether the compiled library decodes; see `load_network`.
 
     Raises:
-        SettingsError: The tokenizers give tokens different numbers.
+        SettingsError: The tokenizers give tokens different numbers, or the compiled library is
+            needed and cannot run the draft model.
     """
-    draft = load_network(directory, None, network.dtype, network.device)
+    kind, native = network.dtype, native if network.native is not None else "off"
+    if network.native is not None:
+        kind = getattr(torch, network.native.kind)
+    draft = load_network(directory, None, kind, network.device, native=native)
     own = open_tokenizer(directory, option)
     if own.vocabulary() != tokenizer.vocabulary():
         raise SettingsError(

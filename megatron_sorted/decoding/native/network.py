@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_sorted.conversion.hugging_face.families import attention_window
 from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
+from megatron_sorted.decoding.native.choice import native_threads
 from megatron_sorted.decoding.native.library import (
     BFLOAT16,
     FLOAT32,
@@ -23,11 +24,6 @@ from megatron_sorted.decoding.native.library import (
 )
 from megatron_sorted.decoding.native.weights import Packer
 from megatron_sorted.decoding.speculation.tree import DraftTree
-
-KIND_NAMES = {
-    torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8",
-}  # fmt: skip
-"""Names of the kinds of weights, by the data type that chooses them."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ class NativeNetwork:
                 know, or weights that are not finite; the model is unchanged then.
         """
         config, self.library, self.kind = model.config, native_library(), kind
-        packer = Packer(self.library, kind, torch.get_num_threads())
+        packer = Packer(self.library, kind, native_threads())
         self.layers = [
             _layer(packer.layer(layer, attention_window(config, index)))
             for index, layer in enumerate(model.model.layers)
@@ -148,7 +144,7 @@ class NativeNetwork:
             places.tree_size, places.tree_first = tree.size, _address(branches[0])
             places.tree_levels, places.tree_seen = (branch.data_ptr() for branch in branches[1:])
         self.library.native_run(
-            torch.get_num_threads(), self._segment(memory, segment), ctypes.byref(places)
+            native_threads(), self._segment(memory, segment), ctypes.byref(places)
         )
 
     def _segment(self, memory, segment) -> CSegment:
@@ -180,7 +176,7 @@ class NativeNetwork:
         rows = _integers([row for row in range(b) for _ in range(n)])
         logits = torch.empty(b, n, readout.packed.head.outputs)
         self.library.native_logits(
-            torch.get_num_threads(),
+            native_threads(),
             ctypes.byref(readout.packed),
             hidden_bch.data_ptr(),
             hidden_bch.size(1),
