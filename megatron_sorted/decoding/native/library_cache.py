@@ -163,8 +163,7 @@ def _from_cache(build: Build, folder: Path, say: Say) -> Path:
             if is_intact(library):  # another process was faster
                 return library
             if refused.exists():
-                reason = refused.read_text(encoding="utf-8", errors="replace").strip()
-                raise NativeError(f"{reason}; delete {refused} to try again")
+                raise NativeError(_refusal(refused))
             remove_stale(folder, BUILDING)
             with tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder) as building:
                 made = Path(building) / build.name
@@ -182,6 +181,24 @@ def _from_cache(build: Build, folder: Path, say: Say) -> Path:
     except OSError as error:
         raise CacheError(f"the cache {folder} cannot be written ({error.strerror})") from error
     return library
+
+
+def _refusal(refused: Path) -> str:
+    reason = refused.read_text(encoding="utf-8", errors="replace").strip()
+    return f"{reason}; delete {refused} to try again"
+
+
+def why_refused(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return why a library in the cache is not used; None if it is used, or not compiled yet.
+
+    Raises:
+        NativeError: There is no compiler.
+    """
+    try:
+        library = cache_folder(environment) / plan_build(environment).name
+        return _refusal(library.with_suffix(".refused"))
+    except (CacheError, OSError):
+        return None
 
 
 @contextmanager
