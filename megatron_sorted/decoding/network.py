@@ -14,7 +14,7 @@ from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, FAMILI
 from megatron_sorted.conversion.hugging_face.nested_exits import ExitBlock, ExitNorm, NestedExit
 from megatron_sorted.decoding.cache.layer import Layer, norm
 from megatron_sorted.decoding.cache.matrix import Matrices, Matrix
-from megatron_sorted.decoding.native.choice import native_kind, refuse_or_say
+from megatron_sorted.decoding.native.choice import native_kind, refuse_or_report
 from megatron_sorted.decoding.native.compiler import NativeError
 from megatron_sorted.decoding.native.network import NativeNetwork
 from megatron_sorted.errors import SettingsError
@@ -245,7 +245,7 @@ def load_network(
         try:
             return Network(model, exits, graphs=False, native=kind)
         except NativeError as error:
-            refuse_or_say(error, native, kind)
+            refuse_or_report(error, native, kind)
     return Network(model, exits, graphs=graphs)
 
 

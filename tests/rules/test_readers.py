@@ -26,6 +26,7 @@ JSON_LEFT = {
 LINES_LEFT = {
     "megatron_sorted/platform/cpu.py": MACHINE,
     "megatron_sorted/decoding/cache/capacity.py": MACHINE,
+    "megatron_sorted/decoding/native/(compiler|cpu|library_cache).py": MACHINE,
     "megatron_sorted/doctor/.*": MACHINE,
     "lab/benchmarks/.*": MACHINE,
     "megatron_sorted/reporting/markdown.py": MACHINE,

@@ -1,4 +1,4 @@
-"""Whether the compiled library runs a network, and what is said where it does not."""
+"""Whether the compiled library runs a network, and the note where it does not."""
 
 import sys
 from functools import cache
@@ -64,12 +64,12 @@ def native_kind(native: str, dtype: torch.dtype, device: torch.device | str) -> 
         try:
             native_library()
         except NativeError as error:
-            refuse_or_say(error, native, kind)
+            refuse_or_report(error, native, kind)
     return kind
 
 
-def refuse_or_say(error: NativeError, native: str, kind: str) -> None:
-    """Say why torch runs a network instead of the library; once in a process.
+def refuse_or_report(error: NativeError, native: str, kind: str) -> None:
+    """Report why torch runs a network instead of the library; once in a process.
 
     Raises:
         SettingsError: The library was asked for, or torch cannot run this kind of weights.
@@ -81,18 +81,18 @@ def refuse_or_say(error: NativeError, native: str, kind: str) -> None:
             f"--dtype int8: only the compiled library decodes with it, and {error}. Correct that, "
             "or use --dtype float32 or bfloat16."
         ) from error
-    say_once(
+    report_once(
         "fallback", f"torch decodes, more slowly than the compiled library (--native): {error}"
     )
 
 
-_said: set[str] = set()
+_reported: set[str] = set()
 
 
-def say_once(subject: str, line: str) -> None:
+def report_once(subject: str, line: str) -> None:
     """Print a note on standard error unless this process has printed one on the subject."""
-    if subject not in _said:
-        _said.add(subject)
+    if subject not in _reported:
+        _reported.add(subject)
         print(f"note: {line}", file=sys.stderr, flush=True)
 
 
@@ -105,7 +105,7 @@ def native_threads() -> int:
 def _clipped(threads: int) -> int:
     cores = usable_cores()
     if threads > cores:
-        say_once(
+        report_once(
             "threads",
             f"{threads} threads are more than the {cores} CPU cores that are usable here: the "
             f"compiled library uses {cores}",

@@ -75,8 +75,8 @@ def compiler_identity(command: Sequence[str], path: str | None = None) -> str:
             lines.append(word)
         else:
             real = os.path.realpath(program)
-            found = os.stat(real)
-            lines.append(f"{real} {found.st_size} {found.st_mtime_ns}")
+            status = os.stat(real)
+            lines.append(f"{real} {status.st_size} {status.st_mtime_ns}")
     return "\n".join(lines)
 
 
@@ -183,15 +183,15 @@ def instructions_for(
 ) -> str:
     """Return the instructions that a library would use, without compiling it.
 
-    The compiler is asked for its macros, by which the source decides too: see
+    The compiler is question for its macros, by which the source decides too: see
     ``native_instructions`` in pass.cpp.
 
     Raises:
         NativeError: The compiler fails.
     """
     for target in targets:
-        asked = [*command, *FLAGS[:2], *target, "-E", "-dM", "-x", "c++", os.devnull]
-        status, printed = run_program(asked, ASK_SECONDS, environment)
+        question = [*command, *FLAGS[:2], *target, "-E", "-dM", "-x", "c++", os.devnull]
+        status, printed = run_program(question, ASK_SECONDS, environment)
         if status == 0:
             return instructions_of({line.split()[1] for line in printed.splitlines() if line[8:]})
     raise NativeError(f"the compiler {command[0]} failed: {first_reason(status, printed)}")

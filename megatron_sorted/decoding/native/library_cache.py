@@ -43,7 +43,7 @@ from megatron_sorted.installation import own_module
 
 TRIAL_SECONDS = 120.0
 BUILDING = ".building-"
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class UnusableError(NativeError):
@@ -91,14 +91,14 @@ def plan_build(
     return Build(compiler, targets, f"native-{content.hexdigest()[:32]}.so", environment)
 
 
-def say_on_stderr(text: str) -> None:
+def report_on_stderr(text: str) -> None:
     """Print text, without a line feed of its own, on standard error."""
     print(text, end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def built_library(
-    say: Say = say_on_stderr,
+    report: Report = report_on_stderr,
     environment: Mapping[str, str] = os.environ,
     targets: Targets | None = None,
 ) -> Iterator[Path]:
@@ -107,7 +107,7 @@ def built_library(
     Where the cache cannot be used, the library is built in a temporary folder, which is removed.
 
     Args:
-        say: Prints text about a compilation.
+        report: Prints text about a compilation.
         environment: The process's environment.
         targets: Flags that choose the instructions; by default those of this CPU.
 
@@ -116,25 +116,25 @@ def built_library(
     """
     build = plan_build(environment, targets)
     try:
-        library = _from_cache(build, private_folder(cache_folder(environment)), say)
+        library = _from_cache(build, private_folder(cache_folder(environment)), report)
     except CacheError as error:
-        say(f"note: {error}. Until then every start compiles the decoder.\n")
+        report(f"note: {error}. Until then every start compiles the decoder.\n")
     else:
         yield library
         return
     with temporary_folder() as folder:
         library = folder / build.name
-        _compile(build, library, say)
+        _compile(build, library, report)
         yield library
 
 
 def is_intact(library: Path) -> bool:
     """Return whether a library in the cache is the one that was built, and this user's own."""
     try:
-        found = library.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        status = library.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             return False
-        if stat.S_IMODE(found.st_mode) & 0o022:
+        if stat.S_IMODE(status.st_mode) & 0o022:
             return False
         return library.with_suffix(".sha256").read_text(encoding="ascii").strip() == _sha256(
             library
@@ -147,7 +147,7 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _from_cache(build: Build, folder: Path, say: Say) -> Path:
+def _from_cache(build: Build, folder: Path, report: Report) -> Path:
     """Return the library in the cache; it is compiled unless it is there and intact.
 
     Raises:
@@ -168,7 +168,7 @@ def _from_cache(build: Build, folder: Path, say: Say) -> Path:
             with tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder) as building:
                 made = Path(building) / build.name
                 try:
-                    _compile(build, made, say)
+                    _compile(build, made, report)
                 except (UnusableError, TimeLimitError) as error:
                     refused.write_text(f"{error}\n", encoding="utf-8")
                     raise
@@ -220,14 +220,14 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _compile(build: Build, library: Path, say: Say) -> None:
+def _compile(build: Build, library: Path, report: Report) -> None:
     """Compile the library for the first target that the compiler knows, and try it.
 
     Raises:
         NativeError: No compilation succeeds; the first one's reason.
         UnusableError: The library does not work.
     """
-    say("compiling the decoder for this CPU, once ... ")
+    report("compiling the decoder for this CPU, once ... ")
     start, errors = time.perf_counter(), []
     try:
         for target in build.targets:
@@ -242,10 +242,10 @@ def _compile(build: Build, library: Path, say: Say) -> None:
             raise errors[0]
         instructions = try_library(library, build.environment)
     except NativeError:
-        say("it failed\n")
+        report("it failed\n")
         raise
     library.chmod(0o700)
-    say(f"{time.perf_counter() - start:.1f} s ({instructions})\n")
+    report(f"{time.perf_counter() - start:.1f} s ({instructions})\n")
 
 
 def try_library(library: Path, environment: Mapping[str, str] = os.environ) -> str:

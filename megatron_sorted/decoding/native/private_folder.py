@@ -1,4 +1,4 @@
-"""Folders for compiled libraries, where nobody else can put one."""
+"""Folders for compiled libraries, into which no one else can put one."""
 
 import grp
 import os
@@ -60,12 +60,12 @@ def private_folder(folder: Path) -> Path:
         for path in [*reversed(folder.parents), folder]:
             if not path.exists():
                 path.mkdir(mode=0o700, exist_ok=True)
-        found = folder.stat()
-        if not stat.S_ISDIR(found.st_mode):
+        status = folder.stat()
+        if not stat.S_ISDIR(status.st_mode):
             raise CacheError(f"the cache {folder} is no folder; {REMEDY}")
-        if found.st_uid != os.geteuid():
-            raise CacheError(f"the cache {folder} belongs to user {found.st_uid}; {REMEDY}")
-        if stat.S_IMODE(found.st_mode) & 0o022:
+        if status.st_uid != os.geteuid():
+            raise CacheError(f"the cache {folder} belongs to user {status.st_uid}; {REMEDY}")
+        if stat.S_IMODE(status.st_mode) & 0o022:
             raise CacheError(f"others may write to the cache {folder}: chmod 700 {folder}")
         # of a link both the folder that holds it and those where it leads
         for path in dict.fromkeys([*folder.parents, *folder.resolve().parents]):
@@ -78,12 +78,12 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
-def _is_open(found: os.stat_result) -> bool:
+def _is_open(status: os.stat_result) -> bool:
     """Return whether other users may rename what is in a folder."""
-    mode = stat.S_IMODE(found.st_mode)
+    mode = stat.S_IMODE(status.st_mode)
     if mode & stat.S_ISVTX:  # such as /tmp: only their owners may rename files
         return False
-    return bool(mode & 0o002 or (mode & 0o020 and not _is_own_group(found.st_gid)))
+    return bool(mode & 0o002 or (mode & 0o020 and not _is_own_group(status.st_gid)))
 
 
 def _is_own_group(number: int) -> bool:
@@ -121,8 +121,8 @@ def remove_stale(folder: Path, prefix: str) -> None:
     """Remove the folders of compilations that were killed: the user's own, with this prefix."""
     for path in folder.glob(f"{prefix}*"):
         try:
-            found = path.lstat()
+            status = path.lstat()
         except OSError:
             continue
-        if found.st_uid == os.geteuid() and time.time() - found.st_mtime > STALE_SECONDS:
+        if status.st_uid == os.geteuid() and time.time() - status.st_mtime > STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

@@ -57,8 +57,8 @@ def main(path: str) -> int:
     try:
         library = load_library(Path(path))
         for name, kind in KINDS.items():
-            found = product(library, kind, weights, inputs)
-            worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+            computed = product(library, kind, weights, inputs)
+            worst = max(abs(a - b) for a, b in zip(computed, expected, strict=True))
             if not worst < TOLERANCE:
                 raise NativeError(f"its products in {name} are wrong by {worst:.3g}")
     except NativeError as error:
