@@ -3,6 +3,7 @@
 // A token's numbers do not depend on the other tokens of a pass: each product, norm and attention
 // adds its terms in one fixed order. So a pass of n tokens equals n passes of one token, bit for bit.
 #include <memory>
+#include <pthread.h>
 
 #include "attention.h"
 #include "products.h"
@@ -206,6 +207,10 @@ void widen(const Matrix &m, int *inputs, int *outputs) {
 // The pool that threads of this process share; one pass runs at a time.
 std::mutex pool_mutex;
 std::unique_ptr<Pool> shared_pool;
+
+// A fork waits until no pass runs: the new process has no thread that could end one.
+const int fork_handlers = pthread_atfork([] { pool_mutex.lock(); }, [] { pool_mutex.unlock(); },
+                                         [] { pool_mutex.unlock(); });
 
 Pool &pool_of(int threads) {
     if (shared_pool && !shared_pool->is_of_this_process()) shared_pool.release(); // its threads are elsewhere
