@@ -219,6 +219,7 @@ def open_text_generator(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     prompt_template: str | None = None,
+    native: str = "auto",
 ) -> TextGenerator:
     """Load a text generator from a Hugging Face directory or a checkpoint.
 
@@ -227,9 +228,10 @@ def open_text_generator(
         draft: Directory of another model that drafts; None without one.
         depths: Exits to use instead of those that the directory names.
         tokenizer: Directory or sentencepiece file, for a model without tokenizer.
-        dtype: Data type of the weights.
+        dtype: Data type that stands for the kind of weights; torch.int8 for int8.
         device: Device of the weights.
         prompt_template: Form of conversations instead of the one the model was trained in.
+        native: Whether the compiled library runs the model: "auto", "on" or "off".
 
     Raises:
         CheckpointError, SettingsError, DataError: A directory, tokenizer or form cannot be used.
@@ -237,29 +239,37 @@ def open_text_generator(
     opened = as_hugging_face_directory(directory)
     own = open_tokenizer(opened, tokenizer)
     form = generation_defaults_of(opened, own, prompt_template)
-    network = load_network(opened, depths, dtype, device)
+    network = load_network(opened, depths, dtype, device, native=native)
     form.check_rows(network.vocab_size)
-    drafter = draft and open_draft(as_hugging_face_directory(draft), network, own, tokenizer)
+    drafter = draft and open_draft(
+        as_hugging_face_directory(draft), network, own, tokenizer, native
+    )
     return TextGenerator(network, own, drafter, form)
 
 
 def open_draft(
-    directory: Path, network: Network, tokenizer: Tokenizer, option: Path | None = None
+    directory: Path,
+    network: Network,
+    tokenizer: Tokenizer,
+    option: Path | None = None,
+    native: str = "auto",
 ) -> Network:
     """Load a model with the same tokenizer that drafts for another one.
 
-    Where the two vocabularies are padded to different sizes, the draft model is resized.
+    Its weights are of the same kind. Where the two vocabularies are padded to different sizes, the
+    draft model is resized.
 
     Args:
         directory: Directory of the draft model.
         network: The model that it drafts for.
         tokenizer: Tokenizer of ``network``.
         option: Tokenizer of both, for directories without one.
+        native: Whether the compiled library runs the draft model: "auto", "on" or "off".
 
     Raises:
         SettingsError: The tokenizers give tokens different numbers.
     """
-    draft = load_network(directory, None, network.dtype, network.device)
+    draft = load_network(directory, None, network.dtype, network.device, native=native)
     own = open_tokenizer(directory, option)
     if own.vocabulary() != tokenizer.vocabulary():
         raise SettingsError(
