@@ -89,6 +89,7 @@ setup(
     packages=[*find_packages(include=["megatron_sorted", "megatron_sorted.*"]), *SHIPPED],
     package_dir=SHIPPED,
     package_data={
+        "megatron_sorted.decoding.native": ["source/*"],
         "megatron_sorted.examples": ["*.yaml", "sites/*.site"],
         "megatron_sorted.slurm": ["*.sh", "*.awk", "*.sbatch"],
     },

@@ -4,6 +4,7 @@ printed at the end.
 
 import os
 import signal
+from pathlib import Path
 
 import megatron_sorted  # noqa: F401  before tests import megatron: see triton_stand_in.py
 from tests.support.preloaded.session import close_session, open_session
@@ -11,6 +12,8 @@ from tests.support.preloaded.session import close_session, open_session
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch is imported: two workers with two threads each get in each other's way
+# not the user's own cache, and one that the next session finds: the library is compiled once
+os.environ["MEGATRON_SORTED_CACHE"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # started in the background; programs under test are started as in a terminal

@@ -72,6 +72,11 @@ def read_arguments(
         metavar="S",
         help="longest time to wait for another process (default: %(default)s)",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the library that decodes on CPUs, and try it",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     values = parser.parse_args(arguments)
     try:
@@ -117,7 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = dict(os.environ)
     values, world = read_arguments(arguments, environment)
     options = DoctorOptions(
-        environment, world, values.device, values.run, values.folder, values.world_size
+        environment,
+        world,
+        values.device,
+        values.run,
+        values.folder,
+        values.world_size,
+        values.compile,
     )
     if values.network:
         from megatron_sorted.doctor.network.job import diagnose_job

@@ -2,9 +2,7 @@
 
 import copy
 import hashlib
-import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +13,9 @@ from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, FAMILI
 from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
 from megatron_sorted.decoding.cache.eager import EagerWeights
 from megatron_sorted.decoding.cache.memory import BatchCache
+from megatron_sorted.decoding.native.choice import native_kind, refuse_or_say
 from megatron_sorted.decoding.native.compiler import NativeError
-from megatron_sorted.decoding.native.network import KIND_NAMES, NativeWeights
+from megatron_sorted.decoding.native.network import NativeWeights
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.platform.graphs import graphs_of
@@ -74,7 +73,7 @@ class Network:
         exits: dict[int, NestedExit],
         packed: bool = True,
         graphs: bool | None = None,
-        native: torch.dtype | None = None,
+        native: str | None = None,
         keep: bool = False,
     ):
         """Join or pack the model's matrices.
@@ -84,8 +83,8 @@ class Network:
             exits: Exits by depth.
             packed: Whether to keep a copy of each matrix in a format that a CPU reads faster.
             graphs: See the class; by default True if the device has graphs.
-            native: Kind of weights with which the compiled library runs the network; None: torch
-                runs it.
+            native: Name of the kind of weights with which the compiled library runs the network;
+                None: torch runs it.
             keep: Whether the model keeps its matrices if the compiled library has packed them.
 
         Raises:
@@ -230,22 +229,22 @@ def load_network(
             the full model is the only exit.
         depths: Exits to use instead; those that the directory does not name are read with the last
             norm and head.
-        dtype: Data type of the weights.
+        dtype: Data type of the weights; int8 for the compiled library alone.
         device: Device of the weights.
         graphs: Whether forward passes are recorded and replayed; by default if the device can.
         native: Whether the compiled library runs the network: "on", "off", or "auto": on a CPU,
-            unless it cannot or ``graphs`` is True.
+            unless it cannot, or graphs are asked for.
 
     Raises:
         CheckpointError: The directory holds no intact model.
         SettingsError: The model is not supported, a depth is not one of its layers, or the compiled
             library is asked for and cannot run the network.
     """
-    is_native = native != "off" and graphs is not True
-    _check_native(native, is_native, dtype, torch.device(device))
-    is_native = is_native and torch.device(device).type == "cpu" and dtype in KIND_NAMES
+    if graphs and native == "auto":
+        native = "off"  # graphs are torch's
+    kind = native_kind(native, dtype, device)
     # packed as it is stored: a copy in another type would only take more memory
-    stored = None if is_native and dtype != torch.bfloat16 else dtype
+    stored = dtype if kind in (None, "bfloat16") else None
     model, exits = load_with_exits(Path(directory), stored)
     last = model.config.num_hidden_layers
     for depth in depths or ():
@@ -259,16 +258,11 @@ def load_network(
     for module in (model, *(part for own in exits.values() for part in _modules(own))):
         module.to(device)
     model.requires_grad_(False).eval()
-    if is_native:
+    if kind is not None:
         try:
-            return Network(model, exits, native=dtype)
+            return Network(model, exits, native=kind)
         except NativeError as error:
-            if native == "on" or dtype == torch.int8:
-                remedy = "Use --native off" + (
-                    " and another --dtype." if dtype == torch.int8 else "."
-                )
-                raise SettingsError(f"--native: {error}. {remedy}") from error
-            say_once(f"note: decoding by torch, which is slower: {error}")
+            refuse_or_say(error, native, kind)
     if stored is None:
         for module in (model, *(part for own in exits.values() for part in _modules(own))):
             module.to(dtype)
@@ -278,37 +272,6 @@ def load_network(
 def _modules(own: NestedExit) -> list[nn.Module]:
     """Return the modules of an exit."""
     return [part for part in (own.block, own.norm, own.head) if part is not None]
-
-
-def _check_native(native: str, is_native: bool, dtype: torch.dtype, device: torch.device) -> None:
-    """Check that the compiled library can be what was asked for.
-
-    Raises:
-        SettingsError: It cannot.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if dtype == torch.int8 and not is_native:
-        raise SettingsError(
-            "--dtype int8: only the compiled library has int8. Leave --native off out, or use "
-            "--dtype float32 or bfloat16."
-        )
-    if device.type != "cpu" and (native == "on" or dtype == torch.int8):
-        option = "--native on" if native == "on" else "--dtype int8"
-        raise SettingsError(
-            f"{option}: the compiled library runs on CPUs, not on {device.type}. Leave it out, or "
-            "use --device cpu."
-        )
-    if native == "on" and dtype not in KIND_NAMES:
-        raise SettingsError(
-            f"--native on: the compiled library has no {name}. Use --dtype "
-            f"{', '.join(KIND_NAMES.values())}, or leave --native on out."
-        )
-
-
-@cache
-def say_once(line: str) -> None:
-    """Print a line to standard error, the first time alone."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def config_sha256(network: Network) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.decoding.network import Network, draft_key, say_once
+from megatron_sorted.decoding.native.choice import say_once
+from megatron_sorted.decoding.network import Network, draft_key
 from megatron_sorted.decoding.strategies import (
     MEASURES,
     SPECULATIVE,
@@ -108,9 +109,10 @@ class RequestedStrategy:
         if (other := other_weights(tuned, network.kind, network.is_native)) is not None:
             by = "the compiled library" if network.is_native else "torch"
             say_once(
-                f"note: {shown(self.model / TUNED_FILE)} was measured with {other}, and the model "
+                "tuned",
+                f"{shown(self.model / TUNED_FILE)} was measured with {other}, and the model "
                 f"is run in {network.kind} by {by}: other options may be faster, and early_exit "
-                "may keep fewer tokens. Run megatron-sorted tune again."
+                "may keep fewer tokens. Run megatron-sorted tune again.",
             )
 
 

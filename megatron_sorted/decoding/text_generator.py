@@ -228,10 +228,10 @@ def open_text_generator(
         draft: Directory of another model that drafts; None without one.
         depths: Exits to use instead of those that the directory names.
         tokenizer: Directory or sentencepiece file, for a model without tokenizer.
-        dtype: Data type that stands for the kind of weights; torch.int8 for int8.
+        dtype: Data type of the weights; int8 for the compiled library alone.
         device: Device of the weights.
         prompt_template: Form of conversations instead of the one the model was trained in.
-        native: Whether the compiled library runs the model: "auto", "on" or "off".
+        native: Whether the compiled library decodes: "on", "off" or "auto"; see `load_network`.
 
     Raises:
         CheckpointError, SettingsError, DataError: A directory, tokenizer or form cannot be used.
@@ -256,19 +256,21 @@ def open_draft(
 ) -> Network:
     """Load a model with the same tokenizer that drafts for another one.
 
-    Its weights are of the same kind. Where the two vocabularies are padded to different sizes, the
-    draft model is resized.
+    Where the two vocabularies are padded to different sizes, the draft model is resized. It has the
+    kind of weights of the other one; where torch runs that, torch runs both.
 
     Args:
         directory: Directory of the draft model.
         network: The model that it drafts for.
         tokenizer: Tokenizer of ``network``.
         option: Tokenizer of both, for directories without one.
-        native: Whether the compiled library runs the draft model: "auto", "on" or "off".
+        native: Whether the compiled library decodes; see `load_network`.
 
     Raises:
-        SettingsError: The tokenizers give tokens different numbers.
+        SettingsError: The tokenizers give tokens different numbers, or the compiled library is
+            needed and cannot run the draft model.
     """
+    native = native if network.is_native else "off"
     draft = load_network(directory, None, network.dtype, network.device, native=native)
     own = open_tokenizer(directory, option)
     if own.vocabulary() != tokenizer.vocabulary():

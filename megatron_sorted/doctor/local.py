@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sorted.doctor import addresses, disks, limits, packages, run_file
+from megatron_sorted.doctor import addresses, disks, limits, native, packages, run_file
 from megatron_sorted.doctor.devices.local import Check, LocalDevices, read_devices
 from megatron_sorted.doctor.devices.names import PROBED
 from megatron_sorted.doctor.finding import Finding, fail, ok, warn
@@ -31,6 +31,7 @@ class DoctorOptions:
         run: YAML file of a run, if any.
         folder: The folder to measure; None: --save of the run, else the current one.
         world_size: ``--world-size``, if given.
+        compile: Whether to compile the library that decodes on CPUs.
     """
 
     environment: Mapping[str, str]
@@ -39,6 +40,7 @@ class DoctorOptions:
     run: Path | None = None
     folder: Path | None = None
     world_size: int | None = None
+    compile: bool = False
 
 
 def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
@@ -76,6 +78,8 @@ def check_host(options: DoctorOptions) -> list[Finding]:
             *limits.read_shared_memory(), devices.present)),
         ("CPU cores", lambda: limits.check_cores(
             len(os.sched_getaffinity(0)), os.cpu_count() or 1, world.local_size)),
+        (native.NAME, lambda: native.check_native(
+            environment, devices.present, options.compile)),
         ("run folder", lambda: check_folder(options)),
     ]
     # fmt: on

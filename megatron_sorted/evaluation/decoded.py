@@ -7,9 +7,9 @@ from tqdm import tqdm
 from megatron_sorted.decoding.cache.capacity import free_host_bytes
 from megatron_sorted.decoding.cache.eager import distinct_parameters, num_bytes
 from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.native.choice import native_kind, say_once
 from megatron_sorted.decoding.native.compiler import NativeError
-from megatron_sorted.decoding.native.network import KIND_NAMES
-from megatron_sorted.decoding.network import Network, say_once
+from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.strategies import Fixed
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.nested_model import NestedModel
@@ -26,8 +26,8 @@ def decoding_network(model: NestedModel, native: str = "auto") -> Network | None
     Raises:
         SettingsError: The library is asked for and cannot be used.
     """
-    dtype = model.model.dtype
-    if native == "off" or model.model.device.type != "cpu" or dtype not in KIND_NAMES:
+    kind = native_kind(native, model.model.dtype, model.model.device)
+    if kind is None:
         return None
     needed = sum(map(num_bytes, distinct_parameters(model.model, model.exits)))
     free = free_host_bytes()
@@ -37,11 +37,11 @@ def decoding_network(model: NestedModel, native: str = "auto") -> Network | None
                 f"packed copies of the weights need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB "
                 "are free"
             )
-        return Network(model.model, model.exits, native=dtype, keep=True)
+        return Network(model.model, model.exits, native=kind, keep=True)
     except (NativeError, SettingsError) as error:
         if native == "on":
-            raise SettingsError(f"--native: {error}. Use --native off.") from error
-        say_once(f"note: transformers generates the answers, which is slower: {error}")
+            raise SettingsError(f"--native on: {error} Use --native auto.") from error
+        say_once("answers", f"transformers generates the answers, which is slower: {error}")
         return None
 
 

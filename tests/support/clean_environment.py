@@ -5,7 +5,7 @@ It lacks what other tests have set in this process and what a developer's shell 
 
 import os
 
-OURS = ("PATH", "HOME", "TMPDIR")
+OURS = ("PATH", "HOME", "TMPDIR", "MEGATRON_SORTED_CACHE")
 
 
 def clean_environment(**more: object) -> dict[str, str]:

@@ -66,9 +66,7 @@ def last_logits(case: NestedCase, depth: int, text: Sequence[int]) -> torch.Tens
     return case.logits(depth, torch.tensor([list(text)]))[0, -1]
 
 
-KINDS = {
-    "torch": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8,
-}  # fmt: skip
+KINDS = ("torch", "float32", "bfloat16", "int8")
 """Kinds of weights of `plain_network`: torch's in float32, and those of the compiled library."""
 
 
@@ -105,5 +103,6 @@ def plain_network(
                 matrix.weight.mul_(agree)
     other = copy.deepcopy(model).requires_grad_(False)
     exits = {depth: NestedExit(other.model.norm, other.lm_head) for depth in (1, 2, 3, 4)}
-    native = KINDS[kind or ("float32" if has_native() else "torch")]
+    kind = kind or ("float32" if has_native() else "torch")
+    native = None if kind == "torch" else kind
     return NestedCase(model), Network(other, exits, native=native, keep=True)

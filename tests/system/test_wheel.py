@@ -136,6 +136,10 @@ def test_a_wheel_holds_what_runs_and_nothing_else(wheel):
         "slurm/judge.awk",
     ):
         assert f"megatron_sorted/{name}" in names
+    native = "megatron_sorted/decoding/native/source"
+    assert {name for name in names if name.startswith(f"{native}/")} == {
+        f"{native}/{path.name}" for path in (ROOT / native).iterdir()
+    }
     assert any(
         name.endswith("/licenses/LICENSE") or name.endswith("dist-info/LICENSE") for name in names
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sorted.conversion.hugging_face.families import DTYPES
+from megatron_sorted.decoding.native import CHOICES
 from megatron_sorted.decoding.strategies import MEASURES, STRATEGIES, SamplingParameters
 from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE
 from megatron_sorted.errors import DataError, SettingsError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:  # it loads torch
     from megatron_sorted.decoding.requested_strategy import RequestedStrategy
     from megatron_sorted.decoding.text_generator import TextGenerator
 
+DECODED_DTYPES = (*DTYPES, "int8")
+"""Kinds of weights with which models are decoded."""
 STRATEGY_OPTIONS = (
     "depth",
     "depths",
@@ -74,16 +77,24 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=DECODED_DTYPES,
         default="float32",
         metavar="KIND",
-        help=f"{', '.join(DTYPES)} (default: %(default)s)",
+        help=f"{', '.join(DECODED_DTYPES)} (default: %(default)s); int8 on CPUs",
     )
     group.add_argument(
         "--device", help="cpu, or torch's name of a device (default: the accelerator)"
     )
     group.add_argument(
         "--threads", type=int, metavar="N", help="number of CPU threads (default: torch's choice)"
+    )
+    group.add_argument(
+        "--native",
+        choices=CHOICES,
+        default="auto",
+        metavar="WHEN",
+        help="decode on CPUs by a compiled library: auto (unless it cannot), on, off "
+        "(default: %(default)s)",
     )
 
 
@@ -283,6 +294,7 @@ def open_generator(values: argparse.Namespace) -> "TextGenerator":
     check_positive(values, "threads")
     import torch
 
+    from megatron_sorted.decoding.native.choice import native_kind
     from megatron_sorted.decoding.text_generator import open_text_generator
 
     accelerator = (
@@ -295,6 +307,8 @@ def open_generator(values: argparse.Namespace) -> "TextGenerator":
         )
     if values.threads:
         torch.set_num_threads(values.threads)
+    # before a checkpoint is exported or a model read, which may take minutes
+    native_kind(values.native, getattr(torch, values.dtype), values.device)
     generator = open_text_generator(
         values.model,
         values.draft,
@@ -303,6 +317,7 @@ def open_generator(values: argparse.Namespace) -> "TextGenerator":
         getattr(torch, values.dtype),
         values.device,
         values.prompt_template,
+        values.native,
     )
     for line in generator.notes:
         print(f"note: {printable(line)}", file=sys.stderr)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sorted.decoding.cache.memory import BatchCache, LayerSegment
+from megatron_sorted.decoding.native.choice import native_threads
 from megatron_sorted.decoding.native.library import (
     BFLOAT16,
     FLOAT32,
@@ -71,9 +72,7 @@ class NativeCache(BatchCache):
             seen_btt = tree.seen_btt.contiguous()
             places.tree_size, places.tree_first = tree.size, ctypes.addressof(first)
             places.tree_levels, places.tree_seen = levels_bt.data_ptr(), seen_btt.data_ptr()
-        self.library.native_run(
-            torch.get_num_threads(), self._structure(segment), ctypes.byref(places)
-        )
+        self.library.native_run(native_threads(), self._structure(segment), ctypes.byref(places))
         segment.filled = list(ends)
 
     def logits(self, depth: int, slots_bn: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ class NativeCache(BatchCache):
         rows = _integers([row for row in range(b) for _ in range(n)])
         logits = torch.empty(b, n, readout.packed.head.outputs)
         self.library.native_logits(
-            torch.get_num_threads(),
+            native_threads(),
             ctypes.byref(readout.packed),
             hidden_bch.data_ptr(),
             self.capacity,

@@ -1,218 +1,210 @@
-"""Compiles the C++ source on first use, and keeps the library in the user's cache.
+"""The C++ compiler of this machine: which one, for which instructions, and how it is run."""
 
-A library is named by a hash of everything that it depends on: source, flags, compiler and CPU. So a
-home that unlike machines share holds one for each. The folder is the user's alone, and a library
-whose own hash is not the recorded one is never loaded.
-"""
-
-import hashlib
 import os
 import platform
 import shlex
 import shutil
-import stat
+import signal
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "source"
 MAIN = "pass.cpp"
 COMPILERS = ("c++", "g++", "clang++")
+COMPILER_VARIABLE = "CXX"
 FLAGS = (
     "-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden",
     # a product and a sum in one instruction; nothing that would reorder sums
     "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
-CACHE_VARIABLE, COMPILER_VARIABLE = "MEGATRON_SORTED_CACHE", "CXX"
-SECONDS = 300.0
-"""Longest time of a compilation."""
+COMPILE_SECONDS, ASK_SECONDS = 300.0, 30.0
+"""Longest time of a compilation, and of a question such as for the version."""
+NO_SPACE = ("No space left on device", "Disk quota exceeded")
+Targets = Sequence[tuple[str, ...]]
+"""Flags that choose the instructions, best first; the first that the compiler knows are used."""
 
 
 class NativeError(Exception):
-    """The library cannot be built or loaded here; the message says why, without a final stop."""
+    """The library cannot be built, loaded or used here; the message says why, without a stop."""
 
 
-@dataclass(frozen=True)
-class Build:
-    """How a library is built.
+class CacheError(NativeError):
+    """The folder of compiled libraries cannot be used; another one may."""
 
-    Attributes:
-        compiler: Command of the compiler.
-        version: First line of what it says about its version.
-        flags: Its flags, without input and output.
-        name: Name of the library, without folder.
-    """
 
-    compiler: tuple[str, ...]
-    version: str
-    flags: tuple[str, ...]
-    name: str
+class TimeLimitError(NativeError):
+    """A program did not end in time."""
 
 
 def find_compiler(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Return the command of the C++ compiler: that of the variable CXX, else the first on the path.
 
+    CXX may hold options (``ccache g++``), or a path with spaces.
+
     Raises:
         NativeError: There is none.
     """
-    if environment.get(COMPILER_VARIABLE):
-        return tuple(shlex.split(environment[COMPILER_VARIABLE]))
+    path = environment.get("PATH")
+    if named := environment.get(COMPILER_VARIABLE, "").strip():
+        try:
+            command = [named] if os.path.isfile(named) else shlex.split(named)
+        except ValueError as error:
+            raise NativeError(f"{COMPILER_VARIABLE}={named} is no command: {error}") from error
+        program = shutil.which(command[0], path=path) if command else None
+        if program is None:
+            raise NativeError(f"{COMPILER_VARIABLE}={named} names no program that can be run")
+        return (program, *command[1:])
     for name in COMPILERS:
-        if path := shutil.which(name, path=environment.get("PATH")):
-            return (path,)
-    raise NativeError("no C++ compiler (c++, g++ or clang++) was found")
+        if program := shutil.which(name, path=path):
+            return (program,)
+    raise NativeError(
+        f"no C++ compiler ({', '.join(COMPILERS)}) was found; {COMPILER_VARIABLE} may name one"
+    )
 
 
-def cpu_name() -> str:
-    """Return a text that differs between CPUs with other instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = ("model name", "flags", "Features", "CPU part")
-    found = {line.partition(":")[0].strip(): line for line in reversed(lines)}
-    return "\n".join([platform.machine(), *(found[name] for name in wanted if name in found)])
+def compiler_identity(command: Sequence[str], path: str | None = None) -> str:
+    """Return a text that changes when a compiler is replaced; it is not run.
+
+    Programs behind a wrapper (``ccache g++``) count too.
+    """
+    lines = []
+    for word in command:
+        program = shutil.which(word, path=path)
+        if program is None:
+            lines.append(word)
+        else:
+            real = os.path.realpath(program)
+            found = os.stat(real)
+            lines.append(f"{real} {found.st_size} {found.st_mtime_ns}")
+    return "\n".join(lines)
 
 
-def target_flags() -> tuple[str, ...]:
-    """Return the flags that choose the instructions of this CPU."""
-    return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+def targets_of(machine: str) -> Targets:
+    """Return the targets of this machine's CPU, given the name of its architecture.
+
+    On x86 ``-mcpu=native`` is an old spelling that adds no instructions, on ARM ``-march=native``
+    is unknown to older compilers.
+    """
+    if machine in ("x86_64", "AMD64"):
+        return (("-march=native",), ())
+    return (("-mcpu=native",), ("-march=native",), ())
 
 
-def plan_build(
-    environment: Mapping[str, str] = os.environ, target: tuple[str, ...] | None = None
-) -> Build:
-    """Return how the library is built here.
+def own_targets() -> Targets:
+    """Return the targets of this CPU."""
+    return targets_of(platform.machine())
 
-    Args:
-        environment: The process's environment.
-        target: Flags that choose the instructions; by default those of this CPU.
+
+def run_program(
+    command: Sequence[str], seconds: float, environment: Mapping[str, str] = os.environ
+) -> tuple[int, str]:
+    """Run a program with a time limit; return its status and all that it printed.
+
+    A program that does not end in time is ended with the programs that it has started: a compiler
+    is several, and one of them would keep the output open.
 
     Raises:
-        NativeError: There is no compiler, or it does not run.
+        NativeError: It does not start.
+        TimeLimitError: It did not end in time.
     """
-    compiler = find_compiler(environment)
+    name = os.path.basename(command[0])
     try:
-        done = subprocess.run(
-            [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=30
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**environment, "LC_ALL": "C"},
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NativeError(f"the compiler {' '.join(compiler)} does not run: {error}") from error
-    version = done.stdout.partition("\n")[0]
-    flags = (*FLAGS, *(target_flags() if target is None else target))
-    content = hashlib.sha256()
-    for file in sorted(SOURCE.iterdir()):
-        content.update(f"{file.name}\n".encode() + file.read_bytes())
-    for text in (version, *flags, cpu_name()):
-        content.update(text.encode() + b"\n")
-    return Build(compiler, version, flags, f"native-{content.hexdigest()[:32]}.so")
+    except OSError as error:
+        raise NativeError(f"{command[0]} does not start ({error.strerror})") from error
+    with process:
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise TimeLimitError(f"{name} did not end within {seconds:.0f} s") from error
+    return process.returncode, printed
 
 
-def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the user's folder for compiled libraries; it may not exist."""
-    if environment.get(CACHE_VARIABLE):
-        return Path(environment[CACHE_VARIABLE]) / "native"
-    base = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "megatron_sorted" / "native"
+def first_reason(status: int, printed: str) -> str:
+    """Return why a program failed, in one line: its first error, else its first line."""
+    if status < 0:
+        return f"crashed with {signal.Signals(-status).name}"
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    for line in errors or lines:
+        return line[:300]
+    return f"ended with status {status} and printed nothing"
 
 
-def private_folder(folder: Path) -> Path:
-    """Create a folder that only this user can write to; return it.
-
-    Raises:
-        NativeError: It cannot be created, or another user owns it or may write to it.
-    """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except (OSError, RuntimeError) as error:
-        raise NativeError(f"the cache {folder} cannot be used: {error}") from error
-    if found.st_uid != os.geteuid():
-        raise NativeError(f"the cache {folder} belongs to user {found.st_uid}")
-    if stat.S_IMODE(found.st_mode) & 0o022:
-        raise NativeError(f"others may write to the cache {folder}: chmod 700 {folder}")
-    return folder
-
-
-def is_intact(library: Path) -> bool:
-    """Return whether a library in the cache is the one that was built, and this user's own."""
-    record = library.with_suffix(".sha256")
-    try:
-        if library.stat().st_uid != os.geteuid() or library.is_symlink():
-            return False
-        return record.read_text(encoding="ascii").strip() == _sha256(library)
-    except (OSError, ValueError):
-        return False
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def compile_into(build: Build, folder: Path) -> Path:
-    """Compile the library into a folder; two processes may do so at once.
+def compile_library(
+    command: Sequence[str], target: Sequence[str], library: Path, environment: Mapping[str, str]
+) -> None:
+    """Compile the source into ``library``; the compiler's own files lie beside it.
 
     Raises:
-        NativeError: The compiler fails, or the folder is full or read-only.
+        CacheError: The folder is full.
+        NativeError: The compiler fails, or writes nothing.
     """
-    library = folder / build.name
-    try:
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as building:
-            made = Path(building) / "library.so"
-            command = [*build.compiler, *build.flags, str(SOURCE / MAIN), "-o", str(made)]
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=SECONDS
-            )
-            if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if "error" in line]
-                reason = (lines or done.stderr.splitlines() or [f"status {done.returncode}"])[0]
-                raise NativeError(f"{build.compiler[0]} failed: {reason.strip()}")
-            record = Path(building) / "record"
-            record.write_text(_sha256(made) + "\n", encoding="ascii")
-            os.replace(record, library.with_suffix(".sha256"))
-            os.replace(made, library)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NativeError(f"the library cannot be built in {folder}: {error}") from error
-    return library
+    status, printed = run_program(
+        [*command, *FLAGS, *target, str(SOURCE / MAIN), "-o", str(library)],
+        COMPILE_SECONDS,
+        {**environment, "TMPDIR": str(library.parent)},
+    )
+    if any(text in printed for text in NO_SPACE):
+        raise CacheError(f"the folder {library.parent.parent} is full")
+    if status != 0:
+        raise NativeError(f"the compiler {command[0]} failed: {first_reason(status, printed)}")
+    if not library.is_file():
+        raise NativeError(f"the compiler {command[0]} wrote no library")
 
 
-def built_library(
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
-    environment: Mapping[str, str] = os.environ,
-    target: tuple[str, ...] | None = None,
-) -> Path:
-    """Return the library for this CPU: the one in the cache, or a new one.
-
-    Where the cache cannot be used, the library is built in a temporary folder for this process.
-
-    Args:
-        say: Prints a line before and after a compilation.
-        environment: The process's environment.
-        target: Flags that choose the instructions; by default those of this CPU.
+def compiler_version(command: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
+    """Return the first line of what a compiler says about its version.
 
     Raises:
-        NativeError: It cannot be built.
+        NativeError: It does not run.
     """
-    build = plan_build(environment, target)
-    try:
-        folder = private_folder(cache_folder(environment))
-        if is_intact(folder / build.name):
-            return folder / build.name
-        return _compile(build, folder, say)
-    except NativeError as error:
-        if "failed:" in str(error):
-            raise
-        say(f"note: {error}; the library is built for this process alone")
-    return _compile(build, Path(tempfile.mkdtemp(prefix="megatron_sorted-")), say)
+    status, printed = run_program([*command, "--version"], ASK_SECONDS, environment)
+    if status != 0 or not printed.strip():
+        raise NativeError(f"the compiler {command[0]} failed: {first_reason(status, printed)}")
+    return printed.strip().splitlines()[0].strip()
 
 
-def _compile(build: Build, folder: Path, say: Callable[[str], None]) -> Path:
-    say("compiling the decoder for this CPU, once: some seconds")
-    start = time.perf_counter()
-    library = compile_into(build, folder)
-    say(f"compiled in {time.perf_counter() - start:.1f} s: {library}")
-    return library
+def instructions_for(
+    command: Sequence[str], targets: Targets, environment: Mapping[str, str] = os.environ
+) -> str:
+    """Return the instructions that a library would use, without compiling it.
+
+    The compiler is asked for its macros, by which the source decides too: see
+    ``native_instructions`` in pass.cpp.
+
+    Raises:
+        NativeError: The compiler fails.
+    """
+    for target in targets:
+        asked = [*command, *FLAGS[:2], *target, "-E", "-dM", "-x", "c++", os.devnull]
+        status, printed = run_program(asked, ASK_SECONDS, environment)
+        if status == 0:
+            return instructions_of({line.split()[1] for line in printed.splitlines() if line[8:]})
+    raise NativeError(f"the compiler {command[0]} failed: {first_reason(status, printed)}")
+
+
+def instructions_of(macros: set[str]) -> str:
+    """Return the name of the instructions of a target with these macros.
+
+    >>> instructions_of({"__AVX2__", "__SSE2__"})
+    'AVX2'
+    """
+    if "__AVX512F__" in macros:
+        more = [name for name in ("VNNI", "BF16") if f"__AVX512{name}__" in macros]
+        return " with ".join(["AVX512", *([" and ".join(more)] if "VNNI" in more else [])])
+    known = {"__AVX2__": "AVX2", "__ARM_NEON": "NEON"}
+    return next((name for macro, name in known.items() if macro in macros), "portable")

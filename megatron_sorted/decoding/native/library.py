@@ -6,7 +6,7 @@ from ctypes import POINTER, c_char_p, c_float, c_int32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
-from megatron_sorted.decoding.native.compiler import NativeError, built_library
+from megatron_sorted.decoding.native.compiler import NativeError
 
 VERSION = 1
 FLOAT32, BFLOAT16, INT8 = range(3)
@@ -88,10 +88,11 @@ def load_library(path: Path) -> ctypes.CDLL:
     """
     try:
         library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL)
-    except OSError as error:
+        version = library.native_version()
+    except (OSError, AttributeError) as error:
         raise NativeError(f"{path} cannot be loaded: {error}") from error
-    if library.native_version() != VERSION:
-        raise NativeError(f"{path} is version {library.native_version()}, not {VERSION}")
+    if version != VERSION:
+        raise NativeError(f"{path} is version {version}, not {VERSION}")
     library.native_instructions.restype = c_char_p
     library.native_packed_bytes.restype = library.native_num_scales.restype = c_uint64
     library.native_pack.restype = library.native_multiply.restype = None
@@ -114,10 +115,25 @@ def load_library(path: Path) -> ctypes.CDLL:
 
 
 @cache
+def _own_library() -> ctypes.CDLL | NativeError:
+    """Return the library of this process, or why there is none: it is tried once."""
+    # imported here: the trial of a library imports this file
+    from megatron_sorted.decoding.native.library_cache import built_library
+
+    try:
+        with built_library() as path:
+            return load_library(path)
+    except NativeError as error:
+        return error
+
+
 def native_library() -> ctypes.CDLL:
     """Return the library of this process; it is built if there is none yet.
 
     Raises:
         NativeError: It cannot be built or loaded.
     """
-    return load_library(built_library())
+    library = _own_library()
+    if isinstance(library, NativeError):
+        raise NativeError(str(library))
+    return library

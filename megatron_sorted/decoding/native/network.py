@@ -11,14 +11,10 @@ from megatron_sorted.conversion.hugging_face.families import attention_window
 from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
 from megatron_sorted.decoding.cache.eager import num_bytes, resized_embedding
 from megatron_sorted.decoding.native.cache import NativeCache
+from megatron_sorted.decoding.native.choice import native_threads
 from megatron_sorted.decoding.native.library import CLayer, CPart, CReadout, native_library
 from megatron_sorted.decoding.native.parts import check_parts
 from megatron_sorted.decoding.native.weights import Packer
-
-KIND_NAMES = {
-    torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8",
-}  # fmt: skip
-"""Names of the kinds of weights, by the data type that chooses them."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class NativeWeights:
         readouts: Readout of each exit, by depth.
         embedding: The embedding, [v, h]: float32, or bfloat16 for the other kinds. A head tied to
             it is packed beside it.
-        dtype: Data type that stands for the kind of weights, a key of `KIND_NAMES`.
+        dtype: Data type that stands for the kind of weights.
         num_bytes: Size of the packed weights and the embedding.
         held: Tensors whose memory the structures point to.
     """
@@ -85,7 +81,7 @@ class NativeWeights:
 
     @classmethod
     def of(
-        cls, model: nn.Module, exits: dict[int, NestedExit], dtype: torch.dtype, free: bool = True
+        cls, model: nn.Module, exits: dict[int, NestedExit], kind: str, free: bool = True
     ) -> "NativeWeights":
         """Pack a model and its exits, matrix by matrix.
 
@@ -94,7 +90,7 @@ class NativeWeights:
         Args:
             model: The transformers model.
             exits: Exits by depth.
-            dtype: Kind of weights, a key of `KIND_NAMES`.
+            kind: Name of the kind of weights, one of `library.KINDS`.
             free: Whether to free each matrix of the model once it is packed.
 
         Raises:
@@ -103,7 +99,7 @@ class NativeWeights:
         """
         config, library = model.config, native_library()
         check_parts(model, exits)
-        packer = Packer(library, KIND_NAMES[dtype], torch.get_num_threads(), free)
+        packer = Packer(library, kind, native_threads(), free)
         # a head may be the same parameter, and is freed when it is packed
         embedding = model.get_input_embeddings().weight.detach()
         layers = [
@@ -116,12 +112,12 @@ class NativeWeights:
         }
         # the head of a model may be no exit's
         packer.release(model.lm_head.weight)
-        embedding = embedding.to(torch.float32 if dtype == torch.float32 else torch.bfloat16)
+        embedding = embedding.to(torch.float32 if kind == "float32" else torch.bfloat16)
         if free:
             model.get_input_embeddings().weight.data = embedding
             return_memory()
         size = sum(map(num_bytes, [*packer.held, embedding]))
-        return cls(layers, readouts, embedding, dtype, size, packer.held)
+        return cls(layers, readouts, embedding, getattr(torch, kind), size, packer.held)
 
     def resized(self, vocab_size: int) -> "NativeWeights":
         """Return the weights with a vocabulary padded to another size."""
