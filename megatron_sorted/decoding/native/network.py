@@ -1,6 +1,5 @@
 """The weights of a network packed for the compiled library."""
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -102,20 +101,19 @@ class NativeWeights:
         packer = Packer(library, kind, native_threads(), free)
         # a head may be the same parameter, and is freed when it is packed
         embedding = model.get_input_embeddings().weight.detach()
-        layers = [
-            NativeLayer(packer.layer(layer, attention_window(config, index)))
-            for index, layer in enumerate(model.model.layers)
-        ]
-        readouts = {
-            depth: _readout(packer, own, depth, config, embedding.size(1))
-            for depth, own in exits.items()
-        }
+        layers, readouts = [], {}
+        for index, layer in enumerate(model.model.layers):
+            layers.append(NativeLayer(packer.layer(layer, attention_window(config, index))))
+            packer.return_memory()
+        for depth, own in exits.items():
+            readouts[depth] = _readout(packer, own, depth, config, embedding.size(1))
+            packer.return_memory()
         # the head of a model may be no exit's
         packer.release(model.lm_head.weight)
         embedding = embedding.to(torch.float32 if kind == "float32" else torch.bfloat16)
         if free:
             model.get_input_embeddings().weight.data = embedding
-            return_memory()
+        packer.return_memory()
         size = sum(map(num_bytes, [*packer.held, embedding]))
         return cls(layers, readouts, embedding, getattr(torch, kind), size, packer.held)
 
@@ -137,10 +135,3 @@ def _readout(
     packed, block = packer.readout(own, hidden_size), packer.block(own, depth, config)
     layer, parts = (None, None) if block is None else (NativeLayer(block[0]), block[1])
     return NativeReadout(packed, packed.head.outputs, layer, parts)
-
-
-def return_memory() -> None:
-    """Give freed memory back to the system where the C library keeps it (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -72,6 +72,12 @@ class Packer:
         if self.free:
             parameter.data = parameter.data.new_empty(0)
 
+    def return_memory(self) -> None:
+        """Give freed memory back to the system where the C library keeps it (glibc)."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if self.free else None
+        if trim is not None:
+            trim(0)
+
     def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Pack a matrix [out, in] of float32; return the packed bytes and the scales of int8."""
         kind, shape = KINDS[self.kind], weight.shape
