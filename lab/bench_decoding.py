@@ -93,7 +93,7 @@ def main() -> None:
     """Measure, and write the page."""
     values = read_arguments()
     if values.model:
-        network, what = load_network(values.model), values.model.resolve().name
+        network, what = load_network(values.model, native="off"), values.model.resolve().name
     else:
         shape = (2, 64, 172, 4, 256) if values.quick else (10, 640, 1728, 10, 4096)
         network, what = (

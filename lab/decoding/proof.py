@@ -225,9 +225,11 @@ def pairs_expected(
 ) -> dict[tuple[int, int], float]:
     """Return the probability of every pair of next tokens, by transformers' own model."""
 
+    model = network.whole_model()
+
     def distribution(tokens: list[list[int]]) -> torch.Tensor:
         logits = (
-            network.model(torch.tensor(tokens, device=network.device)).logits[:, -1].float()
+            model(torch.tensor(tokens, device=network.device)).logits[:, -1].float()
             / sampling.temperature
         )
         lowest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]

@@ -32,6 +32,8 @@ def peer_run(
 ) -> Run:
     """Return a function that runs transformers' ``generate`` on prompts padded at the left.
 
+    Where the compiled library has packed the model, it is read again at the first run.
+
     Args:
         generator: The model.
         max_new_tokens: Maximum number of new tokens of a text.
@@ -50,9 +52,11 @@ def peer_run(
         rows = list(zip(gaps, prompts, strict=True))
         ids = torch.tensor([gap + prompt for gap, prompt in rows], device=device)
         mask = torch.tensor([gap + [1] * len(prompt) for gap, prompt in rows], device=device)
-        rows = generator.network.model.generate(
-            ids, attention_mask=mask, generation_config=config, **more
-        )[:, longest:].tolist()
+        rows = (
+            generator.network.whole_model()
+            .generate(ids, attention_mask=mask, generation_config=config, **more)[:, longest:]
+            .tolist()
+        )
         return [until_end(row, generator.end_ids) for row in rows], 0
 
     return run

@@ -3,20 +3,19 @@
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, FAMILIES, attention_window
-from megatron_sorted.conversion.hugging_face.nested_exits import ExitBlock, ExitNorm, NestedExit
-from megatron_sorted.decoding.cache.layer import Layer, norm
-from megatron_sorted.decoding.cache.matrix import Matrices, Matrix
+from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, FAMILIES
+from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
+from megatron_sorted.decoding.cache.eager import EagerWeights
+from megatron_sorted.decoding.cache.memory import BatchCache
 from megatron_sorted.decoding.native.choice import native_kind, refuse_or_report
 from megatron_sorted.decoding.native.compiler import NativeError
-from megatron_sorted.decoding.native.network import NativeNetwork
+from megatron_sorted.decoding.native.network import NativeWeights
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.platform.graphs import graphs_of
@@ -25,40 +24,47 @@ UNKNOWN_ROTATIONS = ("dynamic", "longrope")
 """Rotary embeddings that depend on the text's length, so that cached keys would become wrong."""
 
 
-@dataclass(frozen=True)
-class ExitReadout:
-    """The modules that turn the hidden state at an exit into logits.
+class Weights(Protocol):
+    """The weights of a network in the form that runs it: torch's own, or the compiled library's.
 
     Attributes:
-        norm: Norm before the head; it may hold an MLP or adapter of the exit's own.
-        head: Output matrix.
-        block: The exit's own layer before the norm, with its own KV cache; None without one.
-        adapter: The exit's own adapter before the block; None without one.
+        layers: Layers from shallow to deep, with num_groups and head_size.
+        readouts: Readout of each exit, by depth, with block and adapter.
+        embedding: The embedding, [v, h].
+        dtype: Data type that stands for the kind of weights.
+        state_dtype: Data type of hidden states, keys and values.
+        num_bytes: Size of all weights.
+        cache_type: The memory of a batch of texts, whose passes it runs.
+        is_native: Whether the compiled library runs the network.
     """
 
-    norm: nn.Module
-    head: Matrix
-    block: Layer | None = None
-    adapter: nn.Module | None = None
+    layers: Sequence[Any]
+    readouts: dict[int, Any]
+    embedding: Tensor
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    num_bytes: int
+    cache_type: type[BatchCache]
+    is_native: bool
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., v] of hidden states [..., h] after the block, if there is one."""
-        normed = self.norm(hidden) if isinstance(self.norm, ExitNorm) else norm(hidden, self.norm)
-        return self.head(normed)
+    def resized(self, vocab_size: int) -> "Weights":
+        """Return the weights with a vocabulary padded to another size, which share the layers."""
 
 
 class Network:
-    """The layers and exits of a transformers model, whose weights it shares.
+    """The layers and exits of a transformers model, as they are decoded.
 
     Attributes:
-        model: The model; it stays usable.
+        model: The model. If the compiled library runs the network, its matrices are freed and only
+            its config, rotary embedding and generation config are usable; see `whole_model`.
         depths: Depths of its exits, increasing; the last is the full model.
-        layers: Layers from shallow to deep.
-        readouts: Readout of each exit, by depth.
+        weights: The weights.
+        rotary: The model's rotary embedding.
+        num_layers: Number of layers.
         graphs: Whether forward passes take the tokens' positions from the device, so that they can
             be recorded as graphs and replayed.
         make_recorder: Function that makes a recorder of graphs; None if the device has none.
-        idle: Caches that are not in use; see `cache.memory.acquire`.
+        idle: Caches that are not in use; see `cache.idle.acquire`.
     """
 
     def __init__(
@@ -68,8 +74,9 @@ class Network:
         packed: bool = True,
         graphs: bool | None = None,
         native: str | None = None,
+        keep: bool = False,
     ):
-        """Join the model's matrices.
+        """Join or pack the model's matrices.
 
         Args:
             model: The transformers model; it must not be moved to another device afterwards.
@@ -78,9 +85,10 @@ class Network:
             graphs: See the class; by default True if the device has graphs.
             native: Name of the kind of weights with which the compiled library runs the network;
                 None: torch runs it.
+            keep: Whether the model keeps its matrices if the compiled library has packed them.
 
         Raises:
-            NativeError: The compiled library cannot run this network.
+            NativeError: The compiled library cannot run this network; the model is unchanged.
             SettingsError: The model's family or rotary embedding is not supported.
         """
         config = model.config
@@ -95,25 +103,17 @@ class Network:
                 f"rope_type: {kind} rotates by the length of the text, which a cache cannot "
                 "follow. Use transformers' own generate."
             )
-        self.model, self.depths, self.native = model, tuple(sorted(exits)), None
-        if native is not None:
-            self.native = NativeNetwork(model, exits, native)
-            self.layers, self.readouts = self.native.layers, self.native.readouts
-            self.embedding = self.native.embedding
-        else:
-            matrices = Matrices(packed)
-            self.layers = [
-                Layer(layer, matrices, attention_window(config, index))
-                for index, layer in enumerate(model.model.layers)
-            ]
-            self.readouts = {
-                depth: make_readout(config, depth, own, matrices) for depth, own in exits.items()
-            }
-            self.embedding = model.get_input_embeddings().weight
+        self.model, self.depths = model, tuple(sorted(exits))
+        self.weights: Weights = (
+            EagerWeights.of(model, exits, packed)
+            if native is None
+            else NativeWeights.of(model, exits, native, not keep)
+        )
         self.rotary, self.num_layers = model.model.rotary_emb, len(self.layers)
-        self.make_recorder = graphs_of(self.device)
+        self.make_recorder = None if self.is_native else graphs_of(self.device)
         self.graphs = self.make_recorder is not None if graphs is None else graphs
         self.idle: list = []
+        self._whole = None if self.is_native and not keep else model
 
     def resized(self, vocab_size: int) -> "Network":
         """Return a network with a vocabulary padded to another size, which shares the layers.
@@ -121,24 +121,33 @@ class Network:
         Tokens beyond the old size have zeros as embedding and are never chosen.
         """
         other = copy.copy(self)
-        missing = vocab_size - self.vocab_size
-        other.embedding = (
-            F.pad(self.embedding, (0, 0, 0, missing))
-            if missing > 0
-            else self.embedding[:vocab_size]
-        )
-        other.idle = []
-        if self.native is not None:
-            other.readouts = self.native.resized(vocab_size)
-            return other
-        heads = {
-            id(readout.head): readout.head.resized(vocab_size) for readout in self.readouts.values()
-        }
-        other.readouts = {
-            depth: replace(readout, head=heads[id(readout.head)])
-            for depth, readout in self.readouts.items()
-        }
+        other.weights, other.idle = self.weights.resized(vocab_size), []
         return other
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """Return the layers from shallow to deep."""
+        return self.weights.layers
+
+    @property
+    def readouts(self) -> dict[int, Any]:
+        """Return the readout of each exit, by depth."""
+        return self.weights.readouts
+
+    @property
+    def embedding(self) -> Tensor:
+        """Return the embedding, [v, h]."""
+        return self.weights.embedding
+
+    @property
+    def is_native(self) -> bool:
+        """Return whether the compiled library runs the network."""
+        return self.weights.is_native
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of all weights."""
+        return self.weights.num_bytes
 
     @property
     def vocab_size(self) -> int:
@@ -162,13 +171,35 @@ class Network:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the data type of the weights."""
-        return self.embedding.dtype
+        """Return the data type that stands for the kind of weights; torch.int8 for int8."""
+        return self.weights.dtype
+
+    @property
+    def kind(self) -> str:
+        """Return the name of the kind of weights, such as bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def state_dtype(self) -> torch.dtype:
         """Return the data type of hidden states, keys and values."""
-        return self.dtype if self.native is None else torch.float32
+        return self.weights.state_dtype
+
+    @property
+    def cache_type(self) -> type[BatchCache]:
+        """Return the memory of a batch of texts, whose passes it runs."""
+        return self.weights.cache_type
+
+    def whole_model(self) -> nn.Module:
+        """Return the model with all weights, for transformers' own methods.
+
+        Where the compiled library runs the network, the model is read again, once; int8 has no
+        counterpart in transformers, and is float32 there.
+        """
+        if self._whole is None:
+            dtype = self.dtype if self.dtype.is_floating_point else torch.float32
+            model, _ = load_with_exits(Path(self.model.config.name_or_path), dtype)
+            self._whole = model.requires_grad_(False)
+        return self._whole
 
     def check_depth(self, depth: int, name: str) -> None:
         """Check that the model has an exit at ``depth``.
@@ -181,18 +212,6 @@ class Network:
                 f"{name}: depth {depth} is no exit of this model; its exits are "
                 f"{', '.join(map(str, self.depths))}. Use one of them."
             )
-
-
-def make_readout(config, depth: int, own: NestedExit, matrices: Matrices) -> ExitReadout:
-    """Return the readout of an exit with these modules."""
-    head = matrices.of(own.head)
-    if own.block is None:
-        return ExitReadout(own.norm, head)
-    module, adapter = own.block, None
-    if isinstance(module, ExitBlock):
-        module, adapter = module.layer, module.adapter
-    window = attention_window(config, min(depth, config.num_hidden_layers - 1))
-    return ExitReadout(own.norm, head, Layer(module, matrices, window), adapter)
 
 
 def load_network(
@@ -218,15 +237,15 @@ def load_network(
 
     Raises:
         CheckpointError: The directory holds no intact model.
-        SettingsError: The model is not supported, a depth is not one of its layers, or the
-            compiled library is needed and cannot be used.
+        SettingsError: The model is not supported, a depth is not one of its layers, or the compiled
+            library is asked for and cannot run the network.
     """
     if graphs and native == "auto":
         native = "off"  # graphs are torch's
     kind = native_kind(native, dtype, device)
-    model, exits = load_with_exits(
-        Path(directory), dtype if dtype.is_floating_point else torch.float32
-    )
+    # packed as it is stored: a copy in another type would only take more memory
+    stored = dtype if kind in (None, "bfloat16") else None
+    model, exits = load_with_exits(Path(directory), stored)
     last = model.config.num_hidden_layers
     for depth in depths or ():
         if not 1 <= depth <= last:
@@ -236,17 +255,23 @@ def load_network(
         exits.setdefault(depth, NestedExit(model.model.norm, model.lm_head))
     if depths is not None:
         exits = {depth: own for depth, own in exits.items() if depth in depths or depth == last}
-    for own in exits.values():
-        for module in (own.block, own.norm, own.head):
-            if module is not None:
-                module.to(device)
-    model = model.to(device).requires_grad_(False).eval()
+    for module in (model, *(part for own in exits.values() for part in _modules(own))):
+        module.to(device)
+    model.requires_grad_(False).eval()
     if kind is not None:
         try:
-            return Network(model, exits, graphs=False, native=kind)
+            return Network(model, exits, native=kind)
         except NativeError as error:
             refuse_or_report(error, native, kind)
+    if stored is None:
+        for module in (model, *(part for own in exits.values() for part in _modules(own))):
+            module.to(dtype)
     return Network(model, exits, graphs=graphs)
+
+
+def _modules(own: NestedExit) -> list[nn.Module]:
+    """Return the modules of an exit."""
+    return [part for part in (own.block, own.norm, own.head) if part is not None]
 
 
 def config_sha256(network: Network) -> str:

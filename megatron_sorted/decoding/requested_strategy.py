@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_sorted.decoding.native.choice import report_once
 from megatron_sorted.decoding.network import Network, draft_key
 from megatron_sorted.decoding.strategies import (
     MEASURES,
@@ -21,8 +22,13 @@ from megatron_sorted.decoding.strategies import (
     Strategy,
     TreeSpeculative,
 )
-from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE, read_tuned_options
+from megatron_sorted.decoding.tuning.tuned_options import (
+    TUNED_FILE,
+    other_weights,
+    read_tuned_options,
+)
 from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.reading.shown import shown
 
 MAX_DRAFT_TOKENS = 64
 MAX_TREE_TOKENS = 512
@@ -67,6 +73,8 @@ class RequestedStrategy:
         """
         tuned = self.tuned(draft)
         name = self.name or tuned.get("best") or "full"
+        if name in tuned.get("strategies", {}):
+            self._say_if_other_weights(tuned, network)
         known = {one.name for one in fields(STRATEGIES[name])}
         for option in self.options:
             if option not in known:
@@ -92,6 +100,20 @@ class RequestedStrategy:
                 f"writes them ({error}). Remove it and tune again."
             ) from error
         return strategy
+
+    def _say_if_other_weights(self, tuned: Mapping[str, Any], network: Network) -> None:
+        """Print a line if the options were tuned with other weights than the network's.
+
+        They are used all the same: no lossless strategy writes another text with them.
+        """
+        if (other := other_weights(tuned, network.kind, network.is_native)) is not None:
+            by = "the compiled library" if network.is_native else "torch"
+            report_once(
+                "tuned",
+                f"{shown(self.model / TUNED_FILE)} was measured with {other}, and the model "
+                f"is run in {network.kind} by {by}: other options may be faster, and early_exit "
+                "may keep fewer tokens. Run megatron-sorted tune again.",
+            )
 
 
 def default_options(name: str, drafter: Network, is_other_model: bool) -> dict:

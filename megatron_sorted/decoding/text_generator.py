@@ -270,10 +270,8 @@ def open_draft(
         SettingsError: The tokenizers give tokens different numbers, or the compiled library is
             needed and cannot run the draft model.
     """
-    kind, native = network.dtype, native if network.native is not None else "off"
-    if network.native is not None:
-        kind = getattr(torch, network.native.kind)
-    draft = load_network(directory, None, kind, network.device, native=native)
+    native = native if network.is_native else "off"
+    draft = load_network(directory, None, network.dtype, network.device, native=native)
     own = open_tokenizer(directory, option)
     if own.vocabulary() != tokenizer.vocabulary():
         raise SettingsError(

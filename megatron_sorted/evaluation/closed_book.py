@@ -11,8 +11,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from megatron_sorted.decoding.generate import Limits
+from megatron_sorted.decoding.network import Network
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.answers import exact_match, exact_match_with_case, f1, first_line
+from megatron_sorted.evaluation.decoded import continue_greedily
 from megatron_sorted.evaluation.nested_model import NestedModel
 from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.text.prompt_form import PromptForm
@@ -161,9 +164,25 @@ def answer_questions(
     prompts: Sequence[list[int]],
     how: Answering,
     title: str | None = None,
+    network: Network | None = None,
 ) -> Answered:
-    """Return the answers of one exit with their scores."""
-    texts = decode_greedily(model.sub_model(depth), prompts, how, title)
+    """Return the answers of one exit with their scores.
+
+    Args:
+        model: The model.
+        depth: Depth of the exit.
+        questions: The questions.
+        prompts: Tokens of each prompt.
+        how: How answers are generated.
+        title: Title of the progress bar; None for no bar.
+        network: The model as `decoded.decoding_network` returns it; None: transformers generates.
+    """
+    if network is None:
+        texts = decode_greedily(model.sub_model(depth), prompts, how, title)
+    else:
+        limits = Limits(how.max_new_tokens, frozenset(how.stop_ids))
+        added = continue_greedily(network, depth, prompts, limits, how.batch_size, title)
+        texts = [how.tokenizer.decode(ids, skip_special_tokens=True) for ids in added]
     answers = [first_line(text) for text in texts]
     pairs = [(answer, question.right) for answer, question in zip(answers, questions, strict=True)]
     scores = {one.__name__: one for one in (exact_match, f1, exact_match_with_case)}

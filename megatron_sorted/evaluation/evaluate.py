@@ -14,6 +14,7 @@ from megatron_sorted.evaluation.closed_book import (
     encode_conversations,
     encode_prompts,
 )
+from megatron_sorted.evaluation.decoded import decoding_network
 from megatron_sorted.evaluation.documents import Document, encode_documents
 from megatron_sorted.evaluation.harness import Harness
 from megatron_sorted.evaluation.heads import (
@@ -93,6 +94,7 @@ class Measures:
         batch_tokens: Maximum number of tokens of a forward pass.
         batch_size: Number of questions in a batch.
         max_new_tokens: Maximum number of tokens of an answer.
+        native: Whether the compiled library generates answers; see `decoded.decoding_network`.
         harness: Tasks of lm-evaluation-harness; None without any.
         task_shots, task_limit: Numbers of worked examples and of samples of these tasks.
         head_documents: Documents to train heads on; needed if a subject has ``with_heads``.
@@ -115,6 +117,7 @@ class Measures:
     batch_tokens: int = 8192
     batch_size: int = 16
     max_new_tokens: int = 32
+    native: str = "auto"
     harness: Harness | None = None
     task_shots: int | None = None
     task_limit: int | None = None
@@ -248,6 +251,7 @@ def _measure(
             for name, samples in sets.items()
         }
         keep()
+    network = decoding_network(model, measures.native) if measures.questions else None
     for name, questions in measures.questions.items():
         max_tokens, ends = model.max_positions - measures.max_new_tokens, ()
         if form is not None and form.is_conversation and questions.conversations:
@@ -264,7 +268,13 @@ def _measure(
         how = Answering(tokenizer, measures.max_new_tokens, measures.batch_size, ends)
         measured.questions[name] = {
             depth: answer_questions(
-                model, depth, questions.questions, prompts, how, title(f"{name}, depth {depth}")
+                model,
+                depth,
+                questions.questions,
+                prompts,
+                how,
+                title(f"{name}, depth {depth}"),
+                network,
             )
             for depth in model.depths
         }

@@ -26,8 +26,13 @@ from megatron_sorted.reading.json_text import read_optional_object
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.prompt_form import end_tokens
 
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Data types in which a model may be loaded as it is stored."""
 
-def load_with_exits(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[int, NestedExit]]:
+
+def load_with_exits(
+    directory: Path, dtype: torch.dtype | None
+) -> tuple[nn.Module, dict[int, NestedExit]]:
     """Load a model and its exits, {depth: exit}.
 
     A model that names no exits has its last layer alone.
@@ -35,6 +40,11 @@ def load_with_exits(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, dic
     transformers never reads the directory: it is given the keys of config.json that describe a
     network, and tensors. So no key makes it run code or download files, and every tensor of the
     files is used, as in all other commands.
+
+    Args:
+        directory: The directory.
+        dtype: Data type of the weights; None for the one that all tensors of the files have, or
+            float32 if they have several.
 
     Raises:
         CheckpointError: Files are missing or damaged, config.json names exits that are no layers,
@@ -51,12 +61,15 @@ def load_with_exits(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, dic
     exits_of_config(config, where)
     source = HuggingFaceFiles(directory)
     check_num_layers(layers, source.tensors, shown(directory))
+    stored = {info.dtype for info in source.tensors.values()}
+    if (directory / EXITS_FILE).is_file():  # checked before a library reads it
+        stored |= {place.info.dtype for place in read_header(directory / EXITS_FILE).values()}
+    if dtype is None:
+        dtype = stored.pop() if len(stored) == 1 and stored <= {*STORED_DTYPES} else torch.float32
     model = network_of_config(config, where, dtype, "sdpa")
     fill_network(model, source, shown(directory))
     model.config.name_or_path = str(directory)
     _set_special_tokens(model, directory)
-    if (directory / EXITS_FILE).is_file():
-        read_header(directory / EXITS_FILE)  # checks the file before a library reads it
     try:
         return model, read_exits(directory, model, config)
     except ValueError as error:

@@ -202,8 +202,10 @@ def open_adaptation(
 
     Raises the errors of `candidate_strategies` and `Adaptation`.
     """
+    network = generator.network
     origin = {
-        "machine": machine,
+        # speeds of another kind of weights say nothing; torch's files stay as they were
+        "machine": {**machine, "native": network.kind} if network.is_native else machine,
         "draft": None if generator.draft is None else draft_key(choice.draft, generator.draft),
     }
     return Adaptation(

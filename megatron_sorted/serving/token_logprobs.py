@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from megatron_sorted.decoding.cache.capacity import as_memory_error
+from megatron_sorted.decoding.cache.capacity import as_memory_error, check_cache_memory
+from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.text_generator import ANCHOR, BROKEN
 from megatron_sorted.text.tokenizer.contract import Tokenizer
@@ -42,8 +42,8 @@ def logprobs_of(
 ) -> list[tuple[float, list[tuple[int, float]]]]:
     """Return (logprob, [(token, logprob)] of the most likely) of each token from ``first`` on.
 
-    One pass of the full model over the whole text, as transformers computes it; temperature and
-    penalties do not change the numbers.
+    One pass of the full model over the whole text, with the products that write texts; temperature
+    and penalties do not change the numbers.
 
     Args:
         network: The model.
@@ -54,15 +54,17 @@ def logprobs_of(
     Raises:
         MemoryExhaustedError: The text does not fit into memory.
     """
-    scored = []
+    scored, depth = [], network.num_layers
     with as_memory_error():
+        check_cache_memory(network, 1, len(tokens), [depth])
         ids_1s = torch.tensor([list(tokens)], device=network.device)
-        hidden_sh = network.model.model(
-            input_ids=ids_1s[:, :-1], use_cache=False
-        ).last_hidden_state[0]
+        state = DecodingState(network, 1, len(tokens), [depth])
+        state.append(ids_1s[:, :-1])
+        state.read(depth)
         for begin in range(first, len(tokens), POSITIONS_AT_ONCE):
             end = min(begin + POSITIONS_AT_ONCE, len(tokens))
-            logits_nv: Tensor = network.model.lm_head(hidden_sh[begin - 1 : end - 1])
+            slots_1n = torch.arange(begin - 1, end - 1, device=network.device)[None]
+            logits_nv = state.logits(depth, slots_1n)[0]
             scores_nv = logits_nv.float().log_softmax(-1)
             own_n = scores_nv.gather(-1, ids_1s[0, begin:end, None])[:, 0].tolist()
             best = scores_nv.topk(min(num_top, scores_nv.size(-1)), dim=-1)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_sorted.decoding.cache.memory import MAX_IDLE
+from megatron_sorted.decoding.cache.idle import MAX_IDLE
 from megatron_sorted.decoding.cache.passes import Passes
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.generate import Limits, generate, stream

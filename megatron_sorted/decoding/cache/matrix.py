@@ -70,10 +70,16 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class Matrices:
-    """A factory of matrices that shares a matrix among all exits that use it."""
+    """A factory of matrices that shares a matrix among all exits that use it.
+
+    Attributes:
+        packed: Whether matrices are packed if torch and the device can.
+        num_packed_bytes: Size of the packed copies.
+    """
 
     def __init__(self, packed: bool):
         self.packed, self._by_weight = packed, {}
+        self.num_packed_bytes = 0
 
     def of(self, module: nn.Linear) -> Matrix:
         """Return the matrix of a linear module."""
@@ -83,12 +89,18 @@ class Matrices:
             None if module.bias is None else module.bias.data_ptr(),
         )
         if key not in self._by_weight:
-            self._by_weight[key] = Matrix(module.weight, module.bias, self.packed)
+            self._by_weight[key] = self._make(module.weight, module.bias)
         return self._by_weight[key]
 
     def joined(self, modules: list[nn.Linear]) -> Matrix:
         """Return the concatenated matrices of ``modules``."""
-        return Matrix(*join(modules), self.packed)
+        return self._make(*join(modules))
+
+    def _make(self, weight: Tensor, bias: Tensor | None) -> Matrix:
+        made = Matrix(weight, bias, self.packed)
+        if made.packed is not None:
+            self.num_packed_bytes += weight.numel() * weight.element_size()
+        return made
 
 
 def join(modules: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:

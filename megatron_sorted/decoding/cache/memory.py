@@ -7,26 +7,25 @@ and replayed.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.layer import KVCache, Layer
+from megatron_sorted.decoding.cache.layer import KVCache
 from megatron_sorted.decoding.cache.passes import Passes
 from megatron_sorted.decoding.cache.places import Places, rotation_tables
 from megatron_sorted.decoding.cache.transfer import numbers, set_numbers
-from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.speculation.tree import DraftTree
+
+if TYPE_CHECKING:  # it imports the caches of all kinds of weights
+    from megatron_sorted.decoding.network import Network
 
 MAX_WIDTH = 65
 """Maximum number of new tokens of a row in a replayed pass: the longest draft and one token."""
 MIN_SPAN = 128
 """Smallest number of slots that a replayed pass attends to; larger ones are powers of two."""
-MAX_IDLE = 4
-"""Maximum number of unused caches that a network keeps."""
-MAX_IDLE_BYTES = 4 << 30
-"""Maximum size of these caches together."""
 
 
 class LayerSegment:
@@ -39,21 +38,19 @@ class LayerSegment:
         caches: KV cache of each layer.
         hidden_bch: Output of the last layer in every slot.
         filled: Number of slots that are filled, by row.
-        native: The compiled library's structure, once it has run.
     """
 
     def __init__(
         self,
         source: int,
-        layers: Sequence[Layer],
-        adapter,
+        layers: Sequence[Any],
+        adapter: Any,
         caches: list[KVCache],
         hidden_bch: Tensor,
     ):
         self.source, self.layers, self.adapter = source, list(layers), adapter
         self.caches, self.hidden_bch = caches, hidden_bch
         self.filled = [0] * hidden_bch.size(0)
-        self.native = None
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors with a row per text."""
@@ -77,7 +74,7 @@ class BatchCache:
 
     def __init__(
         self,
-        network: Network,
+        network: "Network",
         num_rows: int,
         capacity: int,
         stops: Sequence[int],
@@ -86,7 +83,7 @@ class BatchCache:
         self.num_rows, self.capacity = num_rows, capacity
         self.stops, self.passes = tuple(sorted(set(stops))), passes
         self.embedding, self.readouts = network.embedding, network.readouts
-        self.native, self.dtype = network.native, network.state_dtype
+        self.dtype = network.state_dtype
         self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=network.device)
         self.cos_cd, self.sin_cd = rotation_tables(
             network.rotary, capacity, self.dtype, network.device
@@ -109,7 +106,9 @@ class BatchCache:
             )
             self._counts: list[int] = []
 
-    def _make_segment(self, source: int, layers: Sequence[Layer], adapter=None) -> LayerSegment:
+    def _make_segment(
+        self, source: int, layers: Sequence[Any], adapter: Any = None
+    ) -> LayerSegment:
         def zeros(*shape: int) -> Tensor:
             shape = (self.num_rows, *shape)
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -174,6 +173,34 @@ class BatchCache:
                 for cache in segment.caches
             ]
 
+    def fill(self, segment: LayerSegment, ends: Sequence[int], tree: DraftTree | None) -> None:
+        """Run a segment on the tokens that it has not processed yet.
+
+        Args:
+            segment: The segment.
+            ends: End of the slots to fill, by row.
+            tree: Draft tree behind the texts; None without one.
+        """
+        counts = [end - filled for end, filled in zip(ends, segment.filled, strict=True)]
+        n = max(counts)
+        in_tree = tree is not None and any(
+            end > begin for end, begin in zip(ends, tree.first, strict=True)
+        )
+        if self.passes is not None and not in_tree and n <= MAX_WIDTH and min(segment.filled) > 0:
+            self.run_pass(segment, segment.filled, counts)
+        elif len(set(segment.filled)) == 1 and len(set(ends)) == 1 and not in_tree:
+            first, end = segment.filled[0], ends[0]
+            span = slice(first, end)
+            cos_bnd, sin_bnd = self.cos_cd[None, span], self.sin_cd[None, span]
+            self.run(segment, (slice(None), span), Places(cos_bnd, sin_bnd, end, first))
+        else:
+            slots, counted = self.slots(
+                numbers(segment.filled, self.device), numbers(counts, self.device), n
+            )
+            places = self.places(slots, counted, max(ends), tree)
+            self.run(segment, (places.rows_b1, slots), places)
+        segment.filled = list(ends)
+
     def run(self, segment: LayerSegment, at: tuple, places: Places) -> None:
         """Run the layers of a segment on the tokens in the slots ``at``."""
         hidden = (
@@ -190,8 +217,6 @@ class BatchCache:
     def logits(self, depth: int, slots_bn: Tensor) -> Tensor:
         """Return the logits [b, n, v] of the exit at ``depth`` in these slots, already filled."""
         hidden = (self.blocks.get(depth) or self.segments[depth]).hidden_bch
-        if self.native is not None:
-            return self.native.logits(self.readouts[depth], hidden, slots_bn)
         return self.readouts[depth].logits(
             hidden.gather(1, slots_bn[:, :, None].expand(-1, -1, hidden.size(2)))
         )
@@ -283,36 +308,3 @@ def move(memory: BatchCache, sources_bm: Tensor, targets_bm: Tensor) -> None:
         for cache in segment.caches:
             cache.keys[rows, :, targets_bm] = cache.keys[rows, :, sources_bm]
             cache.values[rows, :, targets_bm] = cache.values[rows, :, sources_bm]
-
-
-def acquire(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> BatchCache:
-    """Return an empty cache of at least this capacity: an unused one of the network or a new one.
-
-    Capacities are powers of two, so that a cache can be reused for texts of other lengths.
-    """
-    wanted = num_rows, max(MIN_SPAN, 1 << (capacity - 1).bit_length()), tuple(sorted(set(stops)))
-    for memory in reversed(network.idle):
-        if (memory.num_rows, memory.capacity, memory.stops) == wanted:
-            network.idle.remove(memory)
-            memory.clear()
-            return memory
-    try:
-        return _make(network, *wanted)
-    except torch.OutOfMemoryError:
-        network.idle.clear()
-    return _make(network, *wanted)
-
-
-def release(network: Network, memory: BatchCache) -> None:
-    """Keep a cache for later use; if there are too many, drop those unused for longest."""
-    network.idle.append(memory)
-    while (
-        len(network.idle) > MAX_IDLE or sum(one.num_bytes for one in network.idle) > MAX_IDLE_BYTES
-    ):
-        del network.idle[0]
-
-
-def _make(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> BatchCache:
-    passes = Passes(network.make_recorder() if network.make_recorder else None)
-    with torch.inference_mode(False):  # inference tensors cannot be written outside the mode
-        return BatchCache(network, num_rows, capacity, stops, passes)

@@ -12,15 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.memory import (
-    MAX_WIDTH,
-    BatchCache,
-    LayerSegment,
-    acquire,
-    move,
-    release,
-)
-from megatron_sorted.decoding.cache.places import Places
+from megatron_sorted.decoding.cache.idle import acquire, release
+from megatron_sorted.decoding.cache.memory import MAX_WIDTH, BatchCache, LayerSegment, move
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.speculation.tree import DraftTree
@@ -52,7 +45,7 @@ class DecodingState:
         """Return an empty cache: with graphs, one with recorded passes if the network has any."""
         self._release = None
         if not self.network.graphs:
-            return BatchCache(self.network, num_rows, self.capacity, stops)
+            return self.network.cache_type(self.network, num_rows, self.capacity, stops)
         memory = acquire(self.network, num_rows, self.capacity, stops)
         self._release = weakref.finalize(self, release, self.network, memory)
         self._release.atexit = False
@@ -191,7 +184,6 @@ class DecodingState:
 
     def _fill(self, segment: LayerSegment) -> None:
         """Run a segment on the tokens that it has not processed yet."""
-        memory = self.memory
         while any(
             filled < length for filled, length in zip(segment.filled, self.lengths, strict=True)
         ):
@@ -199,29 +191,4 @@ class DecodingState:
                 min(length, filled + PART)
                 for filled, length in zip(segment.filled, self.lengths, strict=True)
             ]
-            if memory.native is not None:
-                memory.native.run(memory, segment, segment.filled, ends, self.tree)
-                segment.filled = ends
-                continue
-            counts = [end - filled for end, filled in zip(ends, segment.filled, strict=True)]
-            n = max(counts)
-            in_tree = self.tree is not None and any(
-                end > begin for end, begin in zip(ends, self.tree.first, strict=True)
-            )
-            if (
-                memory.passes is not None
-                and not in_tree
-                and n <= MAX_WIDTH
-                and min(segment.filled) > 0
-            ):
-                memory.run_pass(segment, segment.filled, counts)
-            elif len(set(segment.filled)) == 1 and len(set(ends)) == 1 and not in_tree:
-                first, end = segment.filled[0], ends[0]
-                span = slice(first, end)
-                cos_bnd, sin_bnd = memory.cos_cd[None, span], memory.sin_cd[None, span]
-                memory.run(segment, (slice(None), span), Places(cos_bnd, sin_bnd, end, first))
-            else:
-                slots, counted = self._slots(segment.filled, counts, n)
-                places = memory.places(slots, counted, max(ends), self.tree)
-                memory.run(segment, (places.rows_b1, slots), places)
-            segment.filled = ends
+            self.memory.fill(segment, ends, self.tree)

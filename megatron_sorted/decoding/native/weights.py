@@ -10,32 +10,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megatron_sorted.conversion.hugging_face.families import attention_window
-from megatron_sorted.conversion.hugging_face.nested_exits import (
-    ExitAdapter,
-    ExitBlock,
-    ExitMlp,
-    ExitNorm,
-    NestedExit,
-)
-from megatron_sorted.decoding.native.compiler import NativeError
+from megatron_sorted.conversion.hugging_face.nested_exits import ExitAdapter, ExitNorm, NestedExit
+from megatron_sorted.decoding.cache.eager import parts_of_block, window_of_block
 from megatron_sorted.decoding.native.library import KINDS, CLayer, CMatrix, CPart, CReadout
 
 
 @dataclass
 class Packer:
-    """Packs the parts of a network, and frees the unpacked weights.
+    """Packs the parts of a network that `parts.check_parts` has accepted.
 
     Attributes:
         library: The compiled library.
         kind: Name of the kind of weights, one of ``KINDS``.
         threads: Number of threads.
+        free: Whether to free each matrix once it is packed.
         held: Tensors whose memory the structures point to.
     """
 
     library: ctypes.CDLL
     kind: str
     threads: int
+    free: bool = True
     held: list[Tensor] = field(default_factory=list)
     _matrices: dict[tuple[int, ...], CMatrix] = field(default_factory=dict)
 
@@ -49,16 +44,14 @@ class Packer:
         """Pack the matrices of linear modules, one below the other, as one.
 
         A matrix that several exits share is packed once.
-
-        Raises:
-            NativeError: A weight is not finite.
         """
-        key = tuple(module.weight.data_ptr() for module in modules)
+        # addresses of parameters, since those of freed weights are used again
+        key = tuple(id(module.weight) for module in modules)
         if key in self._matrices:
             return self._matrices[key]
-        weight = torch.cat([module.weight.detach().to(torch.float32) for module in modules])
-        if not torch.isfinite(weight).all():
-            raise NativeError("a matrix of the model holds weights that are not finite")
+        weights = [module.weight.detach().to(torch.float32) for module in modules]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        del weights
         bias = [module.bias for module in modules]
         packed, scales = self.pack(weight)
         made = CMatrix(
@@ -70,7 +63,20 @@ class Packer:
             None if bias[0] is None else self.hold(torch.cat(bias)),
         )
         self._matrices[key] = made
+        for module in modules:
+            self.release(module.weight)
         return made
+
+    def release(self, parameter: nn.Parameter) -> None:
+        """Free a packed matrix."""
+        if self.free:
+            parameter.data = parameter.data.new_empty(0)
+
+    def return_memory(self) -> None:
+        """Give freed memory back to the system where the C library keeps it (glibc)."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if self.free else None
+        if trim is not None:
+            trim(0)
 
     def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Pack a matrix [out, in] of float32; return the packed bytes and the scales of int8."""
@@ -85,13 +91,8 @@ class Packer:
         return packed, scales
 
     def layer(self, module: nn.Module, window: int | None) -> CLayer:
-        """Pack a decoder layer of transformers (Llama, Mistral, Qwen2, Qwen3).
-
-        Raises:
-            NativeError: It has a part that the library does not know.
-        """
+        """Pack a decoder layer of transformers (Llama, Mistral, Qwen2, Qwen3)."""
         attention, mlp = module.self_attn, module.mlp
-        check_activation(mlp)
         size = attention.head_dim
         heads, groups = (
             projection.out_features // size for projection in (attention.q_proj, attention.k_proj)
@@ -122,22 +123,15 @@ class Packer:
         )
 
     def part(self, module: nn.Module) -> CPart:
-        """Pack an adapter or MLP of an exit's own.
-
-        Raises:
-            NativeError: It is neither.
-        """
+        """Pack an adapter or MLP of an exit's own."""
         if isinstance(module, ExitAdapter):
             return CPart(self.matrix(module.down), self.matrix(module.up), None, 0.0)
-        if isinstance(module, ExitMlp):
-            check_activation(module.mlp)
-            return CPart(
-                self.matrix(module.mlp.gate_proj, module.mlp.up_proj),
-                self.matrix(module.mlp.down_proj),
-                self.hold(module.norm.weight),
-                module.norm.variance_epsilon,
-            )
-        raise NativeError(f"an exit has a {type(module).__name__}, which the library does not know")
+        return CPart(
+            self.matrix(module.mlp.gate_proj, module.mlp.up_proj),
+            self.matrix(module.mlp.down_proj),
+            self.hold(module.norm.weight),
+            module.norm.variance_epsilon,
+        )
 
     def readout(self, own: NestedExit, hidden_size: int) -> CReadout:
         """Pack norm and head of an exit, with the parts before the norm."""
@@ -157,20 +151,6 @@ class Packer:
         """Pack an exit's own layer and the adapter before it; None for an exit without one."""
         if own.block is None:
             return None
-        module, adapter = own.block, None
-        if isinstance(module, ExitBlock):
-            module, adapter = module.layer, module.adapter
-        window = attention_window(config, min(depth, config.num_hidden_layers - 1))
-        return self.layer(module, window), [] if adapter is None else [self.part(adapter)]
-
-
-def check_activation(mlp: nn.Module) -> None:
-    """Check that an MLP is SwiGLU, the only one that the library knows.
-
-    Raises:
-        NativeError: It is another one.
-    """
-    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        raise NativeError(
-            f"an MLP's activation is {type(mlp.act_fn).__name__}, which the library does not know"
-        )
+        module, adapter = parts_of_block(own.block)
+        layer = self.layer(module, window_of_block(config, depth))
+        return layer, [] if adapter is None else [self.part(adapter)]

@@ -146,6 +146,8 @@ class Tuning:
                 "threads": torch.get_num_threads(),
                 "processor": platform.processor(),
             },
+            "dtype": self.generator.network.kind,
+            "native": self.generator.network.is_native,
             "best": best,
             "strategies": {name: dataclasses.asdict(strategy) for name, strategy in stored.items()},
             "tokens_per_second": {

@@ -4,8 +4,10 @@ The file has a part for the model alone, and one for each other model that may d
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from megatron_sorted.decoding.strategies import STRATEGIES
 from megatron_sorted.errors import DataError
@@ -19,6 +21,8 @@ TUNED_FILE = "decoding.json"
 LEARNED_FILE = "decoding_bandit.json"
 """File beside the model with what a server learned about the speed of strategies."""
 FORMAT = 1
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+"""Kinds of weights that a file may name."""
 
 
 def read_tuned_options(path: Path, key: str | None = None) -> dict:
@@ -29,6 +33,31 @@ def read_tuned_options(path: Path, key: str | None = None) -> dict:
     """
     whole = _read(path)
     return whole if key is None else whole.get("drafts", {}).get(key, {})
+
+
+def tuned_dtype(path: Path) -> str | None:
+    """Return the kind of weights with which the model alone was tuned; None if none is recorded.
+
+    Files of earlier versions name it beside the machine, where it chooses nothing.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    return _read(path).get("dtype")
+
+
+def other_weights(tuned: Mapping[str, Any], kind: str, is_native: bool) -> str | None:
+    """Return how a model was tuned if it was with other weights than these; else None.
+
+    Args:
+        tuned: Options as `read_tuned_options` returns them.
+        kind: Name of the kind of weights.
+        is_native: Whether the compiled library runs them.
+    """
+    measured = tuned.get("dtype", tuned.get("machine", {}).get("dtype"))
+    if measured is None or (measured, tuned.get("native", False)) == (kind, is_native):
+        return None
+    return f"{measured} by {'the compiled library' if tuned.get('native', False) else 'torch'}"
 
 
 def write_tuned_options(path: Path, tuned: dict, key: str | None = None) -> None:
@@ -63,6 +92,12 @@ def _read(path: Path) -> dict:
         ):
             raise ValueError("it names unknown strategies")
         for part in parts:
+            if part.get("dtype", DTYPES[0]) not in DTYPES:
+                raise ValueError(f"its dtype is {part['dtype']!r}")
+            if not isinstance(part.get("native", False), bool):
+                raise ValueError(f"its native is {part['native']!r}")
+            if not isinstance(part.get("machine", {}), dict):
+                raise ValueError("its machine is no object")
             if part.get("best", "full") not in STRATEGIES:
                 raise ValueError(f"its best strategy is {part['best']!r}")
             for name, options in part["strategies"].items():

@@ -1,0 +1,142 @@
+"""The weights of a network as torch runs them: layers with joined matrices, and exits' readouts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_sorted.conversion.hugging_face.families import attention_window
+from megatron_sorted.conversion.hugging_face.nested_exits import ExitBlock, ExitNorm, NestedExit
+from megatron_sorted.decoding.cache.layer import Layer, norm
+from megatron_sorted.decoding.cache.matrix import Matrices, Matrix
+from megatron_sorted.decoding.cache.memory import BatchCache
+
+
+@dataclass(frozen=True)
+class ExitReadout:
+    """The modules that turn the hidden state at an exit into logits.
+
+    Attributes:
+        norm: Norm before the head; it may hold an MLP or adapter of the exit's own.
+        head: Output matrix.
+        block: The exit's own layer before the norm, with its own KV cache; None without one.
+        adapter: The exit's own adapter before the block; None without one.
+    """
+
+    norm: nn.Module
+    head: Matrix
+    block: Layer | None = None
+    adapter: nn.Module | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., v] of hidden states [..., h] after the block, if there is one."""
+        normed = self.norm(hidden) if isinstance(self.norm, ExitNorm) else norm(hidden, self.norm)
+        return self.head(normed)
+
+
+@dataclass(frozen=True)
+class EagerWeights:
+    """The weights of a model, which it shares; see `network.Weights` for what all kinds have.
+
+    Attributes:
+        layers: Layers from shallow to deep.
+        readouts: Readout of each exit, by depth.
+        embedding: The embedding, [v, h].
+        num_bytes: Size of the model's weights and of the packed copies of matrices.
+    """
+
+    layers: Sequence[Layer]
+    readouts: dict[int, ExitReadout]
+    embedding: Tensor
+    num_bytes: int
+    cache_type = BatchCache
+    is_native = False
+
+    @classmethod
+    def of(cls, model: nn.Module, exits: dict[int, NestedExit], packed: bool) -> "EagerWeights":
+        """Join the matrices of a model, which stays usable.
+
+        Args:
+            model: The transformers model.
+            exits: Exits by depth.
+            packed: Whether to keep a copy of each matrix in a format that a CPU reads faster.
+        """
+        config, matrices = model.config, Matrices(packed)
+        layers = [
+            Layer(layer, matrices, attention_window(config, index))
+            for index, layer in enumerate(model.model.layers)
+        ]
+        readouts = {
+            depth: _make_readout(config, depth, own, matrices) for depth, own in exits.items()
+        }
+        size = sum(map(num_bytes, distinct_parameters(model, exits))) + matrices.num_packed_bytes
+        return cls(layers, readouts, model.get_input_embeddings().weight, size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the data type of the weights."""
+        return self.embedding.dtype
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Return the data type of hidden states, keys and values."""
+        return self.embedding.dtype
+
+    def resized(self, vocab_size: int) -> "EagerWeights":
+        """Return the weights with a vocabulary padded to another size."""
+        heads = {
+            id(readout.head): readout.head.resized(vocab_size) for readout in self.readouts.values()
+        }
+        readouts = {
+            depth: replace(readout, head=heads[id(readout.head)])
+            for depth, readout in self.readouts.items()
+        }
+        return replace(
+            self, readouts=readouts, embedding=resized_embedding(self.embedding, vocab_size)
+        )
+
+
+def _make_readout(config, depth: int, own: NestedExit, matrices: Matrices) -> ExitReadout:
+    """Return the readout of an exit with these modules."""
+    head = matrices.of(own.head)
+    if own.block is None:
+        return ExitReadout(own.norm, head)
+    layer, adapter = parts_of_block(own.block)
+    return ExitReadout(
+        own.norm, head, Layer(layer, matrices, window_of_block(config, depth)), adapter
+    )
+
+
+def parts_of_block(block: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """Return the layer of an exit's own block, and the adapter before it or None."""
+    return (block.layer, block.adapter) if isinstance(block, ExitBlock) else (block, None)
+
+
+def window_of_block(config, depth: int) -> int | None:
+    """Return the attention window of an exit's own block: that of the layer it replaces."""
+    return attention_window(config, min(depth, config.num_hidden_layers - 1))
+
+
+def resized_embedding(embedding: Tensor, vocab_size: int) -> Tensor:
+    """Return an embedding with more rows, which are zero, or with the first ones alone."""
+    missing = vocab_size - embedding.size(0)
+    return F.pad(embedding, (0, 0, 0, missing)) if missing > 0 else embedding[:vocab_size]
+
+
+def distinct_parameters(model: nn.Module, exits: dict[int, NestedExit]) -> list[nn.Parameter]:
+    """Return the parameters of a model and its exits, each once."""
+    parts = [part for own in exits.values() for part in (own.block, own.norm, own.head)]
+    found = {
+        id(parameter): parameter
+        for module in (model, *parts)
+        if module is not None
+        for parameter in module.parameters()
+    }
+    return list(found.values())
+
+
+def num_bytes(tensor: Tensor) -> int:
+    """Return the size of a tensor's numbers."""
+    return tensor.numel() * tensor.element_size()
