@@ -152,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         values.title or values.model.resolve().name,
         sampling,
         values.max_new_tokens,
-        f"{values.dtype} on {values.device}",
+        f"{values.dtype} on {values.device}"
+        + (" by the compiled library" if generator.network.is_native else ""),
     )
     strategies = strategies_of(generator, requested_strategy(values), values.strategies)
     contestants = contestants_of(generator, strategies, terms, not values.without_transformers)

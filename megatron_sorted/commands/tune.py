@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from megatron_sorted.decoding.generate import Limits
     from megatron_sorted.decoding.tuning.tune import Tuning, depths_to_try
 
-    generator = open_generator(values)
+    generator = open_generator(values, as_tuned=False)
     print(generator.form.line, flush=True)
     depths = depths_to_try(generator)
     prompts = encode_prompts(generator, texts, values.questions is not None, values.max_new_tokens)

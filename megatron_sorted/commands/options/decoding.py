@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_sorted.conversion.hugging_face.families import DTYPES
 from megatron_sorted.decoding.native import CHOICES
 from megatron_sorted.decoding.strategies import MEASURES, STRATEGIES, SamplingParameters
-from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE
+from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE, tuned_dtype
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.reading.shown import printable
 
@@ -78,9 +78,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=DECODED_DTYPES,
-        default="float32",
         metavar="KIND",
-        help=f"{', '.join(DECODED_DTYPES)} (default: %(default)s); int8 on CPUs",
+        help=f"{', '.join(DECODED_DTYPES)} (default: as tuned, else float32); int8 on CPUs",
     )
     group.add_argument(
         "--device", help="cpu, or torch's name of a device (default: the accelerator)"
@@ -285,8 +284,34 @@ def _strategy_option(values: argparse.Namespace, name: str) -> object:
     return getattr(values, "strategy_depths" if name == "depths" else name)
 
 
-def open_generator(values: argparse.Namespace) -> "TextGenerator":
-    """Open the model and print its notes; ``values.device`` becomes the chosen device.
+def _tuned_dtype(values: argparse.Namespace) -> str:
+    """Return the kind of weights with which the model was tuned, where it can be used here.
+
+    Raises:
+        DataError: decoding.json is damaged.
+    """
+    from megatron_sorted.decoding.native.compiler import NativeError
+    from megatron_sorted.decoding.native.library import native_library
+
+    tuned = tuned_dtype(values.model / TUNED_FILE) if values.device == "cpu" else None
+    if tuned == "int8":
+        try:
+            if values.native == "off":
+                return "float32"
+            native_library()
+        except NativeError:  # the reason is printed when the network falls back to torch
+            return "float32"
+    return tuned or "float32"
+
+
+def open_generator(values: argparse.Namespace, as_tuned: bool = True) -> "TextGenerator":
+    """Open the model and print its notes.
+
+    ``values.device`` and ``values.dtype`` become those that are chosen.
+
+    Args:
+        values: The options.
+        as_tuned: Whether the kind of weights is by default that of decoding.json.
 
     Raises:
         SortedError: The model cannot be used.
@@ -307,6 +332,7 @@ def open_generator(values: argparse.Namespace) -> "TextGenerator":
         )
     if values.threads:
         torch.set_num_threads(values.threads)
+    values.dtype = values.dtype or (_tuned_dtype(values) if as_tuned else "float32")
     # before a checkpoint is exported or a model read, which may take minutes
     native_kind(values.native, getattr(torch, values.dtype), values.device)
     generator = open_text_generator(

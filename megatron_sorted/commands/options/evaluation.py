@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_sorted.commands.parser import Parser, at_least
 from megatron_sorted.conversion.hugging_face.families import DTYPES
+from megatron_sorted.decoding.native import CHOICES
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.questions import TEMPLATE
 from megatron_sorted.evaluation.task_names import check_task_names
@@ -18,6 +19,7 @@ KEPT = (
     "shots",
     "question_template",
     "max_new_tokens",
+    "native",
     "seed",
     "separator",
     "questions",
@@ -207,6 +209,14 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=32,
         metavar="N",
         help="most tokens of an answer (default: %(default)s)",
+    )
+    questions.add_argument(
+        "--native",
+        choices=CHOICES,
+        default="auto",
+        metavar="WHEN",
+        help="generate answers by a compiled library: auto (unless it cannot), on, off "
+        "(default: %(default)s)",
     )
     questions.add_argument(
         "--batch-size",

@@ -12,6 +12,7 @@ from megatron_sorted.commands.options.evaluation import DEFAULT_SEQ_LENGTH
 from megatron_sorted.conversion.exporting import DTYPES_BY_NAME
 from megatron_sorted.conversion.hugging_face.families import max_length_of_config, read_config
 from megatron_sorted.conversion.staging import check_destination
+from megatron_sorted.decoding.native.choice import native_kind
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.documents import read_documents
 from megatron_sorted.evaluation.evaluate import Measures, QuestionSet, Subject
@@ -120,6 +121,8 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
         )
     if values.save_heads:
         check_destination(values.save_heads, values.overwrite, 0)
+    if values.questions:  # a library that is needed and cannot be used is refused at once
+        native_kind(values.native, DTYPES_BY_NAME[values.dtype], "cpu")
     as_turns = values.question_template is None
     values.question_template = (values.question_template or TEMPLATE).replace("\\n", "\n")
     template = check_template(values.question_template)
@@ -162,6 +165,7 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
         values.batch_tokens,
         values.batch_size,
         values.max_new_tokens,
+        values.native,
         harness,
         values.task_shots,
         values.task_limit,
