@@ -84,7 +84,7 @@ def test_a_model_that_cannot_be_packed_is_unchanged(change, reason):
 def test_torch_runs_what_the_library_does_not_know(tmp_path, capsys, monkeypatch):
     save_nested(tmp_path, "llama", "block", dtype=torch.bfloat16)
     wanted = load_network(tmp_path, native="off")
-    monkeypatch.setattr("megatron_sorted.decoding.native.choice._said", set())
+    monkeypatch.setattr("megatron_sorted.decoding.native.choice._reported", set())
     monkeypatch.setattr("megatron_sorted.decoding.native.parts.ACTIVATIONS", ())
     network, _ = load_network(tmp_path), load_network(tmp_path)
     assert capsys.readouterr().err.count("which the library does not know") == 1

@@ -1,5 +1,6 @@
 """--native, --dtype int8 and --threads: what the library runs, what is refused, what is printed."""
 
+import json
 import os
 import threading
 
@@ -18,7 +19,7 @@ from megatron_sorted.decoding.network import load_network
 from megatron_sorted.decoding.text_generator import open_text_generator
 from megatron_sorted.doctor.finding import OK, WARN
 from megatron_sorted.doctor.native import check_native
-from megatron_sorted.errors import SettingsError
+from megatron_sorted.errors import DataError, SettingsError
 from tests.support.evaluated import write_model
 from tests.support.stand_in_compiler import COPY, session_library, stand_in
 
@@ -54,6 +55,11 @@ def fresh_process(monkeypatch):
     choice._clipped.cache_clear()
 
 
+def kind_of(network) -> str | None:
+    """Return the kind of weights with which the library runs a network; None: torch runs it."""
+    return network.kind if network.is_native else None
+
+
 @pytest.fixture
 def path(tmp_path, capsys):
     """Return the directory of a model; what transformers prints is forgotten."""
@@ -84,15 +90,15 @@ def test_choices(given, expected):
 
 def test_by_default_the_library_decodes_what_torch_decodes(path, capsys):
     with_library, torch_s = load_network(path), load_network(path, native="off")
-    assert with_library.native.kind == "float32" and torch_s.native is None
+    assert kind_of(with_library) == "float32" and kind_of(torch_s) is None
     texts = [[3, 5, 8], [2, 9, 4, 1, 7]]
     written = [
         [text.tokens for text in generate(network, texts, limits=Limits(12))]
         for network in (with_library, torch_s)
     ]
     assert written[0] == written[1]
-    assert load_network(path, graphs=True).native is None
-    assert load_network(path, dtype=torch.float16).native is None
+    assert kind_of(load_network(path, graphs=True)) is None
+    assert kind_of(load_network(path, dtype=torch.float16)) is None
     assert capsys.readouterr().err == ""
 
 
@@ -100,11 +106,11 @@ def test_without_a_compiler_torch_decodes_and_one_line_says_so(
     path, tmp_path, capsys, without_compiler
 ):
     networks = [load_network(path), load_network(path), load_network(path, dtype=torch.bfloat16)]
-    assert [network.native for network in networks] == [None] * 3
+    assert [kind_of(network) for network in networks] == [None] * 3
     assert capsys.readouterr().err == (
         f"note: torch decodes, more slowly than the compiled library (--native): {REASON}\n"
     )
-    assert load_network(path, native="off").native is None
+    assert kind_of(load_network(path, native="off")) is None
     for options, message in (
         ({"native": "on"}, f"--native on: {REASON}. Correct that, or use --native auto."),
         (
@@ -127,7 +133,7 @@ def test_a_failed_compilation_is_not_repeated_in_a_process(path, tmp_path, monke
     library._own_library.cache_clear()
     try:
         for _ in range(3):
-            assert load_network(path).native is None
+            assert kind_of(load_network(path)) is None
         runs = len(machine.runs)
         load_network(path)
         assert len(machine.runs) == runs > 0
@@ -142,7 +148,7 @@ def test_a_part_that_the_library_does_not_know(path, monkeypatch, capsys):
     config = (path / "config.json").read_text()
     (path / "config.json").write_text(config.replace('"silu"', '"gelu"'))
     network = load_network(path)
-    assert network.native is None
+    assert kind_of(network) is None
     assert "an MLP's activation is GELU" in capsys.readouterr().err
     [text] = generate(network, [[3, 5, 8]], limits=Limits(8))
     [other] = generate(known, [[3, 5, 8]], limits=Limits(8))
@@ -159,7 +165,7 @@ def test_a_draft_model_follows_the_model(path, capsys, kind, native):
         return
     generator = open_text_generator(path, draft=path, dtype=getattr(torch, kind), native=native)
     for network in (generator.network, generator.draft):
-        assert (network.native and network.native.kind) == (None if native == "off" else kind)
+        assert kind_of(network) == (None if native == "off" else kind)
     assert capsys.readouterr().err == ""
 
 
@@ -169,7 +175,7 @@ def test_a_draft_model_that_the_library_does_not_know(path, tmp_path, capsys):
     config = (draft / "config.json").read_text()
     (draft / "config.json").write_text(config.replace('"silu"', '"gelu"'))
     generator = open_text_generator(path, draft=draft)
-    assert generator.network.native is not None and generator.draft.native is None
+    assert [kind_of(generator.network), kind_of(generator.draft)] == ["float32", None]
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(SettingsError, match="--native on: an MLP's activation is GELU"):
         open_text_generator(path, draft=draft, native="on")
@@ -177,7 +183,7 @@ def test_a_draft_model_that_the_library_does_not_know(path, tmp_path, capsys):
 
 def test_a_model_that_torch_runs_has_a_draft_model_that_torch_runs(path, capsys, without_compiler):
     generator = open_text_generator(path, draft=path)
-    assert generator.network.native is None and generator.draft.native is None
+    assert [kind_of(generator.network), kind_of(generator.draft)] == [None, None]
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -194,7 +200,40 @@ def test_a_model_that_torch_runs_has_a_draft_model_that_torch_runs(path, capsys,
 def test_options_of_commands(path, options, kind):
     values = read_arguments([str(path), "--prompt", "a", "--device", "cpu", *options])
     network = open_generator(values).network
-    assert (network.native and network.native.kind) == kind
+    assert kind_of(network) == kind
+
+
+def opened(path, *options, **more):
+    """Return the network that a command decodes with."""
+    return open_generator(
+        read_arguments([str(path), "--prompt", "a", "--device", "cpu", *options]), **more
+    ).network
+
+
+def test_the_tuned_kind_is_used_unless_another_one_is_named(path):
+    tuned = {"format": 1, "strategies": {}, "dtype": "int8", "native": True}
+    (path / "decoding.json").write_text(json.dumps(tuned))
+    assert kind_of(opened(path)) == "int8"
+    assert kind_of(opened(path, "--dtype", "bfloat16")) == "bfloat16"
+    assert kind_of(opened(path, as_tuned=False)) == "float32"
+    off = opened(path, "--native", "off")
+    assert kind_of(off) is None and off.dtype == torch.float32
+    (path / "decoding.json").write_text(json.dumps(tuned | {"dtype": "bfloat16"}))
+    off = opened(path, "--native", "off")
+    assert kind_of(off) is None and off.dtype == torch.bfloat16
+    (path / "decoding.json").write_text(json.dumps(tuned | {"dtype": "int4"}))
+    with pytest.raises(DataError, match="int4"):
+        opened(path)
+
+
+def test_the_tuned_kind_without_a_library(path, capsys, without_compiler):
+    tuned = {"format": 1, "strategies": {}, "dtype": "int8", "native": True}
+    (path / "decoding.json").write_text(json.dumps(tuned))
+    network = opened(path)
+    assert kind_of(network) is None and network.dtype == torch.float32
+    assert REASON in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="^--dtype int8: only the compiled library"):
+        opened(path, "--dtype", "int8")
 
 
 def test_generate_writes_with_each_kind(path, capsys):
