@@ -232,7 +232,7 @@ def test_the_tuned_kind_without_a_library(path, capsys, without_compiler):
     network = opened(path)
     assert kind_of(network) is None and network.dtype == torch.float32
     assert REASON in capsys.readouterr().err
-    with pytest.raises(SettingsError, match="^--dtype int8: only the compiled library"):
+    with pytest.raises(SettingsError, match=r"^--dtype int8: only the compiled library"):
         opened(path, "--dtype", "int8")
 
 
