@@ -14,21 +14,21 @@ import pytest
 
 from megatron_sorted.decoding.native import compiler, library_cache, private_folder
 from megatron_sorted.decoding.native.compiler import CacheError, NativeError
-from megatron_sorted.decoding.native.library import load_library
+from megatron_sorted.decoding.native.library import VERSION, load_library
 from megatron_sorted.decoding.native.library_cache import built_library, is_intact, plan_build
 from megatron_sorted.decoding.native.private_folder import cache_folder
 from megatron_sorted.installation import own_module
 from tests.support.stand_in_compiler import COPY, session_library, small_library, stand_in
 
-WITHOUT_PRODUCTS = """
-int native_version() { return 1; }
-const char *native_instructions() { return "none"; }
-unsigned long native_packed_bytes(int, int, int) { return 64; }
-unsigned long native_num_scales(int, int, int) { return 0; }
-void native_pack() {}
-void native_multiply() {}
-void native_run() {}
-void native_logits() {}
+WITHOUT_PRODUCTS = f"""
+int native_version() {{ return {VERSION}; }}
+const char *native_instructions() {{ return "none"; }}
+unsigned long native_packed_bytes(int, int, int) {{ return 64; }}
+unsigned long native_num_scales(int, int, int) {{ return 0; }}
+int native_pack() {{ return 0; }}
+int native_multiply() {{ return 0; }}
+int native_run() {{ return 0; }}
+int native_logits() {{ return 0; }}
 """
 
 
@@ -391,7 +391,7 @@ def be_garbage(tmp_path: Path) -> str:
 
 
 def be_of_another_version(tmp_path: Path) -> str:
-    library = small_library(tmp_path, WITHOUT_PRODUCTS.replace("return 1", "return 99"))
+    library = small_library(tmp_path, WITHOUT_PRODUCTS.replace(f"return {VERSION}", "return 99"))
     return f'cp "{library}" "$out"'
 
 
@@ -405,7 +405,7 @@ def lack_functions(tmp_path: Path) -> str:
         (crash, r"crashed with SIG(ILL|TRAP)"),
         (be_wrong, "its products in float32 are wrong by"),
         (be_garbage, "cannot be loaded: .*(ELF|short|header)"),
-        (be_of_another_version, "is version 99, not 1"),
+        (be_of_another_version, f"is version 99, not {VERSION}"),
         (lack_functions, "cannot be loaded: .*undefined symbol"),
     ],
 )

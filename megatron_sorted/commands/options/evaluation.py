@@ -215,8 +215,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=CHOICES,
         default="auto",
         metavar="WHEN",
-        help="generate answers by a compiled library: auto (unless it cannot), on, off "
-        "(default: %(default)s)",
+        help="compiled library for answers: auto, on, off (default: %(default)s)",
     )
     questions.add_argument(
         "--batch-size",
