@@ -170,6 +170,7 @@ class NativeNetwork:
                 memory.tokens_bc.data_ptr(),
                 source or None,
                 segment.hidden_bch.data_ptr(),
+                memory.embedding.size(0),
             )
         return segment.native
 
