@@ -50,14 +50,21 @@ def folder() -> Path:
     return made
 
 
-def compile_program(sources: list[Path], target: Path, *flags: str) -> Path:
-    """Compile a program or library with the flags of the package, and these last ones."""
+def compile_program(sources: list[Path], target: Path, *flags: str, source: Path = SOURCE) -> Path:
+    """Compile a program or library with the flags of the package, and these last ones.
+
+    Args:
+        sources: Files to compile.
+        target: Program or library.
+        *flags: More flags.
+        source: Folder of the native source that they include.
+    """
     try:
         compiler = find_compiler()
     except NativeError as error:
         pytest.skip(str(error))
     known = [flag for flag in FLAGS if flag not in ("-shared", "-O3")]
-    command = [*compiler, *known, *flags, f"-I{SOURCE}", *map(str, sources)]
+    command = [*compiler, *known, *flags, f"-I{source}", *map(str, sources)]
     done = subprocess.run(
         [*command, "-o", str(target)], capture_output=True, text=True, timeout=600, check=False
     )
