@@ -117,6 +117,7 @@ class NativeCache(BatchCache):
                 self.tokens_bc.data_ptr(),
                 source,
                 segment.hidden_bch.data_ptr(),
+                self.embedding.size(0),
             )
         return self._structures[id(segment)]
 

@@ -2,14 +2,16 @@
 
 import ctypes
 import os
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
 from megatron_sorted.decoding.native.compiler import NativeError
+from megatron_sorted.errors import MemoryExhaustedError, SettingsError
 
-VERSION = 1
+VERSION = 2
 FLOAT32, BFLOAT16, INT8 = range(3)
+NO_MEMORY, BAD_TOKEN = 1, 2
 KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
 
 
@@ -57,6 +59,7 @@ class CSegment(ctypes.Structure):
         ("num_parts", c_int32), ("embedding_kind", c_int32),
         ("layers", POINTER(CLayer)), ("caches", POINTER(CCache)), ("parts", POINTER(CPart)),
         ("embedding", c_void_p), ("tokens", c_void_p), ("source", c_void_p), ("target", c_void_p),
+        ("vocabulary", c_int64),
     ]  # fmt: skip
 
 
@@ -77,7 +80,29 @@ class CReadout(ctypes.Structure):
     _fields_ = [
         ("head", CMatrix), ("parts", POINTER(CPart)), ("norm", c_void_p),
         ("epsilon", c_float), ("num_parts", c_int32), ("hidden_size", c_int32),
+        ("unused", c_int32),
     ]  # fmt: skip
+
+
+def check_status(status: int, function, _arguments: tuple) -> None:
+    """Raise the error that a status of the library means.
+
+    Raises:
+        MemoryExhaustedError: There is too little memory for what the call computes.
+        SettingsError: A token is not in the model's vocabulary.
+        RuntimeError: The library failed otherwise, which is a defect of it.
+    """
+    if status == NO_MEMORY:
+        raise MemoryExhaustedError(
+            f"{function.__name__}: there is too little free memory for one forward pass. Decode "
+            "fewer or shorter texts at once, or take --native off."
+        )
+    if status == BAD_TOKEN:
+        raise SettingsError(
+            "a token of the text is not in the model's vocabulary. Use the model's own tokenizer."
+        )
+    if status:
+        raise RuntimeError(f"{function.__name__} of the compiled library failed: status {status}")
 
 
 def load_library(path: Path) -> ctypes.CDLL:
@@ -95,17 +120,13 @@ def load_library(path: Path) -> ctypes.CDLL:
         raise NativeError(f"{path} is version {version}, not {VERSION}")
     library.native_instructions.restype = c_char_p
     library.native_packed_bytes.restype = library.native_num_scales.restype = c_uint64
-    library.native_pack.restype = library.native_multiply.restype = None
-    library.native_run.restype = library.native_logits.restype = None
+    library.native_packed_bytes.argtypes = library.native_num_scales.argtypes = [c_int32] * 3
+    for name in ("native_pack", "native_multiply", "native_run", "native_logits"):
+        function = getattr(library, name)
+        function.restype, function.errcheck = c_int32, check_status
     library.native_pack.argtypes = [
-        c_int32,
-        c_int32,
-        c_void_p,
-        c_int32,
-        c_int32,
-        c_void_p,
-        c_void_p,
-    ]
+        c_int32, c_int32, c_void_p, c_int32, c_int32, c_void_p, c_void_p,
+    ]  # fmt: skip
     library.native_multiply.argtypes = [c_int32, POINTER(CMatrix), c_int32, c_void_p, c_void_p]
     library.native_run.argtypes = [c_int32, POINTER(CSegment), POINTER(CPlaces)]
     library.native_logits.argtypes = [

@@ -1,0 +1,159 @@
+// A decoder layer of the LLaMA family, and the parts that an exit may have before its norm.
+#pragma once
+
+#include "attention.h"
+#include "rows.h"
+
+struct Layer {
+    Matrix qkv, out, gate_up, down;
+    const float *first_norm, *second_norm;
+    const float *qk_norm; // [heads + groups][head_size], or null
+    float first_epsilon, second_epsilon, qk_epsilon;
+    int32_t heads, groups, head_size;
+    int32_t window; // 0 without one
+    int32_t unused;
+};
+
+// A step on each token by itself: an adapter (down, up) or an MLP with its norm (gate_up, down).
+struct Part {
+    Matrix first, second;
+    const float *norm; // null: an adapter
+    float epsilon;
+    int32_t unused;
+};
+
+// The largest sizes of what runs in a pass.
+struct Sizes {
+    int inputs, outputs, attended;
+
+    void hold(const Matrix &m) {
+        inputs = std::max(inputs, m.inputs);
+        outputs = std::max(outputs, m.outputs);
+    }
+    void hold(const Part &part) {
+        hold(part.first);
+        hold(part.second);
+    }
+    void hold(const Layer &layer) {
+        for (const Matrix *m : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) hold(*m);
+        attended = std::max(attended, layer.heads * layer.head_size);
+    }
+};
+
+// A pass of n tokens: their hidden states, and memory for what is computed on the way. All memory
+// is allocated here, before the threads begin: where there is too little, nothing has changed.
+class Pass {
+public:
+    Pass(Pool &pool, int n, int hidden_size, const Sizes &sizes, const Places *places)
+        : hidden(allocate<float>(n, hidden_size)), normed(allocate<float>(n, hidden_size)),
+          rows(pool, n, sizes.inputs), pool_(pool), n_(n), size_(hidden_size),
+          span_(places ? longest_span(*places) : 0), places_(places),
+          wide_(allocate<float>(n, sizes.outputs)), attended_(allocate<float>(n, sizes.attended)),
+          scores_(allocate<float>(pool.size(), span_)),
+          nodes_(allocate<int32_t>(pool.size(), places ? places->tree_size : 0)) {}
+
+    float *state(int t) { return hidden.get() + static_cast<size_t>(t) * size_; }
+
+    void run(const Part &part) {
+        if (part.norm) {
+            run_mlp(part.norm, part.epsilon, part.first, part.second);
+            return;
+        }
+        rows.multiply(part.first, hidden.get(), size_, wide_.get(), part.first.outputs);
+        rows.multiply(part.second, wide_.get(), part.first.outputs, normed.get(), size_);
+        add(pool_, n_, hidden.get(), normed.get(), size_);
+    }
+
+    void run(const Layer &layer, const Cache &cache) {
+        const size_t width = layer.qkv.outputs;
+        const size_t attended_width = static_cast<size_t>(layer.heads) * layer.head_size;
+        normalize_states(layer.first_norm, layer.first_epsilon);
+        rows.multiply(layer.qkv, normed.get(), size_, wide_.get(), width);
+        each(pool_, n_, [&](int t) { write_cache(layer, cache, t, wide_.get() + t * width); });
+        const auto attend_group = [&](int64_t piece, int thread) {
+            const int t = static_cast<int>(piece / layer.groups);
+            attend_heads(layer, cache, t, static_cast<int>(piece % layer.groups), thread,
+                         wide_.get() + t * width, attended_.get() + t * attended_width);
+        };
+        const int64_t pieces = static_cast<int64_t>(n_) * layer.groups;
+        if (static_cast<double>(n_) * static_cast<double>(attended_width) * span_ > 65536.0)
+            pool_.run(pieces, attend_group);
+        else
+            for (int64_t piece = 0; piece < pieces; ++piece) attend_group(piece, 0);
+        rows.multiply(layer.out, attended_.get(), attended_width, normed.get(), size_);
+        add(pool_, n_, hidden.get(), normed.get(), size_);
+        run_mlp(layer.second_norm, layer.second_epsilon, layer.gate_up, layer.down);
+    }
+
+    void normalize_states(const float *weight, float epsilon) {
+        normalize_all(pool_, n_, hidden.get(), weight, epsilon, size_, normed.get());
+    }
+
+    Buffer<float> hidden, normed; // [n][hidden_size]
+    Rows rows;
+
+private:
+    // No token attends to more slots than those up to its own and the tree's.
+    static size_t longest_span(const Places &places) {
+        size_t longest = 0;
+        for (int t = 0; t < places.count; ++t)
+            longest = std::max(longest, static_cast<size_t>(places.slots[t]) + 1);
+        return longest + (places.tree_first ? places.tree_size : 0);
+    }
+
+    void run_mlp(const float *norm, float epsilon, const Matrix &gate_up, const Matrix &down) {
+        const size_t width = gate_up.outputs;
+        normalize_states(norm, epsilon);
+        rows.multiply(gate_up, normed.get(), size_, wide_.get(), width);
+        each(pool_, n_, [&](int t) { swiglu(wide_.get() + t * width, gate_up.outputs / 2); });
+        rows.multiply(down, wide_.get(), width, normed.get(), size_);
+        add(pool_, n_, hidden.get(), normed.get(), size_);
+    }
+
+    // Where a group's slots of a row begin in the cache.
+    size_t cache_start(const Layer &layer, int t, int group) const {
+        const size_t row = static_cast<size_t>(places_->rows[t]) * layer.groups + group;
+        return row * places_->capacity * layer.head_size;
+    }
+
+    // Norm and rotation of a token's queries and keys; keys and values go to the cache.
+    void write_cache(const Layer &layer, const Cache &cache, int t, float *qkv) {
+        const int size = layer.head_size, turned = layer.heads + layer.groups;
+        const size_t position = static_cast<size_t>(places_->positions[t]) * size;
+        for (int head = 0; head < turned; ++head) {
+            const size_t at = static_cast<size_t>(head) * size;
+            if (layer.qk_norm)
+                normalize(qkv + at, layer.qk_norm + at, layer.qk_epsilon, size, qkv + at);
+            rotate(qkv + at, places_->cosines + position, places_->sines + position, size);
+        }
+        for (int group = 0; group < layer.groups; ++group) {
+            const size_t to = cache_start(layer, t, group) +
+                              static_cast<size_t>(places_->slots[t]) * size;
+            const float *key = qkv + static_cast<size_t>(layer.heads + group) * size;
+            const float *value = key + static_cast<size_t>(layer.groups) * size;
+            std::memcpy(cache.keys + to, key, sizeof(float) * size);
+            std::memcpy(cache.values + to, value, sizeof(float) * size);
+        }
+    }
+
+    // Attention of a token's heads that share a group of keys and values.
+    void attend_heads(const Layer &layer, const Cache &cache, int t, int group, int thread,
+                      const float *queries, float *out) {
+        const int size = layer.head_size, share = layer.heads / layer.groups;
+        int32_t *nodes = nodes_.get() + static_cast<size_t>(thread) * places_->tree_size;
+        const Seen seen = seen_by(*places_, t, layer.window, nodes);
+        const size_t start = cache_start(layer, t, group);
+        for (int head = group * share; head < (group + 1) * share; ++head) {
+            const size_t at = static_cast<size_t>(head) * size;
+            attend(queries + at, cache.keys + start, cache.values + start, size, seen,
+                   scores_.get() + thread * span_, out + at);
+        }
+    }
+
+    Pool &pool_;
+    const int n_, size_;
+    const size_t span_;
+    const Places *places_; // null where no layer runs
+    Buffer<float> wide_, attended_, scores_;
+    Buffer<int32_t> nodes_;
+};
