@@ -22,6 +22,7 @@ from megatron_sorted.decoding.strategies import (
     SortedSpeculative,
     TreeSpeculative,
 )
+from megatron_sorted.serving.token_logprobs import logprobs_of
 from tests.support.decoding import KINDS, needs_native, nested, plain_network, prompts
 
 NUM_TOKENS = 30
@@ -201,6 +202,21 @@ def test_logits_are_those_of_rounded_weights_and_inputs(kind, family):
     got = whole(network, text, 4, 0)
     cost = float((exact - wanted).norm())
     assert float((got - wanted).norm()) < 0.25 * cost and cost > 1e-4 * float(exact.norm())
+
+
+@pytest.mark.parametrize("kind", ["torch", *NATIVE])
+def test_scores_come_from_the_passes_that_write(kind):
+    """130 positions are scored in pieces of 64."""
+    _, network = plain_network("mistral", kind=kind)
+    [text] = prompts((100,), 100)
+    [new] = written(network, [text])
+    scored = logprobs_of(network, [*text, *new], 1, 2)
+    wanted = whole(network, [*text, *new[:-1]], 4, 0).log_softmax(-1)
+    own = wanted.gather(1, torch.tensor([*text[1:], *new])[:, None])[:, 0]
+    close = 1e-4 if kind == "torch" else 0  # torch's passes of other sizes round differently
+    got = torch.tensor([value for value, _ in scored])
+    torch.testing.assert_close(got, own, rtol=close, atol=close)
+    assert [top[0][0] for _, top in scored[99:]] == new
 
 
 class Products(TorchDispatchMode):
