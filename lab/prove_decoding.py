@@ -6,9 +6,10 @@
 Strategies, exits, thresholds, draft lengths, trees, batches, limits and stop sequences are drawn.
 The text of each is compared with that of `full`, greedy and sampled, in fp32. Then every strategy
 samples pairs of tokens, which are tested (chi-square) against the probabilities that transformers'
-own model gives them. Then the first part is repeated in bf16 and fp16, where rounding may decide
-between tokens that are almost equally likely: how often, and how close they were. Writes a page.
-Ends with an error if fp32 differs anywhere, or a distribution does not fit (p < 0.001).
+own model gives them. Then the first part is repeated in bf16, int8 and fp16. Where torch runs one
+of them, rounding may decide between tokens that are almost equally likely: how often, and how close
+they were. Writes a page. Ends with an error if fp32 or a kind that the compiled library runs
+differs anywhere, or a distribution does not fit (p < 0.001).
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -42,6 +43,7 @@ from megatron_sorted.commands.options.decoding import (
     check_prompt_options,
     open_generator,
 )
+from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.strategies import (
     Full,
     SamplingParameters,
@@ -53,7 +55,8 @@ from megatron_sorted.errors import SettingsError
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.reporting.markdown import facts, table
 
-HALVES = ("bfloat16", "float16")
+OTHERS = ("bfloat16", "int8", "float16")
+"""Kinds of weights beside float32; int8 is the compiled library's alone."""
 LEAST_P = 0.001
 
 
@@ -85,8 +88,8 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser.add_argument(
         "--num-half-tokens",
         type=int,
-        default=20_000,
-        help="tokens to compare in each half precision; 0 for none (%(default)s)",
+        default=100_000,
+        help="tokens to compare in each other kind of weights; 0 for none (%(default)s)",
     )
     parser.add_argument(
         "--num-samples",
@@ -101,10 +104,11 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         "--output", type=Path, default=Path("runs/prove_decoding.md"), help="the page (%(default)s)"
     )
     values = parser.parse_args(arguments)
-    if values.dtype != "float32":
+    if values.dtype not in (None, "float32"):
         raise SettingsError(
-            "--dtype: the proof runs in fp32, and in bf16 and fp16 by itself. Leave it out."
+            "--dtype: the proof runs in fp32, and in the other kinds by itself. Leave it out."
         )
+    values.dtype = "float32"
     check_positive(
         values, "max_new_tokens", "num_prompts", "num_tokens", "most_prompt_tokens", "most_rows"
     )
@@ -123,6 +127,19 @@ def comparison_row(name: str, result: ProofComparison) -> list[str]:
         f"{result.num_same / result.num_tokens:.2%}",
         f"{max(map(abs, close)):.1e}" if close else "",
     ]
+
+
+def runner(network: Network) -> str:
+    """Return what runs a network."""
+    return "compiled library" if network.is_native else "torch"
+
+
+def differing(name: str, result: ProofComparison) -> str:
+    """Return the line about texts that differ."""
+    return (
+        f"{name}: {len(result.differences)} of {result.num_texts} texts differ,"
+        f" first {result.differences[0]}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,16 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     rows, wrong = [], []
     result = compare(network, prompts, values.num_tokens, values.seed, draws, "fp32")
-    rows.append(comparison_row("fp32", result))
+    rows.append(comparison_row(f"fp32, {runner(network)}", result))
     ends = ", ".join(f"{name} {count:,}" for name, count in sorted(result.finishes.items()))
     strategies = ", ".join(
         f"{name} {count:,}" for name, count in sorted(result.by_strategy.items())
     )
     if result.differences:
-        wrong.append(
-            f"fp32: {len(result.differences)} of {result.num_texts} texts differ,"
-            f" first {result.differences[0]}"
-        )
+        wrong.append(differing("fp32", result))
     fits, biased = [], None
     if values.num_samples:
         sampling, depths = SamplingParameters(1.0, 50), network.depths[:-1]
@@ -185,14 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             greedy_draft_pairs(network, prompts[0], depths[0], sampling, values.num_samples),
             expected,
         )
-    for dtype in HALVES if values.num_half_tokens else ():
-        other = open_generator(argparse.Namespace(**{**vars(values), "dtype": dtype}))
-        rows.append(
-            comparison_row(
-                dtype,
-                compare(other.network, prompts, values.num_half_tokens, values.seed, draws, dtype),
-            )
-        )
+    others = [one for one in OTHERS if one != "int8" or network.is_native]
+    for dtype in others if values.num_half_tokens else ():
+        other = open_generator(argparse.Namespace(**{**vars(values), "dtype": dtype})).network
+        result = compare(other, prompts, values.num_half_tokens, values.seed, draws, dtype)
+        rows.append(comparison_row(f"{dtype}, {runner(other)}", result))
+        if result.differences and other.is_native:
+            wrong.append(differing(dtype, result))
     lines = [
         *page_head(
             f"{values.model.resolve().name}: speculation beside `full`",
@@ -217,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
         "*widest*: at the first token that differs (greedy texts), how far full's choice was ahead,"
         " over the largest logit; the largest of all differences. bf16 keeps 8 bits (4e-3), fp16 11"
-        " (5e-4), fp32 24 (6e-8).",
+        " (5e-4), fp32 24 (6e-8). The library's pass over several tokens equals its passes over"
+        " one, so none of its kinds may differ.",
         "",
     ]
     if fits:

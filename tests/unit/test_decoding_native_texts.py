@@ -3,10 +3,12 @@
 `tests/unit/test_decoding_strategies.py` shows it for float32, where transformers is the reference.
 """
 
+import copy
 from itertools import chain
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sorted.decoding.cache.state import DecodingState
@@ -20,6 +22,7 @@ from megatron_sorted.decoding.strategies import (
     SortedSpeculative,
     TreeSpeculative,
 )
+from megatron_sorted.serving.token_logprobs import logprobs_of
 from tests.support.decoding import KINDS, needs_native, nested, plain_network, prompts
 
 NUM_TOKENS = 30
@@ -41,13 +44,17 @@ GREEDY = SamplingParameters()
 NATIVE = [pytest.param(kind, marks=needs_native) for kind in ("bfloat16", "int8")]
 
 
+def name_of(strategy) -> str:
+    return "-".join(map(str, (strategy.name, *vars(strategy).values())))
+
+
 def written(network, texts, strategy=None, sampling=GREEDY, **more) -> list[list[int]]:
     """Return the new tokens of texts that are written together."""
     limits = Limits(NUM_TOKENS)
     return [text.tokens for text in generate(network, texts, strategy, sampling, limits, **more)]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda one: "-".join(map(str, vars(one))) or 0)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=name_of)
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", ["torch", *NATIVE])
 def test_a_batch_is_what_full_writes(kind, sampling, strategy):
@@ -103,7 +110,8 @@ def whole(network, text, depth, first) -> torch.Tensor:
 def test_a_text_is_what_one_pass_over_it_chooses(kind):
     """The reference is one pass over the whole text, ours are passes of one token."""
     _, network = plain_network("mistral", kind=kind)
-    for text, new in zip(*(texts := prompts((9, 30), 100)), written(network, texts), strict=True):
+    texts = prompts((9, 30), 100)
+    for text, new in zip(texts, written(network, texts), strict=True):
         logits_nv = whole(network, [*text, *new[:-1]], 4, len(text) - 1)
         assert logits_nv.argmax(-1).tolist() == new
 
@@ -145,6 +153,70 @@ def test_kinds_differ_by_what_rounding_costs():
     size = float(base.norm())
     assert away["float32"] < 1e-5 * size < 1e-4 * size < away["bfloat16"] < 0.02 * size
     assert away["bfloat16"] < away["int8"] < 0.05 * size
+
+
+class Rounded(nn.Module):
+    """A linear module as the kinds define it: inputs and weights rounded, products summed exactly.
+
+    int8: groups of 64 inputs, whose largest number becomes 127.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str):
+        super().__init__()
+        self.kind, self.bias = kind, linear.bias
+        self.weight = self.rounded(linear.weight)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "bfloat16":
+            return x.bfloat16().double()
+        missing = -x.size(-1) % 64
+        groups = nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, 64))
+        scale = groups.abs().amax(-1, keepdim=True) / 127
+        whole = (groups * (127 / groups.abs().amax(-1, keepdim=True).clamp(min=1e-30))).round()
+        return (whole.double() * scale.double()).flatten(-2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = (self.rounded(x) @ self.weight.T).float()
+        return product if self.bias is None else product + self.bias
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", NATIVE)
+def test_logits_are_those_of_rounded_weights_and_inputs(kind, family):
+    """The reference is transformers' own model with other linear modules.
+
+    An input that lies between two whole numbers may be rounded to the other one, so the difference
+    is small beside what rounding costs.
+    """
+    case, network = plain_network(family, kind=kind)
+    model, text = copy.deepcopy(case.model), prompts((40,), 100)[0]
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Rounded(child, kind))
+    table = model.get_input_embeddings().weight
+    with torch.no_grad():
+        exact = case.model(torch.tensor([text])).logits[0]
+        table.copy_(table.bfloat16())
+        wanted = model(torch.tensor([text])).logits[0]
+    got = whole(network, text, 4, 0)
+    cost = float((exact - wanted).norm())
+    assert float((got - wanted).norm()) < 0.25 * cost and cost > 1e-4 * float(exact.norm())
+
+
+@pytest.mark.parametrize("kind", ["torch", *NATIVE])
+def test_scores_come_from_the_passes_that_write(kind):
+    """130 positions are scored in pieces of 64."""
+    _, network = plain_network("mistral", kind=kind)
+    [text] = prompts((100,), 100)
+    [new] = written(network, [text])
+    scored = logprobs_of(network, [*text, *new], 1, 2)
+    wanted = whole(network, [*text, *new[:-1]], 4, 0).log_softmax(-1)
+    own = wanted.gather(1, torch.tensor([*text[1:], *new])[:, None])[:, 0]
+    close = 1e-4 if kind == "torch" else 0  # torch's passes of other sizes round differently
+    got = torch.tensor([value for value, _ in scored])
+    torch.testing.assert_close(got, own, rtol=close, atol=close)
+    assert [top[0][0] for _, top in scored[99:]] == new
 
 
 class Products(TorchDispatchMode):

@@ -24,7 +24,7 @@ from megatron_sorted.decoding.strategies import (
     TreeSpeculative,
     draft_depths,
 )
-from tests.support.decoding import plain_network
+from tests.support.decoding import needs_native, plain_network
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 6], [4, 4]]
 
@@ -53,7 +53,11 @@ def test_all_drawn_strategies_are_supported(network):
     )
 
 
-def test_nothing_differs_and_texts_end_in_every_manner(network):
+@pytest.mark.parametrize(
+    "kind", [None, *(pytest.param(kind, marks=needs_native) for kind in ("bfloat16", "int8"))]
+)
+def test_nothing_differs_and_texts_end_in_every_manner(kind):
+    _, network = plain_network("llama", kind=kind)
     result = compare(network, PROMPTS, 1500, seed=1, draws=Draws(24, frozenset({1, 2}), letters))
     assert result.num_tokens >= 1500 and result.num_same == result.num_tokens
     assert not result.differences

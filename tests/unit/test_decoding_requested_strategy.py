@@ -5,16 +5,20 @@ import json
 
 import pytest
 
+from megatron_sorted.decoding.generate import Limits
 from megatron_sorted.decoding.network import config_sha256, draft_key, load_network
 from megatron_sorted.decoding.requested_strategy import RequestedStrategy
 from megatron_sorted.decoding.strategies import EarlyExit, Full, SelfSpeculative, TreeSpeculative
 from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.tuning.tune import Tuning
 from megatron_sorted.decoding.tuning.tuned_options import (
     TUNED_FILE,
     read_tuned_options,
+    tuned_dtype,
     write_tuned_options,
 )
 from megatron_sorted.errors import DataError, SettingsError
+from tests.support.decoding import needs_native, plain_network
 from tests.support.evaluated import make_model
 from tests.unit.test_decoding_text_generator import Letters
 
@@ -116,6 +120,11 @@ def test_a_strategy_without_drafts_does_not_use_the_draft_model(models):
         '{"format": 2, "strategies": {}}',
         '{"format": 1, "drafts": {"a@1": {}}}',
         '{"format": 1, "drafts": [1]}',
+        '{"format": 1, "strategies": {}, "dtype": "int3"}',
+        '{"format": 1, "strategies": {}, "dtype": ["int8"]}',
+        '{"format": 1, "strategies": {}, "dtype": null}',
+        '{"format": 1, "strategies": {}, "native": "yes"}',
+        '{"format": 1, "strategies": {}, "machine": "float32"}',
     ],
 )
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
@@ -125,6 +134,60 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
         with pytest.raises(DataError, match=r"decoding\.json: .* Remove it and tune again"):
             work()
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("tuned", "said"),
+    [
+        ({}, None),
+        ({"dtype": "int8", "native": True}, None),
+        ({"dtype": "int8", "native": True, "machine": {"dtype": "bfloat16"}}, None),
+        ({"dtype": "float32", "native": True}, "float32 by the compiled library"),
+        ({"dtype": "int8", "native": False}, "int8 by torch"),
+        ({"machine": {"dtype": "float32"}}, "float32 by torch"),  # of an earlier version
+    ],
+)
+@needs_native
+def test_options_of_other_weights_are_used_with_a_note(tuned, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_sorted.decoding.native.choice._said", set())
+    _, network = plain_network("llama", kind="int8")
+    write_tuned_options(tmp_path / TUNED_FILE, {**ALONE, **tuned})
+    choice = RequestedStrategy(tmp_path)
+    for _ in range(2):
+        assert choice.strategy(network) == TreeSpeculative((2,), (), 3, 2, 5)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(said)
+    if said:
+        assert f"was measured with {said}, and the model is run in int8 by the comp" in lines[0]
+        assert lines[0].endswith("Run megatron-sorted tune again.")
+    monkeypatch.setattr("megatron_sorted.decoding.native.choice._said", set())
+    choice.named("self_speculative").strategy(network)  # nothing is tuned for it
+    assert not capsys.readouterr().err
+
+
+def test_a_tuned_kind_of_weights_is_named_by_new_files_alone(tmp_path):
+    path = tmp_path / TUNED_FILE
+    assert tuned_dtype(path) is None
+    write_tuned_options(path, {**BY_SMALL, "dtype": "int8", "native": True}, "a@1")
+    assert tuned_dtype(path) is None, "that of a draft model"
+    write_tuned_options(path, {**ALONE, "machine": {"dtype": "bfloat16"}})
+    assert tuned_dtype(path) is None, "earlier versions wrote float32 where none was asked for"
+    write_tuned_options(path, {**ALONE, "dtype": "bfloat16", "native": True})
+    assert tuned_dtype(path) == "bfloat16"
+
+
+@needs_native
+def test_tuning_keeps_the_kind_of_weights_with_the_costs(tmp_path, capsys):
+    path = tmp_path / TUNED_FILE
+    for kind, is_native in (("torch", False), ("int8", True)):
+        generator = TextGenerator(plain_network("llama", kind=kind)[1], Letters())
+        tuning = Tuning(generator, None, [1], [[5, 6, 7]], Limits(4))
+        tuning.choices = {"full": Full(), "self_speculative": SelfSpeculative(1, 2)}
+        tuning.speeds = {"full": (2.0, 1.0), "self_speculative": (1.0, 2.0)}
+        assert tuning.keep(path, {"device": "cpu"}) == "full", "speculation does not pay"
+        tuned = read_tuned_options(path)
+        assert (tuned["dtype"], tuned["native"]) == (generator.network.kind, is_native)
+        assert set(tuned["costs"]) == {"widths", "layers", "heads"}
 
 
 @pytest.mark.parametrize(

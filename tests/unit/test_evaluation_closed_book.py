@@ -11,9 +11,11 @@ from megatron_sorted.evaluation.closed_book import (
     decode_greedily,
     encode_prompts,
 )
+from megatron_sorted.evaluation.decoded import decoding_network
 from megatron_sorted.evaluation.nested_model import load_nested_model
 from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.exported.tokenizer import open_tokenizer
+from tests.support.decoding import needs_native
 from tests.support.evaluated import TEXTS, write_model, write_tokenizer
 
 PROMPTS = ["Once", *TEXTS, "The cat", "A", "A bird flew and the dog"]
@@ -91,3 +93,31 @@ def test_long_prompts_lose_their_beginning(tokenizer):
     assert num_cut == 1 and cut[0] == [1, *whole[0][-9:]]
     with pytest.raises(SettingsError, match="leaves 0 tokens"):
         encode_prompts(PROMPTS, tokenizer, 0)
+
+
+@needs_native
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_decoder_answers_as_transformers_does(model, tokenizer, depth):
+    network = decoding_network(model, "on")
+    assert network.is_native and network.kind == "float32"
+    prompts, _ = encode_prompts(PROMPTS, tokenizer, 128 - 12)
+    questions = [Question(text, "a", ("a",)) for text in PROMPTS]
+    for batch_size in (1, 3):
+        how = Answering(tokenizer, 12, batch_size)
+        wanted = answer_questions(model, depth, questions, prompts, how)
+        got = answer_questions(model, depth, questions, prompts, how, None, network)
+        assert got == wanted and len(set(got.answers)) > 3
+    assert model.model.lm_head.weight.numel(), "the model is measured further"
+
+
+@needs_native
+def test_transformers_answers_where_the_decoder_cannot(model, monkeypatch, capsys):
+    assert decoding_network(model, "off") is None and not capsys.readouterr().err
+    monkeypatch.setattr("megatron_sorted.decoding.native.choice._said", set())
+    monkeypatch.setattr("megatron_sorted.evaluation.decoded.free_host_bytes", lambda: 1000)
+    with pytest.raises(SettingsError, match=r"--native on: packed copies .* 0\.00 GB are free"):
+        decoding_network(model, "on")
+    for _ in range(2):
+        assert decoding_network(model) is None
+    err = capsys.readouterr().err
+    assert err.count("transformers generates the answers") == 1 and "packed copies" in err
