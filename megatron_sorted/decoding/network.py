@@ -4,7 +4,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, FAMILIES
 from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
 from megatron_sorted.decoding.cache.eager import EagerWeights
-from megatron_sorted.decoding.cache.memory import BatchCache
+from megatron_sorted.decoding.cache.memory import BatchCache, Weights
+from megatron_sorted.decoding.cache.passes import Passes
 from megatron_sorted.decoding.native.choice import native_kind, refuse_or_report
 from megatron_sorted.decoding.native.compiler import NativeError
 from megatron_sorted.decoding.native.network import NativeWeights
@@ -24,33 +25,6 @@ UNKNOWN_ROTATIONS = ("dynamic", "longrope")
 """Rotary embeddings that depend on the text's length, so that cached keys would become wrong."""
 
 
-class Weights(Protocol):
-    """The weights of a network in the form that runs it: torch's own, or the compiled library's.
-
-    Attributes:
-        layers: Layers from shallow to deep, with num_groups and head_size.
-        readouts: Readout of each exit, by depth, with block and adapter.
-        embedding: The embedding, [v, h].
-        dtype: Data type that stands for the kind of weights.
-        state_dtype: Data type of hidden states, keys and values.
-        num_bytes: Size of all weights.
-        cache_type: The memory of a batch of texts, whose passes it runs.
-        is_native: Whether the compiled library runs the network.
-    """
-
-    layers: Sequence[Any]
-    readouts: dict[int, Any]
-    embedding: Tensor
-    dtype: torch.dtype
-    state_dtype: torch.dtype
-    num_bytes: int
-    cache_type: type[BatchCache]
-    is_native: bool
-
-    def resized(self, vocab_size: int) -> "Weights":
-        """Return the weights with a vocabulary padded to another size, which share the layers."""
-
-
 class Network:
     """The layers and exits of a transformers model, as they are decoded.
 
@@ -59,7 +33,6 @@ class Network:
             its config, rotary embedding and generation config are usable; see `whole_model`.
         depths: Depths of its exits, increasing; the last is the full model.
         weights: The weights.
-        rotary: The model's rotary embedding.
         num_layers: Number of layers.
         graphs: Whether forward passes take the tokens' positions from the device, so that they can
             be recorded as graphs and replayed.
@@ -109,7 +82,7 @@ class Network:
             if native is None
             else NativeWeights.of(model, exits, native, not keep)
         )
-        self.rotary, self.num_layers = model.model.rotary_emb, len(self.layers)
+        self.num_layers = len(self.layers)
         self.make_recorder = None if self.is_native else graphs_of(self.device)
         self.graphs = self.make_recorder is not None if graphs is None else graphs
         self.idle: list = []
@@ -184,10 +157,11 @@ class Network:
         """Return the data type of hidden states, keys and values."""
         return self.weights.state_dtype
 
-    @property
-    def cache_type(self) -> type[BatchCache]:
-        """Return the memory of a batch of texts, whose passes it runs."""
-        return self.weights.cache_type
+    def new_cache(
+        self, num_rows: int, capacity: int, stops: Sequence[int], passes: Passes | None = None
+    ) -> BatchCache:
+        """Return an empty cache, whose passes these weights run; arguments as for `BatchCache`."""
+        return self.weights.cache_type(self.weights, num_rows, capacity, stops, passes)
 
     def whole_model(self) -> nn.Module:
         """Return the model with all weights, for transformers' own methods.

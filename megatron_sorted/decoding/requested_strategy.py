@@ -74,7 +74,7 @@ class RequestedStrategy:
         tuned = self.tuned(draft)
         name = self.name or tuned.get("best") or "full"
         if name in tuned.get("strategies", {}):
-            self._say_if_other_weights(tuned, network)
+            self._report_other_weights(tuned, network)
         known = {one.name for one in fields(STRATEGIES[name])}
         for option in self.options:
             if option not in known:
@@ -101,7 +101,7 @@ class RequestedStrategy:
             ) from error
         return strategy
 
-    def _say_if_other_weights(self, tuned: Mapping[str, Any], network: Network) -> None:
+    def _report_other_weights(self, tuned: Mapping[str, Any], network: Network) -> None:
         """Print a line if the options were tuned with other weights than the network's.
 
         They are used all the same: no lossless strategy writes another text with them.

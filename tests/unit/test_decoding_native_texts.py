@@ -239,5 +239,5 @@ def test_torch_computes_no_product(strategy):
         _, network = plain_network("llama", kind=kind)
         with Products() as seen:
             written(network, prompts((5, 9), 100), strategy)
-        found = {name for name in seen.names if name in products or "attention" in name}
-        assert bool(found) == (kind == "torch")
+        used = {name for name in seen.names if name in products or "attention" in name}
+        assert bool(used) == (kind == "torch")

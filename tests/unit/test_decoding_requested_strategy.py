@@ -137,7 +137,7 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("tuned", "said"),
+    ("tuned", "note"),
     [
         ({}, None),
         ({"dtype": "int8", "native": True}, None),
@@ -148,19 +148,19 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
     ],
 )
 @needs_native
-def test_options_of_other_weights_are_used_with_a_note(tuned, said, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_sorted.decoding.native.choice._said", set())
+def test_options_of_other_weights_are_used_with_a_note(tuned, note, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_sorted.decoding.native.choice._reported", set())
     _, network = plain_network("llama", kind="int8")
     write_tuned_options(tmp_path / TUNED_FILE, {**ALONE, **tuned})
     choice = RequestedStrategy(tmp_path)
     for _ in range(2):
         assert choice.strategy(network) == TreeSpeculative((2,), (), 3, 2, 5)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == bool(said)
-    if said:
-        assert f"was measured with {said}, and the model is run in int8 by the comp" in lines[0]
+    assert len(lines) == bool(note)
+    if note:
+        assert f"was measured with {note}, and the model is run in int8 by the comp" in lines[0]
         assert lines[0].endswith("Run megatron-sorted tune again.")
-    monkeypatch.setattr("megatron_sorted.decoding.native.choice._said", set())
+    monkeypatch.setattr("megatron_sorted.decoding.native.choice._reported", set())
     choice.named("self_speculative").strategy(network)  # nothing is tuned for it
     assert not capsys.readouterr().err
 

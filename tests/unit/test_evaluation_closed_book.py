@@ -113,7 +113,7 @@ def test_the_decoder_answers_as_transformers_does(model, tokenizer, depth):
 @needs_native
 def test_transformers_answers_where_the_decoder_cannot(model, monkeypatch, capsys):
     assert decoding_network(model, "off") is None and not capsys.readouterr().err
-    monkeypatch.setattr("megatron_sorted.decoding.native.choice._said", set())
+    monkeypatch.setattr("megatron_sorted.decoding.native.choice._reported", set())
     monkeypatch.setattr("megatron_sorted.evaluation.decoded.free_host_bytes", lambda: 1000)
     with pytest.raises(SettingsError, match=r"--native on: packed copies .* 0\.00 GB are free"):
         decoding_network(model, "on")

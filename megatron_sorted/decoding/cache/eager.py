@@ -38,18 +38,20 @@ class ExitReadout:
 
 @dataclass(frozen=True)
 class EagerWeights:
-    """The weights of a model, which it shares; see `network.Weights` for what all kinds have.
+    """The weights of a model, which it shares; see `memory.Weights` for what all kinds have.
 
     Attributes:
         layers: Layers from shallow to deep.
         readouts: Readout of each exit, by depth.
         embedding: The embedding, [v, h].
+        rotary: transformers' rotary embedding.
         num_bytes: Size of the model's weights and of the packed copies of matrices.
     """
 
     layers: Sequence[Layer]
     readouts: dict[int, ExitReadout]
     embedding: Tensor
+    rotary: nn.Module
     num_bytes: int
     cache_type = BatchCache
     is_native = False
@@ -72,7 +74,8 @@ class EagerWeights:
             depth: _make_readout(config, depth, own, matrices) for depth, own in exits.items()
         }
         size = sum(map(num_bytes, distinct_parameters(model, exits))) + matrices.num_packed_bytes
-        return cls(layers, readouts, model.get_input_embeddings().weight, size)
+        embedding = model.get_input_embeddings().weight
+        return cls(layers, readouts, embedding, model.model.rotary_emb, size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,13 +131,13 @@ def resized_embedding(embedding: Tensor, vocab_size: int) -> Tensor:
 def distinct_parameters(model: nn.Module, exits: dict[int, NestedExit]) -> list[nn.Parameter]:
     """Return the parameters of a model and its exits, each once."""
     parts = [part for own in exits.values() for part in (own.block, own.norm, own.head)]
-    found = {
+    parameters = {
         id(parameter): parameter
         for module in (model, *parts)
         if module is not None
         for parameter in module.parameters()
     }
-    return list(found.values())
+    return list(parameters.values())
 
 
 def num_bytes(tensor: Tensor) -> int:

@@ -44,4 +44,4 @@ def release(network: Network, memory: BatchCache) -> None:
 def _make(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> BatchCache:
     passes = Passes(network.make_recorder() if network.make_recorder else None)
     with torch.inference_mode(False):  # inference tensors cannot be written outside the mode
-        return network.cache_type(network, num_rows, capacity, stops, passes)
+        return network.new_cache(num_rows, capacity, stops, passes)

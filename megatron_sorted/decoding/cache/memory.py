@@ -7,11 +7,11 @@ and replayed.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_sorted.decoding.cache.layer import KVCache
 from megatron_sorted.decoding.cache.passes import Passes
@@ -19,13 +19,39 @@ from megatron_sorted.decoding.cache.places import Places, rotation_tables
 from megatron_sorted.decoding.cache.transfer import numbers, set_numbers
 from megatron_sorted.decoding.speculation.tree import DraftTree
 
-if TYPE_CHECKING:  # it imports the caches of all kinds of weights
-    from megatron_sorted.decoding.network import Network
-
 MAX_WIDTH = 65
 """Maximum number of new tokens of a row in a replayed pass: the longest draft and one token."""
 MIN_SPAN = 128
 """Smallest number of slots that a replayed pass attends to; larger ones are powers of two."""
+
+
+class Weights(Protocol):
+    """The weights of a network in the form that runs it: torch's own, or the compiled library's.
+
+    Attributes:
+        layers: Layers from shallow to deep, with num_groups and head_size.
+        readouts: Readout of each exit, by depth, with block and adapter.
+        embedding: The embedding, [v, h].
+        rotary: transformers' rotary embedding.
+        dtype: Data type that stands for the kind of weights.
+        state_dtype: Data type of hidden states, keys and values.
+        num_bytes: Size of all weights.
+        cache_type: The memory of a batch of texts, whose passes it runs.
+        is_native: Whether the compiled library runs the network.
+    """
+
+    layers: Sequence[Any]
+    readouts: dict[int, Any]
+    embedding: Tensor
+    rotary: nn.Module
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    num_bytes: int
+    cache_type: type["BatchCache"]
+    is_native: bool
+
+    def resized(self, vocab_size: int) -> "Weights":
+        """Return the weights with a vocabulary padded to another size, which share the layers."""
 
 
 class LayerSegment:
@@ -64,7 +90,7 @@ class BatchCache:
     """The memory of a batch of texts; see the module.
 
     Args:
-        network: The model.
+        weights: The weights that run the passes.
         num_rows: Number of texts.
         capacity: Number of slots of each text; the last one takes writes of padding.
         stops: Depths at which a forward pass may stop.
@@ -74,7 +100,7 @@ class BatchCache:
 
     def __init__(
         self,
-        network: "Network",
+        weights: Weights,
         num_rows: int,
         capacity: int,
         stops: Sequence[int],
@@ -82,28 +108,24 @@ class BatchCache:
     ):
         self.num_rows, self.capacity = num_rows, capacity
         self.stops, self.passes = tuple(sorted(set(stops))), passes
-        self.embedding, self.readouts = network.embedding, network.readouts
-        self.dtype = network.state_dtype
-        self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=network.device)
-        self.cos_cd, self.sin_cd = rotation_tables(
-            network.rotary, capacity, self.dtype, network.device
-        )
+        self.embedding, self.readouts = weights.embedding, weights.readouts
+        self.dtype, device = weights.state_dtype, weights.embedding.device
+        self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=device)
+        self.cos_cd, self.sin_cd = rotation_tables(weights.rotary, capacity, self.dtype, device)
         self.segments: dict[int, LayerSegment] = {}
         self.blocks: dict[int, LayerSegment] = {}
         start = 0
         for stop in self.stops:
-            self.segments[stop] = self._make_segment(start, network.layers[start:stop])
-            readout = network.readouts.get(stop)
+            self.segments[stop] = self._make_segment(start, weights.layers[start:stop])
+            readout = weights.readouts.get(stop)
             if readout is not None and readout.block is not None:
                 self.blocks[stop] = self._make_segment(stop, [readout.block], readout.adapter)
             start = stop
         if passes is not None:
             self._starts_b, self._counts_b = (
-                torch.zeros(num_rows, dtype=torch.long, device=network.device) for _ in range(2)
+                torch.zeros(num_rows, dtype=torch.long, device=device) for _ in range(2)
             )
-            self._slots_bn = torch.zeros(
-                num_rows, MAX_WIDTH, dtype=torch.long, device=network.device
-            )
+            self._slots_bn = torch.zeros(num_rows, MAX_WIDTH, dtype=torch.long, device=device)
             self._counts: list[int] = []
 
     def _make_segment(

@@ -45,7 +45,7 @@ class DecodingState:
         """Return an empty cache: with graphs, one with recorded passes if the network has any."""
         self._release = None
         if not self.network.graphs:
-            return self.network.cache_type(self.network, num_rows, self.capacity, stops)
+            return self.network.new_cache(num_rows, self.capacity, stops)
         memory = acquire(self.network, num_rows, self.capacity, stops)
         self._release = weakref.finalize(self, release, self.network, memory)
         self._release.atexit = False

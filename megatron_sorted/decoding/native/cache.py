@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +19,8 @@ from megatron_sorted.decoding.native.library import (
     CSegment,
     native_library,
 )
+from megatron_sorted.decoding.native.weights import NativeReadout
 from megatron_sorted.decoding.speculation.tree import DraftTree
-
-if TYPE_CHECKING:  # it imports this file
-    from megatron_sorted.decoding.native.network import NativeReadout
 
 
 class NativeCache(BatchCache):
@@ -33,7 +30,7 @@ class NativeCache(BatchCache):
     (see `keep`), and a tensor of this cache is never replaced by one in other memory.
     """
 
-    readouts: dict[int, "NativeReadout"]
+    readouts: dict[int, NativeReadout]
 
     def __init__(self, *arguments, **more):
         """Allocate the memory; arguments as for `BatchCache`."""

@@ -11,58 +11,21 @@ from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
 from megatron_sorted.decoding.cache.eager import num_bytes, resized_embedding
 from megatron_sorted.decoding.native.cache import NativeCache
 from megatron_sorted.decoding.native.choice import native_threads
-from megatron_sorted.decoding.native.library import CLayer, CPart, CReadout, native_library
+from megatron_sorted.decoding.native.library import native_library
 from megatron_sorted.decoding.native.parts import check_parts
-from megatron_sorted.decoding.native.weights import Packer
-
-
-@dataclass(frozen=True)
-class NativeLayer:
-    """A packed layer.
-
-    Attributes:
-        packed: The library's structure.
-    """
-
-    packed: CLayer
-
-    @property
-    def num_groups(self) -> int:
-        """Return the number of heads of keys and values."""
-        return self.packed.groups
-
-    @property
-    def head_size(self) -> int:
-        """Return the size of a head."""
-        return self.packed.head_size
-
-
-@dataclass(frozen=True)
-class NativeReadout:
-    """A packed readout of an exit.
-
-    Attributes:
-        packed: The library's structure.
-        vocab_size: Number of logits: more than the head has are -inf, fewer are the first ones.
-        block: The exit's own layer; None without one.
-        adapter: The parts before the block; None without a block.
-    """
-
-    packed: CReadout
-    vocab_size: int
-    block: NativeLayer | None = None
-    adapter: list[CPart] | None = None
+from megatron_sorted.decoding.native.weights import NativeLayer, NativeReadout, Packer
 
 
 @dataclass(frozen=True)
 class NativeWeights:
-    """The packed weights of a model; see `network.Weights` for what all kinds have.
+    """The packed weights of a model; see `memory.Weights` for what all kinds have.
 
     Attributes:
         layers: Layers from shallow to deep.
         readouts: Readout of each exit, by depth.
         embedding: The embedding, [v, h]: float32, or bfloat16 for the other kinds. A head tied to
             it is packed beside it.
+        rotary: transformers' rotary embedding.
         dtype: Data type that stands for the kind of weights.
         num_bytes: Size of the packed weights and the embedding.
         held: Tensors whose memory the structures point to.
@@ -71,6 +34,7 @@ class NativeWeights:
     layers: Sequence[NativeLayer]
     readouts: dict[int, NativeReadout]
     embedding: Tensor
+    rotary: nn.Module
     dtype: torch.dtype
     num_bytes: int
     held: Sequence[Tensor]
@@ -103,10 +67,10 @@ class NativeWeights:
         embedding = model.get_input_embeddings().weight.detach()
         layers, readouts = [], {}
         for index, layer in enumerate(model.model.layers):
-            layers.append(NativeLayer(packer.layer(layer, attention_window(config, index))))
+            layers.append(packer.layer(layer, attention_window(config, index)))
             packer.return_memory()
         for depth, own in exits.items():
-            readouts[depth] = _readout(packer, own, depth, config, embedding.size(1))
+            readouts[depth] = packer.readout(own, depth, config)
             packer.return_memory()
         # the head of a model may be no exit's
         packer.release(model.lm_head.weight)
@@ -115,7 +79,8 @@ class NativeWeights:
             model.get_input_embeddings().weight.data = embedding
         packer.return_memory()
         size = sum(map(num_bytes, [*packer.held, embedding]))
-        return cls(layers, readouts, embedding, getattr(torch, kind), size, packer.held)
+        rotary, dtype = model.model.rotary_emb, getattr(torch, kind)
+        return cls(layers, readouts, embedding, rotary, dtype, size, packer.held)
 
     def resized(self, vocab_size: int) -> "NativeWeights":
         """Return the weights with a vocabulary padded to another size."""
@@ -126,12 +91,3 @@ class NativeWeights:
         return replace(
             self, readouts=readouts, embedding=resized_embedding(self.embedding, vocab_size)
         )
-
-
-def _readout(
-    packer: Packer, own: NestedExit, depth: int, config, hidden_size: int
-) -> NativeReadout:
-    """Return the packed readout of an exit."""
-    packed, block = packer.readout(own, hidden_size), packer.block(own, depth, config)
-    layer, parts = (None, None) if block is None else (NativeLayer(block[0]), block[1])
-    return NativeReadout(packed, packed.head.outputs, layer, parts)

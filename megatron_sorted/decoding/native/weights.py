@@ -15,6 +15,44 @@ from megatron_sorted.decoding.cache.eager import parts_of_block, window_of_block
 from megatron_sorted.decoding.native.library import KINDS, CLayer, CMatrix, CPart, CReadout
 
 
+@dataclass(frozen=True)
+class NativeLayer:
+    """A packed layer.
+
+    Attributes:
+        packed: The library's structure.
+    """
+
+    packed: CLayer
+
+    @property
+    def num_groups(self) -> int:
+        """Return the number of heads of keys and values."""
+        return self.packed.groups
+
+    @property
+    def head_size(self) -> int:
+        """Return the size of a head."""
+        return self.packed.head_size
+
+
+@dataclass(frozen=True)
+class NativeReadout:
+    """A packed readout of an exit.
+
+    Attributes:
+        packed: The library's structure.
+        vocab_size: Number of logits: more than the head has are -inf, fewer are the first ones.
+        block: The exit's own layer; None without one.
+        adapter: The parts before the block; None without a block.
+    """
+
+    packed: CReadout
+    vocab_size: int
+    block: NativeLayer | None = None
+    adapter: list[CPart] | None = None
+
+
 @dataclass
 class Packer:
     """Packs the parts of a network that `parts.check_parts` has accepted.
@@ -90,7 +128,7 @@ class Packer:
         self.held += [packed, scales]
         return packed, scales
 
-    def layer(self, module: nn.Module, window: int | None) -> CLayer:
+    def layer(self, module: nn.Module, window: int | None) -> NativeLayer:
         """Pack a decoder layer of transformers (Llama, Mistral, Qwen2, Qwen3)."""
         attention, mlp = module.self_attn, module.mlp
         size = attention.head_dim
@@ -105,7 +143,7 @@ class Packer:
                 attention.k_norm.weight.expand(groups, -1),
             ]
             qk_norm, qk_epsilon = self.hold(torch.cat(both)), attention.q_norm.variance_epsilon
-        return CLayer(
+        packed = CLayer(
             self.matrix(attention.q_proj, attention.k_proj, attention.v_proj),
             self.matrix(attention.o_proj),
             self.matrix(mlp.gate_proj, mlp.up_proj),
@@ -121,6 +159,7 @@ class Packer:
             size,
             window or 0,
         )
+        return NativeLayer(packed)
 
     def part(self, module: nn.Module) -> CPart:
         """Pack an adapter or MLP of an exit's own."""
@@ -133,24 +172,22 @@ class Packer:
             module.norm.variance_epsilon,
         )
 
-    def readout(self, own: NestedExit, hidden_size: int) -> CReadout:
-        """Pack norm and head of an exit, with the parts before the norm."""
-        parts, norm = [], own.norm
+    def readout(self, own: NestedExit, depth: int, config) -> NativeReadout:
+        """Pack the readout of the exit at ``depth``."""
+        before, norm = [], own.norm
         if isinstance(norm, ExitNorm):
-            parts, norm = [self.part(part) for part in norm.parts], norm.norm
-        return CReadout(
+            before, norm = [self.part(part) for part in norm.parts], norm.norm
+        packed = CReadout(
             self.matrix(own.head),
-            (CPart * len(parts))(*parts),
+            (CPart * len(before))(*before),
             self.hold(norm.weight),
             norm.variance_epsilon,
-            len(parts),
-            hidden_size,
+            len(before),
+            config.hidden_size,
         )
-
-    def block(self, own: NestedExit, depth: int, config) -> tuple[CLayer, list[CPart]] | None:
-        """Pack an exit's own layer and the adapter before it; None for an exit without one."""
         if own.block is None:
-            return None
+            return NativeReadout(packed, packed.head.outputs)
         module, adapter = parts_of_block(own.block)
         layer = self.layer(module, window_of_block(config, depth))
-        return layer, [] if adapter is None else [self.part(adapter)]
+        parts = [] if adapter is None else [self.part(adapter)]
+        return NativeReadout(packed, packed.head.outputs, layer, parts)
