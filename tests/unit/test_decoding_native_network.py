@@ -215,7 +215,8 @@ def test_addresses_stay_true_when_rows_end(rows, parts, tmp_path):
 def test_a_resized_network_pads_its_logits_and_shares_the_weights():
     _, network = plain_network("llama", kind="int8")
     larger, smaller = network.resized(130), network.resized(90)
-    here, more, fewer = (fresh_logits(one) for one in (network, larger, smaller))
+    texts = prompts((5, 9, 7), 90)
+    here, more, fewer = (fresh_logits(one, texts) for one in (network, larger, smaller))
     assert torch.equal(more[:, :100], here) and torch.equal(fewer, here[:, :90])
     assert more.shape == (3, 130) and bool((more[:, 100:] == float("-inf")).all())
     assert larger.layers is network.layers and larger.vocab_size == 130
