@@ -21,6 +21,13 @@ constexpr bool UNSIGNED_WEIGHTS = true;
 constexpr bool UNSIGNED_WEIGHTS = false;
 #endif
 
+// One instruction multiplies pairs of bfloat16; without it inputs are rounded and stay floats.
+#if VECTOR_BYTES == 64 && defined(__AVX512BF16__)
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+
 static inline int padded_inputs(int kind, int inputs) {
     const int whole = kind == INT8 ? GROUP : kind == BFLOAT16 ? 2 : 1;
     return (inputs + whole - 1) / whole * whole;
@@ -44,8 +51,8 @@ struct Matrix {
 
 // A token's input in the form that a kind of matrix needs.
 struct Inputs {
-    const float *floats;    // float32
-    const uint16_t *halves; // bfloat16, an even number of them
+    const float *floats;    // float32, or rounded for bfloat16 without PAIRS
+    const uint16_t *halves; // bfloat16 with PAIRS, an even number of them
     const int8_t *bytes;    // int8, whole groups
     const float *scales;    // int8: scale of each group
     const int32_t *sums;    // int8: 128 times the sum of each group

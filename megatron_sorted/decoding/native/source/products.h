@@ -61,7 +61,7 @@ static inline void add_bfloat16(const Matrix &m, int block, Range range, const I
             if (j * VECTOR_BYTES % 64 == 0)
                 prefetch(reinterpret_cast<const char *>(w + 2 * j * LANES) + AHEAD);
             const Words both = load_words(w + 2 * j * LANES);
-#if VECTOR_BYTES == 64 && defined(__AVX512BF16__)
+#if VECTOR_BYTES == 64 && defined(__AVX512BF16__) // PAIRS
 #pragma GCC unroll 6
             for (int t = 0; t < T; ++t) {
                 int32_t pair;
@@ -76,8 +76,8 @@ static inline void add_bfloat16(const Matrix &m, int block, Range range, const I
             std::memcpy(&odd, &high, sizeof odd);
 #pragma GCC unroll 6
             for (int t = 0; t < T; ++t) {
-                sums[t][j] = multiply_add(even, all(from_bf16(x[t].halves[k])), sums[t][j]);
-                sums[t][j] = multiply_add(odd, all(from_bf16(x[t].halves[k + 1])), sums[t][j]);
+                sums[t][j] = multiply_add(even, all(x[t].floats[k]), sums[t][j]);
+                sums[t][j] = multiply_add(odd, all(x[t].floats[k + 1]), sums[t][j]);
             }
 #endif
         }

@@ -50,7 +50,7 @@ public:
     Rows(Pool &pool, int count, int most_inputs)
         : pool_(pool), count_(count), inputs_(allocate<Inputs>(count, 1)),
           targets_(allocate<float *>(count, 1)),
-          halves_(allocate<uint16_t>(count, padded_inputs(INT8, most_inputs))),
+          converted_(allocate<float>(count, padded_inputs(INT8, most_inputs))),
           scales_(allocate<float>(count, padded_inputs(INT8, most_inputs) / GROUP)),
           sums_(allocate<int32_t>(count, padded_inputs(INT8, most_inputs) / GROUP)) {}
 
@@ -67,14 +67,20 @@ private:
     Inputs convert(const Matrix &m, const float *row, int t) {
         Inputs in = {row, nullptr, nullptr, nullptr, nullptr};
         const int padded = m.padded(), groups = m.groups();
+        const size_t before = static_cast<size_t>(t) * padded;
         if (m.kind == BFLOAT16) {
-            uint16_t *halves = halves_.get() + static_cast<size_t>(t) * padded;
-            for (int k = 0; k < m.inputs; ++k) halves[k] = to_bf16(row[k]);
-            for (int k = m.inputs; k < padded; ++k) halves[k] = 0;
-            in.halves = halves;
+            float *floats = converted_.get() + before;
+            uint16_t *halves = reinterpret_cast<uint16_t *>(converted_.get()) + before;
+            for (int k = 0; k < padded; ++k) {
+                const uint16_t half = k < m.inputs ? to_bf16(row[k]) : 0;
+                if (PAIRS)
+                    halves[k] = half;
+                else
+                    floats[k] = from_bf16(half);
+            }
+            in.floats = floats, in.halves = halves;
         } else if (m.kind == INT8) {
-            const size_t before = static_cast<size_t>(t) * padded;
-            int8_t *bytes = reinterpret_cast<int8_t *>(halves_.get()) + before;
+            int8_t *bytes = reinterpret_cast<int8_t *>(converted_.get()) + before;
             float *scales = scales_.get() + static_cast<size_t>(t) * groups;
             int32_t *sums = sums_.get() + static_cast<size_t>(t) * groups;
             for (int group = 0; group < groups; ++group) {
@@ -93,7 +99,7 @@ private:
     const int count_;
     Buffer<Inputs> inputs_;
     Buffer<float *> targets_;
-    Buffer<uint16_t> halves_; // or bytes
+    Buffer<float> converted_; // or bfloat16, or bytes: no two kinds at once
     Buffer<float> scales_;
     Buffer<int32_t> sums_;
 };
