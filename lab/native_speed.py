@@ -42,8 +42,8 @@ class Packed:
 
     Attributes:
         library: The compiled library.
-        matrices: Its structures.
-        held: Their memory.
+        matrices: Matrices as its structures.
+        held: Tensors that hold their numbers.
         num_weights: Number of weights.
     """
 
