@@ -5,7 +5,8 @@ reference_pages.py. Each folder holds what commands share:
 
     demo, make_cldr_questions       train two tiny models on true facts: cldr/, results/steps.py
     first_results, study            compare methods of training and write pages: results/, studies/
-    bench, bench_run, bench_convert, bench_rules, bench_plan, bench_decoding, bench_sharding
+    bench, bench_run, bench_convert, bench_rules, bench_plan, bench_decoding, bench_sharding,
+    native_speed
                                     measure: benchmarks/, decoding/
     prove_decoding, kill_test, accept_npu
                                     prove: decoding/, reliability/, acceptance/
@@ -18,7 +19,8 @@ reference_pages.py. Each folder holds what commands share:
 
     demo, make_cldr_questions       train two tiny models on true facts: cldr/, results/steps.py
     first_results, study            compare methods of training and write pages: results/, studies/
-    bench, bench_run, bench_convert, bench_rules, bench_plan, bench_decoding, bench_sharding
+    bench, bench_run, bench_convert, bench_rules, bench_plan, bench_decoding, bench_sharding,
+    native_speed
                                     measure: benchmarks/, decoding/
     prove_decoding, kill_test, accept_npu
                                     prove: decoding/, reliability/, acceptance/

@@ -110,13 +110,13 @@ class PackedMatrix:
         """Return the products with these rows; memory beside them is checked."""
         rows = np.ascontiguousarray(rows, dtype=np.float32)
         margin, count = 64, len(rows) * self.shape[0]
-        found = np.full(count + 2 * margin, 12345.0, np.float32)
+        got = np.full(count + 2 * margin, 12345.0, np.float32)
         self.library.native_multiply(
-            threads, ctypes.byref(self.c), len(rows), rows.ctypes.data, found[margin:].ctypes.data
+            threads, ctypes.byref(self.c), len(rows), rows.ctypes.data, got[margin:].ctypes.data
         )
-        beside = np.concatenate([found[:margin], found[margin + count :]])
+        beside = np.concatenate([got[:margin], got[margin + count :]])
         assert (beside == 12345.0).all(), "it wrote before the first or behind the last output"
-        return found[margin : margin + count].reshape(len(rows), self.shape[0])
+        return got[margin : margin + count].reshape(len(rows), self.shape[0])
 
 
 def rounded_to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -142,7 +142,7 @@ def quantized(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray, fused: bool) -> np.ndarray:
-    """Return a * b + c in float32, rounded once (by way of float64) or two times."""
+    """Return a * b + c in float32, rounded once (through float64) or two times."""
     if fused:
         return (a.astype(np.float64) * b.astype(np.float64) + c).astype(np.float32)
     return a * b + c

@@ -146,6 +146,16 @@ struct Case {
     }
 };
 
+// Many short runs of a pool: every piece is done once, before its run returns.
+static void run_pool() {
+    Pool pool(threads);
+    for (int run = 0; run < 20000; ++run) {
+        const std::unique_ptr<int[]> done(new int[3]());
+        pool.run(3, [&](int64_t piece, int) { done[piece] += run + 1; });
+        for (int piece = 0; piece < 3; ++piece) CHECK(done[piece] == run + 1);
+    }
+}
+
 static void print_layout() {
     FIELD(Matrix, kind), FIELD(Matrix, outputs), FIELD(Matrix, inputs), FIELD(Matrix, unused);
     FIELD(Matrix, weights), FIELD(Matrix, scales), FIELD(Matrix, bias);
@@ -177,6 +187,7 @@ int main(int, char **arguments) {
         return 0;
     }
     threads = std::atoi(arguments[1]);
+    run_pool();
     for (int kind : {FLOAT32, BFLOAT16, INT8}) {
         run_products(kind);
         for (int head_size : {4, 20, 80})

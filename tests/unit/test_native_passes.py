@@ -116,9 +116,9 @@ def test_passes_of_any_form_equal_passes_of_one_token_bit_for_bit(kind, threads,
     state.read(2)
     for row, total in enumerate(totals):
         for stop in stops:
-            found = slots_of(state, row, stop, range(total))
+            got = slots_of(state, row, stop, range(total))
             for slot in range(total):
-                assert found[slot].equals(expected[row][stop][slot]), (row, stop, slot)
+                assert got[slot].equals(expected[row][stop][slot]), (row, stop, slot)
 
     # a tree behind the texts, read in two passes
     parents = case["parents"]
@@ -134,8 +134,8 @@ def test_passes_of_any_form_equal_passes_of_one_token_bit_for_bit(kind, threads,
             path = path_to(parents[row], node)
             plain = read_one_by_one(network, [*text, *(nodes[row][i] for i in path)], stops)
             for stop in stops:
-                found = slots_of(state, row, stop, [totals[row] + node])[0]
-                assert found.equals(plain[stop][-1]), (row, stop, node)
+                got = slots_of(state, row, stop, [totals[row] + node])[0]
+                assert got.equals(plain[stop][-1]), (row, stop, node)
 
 
 @pytest.mark.parametrize("kind", DTYPES)
@@ -156,8 +156,8 @@ def test_a_prompt_of_70_tokens_equals_70_passes_and_passes_of_n(
             for depth in DEPTHS:
                 state.read(depth)
         for depth in DEPTHS:
-            found = slots_of(state, 0, depth, range(70))
-            same = [one.equals(other) for one, other in zip(found, expected[depth], strict=True)]
+            got = slots_of(state, 0, depth, range(70))
+            same = [one.equals(other) for one, other in zip(got, expected[depth], strict=True)]
             assert all(same), (n, depth, same.index(False))
 
 
@@ -179,22 +179,22 @@ def test_float32_logits_equal_transformers(family, parts, tmp_path):
         state.append(torch.tensor([text]))
         for depth in DEPTHS:
             state.read(depth)
-            found = state.logits(depth, torch.arange(45)[None])[0]
+            got = state.logits(depth, torch.arange(45)[None])[0]
             expected = case.logits(depth, torch.tensor([text]))[0]
-            error = (found - expected).abs().max() / expected.abs().max()
+            error = (got - expected).abs().max() / expected.abs().max()
             assert error < 1e-5, (target, depth)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_quantised_logits_are_near_those_of_float32(kind, tmp_path):
     save_nested(tmp_path, "qwen3", "block")
-    text, found = torch.tensor(prompts((30,), 100)), {}
+    text, got = torch.tensor(prompts((30,), 100)), {}
     for name in ("float32", kind):
         state = DecodingState(load_native(tmp_path, name), 1, 30, DEPTHS)
         state.append(text)
         state.read(4)
-        found[name] = state.logits(4, torch.arange(30)[None])[0].flatten()
-    both = torch.stack([found["float32"], found[kind]])
+        got[name] = state.logits(4, torch.arange(30)[None])[0].flatten()
+    both = torch.stack([got["float32"], got[kind]])
     assert torch.corrcoef(both)[0, 1] > 0.99
     assert not torch.equal(*both)
 
@@ -206,12 +206,12 @@ class Products(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.got = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().partition("::")[2].partition(".")[0].strip("_")
         if name in self.NAMES or "attention" in name or "mkldnn" in name or "int8" in name:
-            self.found.append(name)
+            self.got.append(name)
         return function(*args, **(kwargs or {}))
 
 
@@ -231,7 +231,7 @@ def test_native_decoding_calls_no_product_of_torch(native, tmp_path):
         state.grow(torch.tensor([[5, 6]] * 2), torch.tensor([[-1, 0]] * 2))
         state.read(4)
         state.accept([[0, 1], [0]])
-    assert bool(products.found) == (native == "off"), set(products.found)
+    assert bool(products.got) == (native == "off"), set(products.got)
 
 
 @pytest.mark.parametrize("kind", DTYPES)
@@ -244,7 +244,7 @@ def test_a_hidden_state_that_is_not_a_number_gives_logits_that_are_none(kind, tm
     expected = state.logits(4, state.last_slots()).clone() * 0
     state.segments[1].hidden_bch[0, 3] = float("nan")
     state.read(4)
-    found = state.logits(4, torch.arange(20)[None].repeat(2, 1))
+    got = state.logits(4, torch.arange(20)[None].repeat(2, 1))
     assert expected.shape == (2, 1, 100)
-    assert torch.isfinite(found[0, :3]).all() and torch.isnan(found[0, 3:]).all()
-    assert torch.isfinite(found[1]).all(), "another text is not touched"
+    assert torch.isfinite(got[0, :3]).all() and torch.isnan(got[0, 3:]).all()
+    assert torch.isfinite(got[1]).all(), "another text is not touched"

@@ -33,11 +33,11 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("target", targets())
 def test_the_instructions_of_a_library_are_those_it_was_compiled_for(target):
-    found = library_for(target).native_instructions().decode()
+    got = library_for(target).native_instructions().decode()
     if target in WANTED:
-        assert found == WANTED[target][1]
+        assert got == WANTED[target][1]
     else:
-        assert found
+        assert got
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +75,7 @@ def test_products_do_not_depend_on_where_memory_lies(library, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_near_those_in_double_precision(library, kind):
     weights, rows = numbers(70, 172), numbers(9, 172, seed=1)
-    found = PackedMatrix(library, KINDS[kind], weights)(rows)
+    got = PackedMatrix(library, KINDS[kind], weights)(rows)
     rows, weights = rows.astype(np.float64), weights.astype(np.float64)
     # largest error of every input and weight, by rounding
     relative = {"float32": 0, "bfloat16": 2.0**-8, "int8": 0}[kind]
@@ -88,7 +88,7 @@ def test_products_are_near_those_in_double_precision(library, kind):
     of_rows, of_weights = errors
     sizes = np.abs(rows) @ np.abs(weights).T
     bound = of_rows @ np.abs(weights).T + np.abs(rows) @ of_weights.T + of_rows @ of_weights.T
-    assert (np.abs(found - rows @ weights.T) <= 1.001 * bound + 1e-5 * sizes).all()
+    assert (np.abs(got - rows @ weights.T) <= 1.001 * bound + 1e-5 * sizes).all()
 
 
 def test_no_rows_and_no_inputs(library):
@@ -107,9 +107,9 @@ def test_the_largest_int8_products_do_not_saturate(library, signs):
         rows[:, ::2] *= -1
     else:
         weights, rows = weights * signs[0], rows * signs[1]
-    found = PackedMatrix(library, INT8, weights)(rows)
+    got = PackedMatrix(library, INT8, weights)(rows)
     # every product of bytes is 127 * 127 in size, with the same sign
-    np.testing.assert_allclose(found, (rows @ weights.T), rtol=1e-6)
+    np.testing.assert_allclose(got, (rows @ weights.T), rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -120,12 +120,12 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(library, kind, value):
     matrix = PackedMatrix(library, KINDS[kind], weights)
     expected = matrix(rows)
     rows[4, 171] = value
-    found = matrix(rows)
-    assert not np.isfinite(found[4]).any()
+    got = matrix(rows)
+    assert not np.isfinite(got[4]).any()
     if np.isnan(value) or kind == "int8":
-        assert np.isnan(found[4]).all()
+        assert np.isnan(got[4]).all()
     others = np.arange(13) != 4
-    np.testing.assert_array_equal(found[others], expected[others])
+    np.testing.assert_array_equal(got[others], expected[others])
 
 
 def test_tiny_and_huge_numbers_in_int8(library):
@@ -136,9 +136,9 @@ def test_tiny_and_huge_numbers_in_int8(library):
     rows[:, 64:128] *= np.float32(1e-36)
     rows[:, 128:192] = 0
     matrix = PackedMatrix(library, INT8, weights)
-    found = matrix(rows)
-    assert np.isfinite(found).all()
-    np.testing.assert_array_equal(found, expected_product(matrix, weights, rows))
+    got = matrix(rows)
+    assert np.isfinite(got).all()
+    np.testing.assert_array_equal(got, expected_product(matrix, weights, rows))
 
 
 def test_int8_is_packed_in_blocks_of_four_inputs(library):
@@ -147,14 +147,14 @@ def test_int8_is_packed_in_blocks_of_four_inputs(library):
     block = library.native_block()
     blocks, groups = -(-70 // block), 3
     packed = matrix.packed.view(np.int8).reshape(blocks, groups * GROUP // 4, block, 4)
-    found = packed.transpose(0, 2, 1, 3).reshape(blocks * block, groups * GROUP).astype(np.int64)
+    got = packed.transpose(0, 2, 1, 3).reshape(blocks * block, groups * GROUP).astype(np.int64)
     if "VNNI" in library.native_instructions().decode():
-        found = np.where(found < 0, found + 128, found - 128)
+        got = np.where(got < 0, got + 128, got - 128)
     expected, scales = quantized(weights)
-    np.testing.assert_array_equal(found[:70], expected.reshape(70, -1))
-    assert not found[70:].any()
-    found_scales = matrix.scales.reshape(blocks, groups, block).transpose(0, 2, 1)
-    np.testing.assert_array_equal(found_scales.reshape(-1, groups)[:70], scales)
+    np.testing.assert_array_equal(got[:70], expected.reshape(70, -1))
+    assert not got[70:].any()
+    got_scales = matrix.scales.reshape(blocks, groups, block).transpose(0, 2, 1)
+    np.testing.assert_array_equal(got_scales.reshape(-1, groups)[:70], scales)
 
 
 def test_bfloat16_is_packed_in_pairs_rounded_to_even(library):
@@ -168,10 +168,10 @@ def test_bfloat16_is_packed_in_pairs_rounded_to_even(library):
     block = library.native_block()
     blocks = -(-70 // block)
     packed = matrix.packed.view(np.uint16).reshape(blocks, 87, block, 2)
-    found = packed.transpose(0, 2, 1, 3).reshape(blocks * block, 174)
-    as_floats = (found.astype(np.uint32) << 16).view(np.float32)
+    got = packed.transpose(0, 2, 1, 3).reshape(blocks * block, 174)
+    as_floats = (got.astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_array_equal(as_floats[:70, :173], rounded_to_bfloat16(weights))
-    assert not found[70:].any() and not found[:, 173].any()
+    assert not got[70:].any() and not got[:, 173].any()
 
 
 def test_a_matrix_is_packed_the_same_by_several_threads(library):

@@ -59,7 +59,7 @@ def test_no_address_beside_memory_and_no_undefined_behaviour(target):
 
 
 @pytest.mark.parametrize(
-    "file, old, new, found",
+    "file, old, new, got",
     [
         ("products.h", "if (count == BLOCK) {", "if (count > 0) {", "heap-buffer-overflow"),
         ("packing.h", "is_real && k < m.inputs", "is_real", "heap-buffer-overflow"),
@@ -72,7 +72,7 @@ def test_no_address_beside_memory_and_no_undefined_behaviour(target):
         ("vectors.h", "static_cast<uint32_t>(x) << 16", "int32_t{x} << (16 + x % 32)", "shift"),
     ],
 )
-def test_a_wrong_access_is_found(file, old, new, found, tmp_path):
+def test_a_wrong_access_is_reported(file, old, new, got, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(SOURCE, source)
     text = (source / file).read_text()
@@ -80,7 +80,7 @@ def test_a_wrong_access_is_found(file, old, new, found, tmp_path):
     (source / file).write_text(text.replace(old, new))
     made = compile_program([PROGRAM], tmp_path / "wrong", *BOTH, source=source)
     done = run(made, "1")
-    assert done.returncode != 0 and found in done.stderr, done.stderr[:3000]
+    assert done.returncode != 0 and got in done.stderr, done.stderr[:3000]
 
 
 def test_threads_do_not_race():

@@ -3,6 +3,7 @@
 // Every function returns a `Status`. Passes of all threads of a process share one pool, one pass at
 // a time; each product, norm and attention adds its terms in one fixed order, so that a pass of n
 // tokens equals n passes of one token, bit for bit.
+#include <cfenv>
 #include <pthread.h>
 
 #include "layer.h"
@@ -53,7 +54,8 @@ Pool &pool_of(int threads) {
     return *shared_pool;
 }
 
-// The usual rounding, whatever this thread is set to, so that all threads round alike.
+// The usual rounding, also of denormal numbers, whatever this thread is set to. Threads of a pool
+// inherit it when they are made, so that all round alike.
 class Rounding {
 public:
     Rounding() {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <cfenv>
 #include <chrono>
 #include <condition_variable>
 #include <csignal>
@@ -95,7 +94,6 @@ private:
     }
 
     void work(int thread) {
-        std::fesetenv(FE_DFL_ENV); // the same rounding, also of denormal numbers, in every thread
         uint64_t seen = 0;
         for (;;) {
             if (!spin_until([&] { return generation_.load() != seen; })) {
