@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # What make test-megatron and test-versions run; a -k takes rows (MEGATRON_TESTS="tests/ranks/test_layouts.py -k pp2").
-MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precision.py tests/ranks/test_checkpoint.py tests/ranks/test_fsdp.py tests/ranks/test_lora.py
+MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precision.py tests/ranks/test_checkpoint.py tests/ranks/test_fsdp.py tests/ranks/test_lora.py tests/ranks/test_experts.py tests/ranks/test_context_parallel.py
 # more arguments for pytest in check, test, test-all, test-faults, test-launch and test-megatron, such as --no-skips
 PYTEST_OPTIONS ?=
 VERSIONS_OPTIONS ?=
@@ -17,6 +17,8 @@ TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reo
 
 NPU_VENV  := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
+# make -n would run a line with MAKE itself in it
+SELF := $(MAKE)
 # What make test-npu runs.
 NPU_TESTS ?= tests/npu
 
@@ -120,7 +122,7 @@ $(NPU_VENV)-megatron/%/.ready: $(NPU_READY)
 # by default the oldest and the newest megatron-core for which the Ascend stack has a branch
 test-npu: $(NPU_READY)
 	@for version in $(or $(VERSION),$$($(BIN)/python -m tests.npu.versions)); do \
-	    $(MAKE) -s --no-print-directory $(NPU_VENV)-megatron/$$version/.ready && \
+	    $(SELF) -s --no-print-directory $(NPU_VENV)-megatron/$$version/.ready && \
 	    echo "tests/npu under megatron-core $$version" && \
 	    NPU_TESTS_ON=simulation TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 	        $(NPU_VENV)-megatron/$$version/bin/python -m pytest -m "not long" $(NPU_TESTS) || exit 1; \

@@ -149,6 +149,6 @@ def installed_versions(path: Sequence[str]) -> dict[str, str]:
     """
     installed: dict[str, str] = {}
     for distribution in importlib.metadata.distributions(path=list(path)):
-        if name := distribution.metadata["Name"]:
+        if name := distribution.metadata.get("Name"):
             installed.setdefault(name.lower(), distribution.version)
     return installed

@@ -1,8 +1,11 @@
 """The only place that fills Megatron's TransformerConfig."""
 
+import inspect
+
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.parallel.fsdp import check_torch_can_shard
@@ -123,6 +126,21 @@ def _layout(settings: Settings) -> list[list[str]] | None:
     return chunks
 
 
+def _balance_loss_factor(settings: Settings) -> int:
+    """Return what the balance loss of experts must be multiplied by, to weigh as it should.
+
+    Up to megatron-core 0.18 its gradient is multiplied by a rank's own number of tokens and then
+    divided by that of all ranks that share a sequence, so with per-token loss it weighs less the
+    more ranks share one. From 0.19 on the router multiplies by their number too.
+    """
+    if not settings.calculate_per_token_loss:
+        return 1
+    source = inspect.getsource(TopKRouter.attach_and_log_load_balancing_loss)
+    if "tp_cp_group.size()" in source:
+        return 1
+    return settings.tensor_model_parallel_size * settings.context_parallel_size
+
+
 def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
     """Build Megatron's configuration of the run that ``settings`` describe."""
     dtype = parameter_dtype(settings)
@@ -148,7 +166,7 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
             # a softmax over one chosen expert would be 1 whatever the router says
             "moe_router_pre_softmax": settings.moe_router_topk == 1,
             "moe_ffn_hidden_size": settings.moe_ffn_hidden_size or ffn_hidden_size(settings),
-            "moe_aux_loss_coeff": settings.moe_aux_loss_coeff,
+            "moe_aux_loss_coeff": settings.moe_aux_loss_coeff * _balance_loss_factor(settings),
             "moe_token_dispatcher_type": settings.moe_token_dispatcher_type,
         }
     return TransformerConfig(

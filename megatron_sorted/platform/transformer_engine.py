@@ -59,7 +59,7 @@ def _is_for_npus(folder: Path) -> bool:
 def _part_of_nvidia(folder: Path, path: Sequence[str]) -> str:
     """Return a distribution or library of NVIDIA's that is installed; empty if there is none."""
     for distribution in importlib.metadata.distributions(path=list(path)):
-        name = (distribution.metadata["Name"] or "").lower()
+        name = (distribution.metadata.get("Name") or "").lower()
         if NVIDIA_DISTRIBUTION.fullmatch(name):
             return f"the distribution {name} {distribution.version}"
     for place in (folder, folder.parent, *map(Path, path)):
@@ -73,8 +73,12 @@ def _distribution_of_tenpu(path: Sequence[str]) -> str:
     """Return TENPU's distribution if it is installed, also as editable; empty if it is not."""
     for distribution in importlib.metadata.distributions(path=list(path)):
         metadata = distribution.metadata
-        described = " ".join(metadata[field] or "" for field in ("Summary", "Home-page", "Author"))
-        if SHARED_NAME.fullmatch((metadata["Name"] or "").lower()) and OF_ASCEND.search(described):
+        described = " ".join(
+            metadata.get(field) or "" for field in ("Summary", "Home-page", "Author")
+        )
+        if SHARED_NAME.fullmatch((metadata.get("Name") or "").lower()) and OF_ASCEND.search(
+            described
+        ):
             return f"the distribution {metadata['Name']} {distribution.version}"
     return ""
 

@@ -81,10 +81,9 @@ def check_megatron_version(version: str | None = None) -> None:
     Raises:
         PlatformError: The version is older or newer than the supported ones.
     """
-    where = ""
-    if version is None:
-        version = megatron_version()
-        where = f" in {megatron_copies()[0][1]}"
+    is_installed = version is None
+    version = version or megatron_version()
+    where = f" in {megatron_copies()[0][1]}" if is_installed else ""
     numbers = _numbers(version)
     reason = f"megatron-core {version}{where}: this program runs on {MEGATRON_CORE_RANGE}"
     if numbers < MEGATRON_CORE:
@@ -93,13 +92,21 @@ def check_megatron_version(version: str | None = None) -> None:
             "was the last release that ran on 0.12.1 to 0.15."
         )
     if numbers[:2] >= MEGATRON_CORE_END:
-        # An error is certain now, so the time to import it does not matter.
-        missing = missing_names()
-        verdict = f"lacks {', '.join(missing)}" if missing else f"has all {len(NAMES)}"
+        # The run ends here in any case, so the time to import the installed one does not matter.
+        names = f" {_names_sentence()}" if is_installed else ""
         raise PlatformError(
-            f"{reason}. Newer ones are untried; of the names of Megatron that this program uses "
-            f"this one {verdict}. Install one of them: {INSTALL}."
+            f"{reason}, and newer ones are untried.{names} Install one of them: {INSTALL}."
         )
+
+
+def _names_sentence() -> str:
+    """Return a sentence about the names that the installed megatron-core lacks."""
+    missing = missing_names()
+    return (
+        f"Of the names of Megatron that this program uses, it lacks {', '.join(missing)}."
+        if missing
+        else f"It has all {len(NAMES)} names of Megatron that this program looks for."
+    )
 
 
 def check_megatron_names() -> None:

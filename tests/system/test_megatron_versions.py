@@ -118,7 +118,7 @@ def test_a_program_continues_a_checkpoint_of_this_environments_version(other, tr
 
 @pytest.mark.parametrize(("version", "reason"), [
     ("0.15.3", "was the last release that ran on 0.12.1 to 0.15"),
-    ("0.20.0", "this one is untried"),
+    ("0.20.0", "newer ones are untried"),
 ])  # fmt: skip
 def test_make_refuses_a_version_outside_the_range_before_it_installs(version, reason):
     """The recipe runs alone, for the rest of make would set up this environment."""

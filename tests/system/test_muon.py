@@ -15,6 +15,7 @@ from megatron_sorted.platform.supported import MEGATRON_CORE_TESTED
 from tests.support.commands import ROOT, environment
 
 PACKAGE = "emerging-optimizers==0.3.0"
+# in a file that Python reads after the one that leads to the project's packages
 OVERRIDE = "import typing, typing_extensions; typing.override = typing_extensions.override\n"
 ROWS = (
     "test_layout_equals_plain_pytorch[one process]",
@@ -52,7 +53,7 @@ def test_muon_equals_plain_pytorch_and_resumes_exactly(tmp_path):
     pip(python, "absl-py")
     if sys.version_info < (3, 12):
         [packages] = python.parents[1].glob("lib/python3*/site-packages")
-        (packages / "override.pth").write_text(OVERRIDE, encoding="utf-8")
+        (packages / "zz_override.pth").write_text(OVERRIDE, encoding="utf-8")
     done = subprocess.run(
         [python, "-m", "pytest", "-rs", "-p", "no:cacheprovider"]
         + [f"tests/ranks/test_muon.py::{row}" for row in ROWS],

@@ -12,7 +12,8 @@ import pytest
 from tests.support import commands, ranks
 from tests.support.commands import ROOT, environment, run, start_command
 from tests.support.own_warnings import warn_as
-from tests.support.preloaded.session import stand_in
+from tests.support.preloaded import session
+from tests.support.preloaded.session import MAX_PARENT_BYTES, stand_in
 
 FORK = {"SORTED_FORK_CODE": 1}
 """Makes the stand-in have `-c CODE` forked too."""
@@ -209,3 +210,30 @@ def test_a_warning_of_our_own_is_an_error_in_commands_and_ranks(script, module):
     with pytest.raises(AssertionError, match="DeprecationWarning: to be mended"):
         ranks.run_ranks(1, warn_as, module, DeprecationWarning)
     ranks.run_ranks(1, warn_as, "torch.nn", DeprecationWarning)
+
+
+def test_the_address_of_a_server_is_short_enough_in_any_temporary_folder(tmp_path, monkeypatch):
+    for parent, is_taken in ((tmp_path / "a", True), (tmp_path / ("b" * 60), False)):
+        parent.mkdir()
+        monkeypatch.setattr(session.tempfile, "tempdir", str(parent))
+        monkeypatch.setattr(session, "MAX_PARENT_BYTES", len(str(tmp_path)) + 40)
+        chosen = session._parent_for_sockets()
+        assert (chosen == str(parent)) == is_taken
+    longest = "x" * (MAX_PARENT_BYTES - 1)
+    assert len(f"{longest}/preloaded_abcdefgh/transformers.socket.new") <= 107
+
+
+def test_a_server_that_ended_is_reported_with_its_output(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "megatron.pid").write_text(str(ended.pid))
+    (tmp_path / "megatron.log").write_text("OSError: AF_UNIX path too long")
+    sys.path.insert(0, str(session.HERE))
+    try:
+        import stand_in as client
+    finally:
+        sys.path.remove(str(session.HERE))
+    start = time.monotonic()
+    with pytest.raises(SystemExit, match=r"has ended.*AF_UNIX path too long"):
+        client.connect("megatron", sys.executable, tmp_path)
+    assert time.monotonic() - start < 5

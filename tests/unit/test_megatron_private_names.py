@@ -36,7 +36,7 @@ def names_in_megatron() -> set[str]:
 
 def test_the_page_lists_what_a_start_checks():
     listed = {name.rpartition(".")[2] for name, _ in rows()}
-    checked = {path.rpartition(".")[2] for name in NAMES for path in name.path.split("|")}
+    checked = {path.rpartition(".")[2] for _, paths in NAMES for path in paths.split("|")}
     assert checked <= listed
 
 

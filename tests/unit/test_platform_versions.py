@@ -45,18 +45,28 @@ def test_older_versions_are_refused_with_the_last_release_that_took_them(version
 
 
 @pytest.mark.parametrize("version", ["0.20.0", "0.20.0rc0", "1.0"])
-def test_newer_versions_are_refused_with_the_names_that_they_lack(version, monkeypatch):
-    with pytest.raises(PlatformError, match=rf"{version}: .*<{END}.* this one has all \d+\."):
+def test_newer_versions_are_refused(version):
+    with pytest.raises(
+        PlatformError, match=rf"{version}: .*<{END}, and newer ones are untried\. I"
+    ):
         versions.check_megatron_version(version)
-    lost = megatron_names.Name("optimizer.optimizer", "MegatronOptimizer.lost", "here", "a test")
-    no_module = megatron_names.Name("no_such_module", "name", "here", "a test")
+
+
+def test_an_installed_newer_version_is_refused_with_the_names_that_it_lacks(monkeypatch):
+    monkeypatch.setattr(versions, "megatron_copies", lambda: (("0.20.0", "/x/megatron/core"),))
+    with pytest.raises(
+        PlatformError,
+        match=rf"0.20.0 in /x/megatron/core: .*<{END}, and newer ones are untried\. It has all \d+",
+    ):
+        versions.check_megatron_version()
+    lost, no_module = ("optimizer.optimizer", "MegatronOptimizer.lost"), ("no_such_module", "name")
     monkeypatch.setattr(megatron_names, "NAMES", (*megatron_names.NAMES, lost, no_module))
     with pytest.raises(
         PlatformError,
-        match=r"this one lacks megatron.core.optimizer.optimizer.MegatronOptimizer.lost, "
+        match=r"it lacks megatron.core.optimizer.optimizer.MegatronOptimizer.lost, "
         r"megatron.core.no_such_module.name \(ModuleNotFoundError: .*Install one of them",
     ):
-        versions.check_megatron_version(version)
+        versions.check_megatron_version()
     with pytest.raises(
         PlatformError, match=r"it lacks .*MegatronOptimizer.lost.*Install a release"
     ):

@@ -27,6 +27,7 @@ import stand_in
 stand_in.main({python!r}, {root!r}, {folder!r})
 """
 END_SECONDS = 10
+MAX_PARENT_BYTES = 107 - len("/preloaded_12345678/transformers.socket.new")
 
 
 def open_session() -> None:
@@ -38,7 +39,7 @@ def open_session() -> None:
     started_by = Path(os.environ.get(FOLDER, "/nowhere")) / "session.python"
     if started_by.is_file() and started_by.read_text() == sys.executable:
         return
-    folder = Path(tempfile.mkdtemp(prefix="preloaded_"))
+    folder = Path(tempfile.mkdtemp(prefix="preloaded_", dir=_parent_for_sockets()))
     (folder / "session.pid").write_text(str(os.getpid()))
     (folder / "session.python").write_text(sys.executable)
     stand_in = folder / "python"
@@ -55,6 +56,15 @@ def open_session() -> None:
         folder / "tmp"
     )  # what killed programs leave behind goes with the session
     tempfile.tempdir = None
+
+
+def _parent_for_sockets() -> str:
+    """Return the temporary folder, or /tmp where the address of a socket in it would be too long.
+
+    The system takes 107 bytes; the folder of a test that runs tests can be longer than 70.
+    """
+    parent = tempfile.gettempdir()
+    return parent if len(os.fsencode(parent)) < MAX_PARENT_BYTES else "/tmp"
 
 
 def close_session() -> None:

@@ -76,14 +76,25 @@ def connect(kind: str, python: str, folder: Path) -> socket.socket:
             return connection
         except OSError:
             connection.close()
-        if time.monotonic() > until:
+        if time.monotonic() > until or _has_ended(folder / f"{kind}.pid"):
             log = folder / f"{kind}.log"
             sys.exit(
-                f"the preloaded server did not start within {START_SECONDS} s: "
+                f"the preloaded server has ended, or did not start within {START_SECONDS} s: "
                 f"{log.read_text() if log.exists() else ''}"
             )
         _start(kind, python, folder)
         time.sleep(0.02)
+
+
+def _has_ended(record: Path) -> bool:
+    """Return whether the server whose process number this file records has ended."""
+    try:
+        stat = Path(f"/proc/{int(record.read_text())}/stat").read_text()
+    except FileNotFoundError:
+        return record.exists()
+    except ValueError:
+        return False  # the record is being written
+    return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 def _start(kind: str, python: str, folder: Path) -> None:
