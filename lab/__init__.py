@@ -1,7 +1,6 @@
 """The authors' benchmarks, studies, proofs and demo; it imports the package and nothing imports it.
 
-Each file here is a command (``python -m lab.NAME``) except pages.py, processes.py and
-reference_pages.py. Each folder holds what commands share:
+Each file here is a command (``python -m lab.NAME``). Each folder holds what commands share:
 
     demo, make_cldr_questions       train two tiny models on true facts: cldr/, results/steps.py
     first_results, study            compare methods of training and write pages: results/, studies/
@@ -10,18 +9,5 @@ reference_pages.py. Each folder holds what commands share:
                                     measure: benchmarks/, decoding/
     prove_decoding, kill_test, accept_npu
                                     prove: decoding/, reliability/, acceptance/
-"""
-
-"""The authors' benchmarks, studies, proofs and demo; it imports the package and nothing imports it.
-
-Each file here is a command (``python -m lab.NAME``) except pages.py, processes.py and
-reference_pages.py. Each folder holds what commands share:
-
-    demo, make_cldr_questions       train two tiny models on true facts: cldr/, results/steps.py
-    first_results, study            compare methods of training and write pages: results/, studies/
-    bench, bench_run, bench_convert, bench_rules, bench_plan, bench_decoding, bench_sharding,
-    native_speed
-                                    measure: benchmarks/, decoding/
-    prove_decoding, kill_test, accept_npu
-                                    prove: decoding/, reliability/, acceptance/
+    megatron_versions               test under every supported megatron-core: versions/
 """

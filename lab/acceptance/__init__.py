@@ -1,3 +1,1 @@
 """Measurements and comparisons on a host with Ascend NPUs."""
-
-"""Measurements and comparisons on a host with Ascend NPUs."""

@@ -1,3 +1,1 @@
 """Benchmarks of training steps, whole runs, checkpoints, conversions, rules and layouts."""
-
-"""Benchmarks of training steps, whole runs, checkpoints, conversions, rules and layouts."""

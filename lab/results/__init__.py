@@ -1,3 +1,1 @@
 """Comparisons of methods of training, and the steps they consist of."""
-
-"""Comparisons of methods of training, and the steps they consist of."""

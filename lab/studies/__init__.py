@@ -1,3 +1,1 @@
 """The parts of lab/study.py: variants, steps, outcomes, page and picture."""
-
-"""The parts of lab/study.py: variants, steps, outcomes, page and picture."""

@@ -166,3 +166,19 @@ def test_every_function_that_communicates_says_so():
         if (calls := silent_collectives(path.read_text(encoding="utf-8")))
     }
     assert not silent, "add a `Collective:` section: which group, how many calls, which size"
+
+
+def repeated_texts(source: str) -> list[str]:
+    """Return the texts that stand more than once at the top level of a module."""
+    texts = [
+        node.value.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ]
+    return sorted({text for text in texts if texts.count(text) > 1})
+
+
+def test_no_module_says_a_text_twice():
+    assert repeated_texts('"""A."""\n\n"""A."""\nX = 1\n"""B."""\n') == ["A."]
+    sources = {name_of(path): path.read_text(encoding="utf-8") for path in program_files()}
+    assert [name for name, source in sources.items() if repeated_texts(source)] == []
