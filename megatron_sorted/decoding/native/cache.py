@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.memory import BatchCache, LayerSegment
+from megatron_sorted.decoding.cache.memory import BatchCache, LayerSegment, Weights
 from megatron_sorted.decoding.native.choice import native_threads
 from megatron_sorted.decoding.native.library import (
     BFLOAT16,
@@ -17,7 +17,6 @@ from megatron_sorted.decoding.native.library import (
     CPart,
     CPlaces,
     CSegment,
-    native_library,
 )
 from megatron_sorted.decoding.native.weights import NativeReadout
 from megatron_sorted.decoding.speculation.tree import DraftTree
@@ -32,10 +31,10 @@ class NativeCache(BatchCache):
 
     readouts: dict[int, NativeReadout]
 
-    def __init__(self, *arguments, **more):
+    def __init__(self, weights: Weights, *arguments, **more):
         """Allocate the memory; arguments as for `BatchCache`."""
-        super().__init__(*arguments, **more)
-        self.library = native_library()
+        super().__init__(weights, *arguments, **more)
+        self.library = weights.library
         self._structures: dict[int, CSegment] = {}
 
     def fill(self, segment: LayerSegment, ends: Sequence[int], tree: DraftTree | None) -> None:

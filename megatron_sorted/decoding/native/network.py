@@ -1,5 +1,6 @@
 """The weights of a network packed for the compiled library."""
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,7 @@ class NativeWeights:
         dtype: Data type that stands for the kind of weights.
         num_bytes: Size of the packed weights and the embedding.
         held: Tensors whose memory the structures point to.
+        library: The library that packed them, and that alone can read them.
     """
 
     layers: Sequence[NativeLayer]
@@ -38,6 +40,7 @@ class NativeWeights:
     dtype: torch.dtype
     num_bytes: int
     held: Sequence[Tensor]
+    library: ctypes.CDLL
     cache_type = NativeCache
     is_native = True
     state_dtype = torch.float32
@@ -80,7 +83,7 @@ class NativeWeights:
         packer.return_memory()
         size = sum(map(num_bytes, [*packer.held, embedding]))
         rotary, dtype = model.model.rotary_emb, getattr(torch, kind)
-        return cls(layers, readouts, embedding, rotary, dtype, size, packer.held)
+        return cls(layers, readouts, embedding, rotary, dtype, size, packer.held, library)
 
     def resized(self, vocab_size: int) -> "NativeWeights":
         """Return the weights with a vocabulary padded to another size."""
