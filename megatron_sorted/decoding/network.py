@@ -154,8 +154,13 @@ class Network:
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Return the data type of hidden states, keys and values."""
+        """Return the data type of hidden states."""
         return self.weights.state_dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Return the data type of keys and values."""
+        return self.weights.cache_dtype
 
     def new_cache(
         self, num_rows: int, capacity: int, stops: Sequence[int], passes: Passes | None = None

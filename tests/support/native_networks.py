@@ -49,7 +49,7 @@ class Slot:
         )
         return all(
             bool(torch.isfinite(mine).all())
-            and torch.equal(mine.view(torch.int32), theirs.view(torch.int32))
+            and torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
             for mine, theirs in pairs
         )
 

@@ -78,11 +78,13 @@ struct Case {
         const auto norm = numbers(hidden), qk_norm = numbers((heads + groups) * head_size);
         const Layer layer = {qkv.matrix, out.matrix, gate_up.matrix, down.matrix,
                              norm.data(), norm.data(), has_qk_norm ? qk_norm.data() : nullptr,
-                             1e-5f, 1e-6f, 1e-5f, heads, groups, head_size, window, 0};
+                             1e-5f, 1e-6f, 1e-5f, heads, groups, head_size, window,
+                             kind == FLOAT32 ? FLOAT32 : BFLOAT16};
         const Part parts[] = {{small.matrix, back.matrix, nullptr, 0.0f, 0},
                               {gate_up.matrix, down.matrix, norm.data(), 1e-5f, 0}};
         const size_t cached = static_cast<size_t>(rows) * groups * capacity * head_size;
-        std::vector<float> keys(cached), values(cached), target(rows * capacity * hidden);
+        std::vector<char> keys(cached * (kind == FLOAT32 ? 4 : 2)), values(keys.size());
+        std::vector<float> target(rows * capacity * hidden);
         const std::vector<float> source = numbers(target.size());
         const auto cosines = numbers(capacity * head_size), sines = numbers(capacity * head_size);
         const std::vector<float> table = numbers(vocabulary * hidden);
@@ -101,7 +103,8 @@ struct Case {
                          slots.data(), slots.data(), cosines.data(), sines.data(),
                          nullptr, nullptr, nullptr};
         CHECK(native_run(threads, &segment, &places) == DONE);
-        const std::vector<float> whole = target, whole_keys = keys;
+        const std::vector<float> whole = target;
+        const std::vector<char> whole_keys = keys;
         for (int i = 0; i < places.count; ++i) { // the same one by one
             Places one = places;
             one.count = 1, one.rows += i, one.slots += i, one.positions += i;
@@ -163,7 +166,7 @@ static void print_layout() {
     FIELD(Layer, first_norm), FIELD(Layer, second_norm), FIELD(Layer, qk_norm);
     FIELD(Layer, first_epsilon), FIELD(Layer, second_epsilon), FIELD(Layer, qk_epsilon);
     FIELD(Layer, heads), FIELD(Layer, groups), FIELD(Layer, head_size), FIELD(Layer, window);
-    FIELD(Layer, unused), FIELD(Part, first), FIELD(Part, second), FIELD(Part, norm);
+    FIELD(Layer, cache_kind), FIELD(Part, first), FIELD(Part, second), FIELD(Part, norm);
     FIELD(Part, epsilon), FIELD(Part, unused), FIELD(Cache, keys), FIELD(Cache, values);
     FIELD(Segment, num_layers), FIELD(Segment, hidden_size), FIELD(Segment, num_parts);
     FIELD(Segment, embedding_kind), FIELD(Segment, layers), FIELD(Segment, caches);

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.generate import Limits, generate
@@ -180,10 +181,18 @@ class Rounded(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+class RoundedCache(DynamicCache):
+    """Keys and values in bfloat16."""
+
+    def update(self, keys, values, *arguments, **more):
+        keys, values = (x.bfloat16().float() for x in (keys, values))
+        return super().update(keys, values, *arguments, **more)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("kind", NATIVE)
 def test_logits_are_those_of_rounded_weights_and_inputs(kind, family):
-    """The reference is transformers' own model with other linear modules.
+    """The reference is transformers' own model with other linear modules, keys and values.
 
     An input that lies between two whole numbers may be rounded to the other one, so the difference
     is small beside what rounding costs.
@@ -198,7 +207,7 @@ def test_logits_are_those_of_rounded_weights_and_inputs(kind, family):
     with torch.no_grad():
         exact = case.model(torch.tensor([text])).logits[0]
         table.copy_(table.bfloat16())
-        wanted = model(torch.tensor([text])).logits[0]
+        wanted = model(torch.tensor([text]), past_key_values=RoundedCache()).logits[0]
     got = whole(network, text, 4, 0)
     cost = float((exact - wanted).norm())
     assert float((got - wanted).norm()) < 0.25 * cost and cost > 1e-4 * float(exact.norm())

@@ -36,7 +36,8 @@ def bytes_needed(network: Network, num_rows: int, capacity: int, stops: Sequence
         2 * layer.num_groups * layer.head_size for layer in [*network.layers[: max(stops)], *blocks]
     )
     states = (len(set(stops)) + len(blocks)) * network.hidden_size
-    return num_rows * capacity * ((keys + states) * network.state_dtype.itemsize + TOKEN_BYTES)
+    slot = keys * network.cache_dtype.itemsize + states * network.state_dtype.itemsize
+    return num_rows * capacity * (slot + TOKEN_BYTES)
 
 
 def free_host_bytes(root: Path = Path("/")) -> int | None:

@@ -84,7 +84,12 @@ class EagerWeights:
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Return the data type of hidden states, keys and values."""
+        """Return the data type of hidden states."""
+        return self.embedding.dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Return the data type of keys and values."""
         return self.embedding.dtype
 
     def resized(self, vocab_size: int) -> "EagerWeights":

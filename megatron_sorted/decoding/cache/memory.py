@@ -34,7 +34,8 @@ class Weights(Protocol):
         embedding: The embedding, [v, h].
         rotary: transformers' rotary embedding.
         dtype: Data type that stands for the kind of weights.
-        state_dtype: Data type of hidden states, keys and values.
+        state_dtype: Data type of hidden states.
+        cache_dtype: Data type of keys and values.
         num_bytes: Size of all weights.
         cache_type: The memory of a batch of texts, whose passes it runs.
         is_native: Whether the compiled library runs the network.
@@ -46,6 +47,7 @@ class Weights(Protocol):
     rotary: nn.Module
     dtype: torch.dtype
     state_dtype: torch.dtype
+    cache_dtype: torch.dtype
     num_bytes: int
     cache_type: type["BatchCache"]
     is_native: bool
@@ -109,7 +111,8 @@ class BatchCache:
         self.num_rows, self.capacity = num_rows, capacity
         self.stops, self.passes = tuple(sorted(set(stops))), passes
         self.embedding, self.readouts = weights.embedding, weights.readouts
-        self.dtype, device = weights.state_dtype, weights.embedding.device
+        self.dtype, self.cache_dtype = weights.state_dtype, weights.cache_dtype
+        device = weights.embedding.device
         self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=device)
         self.cos_cd, self.sin_cd = rotation_tables(weights.rotary, capacity, self.dtype, device)
         self.segments: dict[int, LayerSegment] = {}
@@ -131,13 +134,15 @@ class BatchCache:
     def _make_segment(
         self, source: int, layers: Sequence[Any], adapter: Any = None
     ) -> LayerSegment:
-        def zeros(*shape: int) -> Tensor:
-            shape = (self.num_rows, *shape)
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(self.num_rows, *shape, dtype=dtype, device=self.device)
 
         shapes = [(layer.num_groups, self.capacity, layer.head_size) for layer in layers]
-        caches = [KVCache(zeros(*shape), zeros(*shape)) for shape in shapes]
-        hidden_bch = zeros(self.capacity, self.embedding.size(1))
+        caches = [
+            KVCache(zeros(self.cache_dtype, *shape), zeros(self.cache_dtype, *shape))
+            for shape in shapes
+        ]
+        hidden_bch = zeros(self.dtype, self.capacity, self.embedding.size(1))
         return LayerSegment(source, layers, adapter, caches, hidden_bch)
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_sorted.decoding.native.compiler import NativeError
 from megatron_sorted.errors import MemoryExhaustedError, SettingsError
 
-VERSION = 2
+VERSION = 3
 FLOAT32, BFLOAT16, INT8 = range(3)
 NO_MEMORY, BAD_TOKEN = 1, 2
 KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
@@ -32,7 +32,7 @@ class CLayer(ctypes.Structure):
         ("first_norm", c_void_p), ("second_norm", c_void_p), ("qk_norm", c_void_p),
         ("first_epsilon", c_float), ("second_epsilon", c_float), ("qk_epsilon", c_float),
         ("heads", c_int32), ("groups", c_int32), ("head_size", c_int32), ("window", c_int32),
-        ("unused", c_int32),
+        ("cache_kind", c_int32),
     ]  # fmt: skip
 
 

@@ -29,6 +29,7 @@ class NativeWeights:
         rotary: transformers' rotary embedding.
         dtype: Data type that stands for the kind of weights.
         num_bytes: Size of the packed weights and the embedding.
+        cache_dtype: Data type of keys and values: float32, or bfloat16 for the other kinds.
         held: Tensors whose memory the structures point to.
         library: The library that packed them, and that alone can read them.
     """
@@ -39,6 +40,7 @@ class NativeWeights:
     rotary: nn.Module
     dtype: torch.dtype
     num_bytes: int
+    cache_dtype: torch.dtype
     held: Sequence[Tensor]
     library: ctypes.CDLL
     cache_type = NativeCache
@@ -77,13 +79,14 @@ class NativeWeights:
             packer.return_memory()
         # the head of a model may be no exit's
         packer.release(model.lm_head.weight)
-        embedding = embedding.to(torch.float32 if kind == "float32" else torch.bfloat16)
+        short = torch.float32 if kind == "float32" else torch.bfloat16
+        embedding = embedding.to(short)
         if free:
             model.get_input_embeddings().weight.data = embedding
         packer.return_memory()
         size = sum(map(num_bytes, [*packer.held, embedding]))
         rotary, dtype = model.model.rotary_emb, getattr(torch, kind)
-        return cls(layers, readouts, embedding, rotary, dtype, size, packer.held, library)
+        return cls(layers, readouts, embedding, rotary, dtype, size, short, packer.held, library)
 
     def resized(self, vocab_size: int) -> "NativeWeights":
         """Return the weights with a vocabulary padded to another size."""

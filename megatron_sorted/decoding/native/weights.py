@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from megatron_sorted.conversion.hugging_face.nested_exits import ExitAdapter, ExitNorm, NestedExit
 from megatron_sorted.decoding.cache.eager import parts_of_block, window_of_block
-from megatron_sorted.decoding.native.library import KINDS, CLayer, CMatrix, CPart, CReadout
+from megatron_sorted.decoding.native.arena import Arena
+from megatron_sorted.decoding.native.library import (
+    BFLOAT16,
+    FLOAT32,
+    KINDS,
+    CLayer,
+    CMatrix,
+    CPart,
+    CReadout,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Packer:
         threads: Number of threads.
         free: Whether to free each matrix once it is packed.
         held: Tensors whose memory the structures point to.
+        arena: Memory of the packed matrices.
     """
 
     library: ctypes.CDLL
@@ -70,6 +80,7 @@ class Packer:
     threads: int
     free: bool = True
     held: list[Tensor] = field(default_factory=list)
+    arena: Arena = field(default_factory=Arena)
     _matrices: dict[tuple[int, ...], CMatrix] = field(default_factory=dict)
 
     def hold(self, tensor: Tensor) -> int:
@@ -120,8 +131,9 @@ class Packer:
         """Pack a matrix [out, in] of float32; return the packed bytes and the scales of int8."""
         kind, shape = KINDS[self.kind], weight.shape
         weight = weight.contiguous()
-        packed = torch.empty(self.library.native_packed_bytes(kind, *shape), dtype=torch.uint8)
-        scales = torch.empty(self.library.native_num_scales(kind, *shape), dtype=torch.float32)
+        packed = self.arena.empty(self.library.native_packed_bytes(kind, *shape))
+        num_scales = self.library.native_num_scales(kind, *shape)
+        scales = self.arena.empty(4 * num_scales).view(torch.float32)
         self.library.native_pack(
             self.threads, kind, weight.data_ptr(), *shape, packed.data_ptr(), scales.data_ptr()
         )
@@ -158,6 +170,7 @@ class Packer:
             groups,
             size,
             window or 0,
+            FLOAT32 if self.kind == "float32" else BFLOAT16,
         )
         return NativeLayer(packed)
 

@@ -5,9 +5,9 @@
 
 #include "vectors.h"
 
-// Keys and values of a layer: [rows][groups][capacity][head_size].
+// Keys and values of a layer, float32 or bfloat16: [rows][groups][capacity][head_size].
 struct Cache {
-    float *keys, *values;
+    void *keys, *values;
 };
 
 // New tokens, and what each may attend to: slots up to its own, or in a draft tree its ancestors.
@@ -61,47 +61,125 @@ static inline void rotate(float *x, const float *cosines, const float *sines, in
     }
 }
 
-// Adds the values, J vectors of each from number `at` on, times their weights.
-template <int J>
-static inline void add_values(const float *values, int size, int at, const Seen &seen,
-                              const float *weights, float scale, float *out) {
-    Floats sums[J] = {};
-    for (int i = 0, count = seen.count(); i < count; ++i) {
-        const float *value = values + seen.slot(i) * size + at;
-        for (int j = 0; j < J; ++j)
-            sums[j] = multiply_add(load(value + j * LANES), all(weights[i]), sums[j]);
-    }
-    for (int j = 0; j < J; ++j) store(out + at + j * LANES, sums[j] * scale);
+// Puts a new key or value into the cache.
+static inline void keep(const float *from, int size, float *to) {
+    std::memcpy(to, from, sizeof(float) * size);
 }
 
-// Attention of one head of one token. `scores` has place for seen.count() numbers.
-//
-// A node of a tree sees the same keys and values in the same order as the same token of a plain
-// text, so that its numbers are the same.
-static void attend(const float *query, const float *keys, const float *values, int size,
-                   const Seen &seen, float *scores, float *out) {
-    const int count = seen.count();
-    const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-    float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
-    for (int i = 0; i < count; ++i) {
-        scores[i] = dot(query, keys + seen.slot(i) * size, size) * scale;
-        most = scores[i] <= most ? most : scores[i];
+static inline void keep(const float *from, int size, uint16_t *to) {
+    for (int i = 0; i < size; ++i) to[i] = to_bf16(from[i]);
+}
+
+constexpr int MAX_QUERIES = 8; // of a tile, where no token has more heads in a group
+
+// A head of a new token: its query, what it attends to, its output, and room for as many scores as
+// it attends to and LANES more.
+struct Query {
+    const float *query;
+    Seen seen;
+    float *scores, *out;
+};
+
+// Slots whose keys or values are read once for all queries of a tile; they fit into a cache.
+constexpr int KEYS = 32;
+
+// Writes the scores of the slots [from, to) of the text; behind them some without a meaning.
+template <class T>
+static void score(const Query &q, const T *keys, int size, int capacity, float scale, int from,
+                  int to) {
+    from = std::max(from, q.seen.from), to = std::min(to, q.seen.to);
+    int slot = from;
+    for (; slot < to && slot + LANES <= capacity; slot += LANES)
+        store(q.scores + slot - q.seen.from,
+              dots(q.query, keys + static_cast<size_t>(slot) * size, size) * scale);
+    for (; slot < to; ++slot)
+        q.scores[slot - q.seen.from] =
+            dot(q.query, keys + static_cast<size_t>(slot) * size, size) * scale;
+}
+
+// Adds values times their weights to the output, J vectors of each from number `at` on; numbers
+// [first, last) of what the query attends to.
+template <int J, class T>
+static inline void add_values(const Query &q, const T *values, int size, int at, int first,
+                              int last) {
+    Floats sums[J];
+    for (int j = 0; j < J; ++j) sums[j] = load(q.out + at + j * LANES);
+    for (int i = first; i < last; ++i) {
+        const T *value = values + q.seen.slot(i) * size + at;
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j)
+            sums[j] = multiply_add(load(value + j * LANES), all(q.scores[i]), sums[j]);
     }
-    int i = 0;
-    for (; i + LANES <= count; i += LANES)
-        store(scores + i, exponential(load(scores + i) - most));
-    for (; i < count; ++i) scores[i] = exponential(scores[i] - most);
-    for (i = 0; i < count; ++i) total += scores[i];
-    const float inverse = 1.0f / total;
+    for (int j = 0; j < J; ++j) store(q.out + at + j * LANES, sums[j]);
+}
+
+template <class T>
+static void add_values(const Query &q, const T *values, int size, int first, int last) {
     int at = 0;
     for (; at + 4 * LANES <= size; at += 4 * LANES)
-        add_values<4>(values, size, at, seen, scores, inverse, out);
-    for (; at + LANES <= size; at += LANES)
-        add_values<1>(values, size, at, seen, scores, inverse, out);
-    for (; at < size; ++at) {
-        float sum = 0.0f;
-        for (i = 0; i < count; ++i)
-            sum = multiply_add(values[seen.slot(i) * size + at], scores[i], sum);
-        out[at] = sum * inverse;
+        add_values<4>(q, values, size, at, first, last);
+    for (; at + LANES <= size; at += LANES) add_values<1>(q, values, size, at, first, last);
+    for (; at < size; ++at)
+        for (int i = first; i < last; ++i)
+            q.out[at] = multiply_add(to_float(values[q.seen.slot(i) * size + at]), q.scores[i],
+                                     q.out[at]);
+}
+
+// Turns scores into weights that are not yet divided by their sum; returns the sum. Behind the last
+// there is room for LANES scores, which become 0.
+static float exponentiate(float *scores, int count) {
+    constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+    for (int i = count; i < count + LANES; ++i) scores[i] = LOWEST;
+    Floats highest = all(LOWEST), total = {};
+    for (int i = 0; i < count; i += LANES) {
+        const Floats v = load(scores + i);
+        highest = v <= highest ? highest : v;
+    }
+    float most = LOWEST;
+    for (int lane = 0; lane < LANES; ++lane)
+        most = highest[lane] <= most ? most : highest[lane];
+    for (int i = 0; i < count; i += LANES) {
+        const Floats v = exponential(load(scores + i) - most);
+        total += v;
+        store(scores + i, v);
+    }
+    return sum(total);
+}
+
+// Attention of queries of one text on the same group of keys and values.
+//
+// Keys and values are read in blocks for all queries. Each query sees its own in the order of their
+// slots, whatever the other queries are; a node of a tree sees the same as the same token of a plain
+// text. So its numbers are the same, bit for bit.
+template <class T>
+static void attend(const Query *queries, int count, const T *keys, const T *values, int size,
+                   int capacity) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+    int begin = queries[0].seen.from, end = queries[0].seen.to;
+    for (const Query *q = queries; q < queries + count; ++q) {
+        begin = std::min(begin, q->seen.from), end = std::max(end, q->seen.to);
+        std::memset(q->out, 0, sizeof(float) * size);
+    }
+    for (int slot = begin; slot < end; slot += KEYS)
+        for (const Query *q = queries; q < queries + count; ++q)
+            score(*q, keys, size, capacity, scale, slot, slot + KEYS);
+    float totals[MAX_QUERIES];
+    for (int i = 0; i < count; ++i) {
+        const Query &q = queries[i];
+        for (int number = q.seen.to - q.seen.from; number < q.seen.count(); ++number)
+            q.scores[number] = dot(q.query, keys + q.seen.slot(number) * size, size) * scale;
+        totals[i] = exponentiate(q.scores, q.seen.count());
+    }
+    for (int slot = begin; slot < end; slot += KEYS)
+        for (const Query *q = queries; q < queries + count; ++q) {
+            const Seen &seen = q->seen;
+            add_values(*q, values, size, std::max(slot, seen.from) - seen.from,
+                       std::min(slot + KEYS, seen.to) - seen.from);
+        }
+    for (int i = 0; i < count; ++i) {
+        const Query &q = queries[i];
+        add_values(q, values, size, q.seen.to - q.seen.from, q.seen.count());
+        const float inverse = 1.0f / totals[i];
+        for (int j = 0; j < size; ++j) q.out[j] *= inverse;
     }
 }

@@ -10,8 +10,8 @@ struct Layer {
     const float *qk_norm; // [heads + groups][head_size], or null
     float first_epsilon, second_epsilon, qk_epsilon;
     int32_t heads, groups, head_size;
-    int32_t window; // 0 without one
-    int32_t unused;
+    int32_t window;     // 0 without one
+    int32_t cache_kind; // FLOAT32 or BFLOAT16
 };
 
 // A step on each token by itself: an adapter (down, up) or an MLP with its norm (gate_up, down).
@@ -49,8 +49,9 @@ public:
           rows(pool, n, sizes.inputs), pool_(pool), n_(n), size_(hidden_size),
           span_(places ? longest_span(*places) : 0), places_(places),
           wide_(allocate<float>(n, sizes.outputs)), attended_(allocate<float>(n, sizes.attended)),
-          scores_(allocate<float>(pool.size(), span_)),
-          nodes_(allocate<int32_t>(pool.size(), places ? places->tree_size : 0)) {}
+          scores_(allocate<float>(static_cast<size_t>(pool.size()) * MAX_QUERIES, span_)),
+          nodes_(allocate<int32_t>(static_cast<size_t>(pool.size()) * MAX_QUERIES,
+                                   places ? places->tree_size : 0)) {}
 
     float *state(int t) { return hidden.get() + static_cast<size_t>(t) * size_; }
 
@@ -70,16 +71,7 @@ public:
         normalize_states(layer.first_norm, layer.first_epsilon);
         rows.multiply(layer.qkv, normed.get(), size_, wide_.get(), width);
         each(pool_, n_, [&](int t) { write_cache(layer, cache, t, wide_.get() + t * width); });
-        const auto attend_group = [&](int64_t piece, int thread) {
-            const int t = static_cast<int>(piece / layer.groups);
-            attend_heads(layer, cache, t, static_cast<int>(piece % layer.groups), thread,
-                         wide_.get() + t * width, attended_.get() + t * attended_width);
-        };
-        const int64_t pieces = static_cast<int64_t>(n_) * layer.groups;
-        if (static_cast<double>(n_) * static_cast<double>(attended_width) * span_ > 65536.0)
-            pool_.run(pieces, attend_group);
-        else
-            for (int64_t piece = 0; piece < pieces; ++piece) attend_group(piece, 0);
+        attend_all(layer, cache);
         rows.multiply(layer.out, attended_.get(), attended_width, normed.get(), size_);
         add(pool_, n_, hidden.get(), normed.get(), size_);
         run_mlp(layer.second_norm, layer.second_epsilon, layer.gate_up, layer.down);
@@ -98,7 +90,7 @@ private:
         size_t longest = 0;
         for (int t = 0; t < places.count; ++t)
             longest = std::max(longest, static_cast<size_t>(places.slots[t]) + 1);
-        return longest + (places.tree_first ? places.tree_size : 0);
+        return longest + LANES + (places.tree_first ? places.tree_size : 0);
     }
 
     void run_mlp(const float *norm, float epsilon, const Matrix &gate_up, const Matrix &down) {
@@ -131,23 +123,71 @@ private:
                               static_cast<size_t>(places_->slots[t]) * size;
             const float *key = qkv + static_cast<size_t>(layer.heads + group) * size;
             const float *value = key + static_cast<size_t>(layer.groups) * size;
-            std::memcpy(cache.keys + to, key, sizeof(float) * size);
-            std::memcpy(cache.values + to, value, sizeof(float) * size);
+            with_numbers(layer, cache, [&](auto *keys, auto *values) {
+                keep(key, size, keys + to);
+                keep(value, size, values + to);
+            });
         }
     }
 
-    // Attention of a token's heads that share a group of keys and values.
-    void attend_heads(const Layer &layer, const Cache &cache, int t, int group, int thread,
-                      const float *queries, float *out) {
+    // Calls body(keys, values) with the numbers of a cache in their type.
+    template <class Body>
+    static void with_numbers(const Layer &layer, const Cache &cache, Body &&body) {
+        if (layer.cache_kind == BFLOAT16)
+            body(static_cast<uint16_t *>(cache.keys), static_cast<uint16_t *>(cache.values));
+        else
+            body(static_cast<float *>(cache.keys), static_cast<float *>(cache.values));
+    }
+
+    // Attention of all tokens: a piece of work is a group of keys and values, and a few tokens that
+    // follow each other in one text.
+    void attend_all(const Layer &layer, const Cache &cache) {
+        const int most = std::max(1, MAX_QUERIES * layer.groups / layer.heads);
+        const auto end_of = [&](int t) {
+            int end = t + 1;
+            while (end < n_ && end < t + most && places_->rows[end] == places_->rows[t]) ++end;
+            return end;
+        };
+        tiles_.clear();
+        for (int t = 0; t < n_; t = end_of(t)) tiles_.push_back({t, end_of(t)});
+        const auto attend_piece = [&](int64_t piece, int thread) {
+            const auto [first, end] = tiles_[piece / layer.groups];
+            attend_tile(layer, cache, first, end, static_cast<int>(piece % layer.groups), thread);
+        };
+        const int64_t pieces = static_cast<int64_t>(tiles_.size()) * layer.groups;
+        const double work = static_cast<double>(n_) * layer.heads * layer.head_size;
+        if (work * static_cast<double>(span_) > 65536.0)
+            pool_.run(pieces, attend_piece);
+        else
+            for (int64_t piece = 0; piece < pieces; ++piece) attend_piece(piece, 0);
+    }
+
+    // Attention of the heads of tokens [first, end) of one text that share a group.
+    void attend_tile(const Layer &layer, const Cache &cache, int first, int end, int group,
+                     int thread) {
         const int size = layer.head_size, share = layer.heads / layer.groups;
-        int32_t *nodes = nodes_.get() + static_cast<size_t>(thread) * places_->tree_size;
-        const Seen seen = seen_by(*places_, t, layer.window, nodes);
-        const size_t start = cache_start(layer, t, group);
-        for (int head = group * share; head < (group + 1) * share; ++head) {
-            const size_t at = static_cast<size_t>(head) * size;
-            attend(queries + at, cache.keys + start, cache.values + start, size, seen,
-                   scores_.get() + thread * span_, out + at);
-        }
+        const size_t width = layer.qkv.outputs, out_width = static_cast<size_t>(layer.heads) * size;
+        const size_t start = cache_start(layer, first, group);
+        Query queries[MAX_QUERIES];
+        int count = 0;
+        const auto attend_queries = [&] {
+            with_numbers(layer, cache, [&](auto *keys, auto *values) {
+                attend(queries, count, keys + start, values + start, size, places_->capacity);
+            });
+            count = 0;
+        };
+        for (int t = first; t < end; ++t)
+            for (int head = group * share; head < (group + 1) * share; ++head) {
+                const size_t room = static_cast<size_t>(thread) * MAX_QUERIES + count;
+                const size_t at = static_cast<size_t>(head) * size;
+                int32_t *nodes = nodes_.get() + room * places_->tree_size;
+                queries[count++] = {wide_.get() + t * width + at,
+                                    seen_by(*places_, t, layer.window, nodes),
+                                    scores_.get() + room * span_,
+                                    attended_.get() + t * out_width + at};
+                if (count == MAX_QUERIES) attend_queries();
+            }
+        if (count) attend_queries();
     }
 
     Pool &pool_;
@@ -156,4 +196,5 @@ private:
     const Places *places_; // null where no layer runs
     Buffer<float> wide_, attended_, scores_;
     Buffer<int32_t> nodes_;
+    std::vector<std::pair<int, int>> tiles_; // of tokens
 };

@@ -123,7 +123,7 @@ int32_t run_segment(Pool &pool, const Segment &segment, const Places &places) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int32_t native_version() { return 2; }
+int32_t native_version() { return 3; }
 int32_t native_block() { return BLOCK; }
 
 const char *native_instructions() {

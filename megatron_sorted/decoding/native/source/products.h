@@ -113,20 +113,23 @@ static inline Ints add_products(Ints sum, Words weights, int32_t four) {
 #endif
 }
 
-// J vectors of a block, from vector `at` on.
-template <int T, int J>
-static inline void add_int8(const Matrix &m, int block, int at, Range range, const Inputs *x,
+// Only the exact sums of a group are kept in registers: `sums` is loaded and stored once a group.
+template <int T>
+static inline void add_int8(const Matrix &m, int block, Range range, const Inputs *x,
                             Floats sums[T][VECTORS]) {
     const int8_t *w = static_cast<const int8_t *>(m.weights) + m.weights_before(block) +
-                      static_cast<size_t>(range.from) * BLOCK + at * VECTOR_BYTES;
-    Floats part[T][J];
-    for (int t = 0; t < T; ++t)
-        for (int j = 0; j < J; ++j) part[t][j] = sums[t][at + j];
+                      static_cast<size_t>(range.from) * BLOCK;
+    const float *scales = m.scales + static_cast<size_t>(block) * m.groups() * BLOCK;
     for (int group = range.from / GROUP; group * GROUP < range.to; ++group) {
-        Ints exact[T][J] = {};
+        Ints exact[T][VECTORS];
+#pragma GCC unroll 6
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS; ++j)
+                exact[t][j] = Ints{} - (UNSIGNED_WEIGHTS ? x[t].sums[group] : 0);
         for (int k = 0; k < GROUP; k += 4, w += 4 * BLOCK) {
 #pragma GCC unroll 4
-            for (int j = 0; j < J; ++j) {
+            for (int j = 0; j < VECTORS; ++j) {
                 if (j * VECTOR_BYTES % 64 == 0) prefetch(w + j * VECTOR_BYTES + AHEAD);
                 const Words weights = load_words(w + j * VECTOR_BYTES);
 #pragma GCC unroll 6
@@ -137,19 +140,17 @@ static inline void add_int8(const Matrix &m, int block, int at, Range range, con
                 }
             }
         }
-        const float *scales =
-            m.scales + (static_cast<size_t>(block) * m.groups() + group) * BLOCK + at * LANES;
-        for (int t = 0; t < T; ++t) {
-            const int32_t surplus = UNSIGNED_WEIGHTS ? x[t].sums[group] : 0;
-            for (int j = 0; j < J; ++j) {
-                const Floats scale = load(scales + j * LANES) * x[t].scales[group];
-                const Floats whole = __builtin_convertvector(exact[t][j] - surplus, Floats);
-                part[t][j] = multiply_add(whole, scale, part[t][j]);
+        Floats scale[VECTORS];
+        for (int j = 0; j < VECTORS; ++j)
+            scale[j] = load(scales + static_cast<size_t>(group) * BLOCK + j * LANES);
+#pragma GCC unroll 6
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS; ++j) {
+                const Floats whole = __builtin_convertvector(exact[t][j], Floats);
+                sums[t][j] = multiply_add(whole, scale[j] * x[t].scales[group], sums[t][j]);
             }
-        }
     }
-    for (int t = 0; t < T; ++t)
-        for (int j = 0; j < J; ++j) sums[t][at + j] = part[t][j];
 }
 
 // Loads BLOCK numbers of which only `count` exist.
@@ -183,8 +184,7 @@ static void multiply_block(const Matrix &m, int block, Range range, const Inputs
     } else if (m.kind == BFLOAT16) {
         add_bfloat16<T>(m, block, range, x, sums);
     } else {
-        constexpr int J = T * VECTORS <= (TILE == 6 ? 12 : 4) ? VECTORS : 2;
-        for (int at = 0; at < VECTORS; at += J) add_int8<T, J>(m, block, at, range, x, sums);
+        add_int8<T>(m, block, range, x, sums);
     }
     if (m.bias && range.to == m.padded()) {
         Floats bias[VECTORS];

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -31,6 +32,7 @@ typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 static inline Floats load(const float *from) {
     Floats v;
@@ -94,12 +96,77 @@ static inline float sum(Floats v) {
     return lanes[0];
 }
 
-static inline float dot(const float *a, const float *b, int n) {
+// Returns the floats that bfloat16 numbers stand for.
+static inline Floats load(const uint16_t *from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    const Words words = __builtin_convertvector(halves, Words) << 16;
+    Floats v;
+    std::memcpy(&v, &words, sizeof v);
+    return v;
+}
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(uint16_t x) { return from_bf16(x); }
+
+// The product of a vector of floats with one of floats or bfloat16.
+template <class T> static inline float dot(const float *a, const T *b, int n) {
     Floats total = {};
     int i = 0;
     for (; i + LANES <= n; i += LANES) total = multiply_add(load(a + i), load(b + i), total);
     float result = sum(total);
-    for (; i < n; ++i) result = multiply_add(a[i], b[i], result);
+    for (; i < n; ++i) result = multiply_add(a[i], to_float(b[i]), result);
+    return result;
+}
+
+// Which lane of a (below LANES) or b (LANES more) goes to `lane` when halves of WIDTH are added.
+template <int WIDTH> constexpr int added_lane(int lane, bool upper) {
+    const int group = lane / (2 * WIDTH) * 2 * WIDTH, within = lane % WIDTH;
+    return group + within + (upper ? WIDTH : 0) + (lane % (2 * WIDTH) < WIDTH ? 0 : LANES);
+}
+
+template <int... LANE> static inline Floats shuffle(Floats a, Floats b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, LANE...);
+#else
+    return __builtin_shuffle(a, b, Ints{LANE...});
+#endif
+}
+
+template <int WIDTH, size_t... LANE>
+static inline Floats add_halves(Floats a, Floats b, std::index_sequence<LANE...>) {
+    return shuffle<added_lane<WIDTH>(LANE, false)...>(a, b) +
+           shuffle<added_lane<WIDTH>(LANE, true)...>(a, b);
+}
+
+// Returns the sums of LANES vectors, each added in the order of `sum`.
+template <int WIDTH = LANES / 2> static inline Floats sums_of(Floats *vectors) {
+    for (int i = 0; i < WIDTH; ++i)
+        vectors[i] = add_halves<WIDTH>(vectors[i], vectors[i + WIDTH],
+                                       std::make_index_sequence<LANES>());
+    if constexpr (WIDTH == 1)
+        return vectors[0];
+    else
+        return sums_of<WIDTH / 2>(vectors);
+}
+
+// Returns the products of a vector with LANES vectors that lie one behind the other; each equals
+// `dot`, bit for bit.
+template <class T> static inline Floats dots(const float *a, const T *b, int n) {
+    Floats totals[LANES] = {};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const Floats vector = load(a + i);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < LANES; ++lane)
+            totals[lane] = multiply_add(vector, load(b + static_cast<size_t>(lane) * n + i),
+                                        totals[lane]);
+    }
+    Floats result = sums_of(totals);
+    for (; i < n; ++i)
+        for (int lane = 0; lane < LANES; ++lane)
+            result[lane] = multiply_add(
+                a[i], to_float(b[static_cast<size_t>(lane) * n + i]), result[lane]);
     return result;
 }
 
