@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_sorted.decoding.cache.layer import KVCache
 from megatron_sorted.decoding.cache.passes import Passes
-from megatron_sorted.decoding.cache.places import Places, rotation_tables
+from megatron_sorted.decoding.cache.places import Places, halves, rotation_tables
 from megatron_sorted.decoding.cache.transfer import numbers, set_numbers
 from megatron_sorted.decoding.speculation.tree import DraftTree
 
@@ -132,12 +132,11 @@ class BatchCache:
         self, source: int, layers: Sequence[Any], adapter: Any = None
     ) -> LayerSegment:
         def zeros(*shape: int) -> Tensor:
-            shape = (self.num_rows, *shape)
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-        shapes = [(layer.num_groups, self.capacity, layer.head_size) for layer in layers]
-        caches = [KVCache(zeros(*shape), zeros(*shape)) for shape in shapes]
-        hidden_bch = zeros(self.capacity, self.embedding.size(1))
+        b, c = self.num_rows, self.capacity
+        caches = [KVCache(zeros(2, b, layer.num_groups, c, layer.head_size)) for layer in layers]
+        hidden_bch = zeros(b, c, self.embedding.size(1))
         return LayerSegment(source, layers, adapter, caches, hidden_bch)
 
     @property
@@ -190,10 +189,7 @@ class BatchCache:
         for segment in self.all_segments():
             segment.hidden_bch = segment.hidden_bch[: len(rows)]
             segment.filled = [segment.filled[row] for row in rows]
-            segment.caches = [
-                KVCache(cache.keys[: len(rows)], cache.values[: len(rows)])
-                for cache in segment.caches
-            ]
+            segment.caches = [KVCache(cache.both[:, : len(rows)]) for cache in segment.caches]
 
     def fill(self, segment: LayerSegment, ends: Sequence[int], tree: DraftTree | None) -> None:
         """Run a segment on the tokens that it has not processed yet.
@@ -213,8 +209,8 @@ class BatchCache:
         elif len(set(segment.filled)) == 1 and len(set(ends)) == 1 and not in_tree:
             first, end = segment.filled[0], ends[0]
             span = slice(first, end)
-            cos_bnd, sin_bnd = self.cos_cd[None, span], self.sin_cd[None, span]
-            self.run(segment, (slice(None), span), Places(cos_bnd, sin_bnd, end, first))
+            cos, sin = (halves(table[None, span]) for table in (self.cos_cd, self.sin_cd))
+            self.run(segment, (slice(None), span), Places(cos, sin, end, first))
         else:
             slots, counted = self.slots(
                 numbers(segment.filled, self.device), numbers(counts, self.device), n
@@ -232,9 +228,10 @@ class BatchCache:
         )
         if segment.adapter is not None:
             hidden = segment.adapter(hidden)
+        hidden_th = hidden.flatten(0, 1)
         for layer, cache in zip(segment.layers, segment.caches, strict=True):
-            hidden = layer(hidden, places, cache)
-        segment.hidden_bch[at] = hidden
+            hidden_th = layer(hidden_th, places, cache)
+        segment.hidden_bch[at] = hidden_th.view_as(hidden)
 
     def logits(self, depth: int, slots_bn: Tensor) -> Tensor:
         """Return the logits [b, n, v] of the exit at ``depth`` in these slots, already filled."""
@@ -286,8 +283,8 @@ class BatchCache:
         seen = torch.where(counted_bn[:, :, None], seen, keys == 0)
         positions = positions.clamp(max=self.capacity - 1)
         return Places(
-            self.cos_cd[positions],
-            self.sin_cd[positions],
+            halves(self.cos_cd[positions]),
+            halves(self.sin_cd[positions]),
             span,
             None,
             self.rows(),
