@@ -196,7 +196,9 @@ def test_instructions_by_macros(macros, name):
 
 
 def test_instructions_where_the_cpu_is_unknown_to_the_compiler(tmp_path):
-    body = 'case "$*" in *=native*) exit 1; esac\necho "#define __aarch64__ 1"; echo "#define __x 2"'
+    body = (
+        'case "$*" in *=native*) exit 1; esac\necho "#define __aarch64__ 1"; echo "#define __x 2"'
+    )
     command = (str(stand_in(tmp_path, body).program),)
     assert instructions_for(command, targets_of("aarch64")) == "NEON"
     with pytest.raises(NativeError, match="printed nothing"):

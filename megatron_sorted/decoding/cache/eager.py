@@ -38,7 +38,7 @@ class ExitReadout:
 
 @dataclass(frozen=True)
 class EagerWeights:
-    """The weights of a model, which it shares; see `memory.Weights` for what all kinds have.
+    """The weights of a model, which it shares; see `weights.Weights` for what all kinds have.
 
     Attributes:
         layers: Layers from shallow to deep.

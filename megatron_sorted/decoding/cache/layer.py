@@ -15,7 +15,6 @@ from megatron_sorted.decoding.cache.norm import RmsNorm
 from megatron_sorted.decoding.cache.places import Places
 from megatron_sorted.platform.kernels import kernels_of
 
-
 SILU = ("SiLU", "SiLUActivation")
 """Names of the activation for which devices have a fused operation."""
 

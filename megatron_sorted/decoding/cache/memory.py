@@ -7,83 +7,24 @@ and replayed.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_sorted.decoding.cache.layer import KVCache
 from megatron_sorted.decoding.cache.passes import Passes
 from megatron_sorted.decoding.cache.places import Places, halves, rotation_tables
+from megatron_sorted.decoding.cache.segment import LayerSegment
 from megatron_sorted.decoding.cache.transfer import numbers, set_numbers
+from megatron_sorted.decoding.cache.weights import Weights
 from megatron_sorted.decoding.speculation.tree import DraftTree
 
 MAX_WIDTH = 65
 """Maximum number of new tokens of a row in a replayed pass: the longest draft and one token."""
 MIN_SPAN = 128
 """Smallest number of slots that a replayed pass attends to; larger ones are powers of two."""
-
-
-class Weights(Protocol):
-    """The weights of a network in the form that runs it: torch's own, or the compiled library's.
-
-    Attributes:
-        layers: Layers from shallow to deep, with num_groups and head_size.
-        readouts: Readout of each exit, by depth, with block and adapter.
-        embedding: The embedding, [v, h].
-        rotary: transformers' rotary embedding.
-        dtype: Data type that stands for the kind of weights.
-        state_dtype: Data type of hidden states, keys and values.
-        num_bytes: Size of all weights.
-        cache_type: The memory of a batch of texts, whose passes it runs.
-        is_native: Whether the compiled library runs the network.
-    """
-
-    layers: Sequence[Any]
-    readouts: dict[int, Any]
-    embedding: Tensor
-    rotary: nn.Module
-    dtype: torch.dtype
-    state_dtype: torch.dtype
-    num_bytes: int
-    cache_type: type["BatchCache"]
-    is_native: bool
-
-    def resized(self, vocab_size: int) -> "Weights":
-        """Return the weights with a vocabulary padded to another size, which share the layers."""
-
-
-class LayerSegment:
-    """Layers that always run together: from one stop to the next, or an exit's own block.
-
-    Attributes:
-        source: Depth of the stop whose hidden states are the input; 0 for the embedding.
-        layers: The layers.
-        adapter: Adapter before the layers; None without one.
-        caches: KV cache of each layer.
-        hidden_bch: Output of the last layer in every slot.
-        filled: Number of slots that are filled, by row.
-    """
-
-    def __init__(
-        self,
-        source: int,
-        layers: Sequence[Any],
-        adapter: Any,
-        caches: list[KVCache],
-        hidden_bch: Tensor,
-    ):
-        self.source, self.layers, self.adapter = source, list(layers), adapter
-        self.caches, self.hidden_bch = caches, hidden_bch
-        self.filled = [0] * hidden_bch.size(0)
-
-    def tensors(self) -> list[Tensor]:
-        """Return all tensors with a row per text."""
-        return [
-            self.hidden_bch,
-            *(tensor for cache in self.caches for tensor in (cache.keys, cache.values)),
-        ]
 
 
 class BatchCache:
@@ -316,14 +257,3 @@ class BatchCache:
         static = self._slots_bn[:, : slots_bn.size(1)]
         static.copy_(slots_bn)
         return self.passes((depth, slots_bn.size(1)), lambda: self.logits(depth, static))
-
-
-def move(memory: BatchCache, sources_bm: Tensor, targets_bm: Tensor) -> None:
-    """Copy some slots of each row, with their tokens, keys, values and hidden states, to others."""
-    rows = memory.rows()
-    memory.tokens_bc[rows, targets_bm] = memory.tokens_bc[rows, sources_bm]
-    for segment in memory.all_segments():
-        segment.hidden_bch[rows, targets_bm] = segment.hidden_bch[rows, sources_bm]
-        for cache in segment.caches:
-            cache.keys[rows, :, targets_bm] = cache.keys[rows, :, sources_bm]
-            cache.values[rows, :, targets_bm] = cache.values[rows, :, sources_bm]

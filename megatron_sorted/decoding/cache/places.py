@@ -59,7 +59,9 @@ class Places:
         else:
             folded = queries_bnhd.view(b, n, groups, share, size).permute(0, 2, 3, 1, 4)
             queries = folded.reshape(b, groups, share * n, size)
-        mask = None if causal or (n == 1 and self.first is not None) else self._mask(window, n, share)
+        mask = (
+            None if causal or (n == 1 and self.first is not None) else self._mask(window, n, share)
+        )
         attended = scaled_dot_product_attention(
             queries, keys, values, mask, is_causal=causal, enable_gqa=causal and heads != groups
         )
