@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, FAMILIES
 from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
 from megatron_sorted.decoding.cache.eager import EagerWeights
-from megatron_sorted.decoding.cache.memory import BatchCache, Weights
+from megatron_sorted.decoding.cache.memory import BatchCache
 from megatron_sorted.decoding.cache.passes import Passes
+from megatron_sorted.decoding.cache.weights import Weights
 from megatron_sorted.decoding.native.choice import native_kind, refuse_or_report
 from megatron_sorted.decoding.native.compiler import NativeError
 from megatron_sorted.decoding.native.network import NativeWeights
@@ -234,7 +235,9 @@ def load_network(
         exits.setdefault(depth, NestedExit(model.model.norm, model.lm_head))
     if depths is not None:
         exits = {depth: own for depth, own in exits.items() if depth in depths or depth == last}
-    for module in (model, *(part for own in exits.values() for part in _modules(own))):
+    parts = [part for own in exits.values() for part in (own.block, own.norm, own.head)]
+    modules = [model, *(part for part in parts if part is not None)]
+    for module in modules:
         module.to(device)
     model.requires_grad_(False).eval()
     if kind is not None:
@@ -243,14 +246,9 @@ def load_network(
         except NativeError as error:
             refuse_or_report(error, native, kind)
     if stored is None:
-        for module in (model, *(part for own in exits.values() for part in _modules(own))):
+        for module in modules:
             module.to(dtype)
     return Network(model, exits, graphs=graphs)
-
-
-def _modules(own: NestedExit) -> list[nn.Module]:
-    """Return the modules of an exit."""
-    return [part for part in (own.block, own.norm, own.head) if part is not None]
 
 
 def config_sha256(network: Network) -> str:

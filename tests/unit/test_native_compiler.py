@@ -171,14 +171,23 @@ def test_instructions_are_those_of_the_compiled_library():
     assert instructions_for(find_compiler(), own_targets()) == used
 
 
+AVX512, AVX2 = ("__AVX512F__", "__AVX512BW__"), ("__AVX2__", "__FMA__")
+
+
 @pytest.mark.parametrize(
     ("macros", "name"),
     [
-        ({"__AVX512F__", "__AVX512VNNI__", "__AVX512BF16__"}, "AVX512 with VNNI and BF16"),
-        ({"__AVX512F__", "__AVX512VNNI__", "__AVX2__"}, "AVX512 with VNNI"),
-        ({"__AVX512F__", "__AVX2__"}, "AVX512"),
-        ({"__AVX2__", "__SSE2__"}, "AVX2"),
-        ({"__ARM_NEON"}, "NEON"),
+        ({*AVX512, "__AVX512VNNI__", "__AVX512BF16__"}, "AVX512 with VNNI and BF16"),
+        ({*AVX512, "__AVX512VNNI__", *AVX2}, "AVX512 with VNNI"),
+        ({*AVX512, "__AVX512BF16__"}, "AVX512"),
+        ({*AVX512, *AVX2}, "AVX512"),
+        ({"__AVX512F__", "__AVX512VNNI__", *AVX2}, "AVX2"),
+        ({"__AVX512BW__", "__SSE2__"}, "portable"),
+        ({*AVX2, "__SSE2__"}, "AVX2"),
+        ({"__AVX2__", "__SSE2__"}, "portable"),
+        ({"__FMA__", "__SSE2__"}, "portable"),
+        ({"__aarch64__", "__ARM_NEON"}, "NEON"),
+        ({"__ARM_NEON"}, "portable"),
         ({"__SSE2__"}, "portable"),
     ],
 )
@@ -187,7 +196,9 @@ def test_instructions_by_macros(macros, name):
 
 
 def test_instructions_where_the_cpu_is_unknown_to_the_compiler(tmp_path):
-    body = 'case "$*" in *=native*) exit 1; esac\necho "#define __ARM_NEON 1"; echo "#define __x 2"'
+    body = (
+        'case "$*" in *=native*) exit 1; esac\necho "#define __aarch64__ 1"; echo "#define __x 2"'
+    )
     command = (str(stand_in(tmp_path, body).program),)
     assert instructions_for(command, targets_of("aarch64")) == "NEON"
     with pytest.raises(NativeError, match="printed nothing"):

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from megatron_sorted.conversion.hugging_face.families import attention_window
 from megatron_sorted.conversion.hugging_face.nested_exits import ExitBlock, ExitNorm, NestedExit
-from megatron_sorted.decoding.cache.layer import Layer, norm
+from megatron_sorted.decoding.cache.layer import Layer
 from megatron_sorted.decoding.cache.matrix import Matrices, Matrix
 from megatron_sorted.decoding.cache.memory import BatchCache
+from megatron_sorted.decoding.cache.norm import RmsNorm
 
 
 @dataclass(frozen=True)
@@ -19,26 +20,25 @@ class ExitReadout:
     """The modules that turn the hidden state at an exit into logits.
 
     Attributes:
-        norm: Norm before the head; it may hold an MLP or adapter of the exit's own.
+        norm: Norm before the head; a module if it holds an MLP or adapter of the exit's own.
         head: Output matrix.
         block: The exit's own layer before the norm, with its own KV cache; None without one.
         adapter: The exit's own adapter before the block; None without one.
     """
 
-    norm: nn.Module
+    norm: RmsNorm | ExitNorm
     head: Matrix
     block: Layer | None = None
     adapter: nn.Module | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., v] of hidden states [..., h] after the block, if there is one."""
-        normed = self.norm(hidden) if isinstance(self.norm, ExitNorm) else norm(hidden, self.norm)
-        return self.head(normed)
+        return self.head(self.norm(hidden))
 
 
 @dataclass(frozen=True)
 class EagerWeights:
-    """The weights of a model, which it shares; see `memory.Weights` for what all kinds have.
+    """The weights of a model, which it shares; see `weights.Weights` for what all kinds have.
 
     Attributes:
         layers: Layers from shallow to deep.
@@ -109,12 +109,11 @@ class EagerWeights:
 def _make_readout(config, depth: int, own: NestedExit, matrices: Matrices) -> ExitReadout:
     """Return the readout of an exit with these modules."""
     head = matrices.of(own.head)
+    norm = own.norm if isinstance(own.norm, ExitNorm) else RmsNorm.of(own.norm)
     if own.block is None:
-        return ExitReadout(own.norm, head)
+        return ExitReadout(norm, head)
     layer, adapter = parts_of_block(own.block)
-    return ExitReadout(
-        own.norm, head, Layer(layer, matrices, window_of_block(config, depth)), adapter
-    )
+    return ExitReadout(norm, head, Layer(layer, matrices, window_of_block(config, depth)), adapter)
 
 
 def parts_of_block(block: nn.Module) -> tuple[nn.Module, nn.Module | None]:

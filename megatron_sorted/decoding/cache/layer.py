@@ -1,13 +1,22 @@
-"""A decoder layer of the LLaMA family in few operations: joined matrices, KV cache in place."""
+"""A decoder layer of the LLaMA family in few operations: joined matrices, KV cache in place.
+
+Where a pass has few tokens, its time is that of its matrices and of the host, which starts every
+operation. So tensors stay two-dimensional where they can, and are changed in place where they are
+the layer's own.
+"""
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_sorted.decoding.cache.matrix import Matrices
+from megatron_sorted.decoding.cache.norm import RmsNorm
 from megatron_sorted.decoding.cache.places import Places
+from megatron_sorted.platform.kernels import kernels_of
+
+SILU = ("SiLU", "SiLUActivation")
+"""Names of the activation for which devices have a fused operation."""
 
 
 @dataclass(frozen=True)
@@ -15,21 +24,28 @@ class KVCache:
     """The keys and values of one layer, in memory that stays where it is.
 
     Attributes:
-        keys, values: Keys and values, [b, groups, capacity, d].
+        both: Keys and values, [2, b, groups, capacity, d].
     """
 
-    keys: Tensor
-    values: Tensor
+    both: Tensor
 
-    def write(self, places: Places, keys_bngd: Tensor, values_bngd: Tensor) -> None:
+    @property
+    def keys(self) -> Tensor:
+        """Return the keys, [b, groups, capacity, d]."""
+        return self.both[0]
+
+    @property
+    def values(self) -> Tensor:
+        """Return the values, [b, groups, capacity, d]."""
+        return self.both[1]
+
+    def write(self, places: Places, new_bn2gd: Tensor) -> None:
         """Store the keys and values of the tokens at ``places``."""
         if places.first is not None:
-            span = slice(places.first, places.first + keys_bngd.size(1))
-            self.keys[:, :, span] = keys_bngd.transpose(1, 2)
-            self.values[:, :, span] = values_bngd.transpose(1, 2)
+            slots = self.both.narrow(3, places.first, new_bn2gd.size(1))
+            slots.copy_(new_bn2gd.permute(2, 0, 3, 1, 4))
         else:
-            self.keys[places.rows_b1, :, places.slots_bn] = keys_bngd
-            self.values[places.rows_b1, :, places.slots_bn] = values_bngd
+            self.both[:, places.rows_b1, :, places.slots_bn] = new_bn2gd
 
 
 class Layer:
@@ -48,38 +64,48 @@ class Layer:
         self.head_size, self.window = attention.head_dim, window
         self.num_heads = attention.q_proj.out_features // self.head_size
         self.num_groups = attention.k_proj.out_features // self.head_size
-        self.first_norm, self.second_norm = module.input_layernorm, module.post_attention_layernorm
+        self.first_norm = RmsNorm.of(module.input_layernorm)
+        self.second_norm = RmsNorm.of(module.post_attention_layernorm)
         self.qkv = matrices.joined([attention.q_proj, attention.k_proj, attention.v_proj])
         self.gate_up = matrices.joined([mlp.gate_proj, mlp.up_proj])
         self.out, self.down = matrices.of(attention.o_proj), matrices.of(mlp.down_proj)
         self.activation = mlp.act_fn
-        self.qk_weight = None
+        is_silu = type(mlp.act_fn).__name__ in SILU
+        self.swiglu = kernels_of(attention.q_proj.weight.device).swiglu if is_silu else None
+        self.qk_norm = None
         if hasattr(attention, "q_norm"):
             both = [
                 attention.q_norm.weight.expand(self.num_heads, -1),
                 attention.k_norm.weight.expand(self.num_groups, -1),
             ]
-            self.qk_weight, self.qk_epsilon = torch.cat(both), attention.q_norm.variance_epsilon
+            self.qk_norm = RmsNorm(torch.cat(both), attention.q_norm.variance_epsilon)
 
-    def __call__(self, hidden_bnh: Tensor, places: Places, cache: KVCache) -> Tensor:
-        """Return the new tokens' hidden state after the layer, and write ``cache``."""
-        b, n, _ = hidden_bnh.shape
-        both, groups, size = self.num_heads + self.num_groups, self.num_groups, self.head_size
-        qkv = self.qkv(norm(hidden_bnh, self.first_norm)).view(b, n, both + groups, size)
-        qk = qkv[:, :, :both]
-        if self.qk_weight is not None:
-            qk = F.rms_norm(qk, (size,), None, self.qk_epsilon) * self.qk_weight
-        # rotate_half(x) is x rolled by half with its first half negated; the sign is in the table
-        qk = torch.addcmul(
-            qk * places.cos_bnd[:, :, None], qk.roll(size // 2, dims=-1), places.sin_bnd[:, :, None]
-        )
-        cache.write(places, qk[:, :, self.num_heads :], qkv[:, :, both:])
-        attended = places.attend(qk[:, :, : self.num_heads], cache.keys, cache.values, self.window)
-        hidden_bnh = hidden_bnh + self.out(attended)
-        gate, up = self.gate_up(norm(hidden_bnh, self.second_norm)).chunk(2, dim=-1)
-        return hidden_bnh + self.down(self.activation(gate) * up)
+    def __call__(self, hidden_th: Tensor, places: Places, cache: KVCache) -> Tensor:
+        """Return the new tokens' hidden state after the layer, and write ``cache``.
 
+        Args:
+            hidden_th: Hidden states of the tokens, row by row.
+            places: Places of the tokens.
+            cache: Keys and values of the layer.
+        """
+        n, heads, groups, size = places.num_tokens, self.num_heads, self.num_groups, self.head_size
+        qkv = self.qkv(self.first_norm(hidden_th)).view(-1, n, heads + 2 * groups, 2, size // 2)
+        self._rotate(qkv.narrow(2, 0, heads + groups), places)
+        queries, new = qkv.view(-1, n, heads + 2 * groups, size).split((heads, 2 * groups), 2)
+        cache.write(places, new.view(-1, n, 2, groups, size))
+        attended = places.attend(queries, cache.both, self.window)
+        hidden_th = self.out.added(attended, hidden_th)
+        gate_up = self.gate_up(self.second_norm(hidden_th))
+        if self.swiglu is not None:
+            return self.down.added(self.swiglu(gate_up), hidden_th)
+        gate, up = gate_up.chunk(2, -1)
+        return self.down.added(self.activation(gate).mul_(up), hidden_th)
 
-def norm(hidden: Tensor, module: nn.Module) -> Tensor:
-    """Apply the RMSNorm ``module`` of transformers in one operation."""
-    return F.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
+    def _rotate(self, qk_bnm2f: Tensor, places: Places) -> None:
+        """Norm queries and keys, if the model does, and rotate their two halves in place."""
+        if self.qk_norm is not None:
+            qk_bnm2f.copy_(self.qk_norm(qk_bnm2f.flatten(3)).view_as(qk_bnm2f))
+        # rotate_half(x) is x with its halves exchanged and the new first one negated; the sign is
+        # in the table
+        exchanged = qk_bnm2f.flip(3)
+        qk_bnm2f.mul_(places.cos_bn12f).addcmul_(exchanged, places.sin_bn12f)

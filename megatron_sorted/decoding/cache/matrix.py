@@ -27,6 +27,7 @@ class Matrix:
         self.weight, self.bias, self.packed = weight, bias, None
         if packed and can_pack(weight):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS)
+            self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def resized(self, rows: int) -> "Matrix":
         """Return the matrix with ``rows`` outputs; new ones are always -inf."""
@@ -48,7 +49,13 @@ class Matrix:
         """Return the product, [..., in] -> [..., out]."""
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return self._multiply(x, self.packed, self.bias, "none", [], "")
+
+    def added(self, x_ti: Tensor, to_to: Tensor) -> Tensor:
+        """Return the product of a two-dimensional tensor, added to another one."""
+        if self.packed is None and self.bias is None:
+            return torch.addmm(to_to, x_ti, self.weight.t())
+        return to_to + self(x_ti)
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -7,85 +7,24 @@ and replayed.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_sorted.decoding.cache.layer import KVCache
 from megatron_sorted.decoding.cache.passes import Passes
-from megatron_sorted.decoding.cache.places import Places, rotation_tables
+from megatron_sorted.decoding.cache.places import Places, halves, rotation_tables
+from megatron_sorted.decoding.cache.segment import LayerSegment
 from megatron_sorted.decoding.cache.transfer import numbers, set_numbers
+from megatron_sorted.decoding.cache.weights import Weights
 from megatron_sorted.decoding.speculation.tree import DraftTree
 
 MAX_WIDTH = 65
 """Maximum number of new tokens of a row in a replayed pass: the longest draft and one token."""
 MIN_SPAN = 128
 """Smallest number of slots that a replayed pass attends to; larger ones are powers of two."""
-
-
-class Weights(Protocol):
-    """The weights of a network in the form that runs it: torch's own, or the compiled library's.
-
-    Attributes:
-        layers: Layers from shallow to deep, with num_groups and head_size.
-        readouts: Readout of each exit, by depth, with block and adapter.
-        embedding: The embedding, [v, h].
-        rotary: transformers' rotary embedding.
-        dtype: Data type that stands for the kind of weights.
-        state_dtype: Data type of hidden states.
-        cache_dtype: Data type of keys and values.
-        num_bytes: Size of all weights.
-        cache_type: The memory of a batch of texts, whose passes it runs.
-        is_native: Whether the compiled library runs the network.
-    """
-
-    layers: Sequence[Any]
-    readouts: dict[int, Any]
-    embedding: Tensor
-    rotary: nn.Module
-    dtype: torch.dtype
-    state_dtype: torch.dtype
-    cache_dtype: torch.dtype
-    num_bytes: int
-    cache_type: type["BatchCache"]
-    is_native: bool
-
-    def resized(self, vocab_size: int) -> "Weights":
-        """Return the weights with a vocabulary padded to another size, which share the layers."""
-
-
-class LayerSegment:
-    """Layers that always run together: from one stop to the next, or an exit's own block.
-
-    Attributes:
-        source: Depth of the stop whose hidden states are the input; 0 for the embedding.
-        layers: The layers.
-        adapter: Adapter before the layers; None without one.
-        caches: KV cache of each layer.
-        hidden_bch: Output of the last layer in every slot.
-        filled: Number of slots that are filled, by row.
-    """
-
-    def __init__(
-        self,
-        source: int,
-        layers: Sequence[Any],
-        adapter: Any,
-        caches: list[KVCache],
-        hidden_bch: Tensor,
-    ):
-        self.source, self.layers, self.adapter = source, list(layers), adapter
-        self.caches, self.hidden_bch = caches, hidden_bch
-        self.filled = [0] * hidden_bch.size(0)
-
-    def tensors(self) -> list[Tensor]:
-        """Return all tensors with a row per text."""
-        return [
-            self.hidden_bch,
-            *(tensor for cache in self.caches for tensor in (cache.keys, cache.values)),
-        ]
 
 
 class BatchCache:
@@ -135,14 +74,14 @@ class BatchCache:
         self, source: int, layers: Sequence[Any], adapter: Any = None
     ) -> LayerSegment:
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(self.num_rows, *shape, dtype=dtype, device=self.device)
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        shapes = [(layer.num_groups, self.capacity, layer.head_size) for layer in layers]
+        b, c = self.num_rows, self.capacity
         caches = [
-            KVCache(zeros(self.cache_dtype, *shape), zeros(self.cache_dtype, *shape))
-            for shape in shapes
+            KVCache(zeros(self.cache_dtype, 2, b, layer.num_groups, c, layer.head_size))
+            for layer in layers
         ]
-        hidden_bch = zeros(self.dtype, self.capacity, self.embedding.size(1))
+        hidden_bch = zeros(self.dtype, b, c, self.embedding.size(1))
         return LayerSegment(source, layers, adapter, caches, hidden_bch)
 
     @property
@@ -195,10 +134,7 @@ class BatchCache:
         for segment in self.all_segments():
             segment.hidden_bch = segment.hidden_bch[: len(rows)]
             segment.filled = [segment.filled[row] for row in rows]
-            segment.caches = [
-                KVCache(cache.keys[: len(rows)], cache.values[: len(rows)])
-                for cache in segment.caches
-            ]
+            segment.caches = [KVCache(cache.both[:, : len(rows)]) for cache in segment.caches]
 
     def fill(self, segment: LayerSegment, ends: Sequence[int], tree: DraftTree | None) -> None:
         """Run a segment on the tokens that it has not processed yet.
@@ -218,8 +154,8 @@ class BatchCache:
         elif len(set(segment.filled)) == 1 and len(set(ends)) == 1 and not in_tree:
             first, end = segment.filled[0], ends[0]
             span = slice(first, end)
-            cos_bnd, sin_bnd = self.cos_cd[None, span], self.sin_cd[None, span]
-            self.run(segment, (slice(None), span), Places(cos_bnd, sin_bnd, end, first))
+            cos, sin = (halves(table[None, span]) for table in (self.cos_cd, self.sin_cd))
+            self.run(segment, (slice(None), span), Places(cos, sin, end, first))
         else:
             slots, counted = self.slots(
                 numbers(segment.filled, self.device), numbers(counts, self.device), n
@@ -237,9 +173,10 @@ class BatchCache:
         )
         if segment.adapter is not None:
             hidden = segment.adapter(hidden)
+        hidden_th = hidden.flatten(0, 1)
         for layer, cache in zip(segment.layers, segment.caches, strict=True):
-            hidden = layer(hidden, places, cache)
-        segment.hidden_bch[at] = hidden
+            hidden_th = layer(hidden_th, places, cache)
+        segment.hidden_bch[at] = hidden_th.view_as(hidden)
 
     def logits(self, depth: int, slots_bn: Tensor) -> Tensor:
         """Return the logits [b, n, v] of the exit at ``depth`` in these slots, already filled."""
@@ -291,8 +228,8 @@ class BatchCache:
         seen = torch.where(counted_bn[:, :, None], seen, keys == 0)
         positions = positions.clamp(max=self.capacity - 1)
         return Places(
-            self.cos_cd[positions],
-            self.sin_cd[positions],
+            halves(self.cos_cd[positions]),
+            halves(self.sin_cd[positions]),
             span,
             None,
             self.rows(),
@@ -324,14 +261,3 @@ class BatchCache:
         static = self._slots_bn[:, : slots_bn.size(1)]
         static.copy_(slots_bn)
         return self.passes((depth, slots_bn.size(1)), lambda: self.logits(depth, static))
-
-
-def move(memory: BatchCache, sources_bm: Tensor, targets_bm: Tensor) -> None:
-    """Copy some slots of each row, with their tokens, keys, values and hidden states, to others."""
-    rows = memory.rows()
-    memory.tokens_bc[rows, targets_bm] = memory.tokens_bc[rows, sources_bm]
-    for segment in memory.all_segments():
-        segment.hidden_bch[rows, targets_bm] = segment.hidden_bch[rows, sources_bm]
-        for cache in segment.caches:
-            cache.keys[rows, :, targets_bm] = cache.keys[rows, :, sources_bm]
-            cache.values[rows, :, targets_bm] = cache.values[rows, :, sources_bm]

@@ -16,7 +16,8 @@ class Places:
     and the later attributes are set.
 
     Attributes:
-        cos_bnd, sin_bnd: Rotary embeddings; the first half of ``sin`` is negated.
+        cos_bn12f, sin_bn12f: Rotary embeddings of both halves of a head; the first half of ``sin``
+            is negated.
         span: End of the slots that any of the tokens may attend to; they begin at 0.
         first: Slot of the first new token.
         rows_b1, slots_bn: Rows and slots of the new tokens.
@@ -24,8 +25,8 @@ class Places:
         seen_bns: Whether a token attends to a slot.
     """
 
-    cos_bnd: Tensor
-    sin_bnd: Tensor
+    cos_bn12f: Tensor
+    sin_bn12f: Tensor
     span: int
     first: int | None = None
     rows_b1: Tensor | None = None
@@ -35,35 +36,39 @@ class Places:
     seen_bns: Tensor | None = None
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
-    def attend(
-        self, queries_bnhd: Tensor, keys_bgcd: Tensor, values_bgcd: Tensor, window: int | None
-    ) -> Tensor:
-        """Return the attention of the new tokens to the cache, [b, n, h * d]."""
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of new tokens of a row."""
+        return self.cos_bn12f.size(1)
+
+    def attend(self, queries_bnhd: Tensor, kv_2bgcd: Tensor, window: int | None) -> Tensor:
+        """Return the attention of the new tokens to the cache, [b * n, h * d]."""
         b, n, heads, size = queries_bnhd.shape
-        groups, start = keys_bgcd.size(1), 0
+        groups, start = kv_2bgcd.size(2), 0
         if n == 1 and self.first is not None and window is not None:
             start = max(0, self.span - window)
-        keys, values = keys_bgcd[:, :, start : self.span], values_bgcd[:, :, start : self.span]
-        if self.first == 0 and n > 1 and (window is None or n <= window):
-            attended = scaled_dot_product_attention(
-                queries_bnhd.transpose(1, 2),
-                keys,
-                values,
-                is_causal=True,
-                enable_gqa=heads != groups,
-            )
-            return attended.transpose(1, 2).reshape(b, n, heads * size)
-        # the queries that share a key are rows of one product, so that no key is repeated
-        share = heads // groups
-        folded = (
-            queries_bnhd.view(b, n, groups, share, size)
-            .permute(0, 2, 3, 1, 4)
-            .reshape(b, groups, share * n, size)
+        keys, values = kv_2bgcd.narrow(3, start, self.span - start).unbind()
+        causal = self.first == 0 and n > 1 and (window is None or n <= window)
+        # the queries that share a key are rows of one product, so that no key is repeated; a whole
+        # prompt needs no mask in exchange
+        share = 1 if causal else heads // groups
+        if share == 1:
+            queries = queries_bnhd.transpose(1, 2)
+        elif n == 1:
+            queries = queries_bnhd.view(b, groups, share, size)
+        else:
+            folded = queries_bnhd.view(b, n, groups, share, size).permute(0, 2, 3, 1, 4)
+            queries = folded.reshape(b, groups, share * n, size)
+        mask = (
+            None if causal or (n == 1 and self.first is not None) else self._mask(window, n, share)
         )
-        mask = None if n == 1 and self.first is not None else self._mask(window, n, share)
-        attended = scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-        unfolded = attended.view(b, groups, share, n, size).permute(0, 3, 1, 2, 4)
-        return unfolded.reshape(b, n, heads * size)
+        attended = scaled_dot_product_attention(
+            queries, keys, values, mask, is_causal=causal, enable_gqa=causal and heads != groups
+        )
+        if n > 1:
+            unfolded = attended.view(b, heads // share, share, n, size)
+            attended = unfolded.permute(0, 3, 1, 2, 4)
+        return attended.reshape(b * n, heads * size)
 
     def _mask(self, window: int | None, n: int, share: int) -> Tensor:
         """Return the attention mask, [b or 1, 1, share * n, span]."""
@@ -71,7 +76,7 @@ class Places:
             if self.first is None:
                 seen, keys_bs, tokens_bn = self.seen_bns, self.key_positions_bs, self.positions_bn
             else:
-                keys_bs = torch.arange(self.span, device=self.cos_bnd.device)[None]
+                keys_bs = torch.arange(self.span, device=self.cos_bn12f.device)[None]
                 tokens_bn = keys_bs[:, self.first : self.first + n]
                 seen = keys_bs[:, None] <= tokens_bn[:, :, None]
             if window is not None:
@@ -95,3 +100,9 @@ def rotation_tables(
     sin = sin[0].clone()
     sin[:, : sin.size(1) // 2].neg_()
     return cos[0].clone(), sin
+
+
+def halves(table_bnd: Tensor) -> Tensor:
+    """Return rotary embeddings as `Places` holds them."""
+    b, n, size = table_bnd.shape
+    return table_bnd.view(b, n, 1, 2, size // 2)

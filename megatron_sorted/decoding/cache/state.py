@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_sorted.decoding.cache.idle import acquire, release
-from megatron_sorted.decoding.cache.memory import MAX_WIDTH, BatchCache, LayerSegment, move
+from megatron_sorted.decoding.cache.memory import MAX_WIDTH, BatchCache
+from megatron_sorted.decoding.cache.segment import LayerSegment
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.speculation.tree import DraftTree
@@ -153,7 +154,7 @@ class DecodingState:
             for row, count in zip(nodes, counts, strict=True)
         ):
             starts = numbers(first, self.device)[:, None]
-            move(
+            _move(
                 self.memory,
                 starts + nodes_bm,
                 starts + torch.arange(nodes_bm.size(1), device=self.device),
@@ -192,3 +193,14 @@ class DecodingState:
                 for filled, length in zip(segment.filled, self.lengths, strict=True)
             ]
             self.memory.fill(segment, ends, self.tree)
+
+
+def _move(memory: BatchCache, sources_bm: Tensor, targets_bm: Tensor) -> None:
+    """Copy some slots of each row, with their tokens, keys, values and hidden states, to others."""
+    rows = memory.rows()
+    memory.tokens_bc[rows, targets_bm] = memory.tokens_bc[rows, sources_bm]
+    for segment in memory.all_segments():
+        segment.hidden_bch[rows, targets_bm] = segment.hidden_bch[rows, sources_bm]
+        for cache in segment.caches:
+            cache.keys[rows, :, targets_bm] = cache.keys[rows, :, sources_bm]
+            cache.values[rows, :, targets_bm] = cache.values[rows, :, sources_bm]

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.memory import BatchCache, LayerSegment, Weights
+from megatron_sorted.decoding.cache.memory import BatchCache
+from megatron_sorted.decoding.cache.segment import LayerSegment
+from megatron_sorted.decoding.cache.weights import Weights
 from megatron_sorted.decoding.native.choice import native_threads
 from megatron_sorted.decoding.native.library import (
     BFLOAT16,

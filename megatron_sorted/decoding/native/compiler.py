@@ -198,13 +198,16 @@ def instructions_for(
 
 
 def instructions_of(macros: set[str]) -> str:
-    """Return the name of the instructions of a target with these macros.
+    """Return the name of the instructions that the source uses for a target with these macros.
 
-    >>> instructions_of({"__AVX2__", "__SSE2__"})
+    A set of instructions counts only with those that the source needs beside it; see vectors.h.
+
+    >>> instructions_of({"__AVX2__", "__FMA__", "__SSE2__"})
     'AVX2'
     """
-    if "__AVX512F__" in macros:
+    if {"__AVX512F__", "__AVX512BW__"} <= macros:
         more = [name for name in ("VNNI", "BF16") if f"__AVX512{name}__" in macros]
         return " with ".join(["AVX512", *([" and ".join(more)] if "VNNI" in more else [])])
-    known = {"__AVX2__": "AVX2", "__ARM_NEON": "NEON"}
-    return next((name for macro, name in known.items() if macro in macros), "portable")
+    if {"__AVX2__", "__FMA__"} <= macros:
+        return "AVX2"
+    return "NEON" if "__aarch64__" in macros else "portable"
