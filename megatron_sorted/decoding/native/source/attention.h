@@ -80,7 +80,7 @@ struct Query {
     float *scores, *out;
 };
 
-// Slots whose keys or values are read once for all queries of a tile; they fit into a cache.
+// Slots whose keys or values are read once for all queries of a tile.
 constexpr int KEYS = 32;
 
 // Writes the scores of the slots [from, to) of the text; behind them some without a meaning.
@@ -149,8 +149,8 @@ static float exponentiate(float *scores, int count) {
 // Attention of queries of one text on the same group of keys and values.
 //
 // Keys and values are read in blocks for all queries. Each query sees its own in the order of their
-// slots, whatever the other queries are; a node of a tree sees the same as the same token of a plain
-// text. So its numbers are the same, bit for bit.
+// slots, whatever the other queries are; a node of a tree sees the same as the same token of a
+// plain text. So its numbers are the same, bit for bit.
 template <class T>
 static void attend(const Query *queries, int count, const T *keys, const T *values, int size,
                    int capacity) {
