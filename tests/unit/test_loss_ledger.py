@@ -26,12 +26,12 @@ def test_sums_by_hand():
     # loss 1 + 2 + 2 + 3; correct 1 + 0.5; tokens 2.5 + 1; means 5 / 2.5 + 3; two micro-batches;
     # no pieces, gradients or steps given
     assert (
-        ledger.sums[2].tolist() == [8.0, 1.5, 3.5, 5.0, 2.0, 2.0, *[0.0] * 10]
+        ledger.sums[2].tolist() == [8.0, 1.5, 3.5, 5.0, 2.0, 2.0, *[0.0] * 11]
         and ledger.sums[2].dtype == torch.float64
     )
     # a micro-batch without a trained token was called, but is in no mean
-    assert ledger.sums[4].tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, *[0.0] * 10]
-    assert len(COLUMNS) == 16
+    assert ledger.sums[4].tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, *[0.0] * 11]
+    assert len(COLUMNS) == 17
     ledger.clear()
     assert ledger == Ledger()
 
@@ -120,7 +120,7 @@ def test_a_merged_ledger_can_be_added_to_again():
         0.0,
         1.0,
         1.0,
-        *[0.0] * 6,
+        *[0.0] * 7,
     ]
     assert interval.drafts[3].tolist() == [[4, 2], [3, 1]]
     interval.merge(one)
