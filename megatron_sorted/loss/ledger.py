@@ -41,8 +41,9 @@ class Ledger:
             with every label right, squared norm of the gradient that the exit's own loss sends down
             (over finished steps), and finished steps in which the exit trained; then KL to the
             teacher x mask, its micro-batch means, micro-batches with a teacher and trained tokens,
-            and tokens that agree with the teacher's choice; then, over finished steps that measured it, the product of the exit's own
-            gradient with that of the deeper exits, and the squared norms of both.
+            and tokens that agree with the teacher's choice; then, over finished steps that measured
+            it, the product of the exit's own gradient with that of the deeper exits, and the
+            squared norms of both.
         drafts: {depth: counts of ``agreement.draft_counts``}; [2, k], float64.
         open_squares: {depth: squared norm of the unfinished step's gradient}, not yet divided by
             the step's divisor.

@@ -192,3 +192,14 @@ def test_squares_are_summed_in_single_precision(dtype):
         values.double().square().sum().item(), rel=1e-5
     )
     assert square_sum(torch.full((3,), 6e4, dtype=dtype)).isfinite()
+
+
+def test_agreement_with_the_teachers_choice_counts_trained_tokens():
+    ledger = Ledger()
+    taught = {"kl_n": torch.tensor([1.0, 2.0, 4.0]), "agree_n": torch.tensor([True, False, True])}
+    losses = ExitLoss(torch.ones(3), torch.zeros(3, dtype=torch.bool), **taught)
+    ledger.add(2, losses, torch.tensor([1.0, 1.0, 0.5]))
+    ledger.add(2, losses, torch.tensor([0.0, 1.0, 1.0]))
+    sums = dict(zip(COLUMNS, ledger.sums[2].tolist(), strict=True))
+    assert (sums["agreed"], sums["taught_batches"]) == (2.5, 2.0)
+    assert sums["kl"] == 5.0 + 6.0

@@ -1,10 +1,11 @@
-"""The loss on a teacher's choice against F.cross_entropy and autograd in float64, and its memory."""
+"""The loss on a teacher's choice against F.cross_entropy and autograd in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron_sorted.loss.cross_entropy import CrossEntropy, VocabularyShard
+from megatron_sorted.loss.distillation import Distillation, TaughtCrossEntropy
 from megatron_sorted.loss.linear_cross_entropy import exit_loss
 from megatron_sorted.loss.taught_choice import ChoiceCrossEntropy
 from tests.support.loss_case import EPSILON, make_case
@@ -75,6 +76,18 @@ def test_counted_tokens_masks_and_padding(weight):
     teacher[1].data[19:] *= 100.0
     assert_equal(case, teacher, weight)
     assert case.weight_ph.grad[19:].abs().max() == 0
+
+
+def test_equals_a_distribution_cut_to_one_token():
+    case, same = make_case(weighted=True), make_case(weighted=True)
+    losses, d_hidden = run(case, make_teacher(case), 0.3)
+    rule = Distillation(0.3, 1.0, 1)
+    cut = TaughtCrossEntropy(same.request(4), rule, *make_teacher(same))
+    cut_losses, d_cut = exit_loss(
+        same.hidden_tbh, same.norm, same.weight_ph, cut, torch.tensor(FACTOR)
+    )
+    torch.testing.assert_close(losses.kl_n, cut_losses.kl_n, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d_hidden, d_cut, rtol=1e-5, atol=1e-6)
 
 
 def test_the_label_may_be_the_choice():
