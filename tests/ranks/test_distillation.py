@@ -25,7 +25,7 @@ from tests.support.tiny import tiny
 
 TAUGHT = {"exit_kd_weight": 0.7, "exit_kd_temperature": 2.0, "log_exit_gradients": True}
 CUT = {**TAUGHT, "exit_kd_top_k": 9}
-CHOICE = {"exit_kd_weight": 0.7, "exit_kd_target": "choice"}
+CHOICE = {"exit_kd_weight": 0.7, "exit_kd_target": "choice", "log_exit_gradients": True}
 LAYOUTS = {
     "one process": (1, {}),
     "tp2": (2, TP2),
