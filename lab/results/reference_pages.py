@@ -25,6 +25,7 @@ PUBLIC_MODULES = {
         "loss.deferred",
         "loss.linear_cross_entropy",
         "loss.distillation",
+        "loss.taught_choice",
         "training.step.forward_step",
         "checkpoint.manifest",
     ),

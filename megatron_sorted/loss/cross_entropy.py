@@ -74,11 +74,11 @@ class TokenLoss(Protocol):
 
     Attributes:
         request: What to compute.
-        has_teacher: Whether it also computes a divergence from a teacher.
+        measures: Names of the optional results of ``ExitLoss`` that it computes of its teacher.
     """
 
     request: LossRequest
-    has_teacher: bool
+    measures: tuple[str, ...]
 
     def begin(self) -> None:
         """Prepare the pass over all chunks."""
@@ -104,6 +104,7 @@ class TokenChunk:
             probability.
         column_n, here_n: See ``column_of``.
         choice_n: See ``ExitLoss``.
+        highest_n: The highest logit over the whole vocabulary, fp32.
     """
 
     loss_n: torch.Tensor
@@ -113,6 +114,7 @@ class TokenChunk:
     column_n: torch.Tensor
     here_n: torch.Tensor
     choice_n: torch.Tensor | None
+    highest_n: torch.Tensor
 
     @property
     def confidence_n(self) -> torch.Tensor:
@@ -182,7 +184,7 @@ class CrossEntropy:
         section 3): only a maximum and two sums per token cross the network, never logits.
     """
 
-    has_teacher = False
+    measures: tuple[str, ...] = ()
 
     def __init__(self, request: LossRequest):
         self.request = request
@@ -221,7 +223,9 @@ class CrossEntropy:
             dist.all_reduce(both, group=shard.group)
             target, total = both[0], both[1]
         # the label is a most likely token where its logit equals the highest one
-        return TokenChunk(total.log() - target, target >= 0, work_np, total, column, here, choice)
+        return TokenChunk(
+            total.log() - target, target >= 0, work_np, total, column, here, choice, highest
+        )
 
     def gradient(
         self, chunk: TokenChunk, scale_n: torch.Tensor, out_np: torch.Tensor

@@ -138,7 +138,7 @@ class TaughtCrossEntropy:
         teacher_ph: The teacher's output matrix.
     """
 
-    has_teacher = True
+    measures = ("kl_n",)
 
     def __init__(
         self,

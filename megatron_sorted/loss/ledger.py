@@ -10,7 +10,7 @@ from megatron_sorted.loss.linear_cross_entropy import ExitLoss
 
 COLUMNS = (
     "loss", "correct", "tokens", "mean_loss", "micro_batches", "calls", "pieces", "exact_pieces",
-    "gradient_square", "steps", "kl", "mean_kl", "taught_batches",
+    "gradient_square", "steps", "kl", "mean_kl", "taught_batches", "agreed",
     "met_product", "met_own", "met_deeper",
 )  # fmt: skip
 MET = ("met_product", "met_own", "met_deeper")
@@ -40,9 +40,10 @@ class Ledger:
             micro-batches that have trained tokens, all micro-batches, pieces (documents), pieces
             with every label right, squared norm of the gradient that the exit's own loss sends down
             (over finished steps), and finished steps in which the exit trained; then KL to the
-            teacher x mask, its micro-batch means, and micro-batches with a teacher and trained
-            tokens; then, over finished steps that measured it, the product of the exit's own
-            gradient with that of the deeper exits, and the squared norms of both.
+            teacher x mask, its micro-batch means, micro-batches with a teacher and trained tokens,
+            and tokens that agree with the teacher's choice; then, over finished steps that measured
+            it, the product of the exit's own gradient with that of the deeper exits, and the
+            squared norms of both.
         drafts: {depth: counts of ``agreement.draft_counts``}; [2, k], float64.
         open_squares: {depth: squared norm of the unfinished step's gradient}, not yet divided by
             the step's divisor.
@@ -99,6 +100,8 @@ class Ledger:
         if losses.kl_n is not None:
             kl = (losses.kl_n * loss_mask_n).sum()
             sums |= {"kl": kl, "mean_kl": kl / divisor, "taught_batches": has_tokens}
+        if losses.agree_n is not None:
+            sums["agreed"] = (losses.agree_n * loss_mask_n).sum()
         zero = torch.zeros_like(loss)
         _add(self.sums, depth, torch.stack([sums.get(name, zero) for name in COLUMNS]).double())
 

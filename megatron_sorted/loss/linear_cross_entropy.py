@@ -48,8 +48,10 @@ class ExitLoss:
         choice_n: The most likely token, of equally likely ones the lowest id; int32. None unless
             requested.
         confidence_n: Probability of the most likely token, fp32. None unless requested.
-        kl_n: Divergence from the exit's teacher (nats), fp32; see ``loss.distillation``. None
-            without a teacher.
+        kl_n: Divergence from the exit's teacher, or from its choice (nats), fp32; see
+            ``loss.distillation`` and ``loss.taught_choice``. None without a teacher.
+        agree_n: Whether the teacher's choice is a most likely token of the exit. None unless the
+            exit learns the choice.
     """
 
     loss_n: torch.Tensor
@@ -57,6 +59,7 @@ class ExitLoss:
     choice_n: torch.Tensor | None = None
     confidence_n: torch.Tensor | None = None
     kl_n: torch.Tensor | None = None
+    agree_n: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, token_loss: TokenLoss, device: torch.device) -> "ExitLoss":
@@ -72,7 +75,8 @@ class ExitLoss:
             make(torch.bool),
             make(torch.int32, request.with_choice),
             make(torch.float32, request.with_confidence),
-            make(torch.float32, token_loss.has_teacher),
+            make(torch.float32, "kl_n" in token_loss.measures),
+            make(torch.bool, "agree_n" in token_loss.measures),
         )
 
     def put(self, span: slice, chunk: Any) -> None:

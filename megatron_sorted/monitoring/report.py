@@ -20,11 +20,11 @@ class ExitNumbers:
             loss (with its coefficient) sends into the hidden state below it; over several steps
             the root mean square of the steps in which it trained.
         agreement: Share of trained tokens for which the exit and the last exit have the same most
-            likely token.
+            likely token; where it learns its teacher's choices, the exit and this teacher.
         accept_length: Mean number of tokens gained by one verification when this exit drafts and
             the last one verifies (1 for the last exit itself).
         kd: Mean KL divergence from its teacher (the last exit or a frozen model), in nats per
-            token.
+            token; from its choices, the cross entropy on these, where it learns them.
         gradient_cosine: Cosine between the gradient of its own loss and that of all deeper exits,
             in the layers below it, both as one vector over all tokens of the global batch; None
             where one is 0.

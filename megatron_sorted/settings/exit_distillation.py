@@ -41,6 +41,12 @@ class ExitDistillationSettings:
         "cross entropy + L T^2 KL(teacher || exit). The last exit teaches the others, unless "
         "--exit-kd-teacher names a model. 0: no distillation.",
     )
+    exit_kd_target: Literal["distribution", "choice"] = setting(
+        "distribution",
+        "What an exit learns of its teacher: distribution, all probabilities; choice, the most "
+        "likely token alone, as a label: (1 - L) cross entropy + L cross entropy on the teacher's "
+        "choice. choice suits exits that draft for greedy decoding.",
+    )
     exit_kd_temperature: float = setting(
         1.0, "Temperature T of the distillation: both distributions are softmax(logits / T)."
     )
@@ -105,7 +111,7 @@ def _check_gradient_rule(settings: AllSettings, training: list[int]) -> None:
 
 
 def _check_distillation_numbers(settings: AllSettings) -> None:
-    weight, top_k = settings.exit_kd_weight, settings.exit_kd_top_k
+    weight, top_k, target = settings.exit_kd_weight, settings.exit_kd_top_k, settings.exit_kd_target
     require(
         0 <= weight <= 1,
         f"--exit-kd-weight: {weight:g} is not in [0, 1]. Give the share of distillation in an "
@@ -117,10 +123,20 @@ def _check_distillation_numbers(settings: AllSettings) -> None:
             settings.exit_kd_temperature == 1.0
             and top_k is None
             and settings.exit_kd_teacher is None
+            and target == "distribution"
         ),
-        "--exit-kd-temperature, --exit-kd-top-k, --exit-kd-teacher: these have no effect without "
-        "distillation. Leave them out, or give --exit-kd-weight.",
+        "--exit-kd-target, --exit-kd-temperature, --exit-kd-top-k, --exit-kd-teacher: these have "
+        "no effect without distillation. Leave them out, or give --exit-kd-weight.",
     )
+    for flag, value, default in (
+        ("--exit-kd-temperature", settings.exit_kd_temperature, 1.0),
+        ("--exit-kd-top-k", top_k, None),
+    ):
+        require(
+            target == "distribution" or value == default,
+            f"{flag}: {value} has no effect on --exit-kd-target choice, which uses the teacher's "
+            "most likely token alone. Leave it out, or use --exit-kd-target distribution.",
+        )
     check_top_k(settings)
 
 

@@ -25,6 +25,7 @@ from tests.support.tiny import tiny
 
 TAUGHT = {"exit_kd_weight": 0.7, "exit_kd_temperature": 2.0, "log_exit_gradients": True}
 CUT = {**TAUGHT, "exit_kd_top_k": 9}
+CHOICE = {"exit_kd_weight": 0.7, "exit_kd_target": "choice", "log_exit_gradients": True}
 LAYOUTS = {
     "one process": (1, {}),
     "tp2": (2, TP2),
@@ -66,6 +67,8 @@ def check(world_size: int, settings: Settings, **options) -> list[dict]:
             assert numbers.kd == pytest.approx(kd[depth], rel=1e-5, abs=3e-7), (
                 f"divergence of exit {depth} at step {step}"
             )
+            if settings.exit_kd_target == "choice":
+                assert numbers.agreement == pytest.approx(objective.agreement[step][depth])
             if depth in meetings:
                 cosine, ratio = meetings[depth]
                 assert numbers.gradient_cosine == pytest.approx(
@@ -108,6 +111,42 @@ def test_taught_exits_equal_the_reference(name):
 def test_a_teacher_cut_to_its_most_likely_tokens(name, top_k):
     world_size, changes = LAYOUTS[name]
     check(world_size, tiny(**{**CUT, "exit_kd_top_k": top_k}, **changes))
+
+
+@pytest.mark.parametrize("weight", thinned([1.0, 0.7], 0.7))
+@pytest.mark.parametrize(
+    "name",
+    thinned(
+        [
+            "one process",
+            "tp2",
+            "tp2 sequence parallel",
+            "pp2",
+            "pp2 chunks2 own selective",
+            "tp2 pp2 sequence parallel",
+            "dp2 distributed overlap own",
+        ],
+        "tp2",
+        "pp2",
+        "tp2 pp2 sequence parallel",
+    ),
+)
+def test_exits_that_learn_the_teachers_choice(name, weight):
+    world_size, changes = LAYOUTS[name]
+    check(world_size, tiny(**{**CHOICE, "exit_kd_weight": weight}, **changes))
+
+
+@pytest.mark.parametrize("per_token", thinned([True, False], False))
+def test_the_choice_with_unequal_samples_and_packed_documents(per_token):
+    world_size, changes = LAYOUTS["tp2 sequence parallel"]
+    settings = tiny(calculate_per_token_loss=per_token, **CHOICE, **changes)
+    check(world_size, settings, unequal=True, packed=True)
+
+
+@pytest.mark.parametrize("name", thinned(["one process", "pp2 chunks2"], "pp2 chunks2"))
+def test_drawn_exits_learn_the_choice_of_a_last_exit_that_is_not_drawn(name):
+    world_size, changes = LAYOUTS[name]
+    check(world_size, tiny(exit_sampling="uniform", seed=5, **CHOICE, **changes))
 
 
 @pytest.mark.parametrize("per_token", [True, False])
@@ -237,23 +276,28 @@ BALCONY = {"tune_exit": True, "use_exit_block": True, "use_exit_norm": True, "ex
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "target"),
     [
-        "one process",
-        "tp2 sequence parallel",
-        "pp2",
-        "pp2 chunks2",
-        "pp4",
-        "pp4 chunks2 8 layers",
-        "tp2 pp2 sequence parallel",
-        "dp2 distributed overlap",
-        "pp2 chunks2 dp2 distributed overlap",
+        ("one process", "distribution"),
+        ("tp2 sequence parallel", "distribution"),
+        ("pp2", "distribution"),
+        ("pp2 chunks2", "distribution"),
+        ("pp4", "distribution"),
+        ("pp4 chunks2 8 layers", "distribution"),
+        ("tp2 pp2 sequence parallel", "distribution"),
+        ("dp2 distributed overlap", "distribution"),
+        ("pp2 chunks2 dp2 distributed overlap", "distribution"),
+        ("one process", "choice"),
+        ("tp2 pp2 sequence parallel", "choice"),
     ],
 )
-def test_a_frozen_base_teaches_its_exits(name):
-    """Balcony's loss: KL to the frozen full model, which sends its hidden state and no gradient."""
+def test_a_frozen_base_teaches_its_exits(name, target):
+    """The frozen full model sends its hidden state and no gradient.
+
+    Balcony's loss is the KL to its distribution.
+    """
     world_size, changes = LAYOUTS[name]
-    reports = check(world_size, tiny(**{**changes, **BALCONY}))
+    reports = check(world_size, tiny(**{**changes, **BALCONY, "exit_kd_target": target}))
     last = changes.get("num_layers", 4)
     assert all(last not in trained for trained in reports[0]["coefficients"])
 

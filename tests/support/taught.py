@@ -26,6 +26,16 @@ def divergence(
     )
 
 
+def _apart(settings, exit_logits_bsv: torch.Tensor, teacher_bsv: torch.Tensor) -> torch.Tensor:
+    """Return how far every token of an exit is from what it learns of its teacher; [b, s]."""
+    if settings.exit_kd_target == "choice":
+        choice_bs = teacher_bsv.argmax(-1)
+        return F.cross_entropy(exit_logits_bsv.transpose(1, 2), choice_bs, reduction="none")
+    return divergence(
+        exit_logits_bsv, teacher_bsv, settings.exit_kd_temperature, settings.exit_kd_top_k
+    )
+
+
 class Meet(torch.autograd.Function):
     """A fork of x [b, s, h] to deeper layers and an exit; backward joins their gradients."""
 
@@ -76,7 +86,9 @@ class Objective:
     """The objective of training, for ``reference_run``; it keeps the numbers it measured.
 
     Attributes:
-        kd: Per step {depth: mean divergence from the last exit}, without the temperature's square.
+        kd: Per step {depth: mean divergence from the last exit}, without the temperature's square;
+            from its choice, where exits learn that.
+        agreement: Per step {depth: share of trained tokens whose choice is the teacher's}.
         teach: A function that returns a teacher's logits for tokens and segments; None where the
             last exit teaches the others.
         meetings: {depth: (cosine, ratio of norms)} between an exit's own gradient and the deeper
@@ -84,7 +96,8 @@ class Objective:
     """
 
     def __init__(self, mean_by_rule, teach=None):
-        self.mean_by_rule, self.teach, self.kd, self.meetings = mean_by_rule, teach, [], []
+        self.mean_by_rule, self.teach = mean_by_rule, teach
+        self.kd, self.agreement, self.meetings = [], [], []
 
     def __call__(self, settings, parameters, samples, segments, coefficients):
         """Return the mean cross entropy of every exit, and the objective of training."""
@@ -107,16 +120,18 @@ class Objective:
             {}
             if not share
             else {
-                d: self.mean_by_rule(
-                    settings,
-                    divergence(z, teacher, temperature, settings.exit_kd_top_k) * mask,
-                    mask,
-                )
+                d: self.mean_by_rule(settings, _apart(settings, z, teacher) * mask, mask)
                 for d, z in logits.items()
                 if d != last or self.teach
             }
         )
         self.kd.append({d: value.item() for d, value in apart.items()})
+        self.agreement.append(
+            {
+                d: (((logits[d].argmax(-1) == teacher.argmax(-1)) * mask).sum() / mask.sum()).item()
+                for d in apart
+            }
+        )
         total = sum(
             c
             * (

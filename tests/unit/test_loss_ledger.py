@@ -26,12 +26,12 @@ def test_sums_by_hand():
     # loss 1 + 2 + 2 + 3; correct 1 + 0.5; tokens 2.5 + 1; means 5 / 2.5 + 3; two micro-batches;
     # no pieces, gradients or steps given
     assert (
-        ledger.sums[2].tolist() == [8.0, 1.5, 3.5, 5.0, 2.0, 2.0, *[0.0] * 10]
+        ledger.sums[2].tolist() == [8.0, 1.5, 3.5, 5.0, 2.0, 2.0, *[0.0] * 11]
         and ledger.sums[2].dtype == torch.float64
     )
     # a micro-batch without a trained token was called, but is in no mean
-    assert ledger.sums[4].tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, *[0.0] * 10]
-    assert len(COLUMNS) == 16
+    assert ledger.sums[4].tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, *[0.0] * 11]
+    assert len(COLUMNS) == 17
     ledger.clear()
     assert ledger == Ledger()
 
@@ -120,7 +120,7 @@ def test_a_merged_ledger_can_be_added_to_again():
         0.0,
         1.0,
         1.0,
-        *[0.0] * 6,
+        *[0.0] * 7,
     ]
     assert interval.drafts[3].tolist() == [[4, 2], [3, 1]]
     interval.merge(one)
@@ -192,3 +192,14 @@ def test_squares_are_summed_in_single_precision(dtype):
         values.double().square().sum().item(), rel=1e-5
     )
     assert square_sum(torch.full((3,), 6e4, dtype=dtype)).isfinite()
+
+
+def test_agreement_with_the_teachers_choice_counts_trained_tokens():
+    ledger = Ledger()
+    taught = {"kl_n": torch.tensor([1.0, 2.0, 4.0]), "agree_n": torch.tensor([True, False, True])}
+    losses = ExitLoss(torch.ones(3), torch.zeros(3, dtype=torch.bool), **taught)
+    ledger.add(2, losses, torch.tensor([1.0, 1.0, 0.5]))
+    ledger.add(2, losses, torch.tensor([0.0, 1.0, 1.0]))
+    sums = dict(zip(COLUMNS, ledger.sums[2].tolist(), strict=True))
+    assert (sums["agreed"], sums["taught_batches"]) == (2.5, 2.0)
+    assert sums["kl"] == 5.0 + 6.0

@@ -25,6 +25,7 @@ ALLOWED = [
     {"log_exit_gradients": True},
     TAUGHT,
     {"exit_kd_weight": 1.0, "exit_kd_temperature": 0.5, "exit_kd_top_k": 100},
+    {**TAUGHT, "exit_kd_target": "choice", "exit_kd_teacher": "models/teacher"},
     {**TAUGHT, "exit_layer_weight": (0.0, 0.5)},
     {**TAUGHT, "exit_layer_weight": (0.5, 0.5, 0.0), "tune_exit": True, "use_exit_norm": True},
     {**TAUGHT, "exit_sampling": "uniform"},
@@ -46,6 +47,15 @@ REFUSED = [
     ({**TAUGHT, "exit_kd_top_k": 0}, "--exit-kd-top-k: 0 is not above 0"),
     ({"exit_kd_temperature": 2.0}, "no effect without distillation"),
     ({"exit_kd_top_k": 5}, "no effect without distillation"),
+    ({"exit_kd_target": "choice"}, "no effect without distillation"),
+    (
+        {**TAUGHT, "exit_kd_target": "choice", "exit_kd_temperature": 2.0},
+        "--exit-kd-temperature: 2.0 has no effect on --exit-kd-target choice",
+    ),
+    (
+        {**TAUGHT, "exit_kd_target": "choice", "exit_kd_top_k": 1},
+        "--exit-kd-top-k: 1 has no effect on --exit-kd-target choice",
+    ),
     ({**TAUGHT, "exit_layer_nums": ()}, "--exit-kd-weight: 0.5, but no intermediate exit trains"),
     (
         {**TAUGHT, "exit_layer_weight": (0.0, 0.0)},

@@ -12,6 +12,7 @@ from megatron_sorted.loss.distillation import Distillation, TaughtCrossEntropy
 from megatron_sorted.loss.gradient_rules import GradientRule
 from megatron_sorted.loss.ledger import Ledger
 from megatron_sorted.loss.linear_cross_entropy import ExitLoss, exit_loss
+from megatron_sorted.loss.taught_choice import ChoiceCrossEntropy
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.derived import last_exit_teaches, taught_exits
 from megatron_sorted.settings.exits import loss_chunk_tokens
@@ -33,9 +34,12 @@ class ExitLosses:
 
     def __init__(self, settings: Settings, model: Model, platform: Platform):
         self.settings, self.model = settings, model
-        self.distillation = Distillation(
-            settings.exit_kd_weight, settings.exit_kd_temperature, settings.exit_kd_top_k
-        )
+        weight = settings.exit_kd_weight
+        if settings.exit_kd_target == "choice":
+            self.taught = partial(ChoiceCrossEntropy, weight=weight)
+        else:
+            rule = Distillation(weight, settings.exit_kd_temperature, settings.exit_kd_top_k)
+            self.taught = partial(TaughtCrossEntropy, rule=rule)
         self.chunk_tokens = loss_chunk_tokens(settings, on_cpu=platform.is_processor)
         groups = model.groups
         self.top_tokens, self.confidences = TopTokens(groups.pp), Confidences(groups.pp)
@@ -61,8 +65,8 @@ class ExitLosses:
                 if model.teacher is None
                 else model.teacher.weight_ph(chunk.layout.chunk)
             )
-            token_loss = TaughtCrossEntropy(
-                request, self.distillation, micro.teacher_slot.normed_tbh, weight_ph
+            token_loss = self.taught(
+                request, teacher_tbh=micro.teacher_slot.normed_tbh, teacher_ph=weight_ph
             )
         losses, gradient = exit_loss(hidden_tbh, head.norm, head.weight_ph, token_loss, factor)
         if micro.with_choice:

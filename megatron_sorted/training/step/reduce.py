@@ -105,11 +105,11 @@ def reduce_ledger(ledger: Ledger, settings: Settings, checksum: int = 0) -> Ledg
         if not sums["calls"]:
             continue
         seen, agreed = (table[row, len(COLUMNS) :] / tp).view(2, num_drafted).tolist()
-        agreement = length = None
+        numbers, length = _exit_numbers(sums, settings), None
+        agreement = numbers.agreement
         if seen[0]:
-            agreement = agreed[0] / seen[0]
+            agreement = agreed[0] / seen[0] if agreement is None else agreement
             length = 1.0 if depth == settings.num_layers else accept_length(seen, agreed)
-        numbers = _exit_numbers(sums, settings)
         exits[depth] = replace(numbers, agreement=agreement, accept_length=length)
         num_tokens = max(num_tokens, sums["tokens"] / tp)
     return LedgerReport(exits, int(num_tokens), int(table[-1, 0]) % CHECKSUM_RANGE)
@@ -135,11 +135,13 @@ def _exit_numbers(sums: dict[str, float], settings: Settings) -> ExitNumbers:
         copies = 1 if settings.sequence_parallel else tp
         ranks_a_stage = dist.get_world_size() // settings.pipeline_model_parallel_size
         grad_norm = math.sqrt(sums["gradient_square"] / copies / (sums["steps"] / ranks_a_stage))
+    learns_choice = sums["taught_batches"] and settings.exit_kd_target == "choice"
     cosine, ratio = _compared_gradients(sums)
     return ExitNumbers(
         loss=loss,
         token_accuracy=accuracy,
         grad_norm=grad_norm,
+        agreement=sums["agreed"] / tp / tokens if learns_choice and tokens else None,
         kd=_mean_kd(sums, settings, tp, tokens),
         exact_match=sums["exact_pieces"] / sums["pieces"] if sums["pieces"] else None,
         gradient_cosine=cosine,
