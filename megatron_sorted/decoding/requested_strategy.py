@@ -110,7 +110,9 @@ class RequestedStrategy:
             **self.options,
         }
         if "depths" in self.options and "thresholds" not in self.options:
-            options["thresholds"] = (0.5,) * (len(options["depths"]) - (name == TreeSpeculative.name))
+            options["thresholds"] = (0.5,) * (
+                len(options["depths"]) - (name == TreeSpeculative.name)
+            )
         strategy = STRATEGIES[name](**options)
         try:
             check_strategy(strategy, network, draft)

@@ -199,9 +199,7 @@ STEPS = 3
 """Number of steps of each kind in a round."""
 
 
-def _steps(
-    state: _TimedState, last: int, length: int, drafting: Sequence[int]
-) -> Iterator[tuple]:
+def _steps(state: _TimedState, last: int, length: int, drafting: Sequence[int]) -> Iterator[tuple]:
     """Yield the seconds that steps take beyond their passes, by kind of step."""
     batch = DecodingBatch(state, Sampler(SamplingParameters(), [0]))
     steps = {("token",): OneToken(batch, [last])}

@@ -147,8 +147,13 @@ def _check(part: Mapping[str, Any]) -> None:
         raise ValueError(f"its dtype is {part['dtype']!r}")
     if not isinstance(part.get("native", False), bool):
         raise ValueError(f"its native is {part['native']!r}")
-    if not isinstance(part.get("machine", {}), dict):
+    machine = part.get("machine", {})
+    if not isinstance(machine, dict):
         raise ValueError("its machine is no object")
+    if machine.get("dtype", DTYPES[0]) not in DTYPES:
+        raise ValueError(f"its machine's dtype is {machine['dtype']!r}")
+    if type(machine.get("threads", 1)) is not int:
+        raise ValueError(f"its machine's threads are {machine['threads']!r}")
     if part.get("best", "full") not in STRATEGIES:
         raise ValueError(f"its best strategy is {part['best']!r}")
     for name, options in part["strategies"].items():
