@@ -21,7 +21,7 @@ from megatron_sorted.decoding.native.compiler import (
 )
 from megatron_sorted.decoding.native.cpu import cpu_name
 from megatron_sorted.decoding.network import Network, config_sha256, draft_key
-from megatron_sorted.decoding.requested_strategy import check_draft, num_threads
+from megatron_sorted.decoding.requested_strategy import check_draft, num_threads, weights_in
 from megatron_sorted.decoding.strategies import SPECULATIVE, EarlyExit, Full, Strategy
 from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.decoding.tuning.costs import Costs, measure_costs
@@ -226,10 +226,9 @@ def cost_lines(costs: Costs, network: Network) -> list[str]:
     full = max(costs.layers)
     one = costs.of_pass(full, 1)
     shown = [width for width in (2, 3, 4, 5, 6, 8, 12, 16) if width <= costs.widths[-1]]
-    runner = "the compiled library" if network.is_native else "torch"
     lines = [
-        f"{network.kind} by {runner}, {num_threads(network)} threads: a pass of one token takes "
-        f"{1000 * one:.2f} ms, and of more, relative to it:",
+        f"{weights_in(network)}, threads: {num_threads(network)}. A pass of one token takes "
+        f"{1000 * one:.2f} ms, and one of more tokens, relative to it:",
         "tokens " + "".join(f"{width:7}" for width in shown),
         "cost   " + "".join(f"{costs.of_pass(full, width) / one:7.2f}" for width in shown),
     ]
