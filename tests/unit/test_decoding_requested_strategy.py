@@ -214,9 +214,9 @@ def test_options_tuned_with_several_kinds_of_weights_stand_beside_each_other(tmp
         assert newest == read_tuned_options(path, key) and newest["number"] == 2
         # again, with the kind that was measured first
         write_tuned_options(path, {**ALONE, "number": 9, "dtype": "float32", "native": True}, key)
-        found = [read_tuned_options(path, key, WeightsInUse(*weights)) for weights in kinds]
-        assert [one["number"] for one in found] == [9, 1, 2]
-        assert not any("others" in one for one in found)
+        parts = [read_tuned_options(path, key, WeightsInUse(*weights)) for weights in kinds]
+        assert [part["number"] for part in parts] == [9, 1, 2]
+        assert not any("others" in part for part in parts)
     assert tuned_dtype(path) == "float32", "the kind of the newest options is the default"
     whole = json.loads(path.read_text())
     assert (

@@ -259,8 +259,8 @@ def tuning_of(monkeypatch, *rounds: dict[str, float]) -> Tuning:
     tuning, results = Tuning.__new__(Tuning), list(rounds)
 
     def canned(generator, strategies, *arguments, **more):
-        found = results.pop(0)
-        return [Speed(found[strategy.name], 1.0) for strategy in strategies]
+        speeds = results.pop(0)
+        return [Speed(speeds[strategy.name], 1.0) for strategy in strategies]
 
     monkeypatch.setattr(tune, "race", canned)
     tuning.generator, tuning.prompts, tuning.limits = None, [[1]], Limits(8)

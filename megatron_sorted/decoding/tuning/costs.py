@@ -28,10 +28,10 @@ class HostCosts:
     """Seconds of a step beyond its passes: choosing tokens, and Python's own work.
 
     Attributes:
-        token: Of a step that adds one token.
-        chain: Of a step that drafts and verifies, without what each drafted token adds.
-        draft: For each drafted token.
-        confidence: Of choosing a token at an exit and measuring its confidence, by measure.
+        token: Seconds of a step that adds one token.
+        chain: Seconds of a step that drafts and verifies, apart from its drafted tokens.
+        draft: Seconds for each drafted token.
+        confidence: Seconds to choose a token at an exit and measure its confidence, by measure.
     """
 
     token: float = 0.0
@@ -110,7 +110,7 @@ def measure_costs(
         depths: Exits to measure, increasing.
         length: Number of tokens before those of the pass.
         widths: Numbers of tokens per pass.
-        drafting: Those exits that may draft or take tokens early.
+        drafting: Exits that may draft, or take tokens early.
     """
     # at least one token stands before the pass, however short the model's context is
     length = max(1, min(length, network.max_positions - max(widths) - 1))
@@ -131,18 +131,18 @@ def measure_costs(
             for key, seconds in job():
                 if done:
                     times.setdefault(key, []).append(seconds)
-    found = {key: statistics.median(row) for key, row in times.items()}
+    medians = {key: statistics.median(row) for key, row in times.items()}
 
     def by_exit(kind: str) -> dict[int, tuple[float, ...]]:
-        return {depth: tuple(found[kind, depth, width] for width in widths) for depth in depths}
+        return {depth: tuple(medians[kind, depth, width] for width in widths) for depth in depths}
 
     return Costs(
         tuple(widths),
         by_exit("layers"),
         by_exit("heads"),
         by_exit("blocks") if state.blocks else {},
-        {depth: found["draft", depth] for depth in drafting},
-        _host_costs(found),
+        {depth: medians["draft", depth] for depth in drafting},
+        _host_costs(medians),
     )
 
 
@@ -217,17 +217,17 @@ def _steps(state: _TimedState, last: int, length: int, drafting: Sequence[int]) 
         state.crop([length])
 
 
-def _host_costs(found: dict[tuple, float]) -> HostCosts:
+def _host_costs(medians: dict[tuple, float]) -> HostCosts:
     """Return the costs of steps from the medians of the measured ones."""
-    token = found["token",]
-    if ("chain", 1) not in found:
+    token = medians["token",]
+    if ("chain", 1) not in medians:
         return HostCosts(token)
-    draft = max(0.0, (found["chain", LONG] - found["chain", 1]) / (LONG - 1))
+    draft = max(0.0, (medians["chain", LONG] - medians["chain", 1]) / (LONG - 1))
     return HostCosts(
         token,
-        max(0.0, found["chain", 1] - draft),
+        max(0.0, medians["chain", 1] - draft),
         draft,
-        {name: max(0.0, found["confidence", name] - token) for name in CONFIDENCE},
+        {name: max(0.0, medians["confidence", name] - token) for name in CONFIDENCE},
     )
 
 

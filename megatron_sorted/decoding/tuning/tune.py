@@ -248,11 +248,11 @@ def _processor(network: Network) -> dict[str, str | int]:
     lines = [line.partition(":") for line in cpu_name().splitlines()]
     named = {name.strip(): value.strip() for name, _, value in lines}
     processor = named.get("model name") or named.get("CPU part") or lines[-1][0]
-    found: dict[str, str | int] = {"threads": num_threads(network), "processor": processor}
+    facts: dict[str, str | int] = {"threads": num_threads(network), "processor": processor}
     if network.is_native:
         try:
             command = find_compiler(os.environ)
-            found["instructions"] = instructions_for(command, own_targets(), os.environ)
+            facts["instructions"] = instructions_for(command, own_targets(), os.environ)
         except NativeError:
-            pass  # the library is from the cache, and the compiler is gone
-    return found
+            pass  # the library is from the cache, and there is no compiler now
+    return facts
