@@ -78,6 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tuning = Tuning(generator, values.draft, depths, prompts, limits)
     tuning.choose(values.least_same)
     best = tuning.keep(path, {"device": values.device, "dtype": values.dtype})
-    slower = generator.draft and tuning.speed(best) <= tuning.speed("full")
-    note = "; without --draft, full is faster here" if slower else ""
+    without = "without --draft" if generator.draft else "without drafts"
+    note = f" (no strategy is faster: the model decodes {without})" if best == "full" else ""
     print(f"\nfastest lossless strategy: {best}{note}; written: {path}")

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.decoding.native.choice import report_once
+import torch
+
+from megatron_sorted.decoding.native.choice import native_threads, report_once
 from megatron_sorted.decoding.network import Network, draft_key
 from megatron_sorted.decoding.strategies import (
     MEASURES,
@@ -24,11 +26,12 @@ from megatron_sorted.decoding.strategies import (
 )
 from megatron_sorted.decoding.tuning.tuned_options import (
     TUNED_FILE,
-    other_weights,
+    WeightsInUse,
     read_tuned_options,
+    weights_of,
 )
 from megatron_sorted.errors import DataError, SettingsError
-from megatron_sorted.reading.shown import shown
+from megatron_sorted.reading.shown import printable, shown
 
 MAX_DRAFT_TOKENS = 64
 MAX_TREE_TOKENS = 512
@@ -54,27 +57,35 @@ class RequestedStrategy:
         """Return a request for another strategy with its tuned or default options."""
         return RequestedStrategy(self.model, self.draft, name)
 
-    def tuned(self, draft: Network | None) -> dict:
+    def tuned(self, draft: Network | None, network: Network) -> dict:
         """Return the tuned options for the model alone, or for the model with this draft model.
+
+        Where the model was tuned with several kinds of weights, they are those of the network's.
 
         Raises:
             DataError: The file is damaged.
         """
         return read_tuned_options(
-            self.model / TUNED_FILE, None if draft is None else draft_key(self.draft, draft)
+            self.file, None if draft is None else draft_key(self.draft, draft), weights_in(network)
         )
+
+    @property
+    def file(self) -> Path:
+        """Return the path of the tuned options."""
+        return self.model / TUNED_FILE
 
     def strategy(self, network: Network, draft: Network | None = None) -> Strategy:
         """Return the requested strategy, else the tuned one, else full.
 
         Raises:
             SettingsError: The model does not support it, or it does not have a requested option.
-            DataError: decoding.json is damaged.
+            DataError: decoding.json is damaged, or its options are not for this model.
         """
-        tuned = self.tuned(draft)
-        name = self.name or tuned.get("best") or "full"
-        if name in tuned.get("strategies", {}):
-            self._report_other_weights(tuned, network)
+        tuned = self.tuned(draft, network)
+        name = self.name or tuned.get("best") or Full.name
+        kept = tuned.get("strategies", {}).get(name)
+        if kept is not None:
+            self._report_other_conditions(tuned, network)
         known = {one.name for one in fields(STRATEGIES[name])}
         for option in self.options:
             if option not in known:
@@ -83,37 +94,66 @@ class RequestedStrategy:
                     f"{', '.join(sorted(known)) or 'nothing'}. "
                     "Leave it out, or use another strategy."
                 )
-        kept = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in tuned.get("strategies", {}).get(name, {}).items()
+        if self.name is None and draft is not None and tuned.get("best") == Full.name:
+            report_once(
+                "draft",
+                f"{shown(self.file)} says that {printable(self.draft.resolve().name)} makes this "
+                "model slower here, so it does not draft. Name a --strategy if it should.",
+            )
+            return Full()
+        options = {
+            **default_options(name, draft or network, draft is not None),
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in (kept or {}).items()
+            },
+            **self.options,
         }
-        options = {**default_options(name, draft or network, draft is not None), **kept}
-        options |= self.options
         if "depths" in self.options and "thresholds" not in self.options:
-            options["thresholds"] = (0.5,) * (len(options["depths"]) - (name == "tree"))
+            options["thresholds"] = (0.5,) * (
+                len(options["depths"]) - (name == TreeSpeculative.name)
+            )
+        strategy = STRATEGIES[name](**options)
         try:
-            strategy = STRATEGIES[name](**options)
             check_strategy(strategy, network, draft)
-        except TypeError as error:  # only the file can hold a value of the wrong type
+        except SettingsError as error:
+            if not kept or self.options:
+                raise
             raise DataError(
-                f"{self.model / TUNED_FILE}: its options of {name} are not as megatron-sorted tune "
-                f"writes them ({error}). Remove it and tune again."
+                f"{shown(self.file)}: its options do not fit this model with these --depths: "
+                f"{error} Or remove the file and tune again."
             ) from error
         return strategy
 
-    def _report_other_weights(self, tuned: Mapping[str, Any], network: Network) -> None:
-        """Print a line if the options were tuned with other weights than the network's.
+    def _report_other_conditions(self, tuned: Mapping[str, Any], network: Network) -> None:
+        """Print a line if the options were tuned with other weights or another number of threads.
 
         They are used all the same: no lossless strategy writes another text with them.
         """
-        if (other := other_weights(tuned, network.kind, network.is_native)) is not None:
-            by = "the compiled library" if network.is_native else "torch"
+        weights, measured, kept = weights_in(network), weights_of(tuned), []
+        threads, now = tuned.get("machine", {}).get("threads"), num_threads(network)
+        if measured not in (None, weights):
+            kept.append((f"in {measured}", f"in {weights}"))
+        if threads not in (None, now):
+            kept.append((f"with {threads} threads", f"with {now}"))
+        if kept:
+            then, here = (" ".join(row) for row in zip(*kept, strict=True))
             report_once(
                 "tuned",
-                f"{shown(self.model / TUNED_FILE)} was measured with {other}, and the model "
-                f"is run in {network.kind} by {by}: other options may be faster, and early_exit "
-                "may keep fewer tokens. Run megatron-sorted tune again.",
+                f"{shown(self.file)} was measured {then}, and the model runs {here}: other options "
+                "may be faster, and early_exit may keep fewer tokens. Tune again: megatron-sorted "
+                f"tune {shown(self.model)} --dtype {weights.kind}",
             )
+
+
+def weights_in(network: Network) -> WeightsInUse:
+    """Return the weights of a network, by which its tuned options are found."""
+    return WeightsInUse(network.kind, network.is_native)
+
+
+def num_threads(network: Network) -> int:
+    """Return the number of CPU threads that run a network."""
+    return native_threads() if network.is_native else torch.get_num_threads()
 
 
 def default_options(name: str, drafter: Network, is_other_model: bool) -> dict:

@@ -187,7 +187,7 @@ def candidate_strategies(choice: RequestedStrategy, generator: TextGenerator) ->
             "--adapt: the model has no exits before its last layer, so there is nothing to "
             "choose. Leave it out, or give --depths or --draft."
         )
-    tuned = choice.tuned(generator.draft).get("strategies") or LOSSLESS
+    tuned = choice.tuned(generator.draft, generator.network).get("strategies") or LOSSLESS
     names = [name for name in LOSSLESS if name == Full.name or name in tuned]
     return [
         choice.named(name).strategy(generator.network, generator.draft_for(STRATEGIES[name]))

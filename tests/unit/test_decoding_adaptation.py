@@ -272,6 +272,11 @@ def test_candidate_strategies_are_the_tuned_lossless_ones_else_the_default_ones(
     }
     write_tuned_options(tmp_path / TUNED_FILE, {"best": "full", "strategies": tuned})
     assert candidate_strategies(choice, writer) == [Full(), SelfSpeculative(3, 2)]
+    for kind, depth in ((network.kind, 1), ("float16", 2)):
+        own = {"self_speculative": {"depth": depth, "num_draft_tokens": 2}}
+        more = {"strategies": own, "dtype": kind, "native": network.is_native}
+        write_tuned_options(tmp_path / TUNED_FILE, {"best": "full", **more})
+    assert candidate_strategies(choice, writer) == [Full(), SelfSpeculative(1, 2)], "these weights'"
     (tmp_path / TUNED_FILE).write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         candidate_strategies(choice, writer)

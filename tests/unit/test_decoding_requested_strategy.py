@@ -10,9 +10,11 @@ from megatron_sorted.decoding.network import config_sha256, draft_key, load_netw
 from megatron_sorted.decoding.requested_strategy import RequestedStrategy
 from megatron_sorted.decoding.strategies import EarlyExit, Full, SelfSpeculative, TreeSpeculative
 from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.tuning.races import Speed
 from megatron_sorted.decoding.tuning.tune import Tuning
 from megatron_sorted.decoding.tuning.tuned_options import (
     TUNED_FILE,
+    WeightsInUse,
     read_tuned_options,
     tuned_dtype,
     write_tuned_options,
@@ -125,6 +127,20 @@ def test_a_strategy_without_drafts_does_not_use_the_draft_model(models):
         '{"format": 1, "strategies": {}, "dtype": null}',
         '{"format": 1, "strategies": {}, "native": "yes"}',
         '{"format": 1, "strategies": {}, "machine": "float32"}',
+        '{"format": 1, "strategies": {"tree": {"depths": "ab"}}}',
+        '{"format": 1, "strategies": {"tree": {"depths": [1, "a"]}}}',
+        '{"format": 1, "strategies": {"tree": {"depths": 3}}}',
+        '{"format": 1, "strategies": {"tree": {"num_nodes": "many"}}}',
+        '{"format": 1, "strategies": {"tree": {"thresholds": [null]}}}',
+        '{"format": 1, "strategies": {"tree": {"thresholds": [true]}}}',
+        '{"format": 1, "strategies": {"self_speculative": {"depth": 2.5}}}',
+        '{"format": 1, "strategies": {"self_speculative": {"num_draft_tokens": true}}}',
+        '{"format": 1, "strategies": {}, "others": []}',
+        '{"format": 1, "strategies": {}, "others": {"int8 by torch": {}}}',
+        '{"format": 1, "strategies": {}, "others": {"int3 by torch": {"strategies": {}}}}',
+        '{"format": 1, "strategies": {}, "others": {"a": {"strategies": {}, "dtype": "int8"}}}',
+        '{"format": 1, "strategies": {}, "machine": {"dtype": 3}}',
+        '{"format": 1, "strategies": {}, "machine": {"threads": "2"}}',
     ],
 )
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
@@ -136,20 +152,30 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
     assert path.read_text() == text
 
 
+INT8 = "in int8 by the compiled library"
+
+
 @pytest.mark.parametrize(
     ("tuned", "note"),
     [
         ({}, None),
         ({"dtype": "int8", "native": True}, None),
         ({"dtype": "int8", "native": True, "machine": {"dtype": "bfloat16"}}, None),
-        ({"dtype": "float32", "native": True}, "float32 by the compiled library"),
-        ({"dtype": "int8", "native": False}, "int8 by torch"),
-        ({"machine": {"dtype": "float32"}}, "float32 by torch"),  # of an earlier version
+        ({"dtype": "float32", "native": True}, ("in float32 by the compiled library", INT8)),
+        ({"dtype": "int8", "native": False}, ("in int8 by torch", INT8)),
+        # of an earlier version
+        ({"machine": {"dtype": "float32"}}, ("in float32 by torch", INT8)),
+        ({"machine": {"threads": 999}}, ("with 999 threads", "with 1")),
+        (
+            {"dtype": "bfloat16", "native": True, "machine": {"threads": 999}},
+            ("in bfloat16 by the compiled library with 999 threads", f"{INT8} with 1"),
+        ),
     ],
 )
 @needs_native
 def test_options_of_other_weights_are_used_with_a_note(tuned, note, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("megatron_sorted.decoding.native.choice._reported", set())
+    monkeypatch.setattr("megatron_sorted.decoding.requested_strategy.native_threads", lambda: 1)
     _, network = plain_network("llama", kind="int8")
     write_tuned_options(tmp_path / TUNED_FILE, {**ALONE, **tuned})
     choice = RequestedStrategy(tmp_path)
@@ -158,8 +184,8 @@ def test_options_of_other_weights_are_used_with_a_note(tuned, note, tmp_path, ca
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == bool(note)
     if note:
-        assert f"was measured with {note}, and the model is run in int8 by the comp" in lines[0]
-        assert lines[0].endswith("Run megatron-sorted tune again.")
+        assert f"was measured {note[0]}, and the model runs {note[1]}: other opt" in lines[0]
+        assert lines[0].endswith(f"megatron-sorted tune {tmp_path} --dtype int8")
     monkeypatch.setattr("megatron_sorted.decoding.native.choice._reported", set())
     choice.named("self_speculative").strategy(network)  # nothing is tuned for it
     assert not capsys.readouterr().err
@@ -176,6 +202,54 @@ def test_a_tuned_kind_of_weights_is_named_by_new_files_alone(tmp_path):
     assert tuned_dtype(path) == "bfloat16"
 
 
+def test_options_tuned_with_several_kinds_of_weights_stand_beside_each_other(tmp_path):
+    path, kinds = tmp_path / TUNED_FILE, [("float32", True), ("int8", True), ("float32", False)]
+    for key in (None, "a@1"):
+        for number, (kind, is_native) in enumerate(kinds):
+            more = {"dtype": kind, "native": is_native}
+            write_tuned_options(path, {**ALONE, "number": number, **more}, key)
+        for number, weights in enumerate(kinds):
+            assert read_tuned_options(path, key, WeightsInUse(*weights))["number"] == number
+        newest = read_tuned_options(path, key, WeightsInUse("bfloat16", True))
+        assert newest == read_tuned_options(path, key) and newest["number"] == 2
+        # again, with the kind that was measured first
+        write_tuned_options(path, {**ALONE, "number": 9, "dtype": "float32", "native": True}, key)
+        parts = [read_tuned_options(path, key, WeightsInUse(*weights)) for weights in kinds]
+        assert [part["number"] for part in parts] == [9, 1, 2]
+        assert not any("others" in part for part in parts)
+    assert tuned_dtype(path) == "float32", "the kind of the newest options is the default"
+    whole = json.loads(path.read_text())
+    assert (
+        set(whole["others"])
+        == set(whole["drafts"]["a@1"]["others"])
+        == {"int8 by the compiled library", "float32 by torch"}
+    )
+
+
+@needs_native
+def test_each_kind_of_weights_has_its_own_options(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_sorted.decoding.native.choice._reported", set())
+    depths = {"float32": 1, "int8": 2}
+    for kind, depth in depths.items():
+        options = {"self_speculative": {"depth": depth, "num_draft_tokens": 3}}
+        tuned = {"best": "self_speculative", "strategies": options, "dtype": kind, "native": True}
+        write_tuned_options(tmp_path / TUNED_FILE, tuned)
+    for kind, depth in depths.items():
+        _, network = plain_network("llama", kind=kind)
+        assert RequestedStrategy(tmp_path).strategy(network) == SelfSpeculative(depth, 3)
+    assert not capsys.readouterr().err
+
+
+def test_a_draft_model_that_makes_the_model_slower_does_not_draft(models, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_sorted.decoding.native.choice._reported", set())
+    file = models["target"][0] / TUNED_FILE
+    write_tuned_options(file, {**BY_SMALL, "best": "full"}, draft_key(*models["small"]))
+    assert strategy_of(models, "target", "small") == Full()
+    assert "small makes this model slower here, so it does not draft" in capsys.readouterr().err
+    assert strategy_of(models, "target", "small", "self_speculative") == SelfSpeculative(1, 7)
+    file.unlink()
+
+
 @needs_native
 def test_tuning_keeps_the_kind_of_weights_with_the_costs(tmp_path, capsys):
     path = tmp_path / TUNED_FILE
@@ -183,26 +257,34 @@ def test_tuning_keeps_the_kind_of_weights_with_the_costs(tmp_path, capsys):
         generator = TextGenerator(plain_network("llama", kind=kind)[1], Letters())
         tuning = Tuning(generator, None, [1], [[5, 6, 7]], Limits(4))
         tuning.choices = {"full": Full(), "self_speculative": SelfSpeculative(1, 2)}
-        tuning.speeds = {"full": (2.0, 1.0), "self_speculative": (1.0, 2.0)}
+        tuning.speeds = {"full": Speed(2.0, 1.0), "self_speculative": Speed(1.0, 2.0)}
         assert tuning.keep(path, {"device": "cpu"}) == "full", "speculation does not pay"
         tuned = read_tuned_options(path)
         assert (tuned["dtype"], tuned["native"]) == (generator.network.kind, is_native)
-        assert set(tuned["costs"]) == {"widths", "layers", "heads"}
+        assert set(tuned["costs"]) == {"widths", "layers", "heads", "blocks", "drafts", "host"}
+        assert tuned["machine"]["threads"] >= 1 and tuned["machine"]["processor"]
+        assert ("instructions" in tuned["machine"]) == is_native
+    torch_options = read_tuned_options(path, None, WeightsInUse("float32", False))
+    assert torch_options["dtype"] == "float32", "the second tuning threw the first one away"
 
 
 @pytest.mark.parametrize(
-    "options", [{"depths": "ab"}, {"depths": [1, "a"]}, {"num_nodes": "many"}, {"thresholds": 3}]
+    ("name", "options", "rule"),
+    [
+        ("self_speculative", {"depth": 2, "num_draft_tokens": 10**9}, "is not in 1..64"),
+        ("self_speculative", {"depth": 77}, "depth 77 is no exit|depth 77 is the full"),
+        ("tree", {**TREE, "num_nodes": 10**9}, "num_nodes: 1000000000 is not in 1..512"),
+        ("early_exit", {"depths": [2], "thresholds": [1e9]}, "is not in 0..1"),
+        ("sorted_speculative", {"depths": [], "thresholds": []}, "no exit is named"),
+    ],
 )
-def test_tuned_options_of_a_wrong_type_are_refused(models, options):
-    directory = models["large"][0]
-    (directory / TUNED_FILE).write_text(
-        json.dumps({"format": 1, "best": "tree", "strategies": {"tree": {**TREE, **options}}})
-    )
-    with pytest.raises(
-        DataError, match=r"its options of tree are not as megatron-sorted tune writes them"
-    ):
+def test_tuned_options_that_do_not_fit_the_model_are_refused(models, name, options, rule):
+    file = models["large"][0] / TUNED_FILE
+    file.write_text(json.dumps({"format": 1, "best": name, "strategies": {name: options}}))
+    with pytest.raises(DataError, match=rf"decoding\.json: its options .*({rule})") as caught:
         strategy_of(models, "large")
-    (directory / TUNED_FILE).unlink()
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("and tune again.")
+    file.unlink()
 
 
 @pytest.mark.parametrize(

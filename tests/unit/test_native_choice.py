@@ -207,6 +207,19 @@ def test_options_of_commands(path, options, kind):
     assert kind_of(network) == kind
 
 
+def test_float16_is_left_to_torch_with_one_line(path, capsys, monkeypatch):
+    monkeypatch.setattr(choice, "_reported", set())
+    for _ in range(2):
+        assert kind_of(opened(path, "--dtype", "float16")) is None
+    assert [line for line in capsys.readouterr().err.splitlines() if "torch" in line] == [
+        "note: torch decodes, more slowly than the compiled library (--native): it does not know "
+        "float16, only float32, bfloat16, int8"
+    ]
+    monkeypatch.setattr(choice, "_reported", set())
+    opened(path, "--dtype", "float16", "--native", "off")
+    assert "torch decodes" not in capsys.readouterr().err
+
+
 def opened(path, *options, **more):
     """Return the network that a command decodes with."""
     return open_generator(

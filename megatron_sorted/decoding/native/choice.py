@@ -60,6 +60,12 @@ def native_kind(native: str, dtype: torch.dtype, device: torch.device | str) -> 
             f"--native on: the compiled library does not know {name}. "
             f"Use --dtype {', '.join(KIND_NAMES.values())}, or --native auto."
         )
+    if kind is None:
+        report_once(
+            "fallback",
+            f"torch decodes, more slowly than the compiled library (--native): it does not know "
+            f"{name}, only {', '.join(KIND_NAMES.values())}",
+        )
     if is_needed:
         try:
             native_library()

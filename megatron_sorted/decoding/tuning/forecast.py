@@ -49,24 +49,37 @@ class _ModelClock:
 
     def __init__(self, costs: Costs):
         self.costs, self.pending, self.seconds = costs, dict.fromkeys(costs.layers, 0), 0.0
+        self.blocks = dict.fromkeys(costs.blocks, 0)  # the same of the exits' own blocks
+        self.newest = 0  # exit of the newest pass
 
     def add(self, count: int) -> None:
         """Append tokens that no segment has processed."""
-        for depth in self.pending:
-            self.pending[depth] += count
+        for waiting in (self.pending, self.blocks):
+            for depth in waiting:
+                waiting[depth] += count
 
     def drop(self, count: int) -> None:
         """Drop the newest tokens, processed or not."""
-        for depth, pending in self.pending.items():
-            self.pending[depth] = max(0, pending - count)
+        for waiting in (self.pending, self.blocks):
+            for depth, pending in waiting.items():
+                waiting[depth] = max(0, pending - count)
 
     def read(self, depth: int, width: int) -> None:
         """Process all tokens up to an exit and evaluate its head for ``width`` of them."""
-        for stop, pending in self.pending.items():
-            if stop <= depth:
-                self.seconds += self.costs.of_layers(stop, pending)
-                self.pending[stop] = 0
-        self.seconds += self.costs.of_head(depth, width)
+        stops = [stop for stop in self.pending if stop <= depth]
+        counts = [self.pending[stop] for stop in stops] + [self.blocks.get(depth, width)]
+        is_next = self.newest == depth and width == 1 and set(counts) == {1}
+        if is_next and depth in self.costs.drafts:
+            self.seconds += self.costs.drafts[depth]
+        else:
+            for stop in stops:
+                self.seconds += self.costs.of_layers(stop, self.pending[stop])
+            self.seconds += self.costs.of_block(depth, self.blocks.get(depth, 0))
+            self.seconds += self.costs.of_head(depth, width)
+        self.pending.update(dict.fromkeys(stops, 0))
+        if depth in self.blocks:
+            self.blocks[depth] = 0
+        self.newest = depth
 
 
 class _Clock:
@@ -78,11 +91,12 @@ class _Clock:
         if drafting is not None:
             self.drafter = _ModelClock(drafting)
             self.clocks.append(self.drafter)
+        self.host, self.host_seconds = (drafting or costs).host, 0.0
 
     @property
     def seconds(self) -> float:
         """Return the seconds so far."""
-        return sum(clock.seconds for clock in self.clocks)
+        return sum(clock.seconds for clock in self.clocks) + self.host_seconds
 
     def add(self, count: int) -> None:
         """Append tokens that no model has processed."""
@@ -148,6 +162,7 @@ def _one_token(
     elif isinstance(strategy, EarlyExit):
         for depth, threshold in zip(strategy.depths, strategy.thresholds, strict=True):
             clock.model.read(depth, 1)
+            clock.host_seconds += clock.host.confidence[strategy.measure]
             if trace.confidence_dn[strategy.measure][index_of[depth]][at] > threshold:
                 by = depth
                 break
@@ -155,6 +170,7 @@ def _one_token(
         clock.model.read(full, 1)
     total.num_same += by == full or trace.same_dn[index_of[by]][at]
     total.num_steps += 1
+    clock.host_seconds += clock.model.costs.host.token
     clock.add(1)
     return 1
 
@@ -178,6 +194,7 @@ def _chain(
         for index, depth in enumerate(depths):
             clock.drafter.read(depth, 1)
             if is_sorted:
+                clock.host_seconds += clock.host.confidence[strategy.measure]
                 confidence = trace.confidence_dn[strategy.measure][index_of[depth]][where]
                 if confidence > strategy.thresholds[index]:
                     by, is_confident = depth, True
@@ -189,6 +206,7 @@ def _chain(
         if not is_confident:
             break
     clock.model.read(full, drafted + 1)
+    clock.host_seconds += clock.host.chain + drafted * clock.host.draft
     clock.drop(drafted - right)
     clock.add(1)
     total.num_steps += 1

@@ -68,6 +68,10 @@ class Tuner:
         self.costs, self.drafting = costs, drafting
         self.base = self._forecast(Full())
 
+    def speed_up(self, strategy: Strategy) -> float:
+        """Return the forecast speed of a strategy, relative to the full model's."""
+        return self._forecast(strategy).tokens_per_second / self.base.tokens_per_second
+
     def self_speculative(self) -> Choice:
         """Return the best depth and draft length."""
         return self._best(

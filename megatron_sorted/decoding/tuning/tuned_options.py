@@ -1,13 +1,15 @@
 """Tuned decoding options, stored beside the model as decoding.json.
 
-The file has a part for the model alone, and one for each other model that may draft for it.
+The file has a part for the model alone, and one for each other model that may draft for it. A part
+holds what was measured last, and under ``others`` what was measured with other kinds of weights.
 """
 
 import json
+import types
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_origin
 
 from megatron_sorted.decoding.strategies import STRATEGIES
 from megatron_sorted.errors import DataError
@@ -25,18 +27,43 @@ DTYPES = ("float32", "bfloat16", "float16", "int8")
 """Kinds of weights that a file may name."""
 
 
-def read_tuned_options(path: Path, key: str | None = None) -> dict:
+class WeightsInUse(NamedTuple):
+    """The weights of a network, by which its tuned options are found.
+
+    Attributes:
+        kind: Name of the kind of weights.
+        is_native: Whether the compiled library runs them.
+    """
+
+    kind: str
+    is_native: bool
+
+    def __str__(self) -> str:
+        """Return how a note names them, which is also their key in a file."""
+        return f"{self.kind} by {'the compiled library' if self.is_native else 'torch'}"
+
+
+def read_tuned_options(
+    path: Path, key: str | None = None, weights: WeightsInUse | None = None
+) -> dict:
     """Return the tuned options of the model alone, or with the draft model ``key``; {} without any.
+
+    Args:
+        path: The file.
+        key: Key of the draft model; None without one.
+        weights: Weights whose options are preferred to those that were measured last.
 
     Raises:
         DataError: The file is damaged.
     """
     whole = _read(path)
-    return whole if key is None else whole.get("drafts", {}).get(key, {})
+    part = dict(whole if key is None else whole.get("drafts", {}).get(key, {}))
+    others = part.pop("others", {})
+    return part if weights == weights_of(part) else others.get(str(weights), part)
 
 
 def tuned_dtype(path: Path) -> str | None:
-    """Return the kind of weights with which the model alone was tuned; None if none is recorded.
+    """Return the kind of weights with which the model alone was tuned last; None if none is named.
 
     Files of earlier versions name it beside the machine, where it chooses nothing.
 
@@ -46,32 +73,40 @@ def tuned_dtype(path: Path) -> str | None:
     return _read(path).get("dtype")
 
 
-def other_weights(tuned: Mapping[str, Any], kind: str, is_native: bool) -> str | None:
-    """Return how a model was tuned if it was with other weights than these; else None.
-
-    Args:
-        tuned: Options as `read_tuned_options` returns them.
-        kind: Name of the kind of weights.
-        is_native: Whether the compiled library runs them.
-    """
-    measured = tuned.get("dtype", tuned.get("machine", {}).get("dtype"))
-    if measured is None or (measured, tuned.get("native", False)) == (kind, is_native):
-        return None
-    return f"{measured} by {'the compiled library' if tuned.get('native', False) else 'torch'}"
+def weights_of(tuned: Mapping[str, Any]) -> WeightsInUse | None:
+    """Return the weights with which options were measured; None if the file does not say."""
+    kind = tuned.get("dtype", tuned.get("machine", {}).get("dtype"))
+    return None if kind is None else WeightsInUse(kind, tuned.get("native", False))
 
 
 def write_tuned_options(path: Path, tuned: dict, key: str | None = None) -> None:
     """Write the tuned options of the model, alone or with the draft model ``key``; keep the others.
 
+    Options that were measured with the same weights are replaced.
+
     Raises:
         DataError: The existing file is damaged.
     """
     whole = _read(path)
-    drafts = whole.get("drafts", {}) | ({} if key is None else {key: tuned})
-    whole = {"format": FORMAT, **(tuned if key is None else whole)}
+    drafts = whole.pop("drafts", {})
+    if key is None:
+        whole = {"format": FORMAT, **_joined(whole, tuned)}
+    else:
+        drafts[key] = _joined(drafts.get(key, {}), tuned)
+        whole = {"format": FORMAT, **whole}
     if drafts:
         whole["drafts"] = drafts
     write_text_atomically(path, json.dumps(whole, indent=2) + "\n")
+
+
+def _joined(part: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict:
+    """Return a part of a file whose newest options are ``tuned``."""
+    others = dict(part.get("others", {}))
+    before = {name: value for name, value in part.items() if name not in ("others", "format")}
+    if (weights := weights_of(before)) is not None and "strategies" in before:
+        others[str(weights)] = before
+    others.pop(str(weights_of(tuned)), None)
+    return {**tuned, "others": others} if others else dict(tuned)
 
 
 def _read(path: Path) -> dict:
@@ -80,32 +115,60 @@ def _read(path: Path) -> dict:
     whole = read_json_object(path, "Remove it and tune again.")
     try:
         whole = rename_keys(whole)
-        if "drafts" in whole:
-            whole["drafts"] = {key: rename_keys(part) for key, part in whole["drafts"].items()}
         if whole.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
+        if "drafts" in whole:
+            whole["drafts"] = {key: rename_keys(part) for key, part in whole["drafts"].items()}
         drafts = whole.get("drafts", {})
         parts = [*([whole] if "strategies" in whole or not drafts else []), *drafts.values()]
-        if not all(
-            isinstance(part["strategies"], dict) and part["strategies"].keys() <= STRATEGIES.keys()
-            for part in parts
-        ):
-            raise ValueError("it names unknown strategies")
         for part in parts:
-            if part.get("dtype", DTYPES[0]) not in DTYPES:
-                raise ValueError(f"its dtype is {part['dtype']!r}")
-            if not isinstance(part.get("native", False), bool):
-                raise ValueError(f"its native is {part['native']!r}")
-            if not isinstance(part.get("machine", {}), dict):
-                raise ValueError("its machine is no object")
-            if part.get("best", "full") not in STRATEGIES:
-                raise ValueError(f"its best strategy is {part['best']!r}")
-            for name, options in part["strategies"].items():
-                if unknown := options.keys() - {field.name for field in fields(STRATEGIES[name])}:
-                    raise ValueError(f"{name} has no {min(unknown)}")
+            _check(part)
+            for name, other in part.get("others", {}).items():
+                _check(other)
+                if name != str(weights_of(other)):
+                    raise ValueError(f"its options of {name!r} are those of {weights_of(other)}")
         return whole
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{shown(path)}: not written by megatron-sorted tune ({shown(error)}). "
             "Remove it and tune again."
         ) from error
+
+
+def _check(part: Mapping[str, Any]) -> None:
+    """Check the options that were measured with one kind of weights.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: They are damaged.
+    """
+    if not part["strategies"].keys() <= STRATEGIES.keys():
+        raise ValueError("it names unknown strategies")
+    if part.get("dtype", DTYPES[0]) not in DTYPES:
+        raise ValueError(f"its dtype is {part['dtype']!r}")
+    if not isinstance(part.get("native", False), bool):
+        raise ValueError(f"its native is {part['native']!r}")
+    machine = part.get("machine", {})
+    if not isinstance(machine, dict):
+        raise ValueError("its machine is no object")
+    if machine.get("dtype", DTYPES[0]) not in DTYPES:
+        raise ValueError(f"its machine's dtype is {machine['dtype']!r}")
+    if type(machine.get("threads", 1)) is not int:
+        raise ValueError(f"its machine's threads are {machine['threads']!r}")
+    if part.get("best", "full") not in STRATEGIES:
+        raise ValueError(f"its best strategy is {part['best']!r}")
+    for name, options in part["strategies"].items():
+        known = {field.name: field.type for field in fields(STRATEGIES[name])}
+        if unknown := options.keys() - known.keys():
+            raise ValueError(f"{name} has no {min(unknown)}")
+        for option, value in options.items():
+            if not _is(value, known[option]):
+                raise ValueError(f"{option} of {name} is {value!r}")
+
+
+def _is(value: Any, kind: type | types.GenericAlias) -> bool:
+    """Return whether a JSON value can be an option of this type."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_is(one, get_args(kind)[0]) for one in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
