@@ -1,0 +1,301 @@
+"""The page and the picture of a contest."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lab.build_llama_cpp import VERSION
+from lab.contests.contenders import BY_TORCH, LLAMA, OURS, TRANSFORMERS
+from lab.contests.rounds import Row
+from lab.contests.summary import (
+    GOALS,
+    KIND_PAIRS,
+    Spread,
+    fastest,
+    matches_of,
+    names_of,
+    ratio,
+    speeds,
+    verdict_of,
+    verdicts,
+)
+from lab.results.pages import page_head
+from megatron_sorted.reporting.drawing import COLOURS, figure_of
+from megatron_sorted.reporting.markdown import facts, table
+
+PARTS = {
+    "a": "Plain decoding, batch 1",
+    "b": "Reading a prompt",
+    "c": "Batches",
+    "d": "Lossless strategies, batch 1",
+}
+HOW = (
+    "All contenders have the same weights, read the same token ids, choose greedily and write the "
+    "same number of tokens. They take turns in every round, and in every round another one begins; "
+    "one computes at a time. Figures are medians over rounds (range in brackets), ratios are "
+    "medians of the ratios within a round.",
+    "Our seconds, and transformers', are those of a clock around the whole call. llama.cpp's are "
+    "its server's own, so that HTTP costs it nothing: in plain decoding those of the new tokens "
+    "alone, while ours include the prompt; for a prompt those of the prompt; with strategies those "
+    "of prompt and new tokens. Batches are timed by our clock for all, with as many requests at "
+    "once for llama.cpp.",
+    "llama.cpp is built natively for this CPU in release mode. Its keys and values are float32 for "
+    "F32 and float16, its default, for the others; ours are float32. Servers wait without polling.",
+    "*GB a token*: the weights of one pass, each read once. *GB/s*: that times the tokens a "
+    "second. *of memory*: the share of a plain read of a large buffer by as many threads, "
+    "measured in every round. *same*: texts equal to those of our `full` with the same kind of "
+    "weights (Q8_0 and Q4_K_M: int8), in all rounds.",
+    "The fastest strategy is the one with the best median of the same rounds.",
+)
+
+
+def spread_text(spread: Spread, digits: int = 1) -> str:
+    """Return a median with its range.
+
+    >>> spread_text(Spread(2.0, 1.5, 3.25))
+    '2.0 (1.5 to 3.2)'
+    """
+    return f"{spread.median:.{digits}f} ({spread.least:.{digits}f} to {spread.most:.{digits}f})"
+
+
+def goal_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the table of targets."""
+    cells = [
+        [
+            f"{one.goal.title}: {one.model}",
+            f"{one.threads}",
+            f"{one.goal.wanted:g}",
+            spread_text(one.reached, 2),
+            one.word,
+            f"{one.ours} / {one.theirs}",
+        ]
+        for one in verdicts(rows)
+    ]
+    if not cells:
+        return []
+    heads = ["ratio", "threads", "wanted", "reached", "verdict", "contenders"]
+    return ["## Targets", "", *table(heads, cells)]
+
+
+def plain_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the table of one match of parts a, b or d."""
+    memory = Spread.of(row["speed"] for row in rows if row["name"] == "memory").median
+    part, cells = rows[0]["part"], []
+    for name in names_of(rows):
+        own = [row for row in rows if row["name"] == name]
+        speed = Spread.of(speeds(rows, name).values())
+        line = [name, spread_text(speed)]
+        if part in "ad":
+            size, rate = own[0]["num_bytes"], own[0]["num_bytes"] * speed.median
+            plain = own[0]["strategy"] == "full"
+            line += [
+                f"{size / 1e9:.3f}",
+                f"{rate / 1e9:.1f}" if plain else "",
+                f"{rate / memory:.0%}" if plain else "",
+                same_text(own),
+            ]
+        if part == "d":
+            line += [
+                ratio_text(rows, name, own[0], LLAMA),
+                ratio_text(rows, name, own[0], TRANSFORMERS),
+                accepted_text(own),
+            ]
+        cells.append(line)
+    heads = ["contender", "tokens/s"]
+    if part in "ad":
+        heads += ["GB a token", "GB/s", "of memory", "same"]
+    if part == "d":
+        heads += ["over llama.cpp's fastest", "over transformers", "accepted"]
+    first = rows[0]
+    count = 1 + max(row["round"] for row in rows)
+    where = f"{first['model']}, {first['threads']} thread" + "s" * (first["threads"] > 1)
+    where += f", {count} rounds; memory {memory / 1e9:.1f} GB/s"
+    return [f"**{where}**", "", *table(heads, cells)]
+
+
+def same_text(own: Sequence[Row]) -> str:
+    """Return how many texts of a contender's rows equal ours."""
+    known = [row for row in own if "same" in row]
+    return f"{sum(row['same'] for row in known)} of {sum(row['texts'] for row in known)}" * bool(
+        known
+    )
+
+
+def accepted_text(own: Sequence[Row]) -> str:
+    """Return the share of drafted tokens that were accepted."""
+    drafted = sum(row["drafted"] for row in own)
+    return f"{sum(row['accepted'] for row in own) / drafted:.0%}" if drafted else ""
+
+
+def ratio_text(rows: Sequence[Row], name: str, own: Row, peer: str) -> str:
+    """Return the ratio of one of our contenders to the fastest of a peer at the same precision."""
+    if own["engine"] not in (OURS, BY_TORCH):
+        return ""
+    kind = KIND_PAIRS[own["kind"]] if peer == LLAMA else "float32"
+    other = fastest(rows, peer, kind)
+    if other is None:
+        return ""
+    return f"{ratio(speeds(rows, name), speeds(rows, other)).median:.2f}"
+
+
+def batch_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the table of one match of part c: a column for each size of a batch."""
+    groups = list(dict.fromkeys(row["group"] for row in rows if "group" in row))
+    cells = [
+        [name, *(spread_text(Spread.of(speeds(rows, name, one).values())) for one in groups)]
+        for name in names_of(rows)
+    ]
+    title = f"**{rows[0]['model']}, threads: {rows[0]['threads']}; tokens/s of all texts together**"
+    return [title, "", *table(["contender", *groups], cells)]
+
+
+def group_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the goals of part d for each group of questions."""
+    groups = list(dict.fromkeys(row["group"] for row in rows if "group" in row))
+    cells = []
+    for goal in GOALS:
+        found = [(group, verdict_of(goal, rows, group)) for group in groups if goal.part == "d"]
+        cells += [
+            [goal.title, group, f"{goal.wanted:g}", spread_text(one.reached, 2), one.word]
+            for group, one in found
+            if one is not None
+        ]
+    if len(groups) < 2 or not cells:
+        return []
+    return table(["ratio", "group", "wanted", "reached", "verdict"], cells)
+
+
+def idle_line(rows: Sequence[Row]) -> str:
+    """Return a sentence about the processor time of whoever waited."""
+    waited = sum(row.get("others_seconds", 0.0) for row in rows)
+    whole = sum(row.get("seconds", 0.0) for row in rows)
+    share = waited / whole if whole else 0.0
+    return (
+        f"While a contender computed ({whole:.0f} s), the waiting ones used {waited:.1f} s of "
+        f"processor time ({share:.2%})."
+    )
+
+
+def page(rows: Sequence[Row], stored: dict[str, Any], settings: dict, command: str) -> str:
+    """Return the page.
+
+    Args:
+        rows: All rows.
+        stored: The store's facts.
+        settings: The store's settings.
+        command: The command that measures again.
+    """
+    lines = page_head(
+        "Contest of decoders on CPUs",
+        "how fast the compiled decoder writes beside llama.cpp and transformers, with the same "
+        "weights and prompts",
+        "[The compiled decoder](../native_decoding.md)",
+    )
+    lines += [f"    {command}", "", *goal_lines(rows), "![Tokens a second](../images/contest.png)"]
+    lines += [""]
+    for part, title in PARTS.items():
+        members = [one for one in matches_of(rows).values() if one[0]["part"] == part]
+        if not members:
+            continue
+        lines += [f"## {title}", ""]
+        for one in members:
+            lines += batch_lines(one) if part == "c" else plain_lines(one)
+            lines += group_lines(one) if part == "d" else []
+    wrapped = [
+        textwrap.fill(text, 100, initial_indent="- ", subsequent_indent="  ")
+        for text in (*HOW, idle_line(rows))
+    ]
+    lines += ["## How it is measured", "", *wrapped]
+    for key, options in sorted(stored.get("tuned", {}).items()):
+        lines += [
+            f"- tuned, {key}, `{name}`: "
+            + ", ".join(f"{option} {value}" for option, value in values.items())
+            for name, values in options.items()
+        ]
+    threads = " and ".join(map(str, sorted({row["threads"] for row in rows})))
+    lines += ["", *facts(f"{threads} threads", ("torch", "transformers"))]
+    lines += [
+        f"- measured at commits: {', '.join(stored.get('commits', []))}",
+        f"- llama.cpp: of llama-cpp-python {VERSION}, `python -m lab.build_llama_cpp`",
+        f"- new tokens a text: {settings['num_tokens']}; raw rows: [contest.json](contest.json)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+SERIES = (
+    ("ours, best lossless strategy", OURS, False, True, COLOURS[2]),
+    ("ours, full", OURS, True, False, COLOURS[0]),
+    ("llama.cpp, best with draft", LLAMA, False, True, COLOURS[5]),
+    ("llama.cpp, plain", LLAMA, True, False, COLOURS[1]),
+    ("transformers", TRANSFORMERS, True, False, COLOURS[3]),
+    ("ours by torch, full", BY_TORCH, True, False, COLOURS[4]),
+)
+"""Name, engine, whether plain, whether it needs a strategy, colour."""
+
+
+def bars_of(rows: Sequence[Row]) -> list[tuple[str, str, str, Spread]]:
+    """Return (kind, series, colour, tokens a second) of the bars of one match."""
+    found = []
+    for kind, theirs in KIND_PAIRS.items():
+        for title, engine, plain, speculative, colour in SERIES:
+            own = [
+                row
+                for row in rows
+                if row["name"] != "memory" and (row["strategy"] != "full") == speculative
+            ]
+            name = fastest(own, engine, theirs if engine == LLAMA else kind, None, plain)
+            if name is not None:
+                spread = Spread.of(speeds(own, name).values())
+                found.append((f"{kind} / {theirs}", title, colour, spread))
+    return found
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Write a PNG: tokens a second of parts a and d, a row of panels for each thread count."""
+    matches = [one for one in matches_of(rows).values() if one[0]["part"] in "ad"]
+    if not matches:
+        return
+    threads = sorted({one[0]["threads"] for one in matches})
+    columns = list(dict.fromkeys((one[0]["part"], one[0]["model"]) for one in matches))
+    size = (5.5 * len(columns) + 1, 4.2 * len(threads) + 1.2)
+    with figure_of(path, *size, {}) as figure:
+        panels = figure.subplots(len(threads), len(columns), squeeze=False)
+        for one in matches:
+            first = one[0]
+            axes = panels[threads.index(first["threads"])][
+                columns.index((first["part"], first["model"]))
+            ]
+            _panel(axes, one)
+        for axes in panels.flat:
+            if not axes.has_data():
+                axes.set_axis_off()
+        handles = {}
+        for axes in panels.flat:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        figure.legend(
+            handles.values(), handles.keys(), frameon=False, ncols=3, loc="outside lower center"
+        )
+
+
+def _panel(axes: Any, rows: Sequence[Row]) -> None:
+    bars = bars_of(rows)
+    kinds = list(dict.fromkeys(kind for kind, *_ in bars))
+    series = [title for title, *_ in SERIES if any(title == one for _, one, *_ in bars)]
+    width = 0.84 / max(len(series), 1)
+    for kind, title, colour, spread in bars:
+        place = kinds.index(kind) + (series.index(title) - (len(series) - 1) / 2) * width
+        error = [[spread.median - spread.least], [spread.most - spread.median]]
+        drawn = axes.bar(
+            place, spread.median, width, yerr=error, color=colour, label=title,
+            error_kw={"elinewidth": 0.8, "ecolor": "#333333"},
+        )  # fmt: skip
+        axes.bar_label(drawn, fmt="%.0f", fontsize=8, padding=2)
+    first = rows[0]
+    what = "plain" if first["part"] == "a" else "trained or agreeing exits"
+    axes.set_title(f"{first['model']} ({what}), threads: {first['threads']}", loc="left")
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.set_ylabel("tokens/s, batch 1 (bars: range)")
+    axes.margins(y=0.12)
