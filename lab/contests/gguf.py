@@ -36,13 +36,13 @@ def stand_in_vocabulary(size: int) -> bytes:
     """Return a sentencepiece file of this many tokens, of which only the number matters.
 
     Args:
-        size: Number of tokens, at least 3; with 259 or more there is one for every byte.
+        size: Number of tokens, at least 3; with 260 or more there is one for every byte.
     """
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
     piece_of = sentencepiece_model_pb2.ModelProto.SentencePiece
-    num_bytes = BYTE_TOKENS if size >= BYTE_TOKENS + 3 else 0
+    num_bytes = BYTE_TOKENS if size > BYTE_TOKENS + 3 else 0
     model.trainer_spec.byte_fallback = bool(num_bytes)
     for index in range(size):
         piece = model.pieces.add()

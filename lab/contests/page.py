@@ -297,5 +297,6 @@ def _panel(axes: Any, rows: Sequence[Row]) -> None:
     what = "plain" if first["part"] == "a" else "trained or agreeing exits"
     axes.set_title(f"{first['model']} ({what}), threads: {first['threads']}", loc="left")
     axes.set_xticks(range(len(kinds)), kinds)
+    axes.set_xlim(-0.5, len(kinds) - 0.5)
     axes.set_ylabel("tokens/s, batch 1 (bars: range)")
     axes.margins(y=0.12)

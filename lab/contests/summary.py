@@ -95,8 +95,8 @@ def ratio(one: dict[int, float], other: dict[int, float]) -> Spread:
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:
-    """Return the contenders of a match in the order of its first round's list."""
-    return list(dict.fromkeys(sorted(row["name"] for row in rows if row["name"] != "memory")))
+    """Return the contenders of a match in the order of its first round."""
+    return list(dict.fromkeys(row["name"] for row in rows if row["name"] != "memory"))
 
 
 def fastest(
