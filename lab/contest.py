@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,6 +199,7 @@ class Contest:
 
 def main() -> None:
     """Run the contest."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are to end, too
     Contest(read_arguments()).run()
 
 

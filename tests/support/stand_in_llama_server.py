@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A program that answers as llama-server does, for tests without llama.cpp.
 
 The next token is the last one plus 1, up to 510, then 3 again; a token takes a millisecond by its
@@ -9,8 +8,16 @@ import argparse
 import json
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 LAST = 510
+
+
+def write_program(path: Path) -> Path:
+    """Write this file as an executable program of this Python; return its path."""
+    path.write_text(f"#!{sys.executable}\n{Path(__file__).read_text(encoding='utf-8')}")
+    path.chmod(0o700)
+    return path
 
 
 def continuation(prompt: list[int], count: int) -> list[int]:

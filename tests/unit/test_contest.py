@@ -2,19 +2,13 @@
 with a program that stands in for its server.
 """
 
-import json
 import math
-import shutil
-import stat
-import statistics
 import sys
-from pathlib import Path
 
 import pytest
 
 from lab import build_llama_cpp, contest
-from lab.contests import entrants
-from lab.contests.contenders import LLAMA, OURS, TRANSFORMERS, Entry, Llama, Ours, Turn
+from lab.contests.contenders import LLAMA, OURS, TRANSFORMERS, Entry, Llama, Turn
 from lab.contests.gguf import stand_in_vocabulary
 from lab.contests.memory import MemoryReader
 from lab.contests.page import draw, goal_lines, group_lines, page
@@ -22,8 +16,8 @@ from lab.contests.rounds import Match, Store, play, speed_of
 from lab.contests.server import Completion, LlamaServer, ServedModel
 from lab.contests.summary import GOALS, Spread, fastest, ratio, speeds, verdict_of, verdicts
 from megatron_sorted.errors import DataError, PlatformError, SettingsError
-from tests.support import stand_in_llama_server
 from tests.support.decoding import needs_native
+from tests.support.stand_in_llama_server import write_program
 
 TIMES = {"prompt_n": 10, "prompt_ms": 500.0, "predicted_ms": 2000.0, "predicted_per_second": 31.5}
 
@@ -186,10 +180,7 @@ def test_rows_are_kept_and_continued(tmp_path):
 @pytest.fixture
 def served(tmp_path):
     """Return what a stand-in server runs."""
-    program = tmp_path / "llama-server"
-    source = Path(stand_in_llama_server.__file__).read_text().partition("\n")[2]
-    program.write_text(f"#!{sys.executable}\n{source}")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    program = write_program(tmp_path / "llama-server")
     return ServedModel(program, tmp_path / "model.gguf", 2, 512)
 
 
@@ -206,7 +197,7 @@ def test_server(served):
         turn = Llama(Entry("l", LLAMA, "F32", "full", 1), server).write([[7], [9]], 3, False)
         assert turn.tokens == [[8, 9, 10], [10, 11, 12]] and len(turn.own) == 2
         assert server.cpu_seconds() >= 0
-        with pytest.raises(PlatformError, match="status 400: .*token ids are expected"):
+        with pytest.raises(PlatformError, match=r"status 400: .*token ids are expected"):
             server.complete(["a"], 2)
     finally:
         server.stop()
@@ -218,7 +209,7 @@ def test_server(served):
 def test_server_that_ends(served, tmp_path):
     """What the program says is in the error."""
     broken = ServedModel(served.program, tmp_path / "broken.gguf", 1, 512)
-    with pytest.raises(PlatformError, match="ended with status 1.*this model is broken"):
+    with pytest.raises(PlatformError, match=r"ended with status 1.*this model is broken"):
         LlamaServer(broken)
 
 
@@ -260,54 +251,13 @@ def test_build_refuses_other_sources(tmp_path):
     """The hash is checked before anything is unpacked; a missing build names its command."""
     archive = tmp_path / "other.tar.gz"
     archive.write_bytes(b"other")
-    with pytest.raises(PlatformError, match="its SHA-256 is .* not 832db069"):
+    with pytest.raises(PlatformError, match=r"its SHA-256 is .* not 832db069"):
         build_llama_cpp.build(tmp_path / "folder", archive, 1)
-    with pytest.raises(PlatformError, match="there is no such file. Leave --sdist out"):
+    with pytest.raises(PlatformError, match=r"there is no such file. Leave --sdist out"):
         build_llama_cpp.build(tmp_path / "folder", tmp_path / "none", 1)
-    with pytest.raises(PlatformError, match="python -m lab.build_llama_cpp --folder"):
+    with pytest.raises(PlatformError, match=r"python -m lab.build_llama_cpp --folder"):
         build_llama_cpp.find_build(tmp_path / "folder")
     assert not build_llama_cpp.has_amx("flags : avx512_vnni")
-
-
-def stand_in_build(folder, served):
-    """Write a build whose programs stand in for llama.cpp's."""
-    for name in ("build", "build_without_amx"):
-        (folder / name / "bin").mkdir(parents=True)
-        for target in build_llama_cpp.TARGETS:
-            shutil.copy(served.program, folder / name / "bin" / target)
-
-
-@needs_native
-def test_whole_contest(served, tmp_path, monkeypatch):
-    """All parts run with stand-ins for llama.cpp, continue, and write page, picture and rows."""
-    folder = tmp_path / "llama"
-    stand_in_build(folder, served)
-    monkeypatch.setattr(entrants.Peer, "file", lambda self, model, depth, kind: folder / "m.gguf")
-    monkeypatch.setattr(entrants, "bytes_a_token", lambda file, build: 1000)
-    arguments = ["contest", "--quick", "--llama-cpp", str(folder), "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    contest.main()
-    path = tmp_path / "results" / "contest.json"
-    rows = json.loads(path.read_text())["rows"]
-    assert {one["match"] for one in rows} == {"a/1/tiny", "b/1/tiny", "c/1/tiny"} | {
-        "d/1/tiny-agreeing"
-    }
-    ours = [one for one in rows if one.get("engine") == OURS]
-    assert ours and all(one["same"] == one["texts"] for one in ours)  # lossless
-    strategies = {one["strategy"] for one in ours if one["part"] == "d"}
-    assert strategies == {"full", "self_speculative", "sorted_speculative", "tree"}
-    theirs = [one for one in rows if one.get("engine") == LLAMA and one["part"] == "d"]
-    assert {one["strategy"] for one in theirs} == {"full", "draft"}
-    assert {one["drafted"] for one in theirs if one["strategy"] == "draft"} == {32}
-    plain = [one for one in rows if one["name"] == "llama.cpp F32" and one["part"] == "a"]
-    assert statistics.median(one["speed"] for one in plain) == 875
-    page_text = (tmp_path / "results" / "contest.md").read_text()
-    assert (
-        "batch 16" in page_text and "best lossless strategy, int8 over llama.cpp Q8_0" in page_text
-    )
-    before = path.read_bytes()
-    contest.main()  # nothing is left to do
-    assert path.read_bytes() == before
 
 
 def test_questions_need_a_model(monkeypatch):
