@@ -4,8 +4,8 @@
     python -m lab.contest                                  plain speed, prompts, batches
     python -m lab.contest MODEL --questions questions.jsonl
                                                            and every lossless strategy of MODEL
-    python -m lab.contest MODEL --questions FILE --tenth   a ninth of it: 3 rounds, a third of the
-                                                           prompts; within 20 minutes on 2 cores
+    python -m lab.contest MODEL --questions FILE --tenth   about a tenth: 3 rounds, a third of the
+                                                           prompts, half the tokens
     python -m lab.contest --quick --without-llama-cpp      tries it in seconds, no useful numbers
 
 The parts are a: `full`, b: a prompt of 1,000 tokens, c: batches (all three with random weights),
@@ -67,11 +67,11 @@ def read_arguments() -> argparse.Namespace:
     add("--without-llama-cpp", action="store_true", help="leave llama.cpp out")
     add("--work", type=Path, help="folder of converted models (default: in --llama-cpp)")
     add("--output", type=Path, default=Path("docs"), help="folder (%(default)s)")
-    add("--tenth", action="store_true", help="3 rounds, a third of the prompts")
+    add("--tenth", action="store_true", help="3 rounds, fewer prompts, 32 tokens")
     add("--quick", action="store_true", help="a tiny model, 2 rounds")
     values = parser.parse_args()
     if values.tenth:
-        values.rounds, values.per_group, values.prompts = 3, 1, 2
+        values.rounds, values.per_group, values.prompts, values.tokens = 3, 1, 2, 32
     if values.quick:
         values.rounds, values.per_group, values.prompts, values.tokens = 2, 1, 2, 8
         values.threads = values.threads[:1]

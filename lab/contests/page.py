@@ -171,9 +171,11 @@ def idle_line(rows: Sequence[Row]) -> str:
     waited = sum(row.get("others_seconds", 0.0) for row in rows)
     whole = sum(row.get("seconds", 0.0) for row in rows)
     share = waited / whole if whole else 0.0
+    loads = [row["load"] for row in rows if "load" in row]
+    busiest = f" The highest load average before a round was {max(loads):.1f}." if loads else ""
     return (
         f"While a contender computed ({whole:.0f} s), the waiting ones used {waited:.1f} s of "
-        f"processor time ({share:.2%})."
+        f"processor time ({share:.2%}).{busiest}"
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -145,7 +146,7 @@ def play(
     for contender in contenders:
         contender.write(warm[: len(warm) if match.at_once else 1], 4, match.at_once)
     for number in rounds:
-        rows, texts = [], {}
+        rows, texts, load = [], {}, rounded(os.getloadavg()[0])
         for place in range(len(contenders)):
             contender = contenders[(number + place) % len(contenders)]
             entry = contender.entry
@@ -193,6 +194,7 @@ def play(
             {
                 "match": match.key, "part": match.part, "threads": match.threads,
                 "model": match.model, "round": number, "name": "memory", "speed": speed,
+                "load": load,
             }
         )  # fmt: skip
         yield rows

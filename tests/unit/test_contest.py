@@ -170,7 +170,7 @@ def test_rows_are_kept_and_continued(tmp_path):
     assert again.rows == store.rows and again.rounds_of(match) == 2
     assert again.rounds_of(Match("a", 2, "m", {"": []}, 4)) == 0
     assert len(again.facts["commits"]) == 1
-    with pytest.raises(DataError, match="its prompts is 6, not 7: .* choose another --output"):
+    with pytest.raises(DataError, match=r"its prompts is 6, not 7: .* choose another --output"):
         Store(path, {"prompts": 7})
     path.write_text(path.read_text()[:-9])
     with pytest.raises(DataError, match="Remove it, or choose another"):
