@@ -33,7 +33,8 @@ from lab.contests.entrants import OUR_KINDS, Entrants, Peer, draft_depth_of
 from lab.contests.gguf import KINDS
 from lab.contests.memory import MemoryReader
 from lab.contests.models import QUICK_SHAPES, SHAPES, question_prompts, random_prompts, write_model
-from lab.contests.page import draw, page
+from lab.contests.page import page
+from lab.contests.picture import draw
 from lab.contests.rounds import Match, Store, play
 from megatron_sorted.benchmark.questions import read_questions
 from megatron_sorted.decoding.network import load_network

@@ -11,7 +11,8 @@ from lab import build_llama_cpp, contest
 from lab.contests.contenders import LLAMA, OURS, TRANSFORMERS, Entry, Llama, Turn
 from lab.contests.gguf import stand_in_vocabulary
 from lab.contests.memory import MemoryReader
-from lab.contests.page import draw, goal_lines, group_lines, page
+from lab.contests.page import goal_lines, group_lines, page
+from lab.contests.picture import draw
 from lab.contests.rounds import Match, Store, play, speed_of
 from lab.contests.server import Completion, LlamaServer, ServedModel
 from lab.contests.summary import GOALS, Spread, fastest, ratio, speeds, verdict_of, verdicts
