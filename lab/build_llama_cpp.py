@@ -137,14 +137,14 @@ def unpack(folder: Path, sdist: Path | None) -> Path:
     if not archive.is_file():
         raise PlatformError(f"{archive}: there is no such file. Leave --sdist out: pip brings it.")
     with archive.open("rb") as file:
-        found = (
+        sha256 = (
             hashlib.file_digest(file, "sha256").hexdigest()
             if hasattr(hashlib, "file_digest")
             else hashlib.sha256(file.read()).hexdigest()
         )
-    if found != SHA256:
+    if sha256 != SHA256:
         raise PlatformError(
-            f"{archive}: its SHA-256 is {found}, not {SHA256}. Use the source archive of "
+            f"{archive}: its SHA-256 is {sha256}, not {SHA256}. Use the source archive of "
             f"llama-cpp-python {VERSION}."
         )
     whole = folder / f"{NAME}.partial"
@@ -174,16 +174,16 @@ def find_cmake(folder: Path) -> tuple[Path | str, dict[str, str]]:
 
 
 def _run(command: Sequence[object], log: Path, environment: dict[str, str] | None = None) -> None:
-    words = [str(word) for word in command]
-    print(f"{' '.join(words)}  # log: {log}", file=sys.stderr, flush=True)
+    arguments = [str(word) for word in command]
+    print(f"{' '.join(arguments)}  # log: {log}", file=sys.stderr, flush=True)
     with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(
-            words, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
+            arguments, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
         )
     if done.returncode:
         last = log.read_text(encoding="utf-8", errors="replace").strip()[-500:]
         raise PlatformError(
-            f"{words[0]} ended with status {done.returncode}. Correct what {log} says: {last}"
+            f"{arguments[0]} ended with status {done.returncode}. Correct what {log} says: {last}"
         )
 
 

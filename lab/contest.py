@@ -161,19 +161,19 @@ class Contest:
 
     def _contenders(self, match: Match, entrants: Entrants) -> list:
         tuned = self._tuned(match, entrants) if match.part == "d" else None
-        found = [*entrants.ours(OUR_KINDS, tuned), *entrants.by_torch()]
+        contenders = [*entrants.ours(OUR_KINDS, tuned), *entrants.by_torch()]
         if match.part == "c":
-            return [*found, *entrants.llama(SLOT_KINDS, slots=max(BATCHES))]
-        found += entrants.llama(KINDS)
+            return [*contenders, *entrants.llama(SLOT_KINDS, slots=max(BATCHES))]
+        contenders += entrants.llama(KINDS)
         if tuned is not None:
             depth = draft_depth_of(tuned[OUR_KINDS[0]], entrants.network(OUR_KINDS[0]))
-            found += entrants.llama(KINDS, draft_depth=depth)
-        return found
+            contenders += entrants.llama(KINDS, draft_depth=depth)
+        return contenders
 
     def _tuned(self, match: Match, entrants: Entrants) -> dict:
         """Return options of strategies for each kind, measured here unless --as-tuned."""
         kept = self.store.facts.setdefault("tuned", {})
-        found = {}
+        options = {}
         for kind in OUR_KINDS:
             key = f"{match.threads} threads, {kind}"
             if self.values.as_tuned:
@@ -182,9 +182,9 @@ class Contest:
                 prompts = [one for group in match.groups.values() for one in group]
                 count = min(self.values.tokens, 64)
                 kept |= {key: entrants.tuned([kind], prompts[:16], count)[kind]}
-            found[kind] = kept[key]
+            options[kind] = kept[key]
         self.store.write()
-        return found
+        return options
 
     def _questions(self) -> dict:
         values = self.values

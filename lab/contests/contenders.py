@@ -40,7 +40,7 @@ class Entry:
     """How a contender is listed.
 
     Attributes:
-        name: Its name, unique in a match.
+        name: Name, unique in a match.
         engine: One of the engines above.
         kind: Kind of weights as the engine calls it.
         strategy: Name of the decoding strategy; "full" where every token is computed alone.

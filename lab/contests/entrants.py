@@ -43,7 +43,7 @@ class Peer:
     """How llama.cpp takes part.
 
     Attributes:
-        build: Its build.
+        build: Build of llama.cpp.
         folder: Folder of its files.
         context: Longest text.
         num_draft_tokens: Most tokens of a draft.
@@ -89,15 +89,15 @@ class Entrants:
 
     def ours(self, kinds: Sequence[str], tuned: Mapping[str, Options] | None) -> list[Contender]:
         """Return `full` by our library for each kind, and the tuned strategies of each kind."""
-        found = []
+        contenders = []
         for kind in kinds:
             network = self.network(kind)
             strategies: dict[str, Strategy] = {"full": Full()}
             strategies |= strategies_of((tuned or {}).get(kind, {}))
             for name, strategy in strategies.items():
                 entry = Entry(f"ours {kind} {name}", OURS, kind, name, packed_bytes(network))
-                found.append(Ours(entry, network, strategy))
-        return found
+                contenders.append(Ours(entry, network, strategy))
+        return contenders
 
     def by_torch(self) -> list[Contender]:
         """Return `full` of our decoder by torch, and transformers, in float32."""
@@ -123,7 +123,7 @@ class Entrants:
         """
         if self.peer is None:
             return []
-        found, last = [], self.network("torch").num_layers
+        contenders, last = [], self.network("torch").num_layers
         for kind in kinds:
             file = self.peer.file(self.model, last, kind)
             draft = None if draft_depth is None else self.peer.file(self.model, draft_depth, kind)
@@ -135,14 +135,14 @@ class Entrants:
                 slots, "f32" if kind == "F32" else "f16", draft, self.peer.num_draft_tokens,
             )  # fmt: skip
             entry = Entry(name, LLAMA, kind, "draft" if draft else "full", size)
-            found.append(Llama(entry, self._start(served)))
-        return found
+            contenders.append(Llama(entry, self._start(served)))
+        return contenders
 
     def tuned(
         self, kinds: Sequence[str], prompts: Sequence[list[int]], num_tokens: int
     ) -> dict[str, Options]:
         """Return the best options of each lossless strategy for each kind of weights."""
-        found = {}
+        options = {}
         for kind in kinds:
             network = self.network(kind)
             generator = SimpleNamespace(
@@ -152,12 +152,12 @@ class Entrants:
                 generator, None, network.depths[:-1], prompts, Limits(max_new_tokens=num_tokens)
             )
             tuning.choose(1.0)
-            found[kind] = {
+            options[kind] = {
                 name: dataclasses.asdict(strategy)
                 for name, strategy in tuning.choices.items()
                 if name in LOSSLESS
             }
-        return found
+        return options
 
     def stop_servers(self) -> None:
         """End all servers."""

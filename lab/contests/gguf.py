@@ -21,7 +21,7 @@ KINDS = ("F32", "BF16", "Q8_0", "Q4_K_M")
 BYTE_TOKENS = 256
 END = 0
 """Token that ends a text in the stand-in vocabulary: the one for unknown text, which no trained
-model writes. llama.cpp is told to never choose it, so that all texts have the same length."""
+model writes. llama.cpp never chooses it (ignore_eos), so that all texts have the same length."""
 COUNT = """\
 import json, sys
 from gguf import GGUFReader
@@ -132,13 +132,17 @@ def bytes_a_token(file: Path, build: LlamaPrograms) -> int:
 
 def _run(command: Sequence[object], variables: dict[str, str] | None = None) -> str:
     """Run a program and return its standard output."""
-    words = [str(word) for word in command]
+    arguments = [str(word) for word in command]
     done = subprocess.run(
-        words, capture_output=True, text=True, env={**os.environ, **(variables or {})}, check=False
+        arguments,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(variables or {})},
+        check=False,
     )
     if done.returncode:
         raise PlatformError(
-            f"{' '.join(words)}: it ended with status {done.returncode}. Correct what it says: "
+            f"{' '.join(arguments)}: it ended with status {done.returncode}. Correct what it says: "
             f"{(done.stdout + done.stderr).strip()[-800:]}"
         )
     return done.stdout

@@ -26,7 +26,7 @@ class MemoryReader:
     """
 
     def __init__(self, num_bytes: int = NUM_BYTES):
-        self.words = torch.ones(num_bytes // 8, dtype=torch.int64)
+        self.numbers = torch.ones(num_bytes // 8, dtype=torch.int64)
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "read.so"
             command = [*find_compiler(), *FLAGS, *own_targets()[0], str(SOURCE), "-o", str(target)]
@@ -36,16 +36,16 @@ class MemoryReader:
                     f"{command[0]}: it cannot compile {SOURCE.name}. Set CXX to another compiler. "
                     f"{done.stderr[:500]}"
                 )
-            self.read_words = ctypes.CDLL(str(target)).read_words
-        self.read_words.restype = ctypes.c_uint64
-        self.read_words.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+            self.read_all = ctypes.CDLL(str(target)).read_words
+        self.read_all.restype = ctypes.c_uint64
+        self.read_all.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 
     def read(self, threads: int) -> int:
-        """Return the sum of the words, which are all 1, in blocks of 64 for each thread."""
-        return self.read_words(threads, self.words.data_ptr(), self.words.numel())
+        """Return the sum of the numbers, which are all 1, in blocks of 64 for each thread."""
+        return self.read_all(threads, self.numbers.data_ptr(), self.numbers.numel())
 
     def bytes_a_second(self, threads: int) -> float:
         """Return the speed of one read."""
         start = time.perf_counter()
-        num_words = self.read(threads)
-        return 8 * num_words / (time.perf_counter() - start)
+        num_numbers = self.read(threads)
+        return 8 * num_numbers / (time.perf_counter() - start)

@@ -14,7 +14,7 @@ class Shape:
 
     Attributes:
         name: Name in tables.
-        layers, hidden, inner, heads, vocabulary: Its sizes.
+        layers, hidden, inner, heads, vocabulary: Sizes.
     """
 
     name: str
@@ -35,7 +35,7 @@ def write_model(shape: Shape, folder: Path, context: int, agreeing: bool = False
     """Return a Hugging Face directory with random weights, written unless it is there.
 
     Args:
-        shape: Its sizes.
+        shape: Sizes.
         folder: The folder of all models.
         context: Longest text.
         agreeing: Whether the layers up to `AGREEING` add much to the hidden state and the others

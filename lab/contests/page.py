@@ -153,10 +153,12 @@ def group_lines(rows: Sequence[Row]) -> list[str]:
     groups = list(dict.fromkeys(row["group"] for row in rows if "group" in row))
     cells = []
     for goal in GOALS:
-        found = [(group, verdict_of(goal, rows, group)) for group in groups if goal.part == "d"]
+        verdict_by_group = [
+            (group, verdict_of(goal, rows, group)) for group in groups if goal.part == "d"
+        ]
         cells += [
             [goal.title, group, f"{goal.wanted:g}", spread_text(one.reached, 2), one.word]
-            for group, one in found
+            for group, one in verdict_by_group
             if one is not None
         ]
     if len(groups) < 2 or not cells:

@@ -22,7 +22,7 @@ SERIES = (
 
 def bars_of(rows: Sequence[Row]) -> list[tuple[str, str, str, Spread]]:
     """Return (kind, series, colour, tokens a second) of the bars of one match."""
-    found = []
+    bars = []
     for kind, theirs in KIND_PAIRS.items():
         for title, engine, plain, speculative, colour in SERIES:
             own = [
@@ -33,8 +33,8 @@ def bars_of(rows: Sequence[Row]) -> list[tuple[str, str, str, Spread]]:
             name = fastest(own, engine, theirs if engine == LLAMA else kind, None, plain)
             if name is not None:
                 spread = Spread.of(speeds(own, name).values())
-                found.append((f"{kind} / {theirs}", title, colour, spread))
-    return found
+                bars.append((f"{kind} / {theirs}", title, colour, spread))
+    return bars
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -97,8 +97,8 @@ class Store:
 
     def rounds_of(self, match: Match) -> int:
         """Return the number of rounds of a match that are kept."""
-        found = [row["round"] for row in self.rows if row["match"] == match.key]
-        return max(found, default=-1) + 1
+        numbers = [row["round"] for row in self.rows if row["match"] == match.key]
+        return max(numbers, default=-1) + 1
 
 
 def speed_of(part: str, turn: Turn, num_prompt_tokens: int) -> float:

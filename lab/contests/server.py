@@ -44,7 +44,7 @@ class ServedModel:
 
     def command(self, port: int) -> list[str]:
         """Return the command that serves on a port of this machine."""
-        words = [
+        arguments = [
             self.program, "--model", self.model, "--host", "127.0.0.1", "--port", port,
             "--threads", self.threads, "--threads-batch", self.threads,
             "--ctx-size", self.context * self.slots, "--parallel", self.slots,
@@ -54,12 +54,12 @@ class ServedModel:
             "--fit", "off", "--no-ui", "--no-slots", "--offline", "--log-verbosity", 1,
         ]  # fmt: skip
         if self.draft is not None:
-            words += [
+            arguments += [
                 "--model-draft", self.draft, "--spec-type", "draft-simple",
                 "--spec-draft-n-max", self.num_draft_tokens, "--threads-draft", self.threads,
                 "--cache-type-k-draft", self.cache, "--cache-type-v-draft", self.cache,
             ]  # fmt: skip
-        return [str(word) for word in words]
+        return [str(word) for word in arguments]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Completion:
     Attributes:
         tokens: The new tokens.
         num_prompt_tokens: Number of tokens that it read.
-        prompt_seconds, seconds: Its seconds for the prompt, and for what came after it.
+        prompt_seconds, seconds: The server's seconds for the prompt, and for what came after it.
         num_steps: Number of tokens that it counts for the latter.
         num_drafted, num_accepted: Numbers of drafted and accepted tokens.
     """

@@ -111,7 +111,7 @@ def fastest(
         group: See `speeds`.
         plain: Whether only `full` counts.
     """
-    found = {
+    names = {
         row["name"]
         for row in rows
         if row.get("engine") == engine
@@ -119,7 +119,7 @@ def fastest(
         and (row["strategy"] == "full" or not plain)
     }
     return max(
-        sorted(found),
+        sorted(names),
         key=lambda name: statistics.median(speeds(rows, name, group).values()),
         default=None,
     )
@@ -151,23 +151,23 @@ class Verdict:
 
 def matches_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Return the rows of each match."""
-    found: dict[str, list[Row]] = {}
+    matches: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["match"], []).append(row)
-    return found
+        matches.setdefault(row["match"], []).append(row)
+    return matches
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """Return a verdict for each goal and each match that it applies to."""
-    found = []
+    judged = []
     for goal in GOALS:
         for members in matches_of(rows).values():
             if members[0]["part"] != goal.part:
                 continue
             verdict = verdict_of(goal, members)
             if verdict is not None:
-                found.append(verdict)
-    return found
+                judged.append(verdict)
+    return judged
 
 
 def verdict_of(goal: Goal, rows: Sequence[Row], group: str | None = None) -> Verdict | None:

@@ -51,7 +51,7 @@ class Answers(BaseHTTPRequestHandler):
             times |= {"draft_n": 2 * count, "draft_n_accepted": count}
         return self._send(200, {"tokens": continuation(prompt, count), "timings": times})
 
-    def log_message(self, *words: object) -> None:
+    def log_message(self, *values: object) -> None:
         """Stay quiet."""
 
     def _send(self, status: int, answer: dict) -> None:

@@ -122,12 +122,12 @@ def contest_rows():
 
 def test_verdicts():
     """Plain is compared with plain, the best strategy with the faster of plain and with draft."""
-    found = {
+    judged = {
         (one.goal.part, one.goal.kind, one.goal.peer): (round(one.reached.median, 6), one.word)
         for one in verdicts(contest_rows())
     }
     whole = 2 / (1 / 60 + 1 / 30)
-    assert found == {
+    assert judged == {
         ("a", "float32", LLAMA): (0.99, "missed"),
         ("a", "int8", LLAMA): (1.1, "met"),
         ("d", "float32", LLAMA): (round(whole / 30, 6), "missed"),
@@ -220,9 +220,9 @@ def test_command_of_a_server(served, tmp_path):
     assert plain[plain.index("--ctx-size") + 1] == "512"
     assert plain[plain.index("--poll") + 1] == "0" and "--model-draft" not in plain
     other = ServedModel(served.program, served.model, 1, 512, 4, "f32", tmp_path / "d.gguf", 3)
-    words = " ".join(other.command(80))
-    assert "--ctx-size 2048 --parallel 4" in words and "--cache-type-k f32" in words
-    assert "--spec-type draft-simple --spec-draft-n-max 3" in words
+    line = " ".join(other.command(80))
+    assert "--ctx-size 2048 --parallel 4" in line and "--cache-type-k f32" in line
+    assert "--spec-type draft-simple --spec-draft-n-max 3" in line
 
 
 @pytest.mark.parametrize("size", [5, 259, 260, 512])
@@ -243,7 +243,7 @@ def test_memory_is_read_once(threads):
     """Every word of the whole blocks is read once, by any number of threads."""
     reader = MemoryReader(8 * 64 * 12)
     assert reader.read(threads) == 64 * 12
-    reader.words[-1] = 6
+    reader.numbers[-1] = 6
     assert reader.read(threads) == 64 * 12 + 5
     assert math.isfinite(reader.bytes_a_second(threads))
 
@@ -262,7 +262,7 @@ def test_build_refuses_other_sources(tmp_path):
 
 
 def test_questions_need_a_model(monkeypatch):
-    """The order of arguments is said."""
+    """The error names the order of arguments."""
     monkeypatch.setattr(sys, "argv", ["contest", "--questions", "q.jsonl"])
     with pytest.raises(SettingsError, match="Name one before it"):
         contest.main()
