@@ -200,9 +200,9 @@ class Contest:
 
 def main() -> None:
     """Run the contest."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are to end, too
     Contest(read_arguments()).run()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are to end, too
     run_main(main, "Complete rounds are kept; the same command continues.")
