@@ -22,7 +22,7 @@ SELF := $(MAKE)
 # What make test-npu runs.
 NPU_TESTS ?= tests/npu
 
-.PHONY: help setup demo check docs test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron test-versions bench clean
+.PHONY: help setup demo check docs test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron test-versions bench contest clean
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 to 4 minutes on 2 CPU cores)"
@@ -37,6 +37,7 @@ help:
 	@echo "make test-npu  the same bodies through torch_npu on simulated Ascend NPUs, under two versions of megatron-core (needs gcc; about four minutes each; VERSION=0.17.1: under that one)"
 	@echo "make accept-npu  what the first day on real Ascend NPUs must show (accept-npu ON=simulation: a trial without them)"
 	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions, rules for exits, decoding; writes docs/benchmarks/"
+	@echo "make contest  decoding on CPUs beside llama.cpp, built from its sources, and transformers; writes docs/results/contest.md (hours)"
 	@echo "make docs      the documentation as a site, in docs/_build/html (half a minute)"
 	@echo "make setup     only the virtual environment"
 
@@ -136,6 +137,11 @@ else
 accept-npu:
 	@PYTHONPATH=$(CURDIR) $(PYTHON) -m lab.accept_npu
 endif
+
+# builds llama.cpp first; with MODEL=... QUESTIONS=... the strategies of that model too; CONTEST_OPTIONS=--tenth: in 20 minutes
+contest: $(READY)
+	@$(BIN)/python -m lab.build_llama_cpp
+	@$(BIN)/python -m lab.contest $(MODEL) $(if $(QUESTIONS),--questions $(QUESTIONS)) $(CONTEST_OPTIONS)
 
 bench: $(READY)
 	@$(BIN)/python -m lab.bench

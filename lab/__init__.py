@@ -7,6 +7,7 @@ Each file here is a command (``python -m lab.NAME``). Each folder holds what com
     bench, bench_run, bench_convert, bench_rules, bench_plan, bench_decoding, bench_sharding,
     native_speed
                                     measure: benchmarks/, decoding/
+    build_llama_cpp, contest        compare decoders of others with ours: contests/
     prove_decoding, kill_test, accept_npu
                                     prove: decoding/, reliability/, acceptance/
     megatron_versions               test under every supported megatron-core: versions/

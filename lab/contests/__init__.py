@@ -1,0 +1,1 @@
+"""The contest of decoders: peers, interleaved rounds, the memory's speed, page and picture."""
