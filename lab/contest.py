@@ -38,7 +38,11 @@ from lab.contests.picture import draw
 from lab.contests.rounds import Match, Store, play
 from megatron_sorted.benchmark.questions import read_questions
 from megatron_sorted.decoding.network import load_network
-from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE, read_tuned_options
+from megatron_sorted.decoding.tuning.tuned_options import (
+    TUNED_FILE,
+    WeightsInUse,
+    read_tuned_options,
+)
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.files import write_text_atomically
 
@@ -113,7 +117,7 @@ class Contest:
         """Yield the matches of a part with the directories of their models."""
         tokens = self.values.tokens
         if part == "d":
-            groups = self._questions()
+            groups, _ = self._questions()
             yield Match("d", threads, self.nested.resolve().name, groups, tokens), self.nested
             return
         for shape in self.shapes:
@@ -177,25 +181,32 @@ class Contest:
         for kind in OUR_KINDS:
             key = f"{match.threads} threads, {kind}"
             if self.values.as_tuned:
-                kept[key] = read_tuned_options(self.nested / TUNED_FILE).get("strategies", {})
+                weights = WeightsInUse(kind, True)
+                record = read_tuned_options(self.nested / TUNED_FILE, weights=weights)
+                kept[key] = record.get("strategies", {})
             elif key not in kept:
-                prompts = [one for group in match.groups.values() for one in group]
+                _, prompts = self._questions()
                 count = min(self.values.tokens, 64)
-                kept |= {key: entrants.tuned([kind], prompts[:16], count)[kind]}
+                kept |= {key: entrants.tuned([kind], prompts, count)[kind]}
             options[kind] = kept[key]
         self.store.write()
         return options
 
-    def _questions(self) -> dict:
+    def _questions(self) -> tuple[dict[str, list[list[int]]], list[list[int]]]:
+        """Return the prompts of part d by group, and others on which strategies are tuned."""
         values = self.values
         most = CONTEXT - values.tokens - 8 - 64  # a draft needs slots too
         if values.questions:
             network = load_network(self.nested, native="off")
             most = min(most, network.max_positions - values.tokens - 72)
             questions = read_questions(values.questions)
-            return question_prompts(self.nested, questions, values.per_group, most)
+            groups = question_prompts(self.nested, questions, values.per_group + 2, most)
+            asked = {name: prompts[1:-1] for name, prompts in groups.items()}
+            others = [one for prompts in groups.values() for one in (prompts[0], prompts[-1])]
+            return asked, others
         vocabulary = self.shapes[0].vocabulary
-        return {"random": random_prompts(values.prompts, 16, vocabulary, 2)}
+        others = random_prompts(12, 16, vocabulary, 3)
+        return {"random": random_prompts(values.prompts, 16, vocabulary, 2)}, others
 
 
 def main() -> None:
