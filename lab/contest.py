@@ -201,9 +201,9 @@ class Contest:
             most = min(most, network.max_positions - values.tokens - 72)
             questions = read_questions(values.questions)
             groups = question_prompts(self.nested, questions, values.per_group + 2, most)
-            asked = {name: prompts[1:-1] for name, prompts in groups.items()}
+            questions_of = {name: prompts[1:-1] for name, prompts in groups.items()}
             others = [one for prompts in groups.values() for one in (prompts[0], prompts[-1])]
-            return asked, others
+            return questions_of, others
         vocabulary = self.shapes[0].vocabulary
         others = random_prompts(12, 16, vocabulary, 3)
         return {"random": random_prompts(values.prompts, 16, vocabulary, 2)}, others

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.reading.json_text import parse_json
 
 START_SECONDS = 300.0
 ANSWER_SECONDS = 600.0
@@ -192,7 +193,7 @@ class LlamaServer:
         try:
             connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
-            return response.status, json.loads(response.read() or b"{}")
+            return response.status, parse_json(response.read() or b"{}", "llama-server's answer")
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise PlatformError(
                 f"llama-server did not answer ({error}). See {self.log}, and run again."

@@ -43,12 +43,3 @@ def install_kernels(kernels: FusedKernels) -> None:
     """Install ``kernels`` for the model."""
     global _installed
     _installed = kernels
-
-
-def kernels_of(device: torch.device) -> FusedKernels:
-    """Return the fused operations of ``device``, for code that runs without a platform."""
-    if device.type != "npu":
-        return FusedKernels()
-    from megatron_sorted.platform.npu.kernels import KERNELS
-
-    return FusedKernels(**KERNELS)

@@ -98,8 +98,11 @@ def test_by_default_the_library_decodes_what_torch_decodes(path, capsys):
     ]
     assert written[0] == written[1]
     assert kind_of(load_network(path, graphs=True)) is None
-    assert kind_of(load_network(path, dtype=torch.float16)) is None
     assert capsys.readouterr().err == ""
+    assert kind_of(load_network(path, dtype=torch.float16)) is None
+    assert capsys.readouterr().err.endswith(
+        "it does not know float16, only float32, bfloat16, int8\n"
+    )
 
 
 def test_without_a_compiler_torch_decodes_and_one_line_says_so(

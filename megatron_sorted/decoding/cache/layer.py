@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_sorted.decoding.cache.matrix import Matrices
 from megatron_sorted.decoding.cache.norm import RmsNorm
 from megatron_sorted.decoding.cache.places import Places
-from megatron_sorted.platform.kernels import kernels_of
+from megatron_sorted.platform.fused import kernels_of
 
 SILU = ("SiLU", "SiLUActivation")
 """Names of the activation for which devices have a fused operation."""

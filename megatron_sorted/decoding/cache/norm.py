@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_sorted.platform.kernels import kernels_of
+from megatron_sorted.platform.fused import kernels_of
 
 
 class RmsNorm:

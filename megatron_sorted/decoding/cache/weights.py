@@ -1,15 +1,10 @@
 """What a memory needs to know of the weights that run its passes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from megatron_sorted.decoding.cache.memory import BatchCache
 
 
 class Weights(Protocol):
@@ -24,7 +19,7 @@ class Weights(Protocol):
         state_dtype: Data type of hidden states.
         cache_dtype: Data type of keys and values.
         num_bytes: Size of all weights.
-        cache_type: The memory of a batch of texts, whose passes it runs.
+        cache_type: The kind of `BatchCache` whose passes these weights run.
         is_native: Whether the compiled library runs the network.
     """
 
@@ -36,8 +31,8 @@ class Weights(Protocol):
     state_dtype: torch.dtype
     cache_dtype: torch.dtype
     num_bytes: int
-    cache_type: type[BatchCache]
+    cache_type: type
     is_native: bool
 
-    def resized(self, vocab_size: int) -> Weights:
+    def resized(self, vocab_size: int) -> "Weights":
         """Return the weights with a vocabulary padded to another size, which share the layers."""
