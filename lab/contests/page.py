@@ -39,7 +39,8 @@ HOW = (
     "of prompt and new tokens. Batches are timed by our clock for all, with as many requests at "
     "once for llama.cpp.",
     "llama.cpp is built natively for this CPU in release mode. Its keys and values are float32 for "
-    "F32 and float16, its default, for the others; ours are float32. Servers wait without polling.",
+    "F32 and float16, its default, for the others; ours are float32 and bfloat16. Servers wait "
+    "without polling.",
     "*GB a token*: the weights of one pass, each read once. *GB/s*: that times the tokens a "
     "second. *of memory*: the share of a plain read of a large buffer by as many threads, "
     "measured in every round. *same*: texts equal to those of our `full` with the same kind of "

@@ -25,7 +25,7 @@ constexpr int CHUNK_BYTES = 32768;
 constexpr int SPAN = 96; // tokens of a piece of work then
 
 static inline void prefetch(const void *address) { __builtin_prefetch(address, 0, 3); }
-constexpr int AHEAD = 4096; // bytes
+constexpr int AHEAD = 8192; // bytes
 
 // Inputs [from, to), each a multiple of GROUP or the end.
 struct Range {
