@@ -92,6 +92,13 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         help="tokens to compare in each other kind of weights; 0 for none (%(default)s)",
     )
     parser.add_argument(
+        "--kinds",
+        nargs="*",
+        choices=OTHERS,
+        default=OTHERS,
+        help="other kinds of weights (all; float16 is torch's alone and slow on CPUs)",
+    )
+    parser.add_argument(
         "--num-samples",
         type=int,
         default=100_000,
@@ -199,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             greedy_draft_pairs(network, prompts[0], depths[0], sampling, values.num_samples),
             expected,
         )
-    others = [one for one in OTHERS if one != "int8" or network.is_native]
+    others = [one for one in values.kinds if one != "int8" or network.is_native]
     for dtype in others if values.num_half_tokens else ():
         other = open_generator(argparse.Namespace(**{**vars(values), "dtype": dtype})).network
         result = compare(other, prompts, values.num_half_tokens, values.seed, draws, dtype)
