@@ -150,7 +150,8 @@ class Contest:
     def write_page(self) -> None:
         """Write the page and the picture of all rows."""
         output = self.values.output
-        command = shlex.join(["python", "-m", "lab.contest", *sys.argv[1:]])
+        shown = [Path(one).name if Path(one).is_absolute() else one for one in sys.argv[1:]]
+        command = shlex.join(["python", "-m", "lab.contest", *shown])
         text = page(self.store.rows, self.store.facts, self.store.settings, command)
         write_text_atomically(output / "results" / "contest.md", text)
         draw(self.store.rows, output / "images" / "contest.png")
