@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lab.contests.server import Completion, LlamaServer
+from lab.decoding.overhead import exact_length
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.strategies import Strategy
@@ -90,21 +91,11 @@ class Transformers:
 
     def __init__(self, entry: Entry, model: nn.Module):
         self.entry, self.model = entry, model
-        # generate() fills in what its own config leaves out, and would never write the end token
-        model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
     def write(self, prompts: Sequence[list[int]], num_tokens: int, at_once: bool) -> Turn:
         """Continue prompts; see `Contender`."""
-        from transformers import GenerationConfig
-
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        config = exact_length(self.model, num_tokens)
         groups = [list(prompts)] if at_once else [[prompt] for prompt in prompts]
         start, tokens = time.perf_counter(), []
         for group in groups:

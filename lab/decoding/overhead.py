@@ -125,16 +125,21 @@ def passes(network: Network, length: int, packed: bool) -> dict[str, Callable[[]
     return {f"{'packed' if packed else 'plain'} {width}": work_of(width) for width in WIDTHS}
 
 
+def exact_length(model: PreTrainedModel, count: int) -> GenerationConfig:
+    """Return transformers' options for ``count`` tokens, the end token among those to choose from.
+
+    The model's own config loses its end token: `generate` fills in from it what options leave out.
+    """
+    model.generation_config.eos_token_id = None
+    return GenerationConfig(
+        do_sample=False, max_new_tokens=count, min_new_tokens=count, pad_token_id=0
+    )
+
+
 def theirs(network: Network, prompts: Sequence[list[int]], count: int) -> Callable[[], None]:
     """Return a function in which transformers writes ``count`` tokens; prompts have one length."""
     ids = torch.tensor(prompts, device=network.device)
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=count,
-        min_new_tokens=count,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    config = exact_length(network.model, count)
 
     @torch.inference_mode()
     def work() -> None:

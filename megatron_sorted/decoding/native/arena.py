@@ -15,8 +15,8 @@ ALIGNMENT = 64
 class Arena:
     """Allocates tensors one behind the other in large mappings.
 
-    Each token reads all weights once, and pages of 4 KB make that read about half as fast as pages
-    of 2 MB do: Linux gives these to a mapping that asks for them.
+    Each token reads all weights once, and reads pages of 2 MB about a quarter faster than pages of
+    4 KB: Linux gives them to a mapping that asks for them.
     """
 
     def __init__(self):

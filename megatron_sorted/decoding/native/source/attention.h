@@ -70,7 +70,7 @@ static inline void keep(const float *from, int size, uint16_t *to) {
     for (int i = 0; i < size; ++i) to[i] = to_bf16(from[i]);
 }
 
-constexpr int MAX_QUERIES = 8; // of a tile, where no token has more heads in a group
+constexpr int MAX_QUERIES = 8; // that read a block of keys together
 
 // A head of a new token: its query, what it attends to, its output, and room for as many scores as
 // it attends to and LANES more.
