@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_sorted.decoding.batching.options import BatchingCounts, BatchingOptions
 from megatron_sorted.decoding.strategies import EarlyExit, Fixed, SamplingParameters, Strategy
 from megatron_sorted.decoding.text_generator import StreamedText, TextGenerator
 from megatron_sorted.errors import MemoryExhaustedError, SettingsError, SortedError
@@ -50,6 +51,10 @@ class Job:
         cancelled: Set when the client no longer waits.
         notify: Called by the worker after it added an output.
         on_cancel: Called when the job is cancelled.
+        id: Name of the request in logs.
+        tenant: Name of the API key's owner: only texts of the same one share kept beginnings.
+        cached_tokens: Number of tokens of the prompts that were kept from earlier texts.
+        layers_run: Number of layers that ran for this job, summed over all its tokens.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -63,6 +68,10 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
     notify: Callable[[], None] = lambda: None
     on_cancel: Callable[["Job"], None] = lambda _: None
+    id: str = ""
+    tenant: str = ""
+    cached_tokens: int = 0
+    layers_run: int = 0
 
     def put(self, output: StreamedText | list[list[TokenScore]] | BaseException | None) -> None:
         """Add an output and notify the client's side."""
@@ -94,6 +103,10 @@ class GenerationWorker:
         adaptation: Chooses the strategy of jobs that name none, and learns from them; used by the
             worker's thread alone.
         clock: Returns the time in seconds, to measure jobs.
+        options: Limits of what is decoded at once.
+
+    Attributes:
+        counts: Counts since the start, for monitoring.
     """
 
     def __init__(
@@ -101,8 +114,10 @@ class GenerationWorker:
         generator: TextGenerator,
         adaptation: Adaptation | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        options: BatchingOptions | None = None,
     ):
         self.generator, self.adaptation, self.clock = generator, adaptation, clock
+        self.options, self.counts = options or BatchingOptions(), BatchingCounts()
         self.waiting: deque[Job] = deque()
         self.changed = threading.Condition()
         self.running: Job | None = None
