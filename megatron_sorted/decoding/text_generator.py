@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from megatron_sorted.decoding.generate import AddedTokens, Limits, stream
+from megatron_sorted.decoding.generate import stream
 from megatron_sorted.decoding.network import Network, load_network
 from megatron_sorted.decoding.strategies import SPECULATIVE, SamplingParameters, Strategy
+from megatron_sorted.decoding.texts import AddedTokens, Limits
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.exported.checkpoint_as_directory import as_hugging_face_directory
 from megatron_sorted.exported.generation_defaults import GenerationDefaults, generation_defaults_of

@@ -10,9 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
-from megatron_sorted.decoding.generate import check_prompts
 from megatron_sorted.decoding.strategies import SamplingParameters, Strategy
 from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.texts import check_prompts
 from megatron_sorted.errors import DataError, SortedError
 from megatron_sorted.serving.answers import (
     AsciiResponse,

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
-from megatron_sorted.decoding.generate import AddedTokens
 from megatron_sorted.decoding.strategies import Full, SamplingParameters
 from megatron_sorted.decoding.text_generator import StreamedText, TextGenerator
+from megatron_sorted.decoding.texts import AddedTokens
 from megatron_sorted.errors import MemoryExhaustedError
 from megatron_sorted.serving import body
 from megatron_sorted.serving.api import make_app

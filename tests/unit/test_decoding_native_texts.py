@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.sampling import CONFIDENCE
 from megatron_sorted.decoding.strategies import (
     EarlyExit,
@@ -23,6 +23,7 @@ from megatron_sorted.decoding.strategies import (
     SortedSpeculative,
     TreeSpeculative,
 )
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.serving.token_logprobs import logprobs_of
 from tests.support.decoding import KINDS, needs_native, nested, plain_network, prompts
 

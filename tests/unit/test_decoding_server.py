@@ -13,10 +13,11 @@ pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
 from megatron_sorted.decoding import generate as generate_module
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.requested_strategy import check_strategy
 from megatron_sorted.decoding.strategies import Fixed, Full, SamplingParameters, SelfSpeculative
 from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.serving.api import make_app
 from megatron_sorted.serving.worker import GenerationWorker, Job
 from tests.support.decoding import plain_network

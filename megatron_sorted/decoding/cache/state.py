@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_sorted.decoding.cache.idle import acquire, release
-from megatron_sorted.decoding.cache.memory import MAX_WIDTH, BatchCache
+from megatron_sorted.decoding.cache.memory import BatchCache
 from megatron_sorted.decoding.cache.segment import LayerSegment
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.network import Network
@@ -98,8 +98,6 @@ class DecodingState:
 
         They are valid until the next call for the same exit.
         """
-        if self.memory.passes is not None and slots_bn.size(1) <= MAX_WIDTH:
-            return self.memory.pass_logits(depth, slots_bn)
         return self.memory.logits(depth, slots_bn)
 
     def last_slots(self, n: int = 1) -> Tensor:

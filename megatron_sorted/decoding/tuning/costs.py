@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, Text, apply_limits
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import CONFIDENCE, Sampler
 from megatron_sorted.decoding.speculation.steps import Chain, DecodingBatch, OneToken
 from megatron_sorted.decoding.strategies import SamplingParameters
+from megatron_sorted.decoding.texts import Limits, Text, apply_limits
 
 WIDTHS = (*range(1, 18), 24, 32, 48, 64)
 """Numbers of tokens of a pass that are measured: each that verifies up to 16 drafted tokens, and
