@@ -23,6 +23,7 @@ from megatron_sorted.serving.answers import (
 )
 from megatron_sorted.serving.body import MAX_PROMPTS, max_body_bytes, parse_body, read_body
 from megatron_sorted.serving.connections import cancel_on_disconnect, outputs_of
+from megatron_sorted.serving.job import Job, check_scoring
 from megatron_sorted.serving.requests import (
     ChatRequest,
     CompletionRequest,
@@ -32,8 +33,9 @@ from megatron_sorted.serving.requests import (
     read_request,
     read_stop_sequences,
 )
+from megatron_sorted.serving.token_logprobs import Scoring
 from megatron_sorted.serving.turns import read_messages
-from megatron_sorted.serving.worker import GenerationWorker, Job, Scoring, check_scoring
+from megatron_sorted.serving.worker import GenerationWorker
 
 DEFAULT_TOKENS = 256
 DEFAULT_SAMPLING = SamplingParameters(temperature=1.0)
