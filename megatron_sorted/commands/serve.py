@@ -154,8 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else f"the fastest of {', '.join(one.name for one in adaptation.strategies)}"
     )
     host, port = values.host, bound.getsockname()[1]
-    num_keys = f"{len(keys)} API keys" if keys else "no API key"
-    print(f"[{limits_line(values.batching)}; {num_keys}]", flush=True)
+    print(f"[{limits_line(values.batching)}; API keys: {len(keys) or 'none'}]", flush=True)
     if values.request_log:
         write_request_log()
 
