@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from lab.reliability.soak.client import Client
 from megatron_sorted.errors import PlatformError
 
@@ -43,6 +45,9 @@ class Served:
         log: The log.
         environment: Its environment.
 
+    Attributes:
+        pid: The process that serves, which may be a child of the one that was started.
+
     Raises:
         PlatformError: It has ended before clients could connect.
     """
@@ -56,6 +61,7 @@ class Served:
         for line in self.process.stdout:
             if ADDRESS in line:
                 self.port = int(line.partition(ADDRESS)[2].partition("/")[0])
+                self.pid = _listener(self.port) or self.process.pid
                 return
         self.kill()
         raise PlatformError(
@@ -64,7 +70,7 @@ class Served:
         )
 
     def kill(self) -> None:
-        """End it with SIGKILL, unless it has ended."""
+        """End what was started with SIGKILL, unless it has ended."""
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
@@ -87,11 +93,23 @@ class Served:
 
     def usage(self) -> Usage:
         """Return what the process uses now."""
-        folder = Path(f"/proc/{self.process.pid}")
+        folder = Path(f"/proc/{self.pid}")
         lines = folder.joinpath("status").read_text().splitlines()
         values = {name: value.split() for name, _, value in (one.partition(":") for one in lines)}
         files = len(list(folder.joinpath("fd").iterdir()))
         return Usage(int(values["VmRSS"][0]) / 1024, files, int(values["Threads"][0]))
+
+
+def _listener(port: int) -> int | None:
+    """Return the process that listens on a port of this machine."""
+    return next(
+        (
+            one.pid
+            for one in psutil.net_connections("tcp4")
+            if one.status == psutil.CONN_LISTEN and one.laddr.port == port
+        ),
+        None,
+    )
 
 
 async def read_counts(client: Client) -> dict[str, float]:
