@@ -63,16 +63,15 @@ class JobRun:
         self._go_on()
 
     def begin(self) -> bool:
-        """Begin as many tasks as there is room for; return whether all are begun.
+        """Begin the next task if there is room for it; return whether it was begun.
 
         Raises:
             MemoryExhaustedError: There is no room, and nothing that will make room.
         """
-        while self.waiting:
-            if not self.engine.begin(self.waiting[0]):
-                return False
-            self.begun.append(self.waiting.popleft())
-            self.has_begun = True
+        if not self.engine.begin(self.waiting[0]):
+            return False
+        self.begun.append(self.waiting.popleft())
+        self.has_begun = True
         return True
 
     def close(self) -> None:

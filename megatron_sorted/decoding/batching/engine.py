@@ -136,8 +136,8 @@ class Engine:
         if task.donor is None:
             return False
         other, length = task.donor
-        if other.states and other.pending is not None and other.num_read < length:
-            return True
+        if other.states and other.pending is not None and not other.num_passes[other.states[0]]:
+            return True  # it reads its prompt, as deep as its own first pass needs it
         task.donor = None
         if other.states:
             self._copy(task, other.states, length)
@@ -149,15 +149,19 @@ class Engine:
         """Run the passes that the tasks wait for, and the tasks to their next ones."""
         for task in [task for task in self.running if task.passes is None]:
             self._advance(task, None)
-        chosen = self._choose()
-        for network in {id(task.pending.state.network) for task, _ in chosen}:
-            group = [one for one in chosen if id(one[0].pending.state.network) == network]
+        groups: dict[int, list[tuple[Task, int]]] = {}
+        for task, piece in self._choose():
+            groups.setdefault(id(task.pending.state.network), []).append((task, piece))
+        for group in groups.values():
             for (task, _), logits in zip(group, self._run(group), strict=True):
                 if isinstance(logits, BaseException):
                     self.end(task, logits)
                 elif logits is not None:
                     self._advance(task, logits)
-        self.counts.rounds += bool(chosen)
+        self.counts.rounds += bool(groups)
+
+    def count(self) -> None:
+        """Write what is so now to the counts."""
         self.counts.texts_running = len(self.running)
         self.counts.cache_bytes_running = sum(task.num_bytes for task in self.running)
         self.counts.cache_bytes_kept = self.prefixes.num_bytes
@@ -188,6 +192,10 @@ class Engine:
             else:
                 many.append((missing, task))
         room = self.options.prefill_tokens * (1 if few else ALONE)
+        # a prompt that comes now has had as many turns as the one that has had the fewest
+        fewest = min((task.num_turns for _, task in many if task.num_turns), default=0)
+        for _, task in many:
+            task.num_turns = max(task.num_turns, fewest)
         many.sort(key=lambda one: one[1].num_turns)
         for missing, task in many:
             if room <= 0:
