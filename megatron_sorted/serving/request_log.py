@@ -28,7 +28,7 @@ class RequestRecord:
 
     Attributes:
         id: The client's name for the request, else a new one.
-        method, path: As received; the path is percent-encoded again.
+        method, path: The HTTP method, and the path with percent-encoding.
         began_at, ended_at: Times by ``clock``.
         owner: Owner of the API key; "" without keys.
         status: The response's status; 0 before it.

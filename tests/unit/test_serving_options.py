@@ -27,20 +27,9 @@ KEY = "secret-key-0123456789"
 
 def test_options_are_the_limits_of_batching():
     assert read_arguments(["model"]).batching == BatchingOptions()
-    given = read_arguments(
-        [
-            "model",
-            "--max-num-seqs",
-            "8",
-            "--cache-memory",
-            "1.5",
-            "--max-wait",
-            "2.5",
-            "--prefill-tokens",
-            "64",
-            "--share-prefixes",
-        ]
-    )
+    limits = {"--max-num-seqs": "8", "--cache-memory": "1.5", "--max-wait": "2.5"}
+    given = [word for pair in limits.items() for word in pair]
+    given = read_arguments(["model", *given, "--prefill-tokens", "64", "--share-prefixes"])
     assert given.batching == BatchingOptions(8, 1_500_000_000, 2.5, 64, True, True)
     assert read_arguments(["model", "--prefix-caching", "off"]).batching == BatchingOptions(
         prefix_caching=False
@@ -68,10 +57,10 @@ def test_limits_out_of_range_are_refused(arguments, message):
     assert str(refused.value).startswith(message)
 
 
-def test_the_limits_in_words():
+def test_the_line_of_limits():
     line = limits_line(BatchingOptions(8, 2_500_000_000, 30, 64, True, True))
-    for words in ("8 texts", "2.5 GB", "30 s", "64 tokens", "all keys"):
-        assert words in line
+    for part in ("8 texts", "2.5 GB", "30 s", "64 tokens", "all keys"):
+        assert part in line
     assert "no text is kept" in limits_line(BatchingOptions(prefix_caching=False))
 
 
@@ -218,8 +207,8 @@ def test_the_slurm_job_becomes_a_server_that_drains_before_its_limit(run_job):
         **{KEY_VARIABLE: KEY},
     )
     assert done.returncode == 0 and done.stderr == "" and KEY not in done.stdout
-    said, _, *given = done.stdout.splitlines()
-    assert said == f"[clients of this job: http://{socket.gethostname()}:8123/v1]"
+    announced, _, *given = done.stdout.splitlines()
+    assert announced == f"[clients of this job: http://{socket.gethostname()}:8123/v1]"
     assert given.pop(0) == "serve"
     values = read_arguments(given)
     assert (values.model.name, values.threads, values.port) == ("my model", 6, 8123)
