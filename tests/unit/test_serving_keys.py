@@ -168,6 +168,13 @@ def test_the_key_names_the_owner_of_a_job(served):
     assert [job.tenant for job in jobs] == ["alice", "2"]
 
 
+@pytest.mark.parametrize("host", ["x/health?", "x/metrics#", "x/?", "x/health;"])
+def test_no_other_header_opens_a_path(served, host):
+    client, jobs = served
+    answer = client.post("/v1/completions", json={"prompt": "a"}, headers={"host": host})
+    assert answer.status_code in (400, 401) and jobs == []
+
+
 def test_paths_without_secrets_need_no_key(served):
     client, _ = served
     assert client.get("/health").status_code == client.get("/").status_code == 200
