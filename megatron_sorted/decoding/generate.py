@@ -12,7 +12,7 @@ from megatron_sorted.decoding.cache.capacity import (
     check_cache_memory,
 )
 from megatron_sorted.decoding.cache.joined import Pass
-from megatron_sorted.decoding.cache.state import DecodingState
+from megatron_sorted.decoding.cache.state import DecodingState, num_slots
 from megatron_sorted.decoding.cache.transfer import to_device
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.requested_strategy import check_strategy
@@ -30,7 +30,14 @@ from megatron_sorted.decoding.strategies import (
     draft_depths,
     draft_slots,
 )
-from megatron_sorted.decoding.texts import AddedTokens, Limits, Text, apply_limits, check_prompts
+from megatron_sorted.decoding.texts import (
+    AddedTokens,
+    Limits,
+    Text,
+    TextRequest,
+    apply_limits,
+    check_prompts,
+)
 
 
 def make_step(strategy: Strategy, batch: DecodingBatch) -> OneToken | Chain | TreeStep:
@@ -94,16 +101,12 @@ class Sizes:
 
 
 def sizes_of(
-    network: Network,
-    prompts: Sequence[Sequence[int]],
-    strategy: Strategy,
-    max_new_tokens: int,
-    draft: Network | None,
-    shared: bool = False,
+    network: Network, request: TextRequest, draft: Network | None, shared: bool = False
 ) -> Sizes:
-    """Return the memory that texts need; arguments as for `stream` and `stops_for`."""
-    rows, longest = len(prompts), max(map(len, prompts))
-    capacity = longest + max_new_tokens + draft_slots(strategy) + 1
+    """Return the memory that texts need; ``shared`` as for `stops_for`."""
+    rows, strategy = len(request.prompts), request.strategy
+    longest = max(map(len, request.prompts))
+    capacity = longest + request.max_new_tokens + draft_slots(strategy) + 1
     drafting = () if draft is None else draft_depths(strategy)
     stops = stops_for(network, strategy, draft, shared)
     return Sizes(
@@ -111,20 +114,17 @@ def sizes_of(
         capacity,
         stops,
         drafting,
-        bytes_needed(network, rows, capacity, stops),
-        0 if draft is None else bytes_needed(draft, rows, capacity, drafting),
+        bytes_needed(network, rows, num_slots(capacity), stops),
+        0 if draft is None else bytes_needed(draft, rows, num_slots(capacity), drafting),
     )
 
 
 def start_batch(
-    network: Network,
-    prompts: Sequence[Sequence[int]],
-    sampler: Sampler,
-    sizes: Sizes,
-    draft: Network | None,
+    network: Network, request: TextRequest, draft: Network | None, sizes: Sizes | None = None
 ) -> DecodingBatch:
     """Return a batch that holds the prompts and has not run any layer yet."""
-    longest = max(map(len, prompts))
+    sizes = sizes or sizes_of(network, request, draft)
+    prompts, longest = request.prompts, max(map(len, request.prompts))
     padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
     states = [DecodingState(network, len(prompts), sizes.capacity, sizes.stops)]
     if draft is not None:
@@ -132,32 +132,28 @@ def start_batch(
     for state in states:
         state.append(to_device(padded, state.device), [len(prompt) for prompt in prompts])
     seen = None
-    if sampler.sampling.repetition_penalty != 1.0:
+    if request.sampling.repetition_penalty != 1.0:
         seen = torch.zeros(
             len(prompts), network.vocab_size, dtype=torch.bool, device=network.device
         )
         for row, prompt in enumerate(prompts):
             seen[row, list(prompt)] = True
-    return DecodingBatch(states[0], sampler, seen, states[1] if draft is not None else None)
+    return DecodingBatch(
+        states[0],
+        Sampler(request.sampling, request.rows),
+        seen,
+        states[1] if draft is not None else None,
+    )
 
 
 Writing = Generator[Pass | AddedTokens, Tensor | None, None]
 """Texts that are being written: yields passes, is sent their logits, and yields new tokens."""
 
 
-def write_batch(
-    batch: DecodingBatch, strategy: Strategy, limits: Limits, rows: Sequence[int]
-) -> Writing:
-    """Yield passes, and the tokens that each step adds, until all texts have ended.
-
-    Args:
-        batch: The texts.
-        strategy: The decoding strategy.
-        limits: Where texts end.
-        rows: Numbers of the prompts.
-    """
-    texts, rows = {row: Text() for row in rows}, list(rows)
-    step = make_step(strategy, batch)
+def write_batch(batch: DecodingBatch, request: TextRequest, limits: Limits) -> Writing:
+    """Yield passes, and the tokens that each step adds, until all texts have ended."""
+    texts, rows = {row: Text() for row in request.rows}, list(request.rows)
+    step = make_step(request.strategy, batch)
     while rows:
         outputs = yield from step.passes()
         for row, output in zip(rows, outputs, strict=True):
@@ -169,6 +165,30 @@ def write_batch(
             rows = [rows[index] for index in active]
             if rows:
                 batch.select_rows(active)
+
+
+def check_request(request: TextRequest, network: Network, draft: Network | None) -> None:
+    """Check that the model can write the texts.
+
+    Raises:
+        SettingsError: The model does not support the strategy.
+        DataError: A prompt cannot be continued.
+    """
+    check_strategy(request.strategy, network, draft)
+    check_prompts(request.prompts, network, request.max_new_tokens)
+
+
+def run_passes(writing: Writing) -> Iterator:
+    """Run the passes of texts one after another, and yield their other outputs."""
+    logits = None
+    while True:
+        try:
+            output = writing.send(logits)
+        except StopIteration:
+            return
+        logits = output.run() if isinstance(output, Pass) else None
+        if logits is None:
+            yield output
 
 
 @torch.inference_mode()
@@ -195,27 +215,18 @@ def stream(
         DataError: A prompt cannot be continued.
         MemoryExhaustedError: The texts do not fit into memory.
     """
-    strategy, sampling = strategy or Full(), sampling or SamplingParameters()
     limits = limits or Limits()
-    check_strategy(strategy, network, draft)
-    check_prompts(prompts, network, limits.max_new_tokens)
-    if limits.max_new_tokens < 1:
+    request = TextRequest(
+        prompts, strategy or Full(), sampling or SamplingParameters(), limits.max_new_tokens
+    )
+    check_request(request, network, draft)
+    if request.max_new_tokens < 1:
         return
     with as_memory_error():
-        sizes = sizes_of(network, prompts, strategy, limits.max_new_tokens, draft)
+        sizes = sizes_of(network, request, draft)
         check_cache_memory(network, len(prompts), sizes.capacity, sizes.stops, sizes.draft_bytes)
-        rows = range(len(prompts))
-        batch = start_batch(network, prompts, Sampler(sampling, rows), sizes, draft)
-        writing = write_batch(batch, strategy, limits, rows)
-        logits = None
-        while True:
-            try:
-                output = writing.send(logits)
-            except StopIteration:
-                return
-            logits = output.run() if isinstance(output, Pass) else None
-            if logits is None:
-                yield output
+        batch = start_batch(network, request, draft, sizes)
+        yield from run_passes(write_batch(batch, request, limits))
 
 
 def generate(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.speculation.steps import StepOutput
+from megatron_sorted.decoding.strategies import Full, SamplingParameters, Strategy
 from megatron_sorted.errors import DataError, SettingsError
 
 
@@ -49,6 +50,33 @@ class Limits:
             return False
         text = self.to_text(tokens)
         return any(sequence in text for sequence in self.stop)
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """Texts to write as one batch.
+
+    Attributes:
+        prompts: Tokens of each prompt; lengths may differ.
+        strategy: The decoding strategy.
+        sampling: How tokens are chosen.
+        max_new_tokens: Maximum number of new tokens of a text.
+        stop: Stop sequences.
+        first_row: Number of the first prompt among those of a larger request: a text's noise
+            depends on it.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    strategy: Strategy = field(default_factory=Full)
+    sampling: SamplingParameters = field(default_factory=SamplingParameters)
+    max_new_tokens: int = 128
+    stop: Sequence[str] = ()
+    first_row: int = 0
+
+    @property
+    def rows(self) -> range:
+        """Return the numbers of the prompts."""
+        return range(self.first_row, self.first_row + len(self.prompts))
 
 
 @dataclass

@@ -22,6 +22,7 @@ from megatron_sorted.serving.answers import (
 from megatron_sorted.serving.body import MAX_PROMPTS, max_body_bytes, parse_body, read_body
 from megatron_sorted.serving.completion import CompletionResponse
 from megatron_sorted.serving.connections import cancel_on_disconnect, outputs_of
+from megatron_sorted.serving.job import Job
 from megatron_sorted.serving.keys import ApiKeys
 from megatron_sorted.serving.metrics import Metrics
 from megatron_sorted.serving.models import ServedModels
@@ -37,9 +38,10 @@ from megatron_sorted.serving.requests import (
     read_request,
     read_stop_sequences,
 )
+from megatron_sorted.serving.token_logprobs import Scoring
 from megatron_sorted.serving.turns import read_messages
 from megatron_sorted.serving.usage import Usage
-from megatron_sorted.serving.worker import GenerationWorker, Job, Scoring
+from megatron_sorted.serving.worker import GenerationWorker
 
 DEFAULT_TOKENS = 256
 DEFAULT_SAMPLING = SamplingParameters(temperature=1.0)

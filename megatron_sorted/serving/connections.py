@@ -9,8 +9,8 @@ from contextlib import suppress
 from fastapi import Request
 
 from megatron_sorted.decoding.text_generator import StreamedText
+from megatron_sorted.serving.job import Job
 from megatron_sorted.serving.token_logprobs import TokenScore
-from megatron_sorted.serving.worker import Job
 
 
 def outputs_of(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sorted.decoding.text_generator import StreamedText
-from megatron_sorted.serving.worker import Job
+from megatron_sorted.serving.job import Job
 
 
 @dataclass

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
-from megatron_sorted.decoding.generate import sizes_of, start_batch
+from megatron_sorted.decoding.generate import start_batch
 from megatron_sorted.decoding.native.compiler import NativeError
 from megatron_sorted.decoding.native.library import native_library
 from megatron_sorted.decoding.network import Network, load_network
-from megatron_sorted.decoding.sampling import Sampler
 from megatron_sorted.decoding.speculation.steps import DecodingBatch
 from megatron_sorted.decoding.strategies import SamplingParameters, Strategy
+from megatron_sorted.decoding.texts import TextRequest
 from tests.support.exit_parts import NestedCase, save_nested
 from tests.support.model_directories import family_model
 
@@ -120,5 +120,4 @@ def started(
     max_new_tokens: int,
 ) -> DecodingBatch:
     """Return a batch of texts that has not run any layer yet."""
-    sizes = sizes_of(network, texts, strategy, max_new_tokens, None)
-    return start_batch(network, texts, Sampler(sampling, range(len(texts))), sizes, None)
+    return start_batch(network, TextRequest(texts, strategy, sampling, max_new_tokens), None)

@@ -12,14 +12,15 @@ import torch
 pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
-from megatron_sorted.decoding import generate as generate_module
+from megatron_sorted.decoding import text_generator as text_generator_module
 from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.requested_strategy import check_strategy
 from megatron_sorted.decoding.strategies import Fixed, Full, SamplingParameters, SelfSpeculative
 from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.serving.api import make_app
-from megatron_sorted.serving.worker import GenerationWorker, Job
+from megatron_sorted.serving.job import Job
+from megatron_sorted.serving.worker import GenerationWorker
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_text_generator import Letters
 
@@ -264,7 +265,7 @@ def test_out_of_memory_and_failures_are_reported_and_the_server_lives_on(served,
         (RuntimeError("broken"), 500),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(generate_module, "start_batch", Mock(side_effect=error))
+            patch.setattr(text_generator_module, "start_batch", Mock(side_effect=error))
             answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
             assert answer.status_code == status and answer.json()["error"]["type"] == "server_error"
         assert (

@@ -4,9 +4,10 @@ import pytest
 
 from megatron_sorted.decoding import generate as generate_module
 from megatron_sorted.decoding.generate import generate
+from megatron_sorted.decoding.open_model import open_text_generator
 from megatron_sorted.decoding.speculation.steps import StepOutput, Steps
 from megatron_sorted.decoding.strategies import Full, SelfSpeculative
-from megatron_sorted.decoding.text_generator import TextGenerator, open_text_generator
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.errors import DataError, SettingsError
 from tests.support.decoding import plain_network, prompts
