@@ -78,6 +78,7 @@ def test_a_depth_writes_the_text_of_the_model_cut_there(served, depth):
             "rejected_prediction_tokens": 0,
         }
         assert answer["model"] == more.get("model", "tiny")
+        assert answer["usage"]["layers_run"] == depth * (6 + 12 - 1), "the last token is not read"
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "depth": depth}
     answer = client.post("/v1/chat/completions", json=chat).json()
     assert answer["usage"]["depths"] == {str(depth): 5}
@@ -93,6 +94,16 @@ def test_requests_without_a_depth_have_the_servers_strategy(served):
     drafted = usage["completion_tokens_details"]
     assert drafted["accepted_prediction_tokens"] == usage["depths"].get("2", 0) > 0
     assert sum(usage["depths"].values()) == 12
+
+
+def test_the_usage_says_what_was_kept_of_a_prompt(served):
+    client, _ = served
+    usages = [completion(client, prompt="x" * 70, n=n, depth=2)["usage"] for n in (1, 1, 3)]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert cached[0] == 0 < cached[1] == cached[2] <= 71
+    assert [usage["layers_run"] for usage in usages] == [
+        n * 2 * (71 + 12 - 1 - kept) for n, kept in zip((1, 1, 3), cached, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.3, 1.0])
@@ -218,7 +229,7 @@ def test_depths_in_streams_need_a_stream(served):
 
 
 def test_the_usage_of_a_job():
-    job, now = Job([[1], [1]], None, None, 9, []), iter((1.0, 2.0, 5.0, 6.0))
+    job, now = Job([[1] * 8, [1] * 8], None, None, 9, []), iter((1.0, 2.0, 5.0, 6.0))
     usage = Usage(job, 8, lambda: next(now))
     for row, depths, drafted, accepted in (
         (0, [2, 2, 4], 4, 2),
@@ -234,7 +245,7 @@ def test_the_usage_of_a_job():
         "prompt_tokens": 8,
         "completion_tokens": 6,
         "total_tokens": 14,
-        "prompt_tokens_details": {"cached_tokens": 8},
+        "prompt_tokens_details": {"cached_tokens": 7},
         "completion_tokens_details": {
             "accepted_prediction_tokens": 3,
             "rejected_prediction_tokens": 5,
