@@ -72,7 +72,8 @@ def test_completions_of_one_and_of_many_prompts(served):
     assert answer["choices"] == [
         {"index": 0, "text": wanted, "logprobs": None, "finish_reason": "length"}
     ]
-    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+    counts = {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+    assert answer["usage"].items() >= counts.items()
     many = client.post(
         "/v1/completions", json={**ask, "prompt": ["hello", "b"], "echo": True, "strategy": "full"}
     ).json()
@@ -477,7 +478,7 @@ def test_a_text_of_no_new_tokens(served):
 
 def test_models_by_name(served):
     client, *_ = served
-    [listed] = client.get("/v1/models").json()["data"]
+    listed, *_ = client.get("/v1/models").json()["data"]
     assert client.get("/v1/models/tiny").json() == listed
     missing = client.get("/v1/models/an/other")
     assert missing.status_code == 404 and missing.json()["error"]["param"] == "model"
