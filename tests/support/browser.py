@@ -83,8 +83,8 @@ class Browser:
 
     def find(self, selector: str) -> str:
         """Return the path of an element's commands."""
-        found = self.send("/element", using="css selector", value=selector)
-        return f"/element/{found[ELEMENT]}"
+        element = self.send("/element", using="css selector", value=selector)
+        return f"/element/{element[ELEMENT]}"
 
     def click(self, selector: str) -> None:
         """Click an element, as a user's mouse does."""

@@ -55,14 +55,14 @@ def page(address, opened) -> Iterator[Browser]:
     opened.log("browser"), opened.log("performance")
     yield opened
     logged = [one for one in opened.log("browser") if one["source"] != "network"]
-    assert logged == [], "statuses of answers aside, the console is empty"
+    assert logged == [], "but for statuses of answers the console is empty"
     messages = [json.loads(one["message"])["message"] for one in opened.log("performance")]
-    asked = {
+    requested = {
         one["params"]["request"]["url"]
         for one in messages
         if one["method"] == "Network.requestWillBeSent"
     }
-    assert asked and not [url for url in asked if not url.startswith((address, "data:"))]
+    assert requested and not [url for url in requested if not url.startswith((address, "data:"))]
 
 
 def ask(address: str, path: str, **body: object) -> list[dict]:
@@ -143,13 +143,13 @@ def test_a_depth_is_chosen_with_the_slider_and_its_text_is_that_of_the_api(page,
     "strategy", [{"how": "early_exit", "confidence": 0.3}, {"how": "self_speculative"}], ids=str
 )
 def test_a_link_fills_the_page_and_tokens_show_their_own_depths(page, address, strategy):
-    asked = {"prompt": "The cat", "max_tokens": 40, "temperature": 0.9, "seed": 5}
-    open_page(page, address, mode="completion", run="", **strategy, **asked)
+    request = {"prompt": "The cat", "max_tokens": 40, "temperature": 0.9, "seed": 5}
+    open_page(page, address, mode="completion", run="", **strategy, **request)
     assert ended(page) == "Complete. 40 tokens."
     if "confidence" in strategy:
-        events = ask(address, "completions", confidence=0.3, **asked)
+        events = ask(address, "completions", confidence=0.3, **request)
     else:
-        events = ask(address, "completions", strategy="self_speculative", **asked)
+        events = ask(address, "completions", strategy="self_speculative", **request)
     spans = page.run(SPANS)
     assert spans == parts_of(events) and len({depth for _, depth, _ in spans}) > 1
     counts = page.run("return [...$('depths').rows].map((one) => one.innerText.split(/\\s+/))")
@@ -213,7 +213,7 @@ def test_stop_ends_the_text_here_and_in_the_server(page, address):
     assert cancelled() == 3
 
 
-def test_errors_are_shown_in_the_words_of_the_server(page, address):
+def test_errors_are_shown_as_the_server_writes_them(page, address):
     page.open(f"{address}?prompt=a&mode=completion")
     page.until("$('error').textContent")
     assert "API key" in page.run("return $('error').textContent")
