@@ -12,7 +12,7 @@ from megatron_sorted.decoding.cache.capacity import (
     check_cache_memory,
 )
 from megatron_sorted.decoding.cache.joined import Pass
-from megatron_sorted.decoding.cache.state import DecodingState
+from megatron_sorted.decoding.cache.state import DecodingState, num_slots
 from megatron_sorted.decoding.cache.transfer import to_device
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.requested_strategy import check_strategy
@@ -114,8 +114,8 @@ def sizes_of(
         capacity,
         stops,
         drafting,
-        bytes_needed(network, rows, capacity, stops),
-        0 if draft is None else bytes_needed(draft, rows, capacity, drafting),
+        bytes_needed(network, rows, num_slots(capacity), stops),
+        0 if draft is None else bytes_needed(draft, rows, num_slots(capacity), drafting),
     )
 
 

@@ -36,6 +36,7 @@ class JobRun:
 
     Attributes:
         waiting: Tasks that are not begun yet.
+        has_begun: Whether a text of it was begun.
         is_over: Whether its outputs have ended.
         num_tokens: Number of new tokens.
         seconds: Time that was used for its texts.
@@ -45,7 +46,7 @@ class JobRun:
     """
 
     def __init__(self, worker: "GenerationWorker", job: Job, strategy: Strategy | None):
-        self.worker, self.job, self.is_over = worker, job, False
+        self.worker, self.job, self.has_begun, self.is_over = worker, job, False, False
         self.generator, self.engine = worker.generator, worker.engine
         self.strategy = strategy or Full()
         self.num_tokens, self.seconds = 0, 0.0
@@ -71,6 +72,7 @@ class JobRun:
             if not self.engine.begin(self.waiting[0]):
                 return False
             self.begun.append(self.waiting.popleft())
+            self.has_begun = True
         return True
 
     def close(self) -> None:

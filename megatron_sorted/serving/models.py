@@ -8,8 +8,12 @@ from megatron_sorted.decoding.requested_strategy import check_strategy
 from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Full, Strategy
 from megatron_sorted.errors import SortedError
 from megatron_sorted.serving.answers import RefusedError
-from megatron_sorted.serving.requests import TextRequest, excerpt
 from megatron_sorted.serving.job import check_scoring
+from megatron_sorted.serving.requests import TextRequest, excerpt
+<<<<<<< HEAD
+from megatron_sorted.serving.job import check_scoring
+=======
+>>>>>>> server
 
 
 class ServedModels:

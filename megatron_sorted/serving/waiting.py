@@ -17,7 +17,7 @@ class WaitingJobs:
 
     def __init__(self, max_wait_seconds: float, clock: Callable[[], float] = time.monotonic):
         self.max_wait_seconds, self.clock = max_wait_seconds, clock
-        self._jobs: dict[str, deque[tuple[float, Job]]] = {}
+        self._jobs: dict[str, deque[Job]] = {}
 
     def __len__(self) -> int:
         """Return the number of jobs."""
@@ -26,11 +26,12 @@ class WaitingJobs:
     @property
     def num_texts(self) -> int:
         """Return the number of their texts."""
-        return sum(len(job.prompts) for jobs in self._jobs.values() for _, job in jobs)
+        return sum(len(job.prompts) for jobs in self._jobs.values() for job in jobs)
 
     def add(self, job: Job) -> None:
         """Add a job behind those of its owner."""
-        self._jobs.setdefault(job.tenant, deque()).append((self.clock(), job))
+        job.waits_since = self.clock()
+        self._jobs.setdefault(job.tenant, deque()).append(job)
 
     def next(self) -> Job | None:
         """Take the next job: the first one of the owner whose turn it is; None without jobs."""
@@ -38,7 +39,7 @@ class WaitingJobs:
             return None
         tenant = next(iter(self._jobs))
         jobs = self._jobs.pop(tenant)
-        _, job = jobs.popleft()
+        job = jobs.popleft()
         if jobs:  # behind the other owners
             self._jobs[tenant] = jobs
         return job
@@ -46,22 +47,24 @@ class WaitingJobs:
     def remove(self, job: Job) -> bool:
         """Remove a job; return whether it waited."""
         jobs = self._jobs.get(job.tenant, ())
-        found = next((one for one in jobs if one[1] is job), None)
-        if found is None:
+        if job not in jobs:
             return False
-        jobs.remove(found)
+        jobs.remove(job)
         if not jobs:
             del self._jobs[job.tenant]
         return True
 
+    def is_overdue(self, job: Job) -> bool:
+        """Return whether a job that has not begun has waited too long."""
+        return self.clock() - job.waits_since > self.max_wait_seconds
+
     def overdue(self) -> list[Job]:
         """Take the jobs that have waited too long."""
-        latest = self.clock() - self.max_wait_seconds
-        late = [job for jobs in self._jobs.values() for since, job in jobs if since < latest]
+        late = [job for job in self.all() if self.is_overdue(job)]
         for job in late:
             self.remove(job)
         return late
 
     def all(self) -> list[Job]:
         """Return all jobs."""
-        return [job for jobs in self._jobs.values() for _, job in jobs]
+        return [job for jobs in self._jobs.values() for job in jobs]

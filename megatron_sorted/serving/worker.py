@@ -159,11 +159,7 @@ class GenerationWorker:
             for run in [run for run in self.runs if run.job.cancelled.is_set()]:
                 run.close()
                 self.finish(run, None)
-            with self.changed:
-                overdue = self.waiting.overdue()
-            for job in overdue:
-                self.counts.requests_refused += 1
-                job.put(self._busy(f"it has waited {self.options.max_wait_seconds:g} s"))
+            self._refuse_overdue()
             while self._begin_texts():
                 with self.changed:
                     job = self.waiting.next()
@@ -183,6 +179,19 @@ class GenerationWorker:
                 if not self.waiting:
                     self.changed.wait()
                     self.last_end = time.perf_counter()
+
+    def _refuse_overdue(self) -> None:
+        """Refuse jobs that have waited too long, also one that waits for memory alone."""
+        with self.changed:
+            late = self.waiting.overdue()
+            for run in list(self.runs):
+                if not run.has_begun and self.waiting.is_overdue(run.job):
+                    run.close()
+                    self.runs.remove(run)
+                    late.append(run.job)
+        for job in late:
+            self.counts.requests_refused += 1
+            job.put(self._busy(f"it has waited {self.options.max_wait_seconds:g} s"))
 
     def _begin_texts(self) -> bool:
         """Begin texts of jobs that have begun; return whether there is room for another job."""

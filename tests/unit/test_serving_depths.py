@@ -15,8 +15,8 @@ from megatron_sorted.decoding.strategies import EarlyExit, Full, SelfSpeculative
 from megatron_sorted.decoding.text_generator import StreamedText, TextGenerator
 from megatron_sorted.decoding.texts import AddedTokens, Limits
 from megatron_sorted.serving.api import make_app
-from megatron_sorted.serving.usage import Usage
 from megatron_sorted.serving.job import Job
+from megatron_sorted.serving.usage import Usage
 from megatron_sorted.serving.worker import GenerationWorker
 from tests.support.decoding import continue_greedily, last_logits, plain_network
 from tests.support.model_directories import family_model

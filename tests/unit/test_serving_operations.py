@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
-from megatron_sorted.decoding import generate as generate_module
+from megatron_sorted.decoding import text_generator as text_generator_module
 from megatron_sorted.decoding.strategies import Full, SelfSpeculative
 from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.serving import metrics as metrics_module
@@ -136,7 +136,7 @@ def test_polls_are_logged_only_when_they_fail(served, monkeypatch):
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_of_the_worker_are_named(served, monkeypatch, stream):
     client, _, log = served
-    monkeypatch.setattr(generate_module, "start_batch", Mock(side_effect=MemoryError()))
+    monkeypatch.setattr(text_generator_module, "start_batch", Mock(side_effect=MemoryError()))
     answer = client.post("/v1/completions", json={**ASK, "stream": stream}, headers=HEADERS)
     fields = fields_of(log.messages[-1])
     assert fields["end"] == "MemoryExhaustedError" and fields["new"] == "0"

@@ -85,6 +85,7 @@ def batching_options(values: argparse.Namespace) -> BatchingOptions:
         prefill_tokens=values.prefill_tokens,
         prefix_caching=keeps,
         share_prefixes=values.share_prefixes,
+        drafts_by_load=True,
     )
 
 

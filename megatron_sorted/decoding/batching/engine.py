@@ -28,7 +28,7 @@ from megatron_sorted.decoding.speculation.steps import DecodingBatch
 from megatron_sorted.errors import MemoryExhaustedError
 
 FEW_TOKENS = 64
-"""Number of tokens up to which a pass is part of every round: steps, also of long drafts."""
+"""Number of tokens up to which a pass behind a prompt is part of every round."""
 ALONE = 8
 """How many times more tokens of prompts a round reads while no text is being written."""
 SHARE_OF_FREE_BYTES = 0.5
@@ -183,7 +183,7 @@ class Engine:
             if self._waits_for_donor(task):
                 continue
             missing = task.pending.num_missing
-            if missing <= FEW_TOKENS:
+            if missing <= FEW_TOKENS and task.num_passes[task.pending.state]:
                 few.append((task, max(missing, 1)))
             else:
                 many.append((missing, task))

@@ -1,5 +1,6 @@
 """A task of the engine: what needs passes of the model, such as a text that is being written."""
 
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class Task:
         donor: A task whose prompt begins alike and is being read, and the number of tokens that
             they have in common; None without one.
         num_prompt: Number of tokens that were known when it began.
+        num_passes: Number of complete passes of each of its states.
         num_turns: Number of rounds in which a piece of a long prompt was read for it.
         seconds: Time that was used for it: its share of joined passes, and its own steps.
         num_layers: Number of layers that ran for it, summed over its tokens.
@@ -48,6 +50,7 @@ class Task:
     states: list[DecodingState] = field(default_factory=list)
     donor: "tuple[Task, int] | None" = None
     num_prompt: int = 0
+    num_passes: Counter[DecodingState] = field(default_factory=Counter)
     num_turns: int = 0
     seconds: float = 0.0
     num_layers: int = 0
@@ -71,6 +74,8 @@ class Task:
         """
         if self.passes is None:
             self.passes = self.start(self)
+        elif self.pending is not None:
+            self.num_passes[self.pending.state] += 1
         while True:
             try:
                 output = self.passes.send(logits)

@@ -25,6 +25,17 @@ PART = 1024
 """Maximum number of tokens of a row in one pass: bounds the memory of long prompts."""
 
 
+def num_slots(capacity: int) -> int:
+    """Return the number of slots for texts of up to ``capacity`` tokens.
+
+    There is one more slot than tokens, at least: the last one takes writes of padding.
+
+    >>> num_slots(63), num_slots(64)
+    (64, 128)
+    """
+    return -(-(capacity + 1) // ROUND) * ROUND
+
+
 class DecodingState:
     """The state of a batch during decoding; see the module.
 
@@ -37,8 +48,7 @@ class DecodingState:
 
     def __init__(self, network: Network, num_rows: int, capacity: int, stops: Sequence[int]):
         self.network, self.lengths = network, [0] * num_rows
-        # one more slot than tokens: the last one takes writes of padding
-        self.capacity = -(-(capacity + 1) // ROUND) * ROUND
+        self.capacity = num_slots(capacity)
         self.tree: DraftTree | None = None
         self._use(self._new_memory(num_rows, stops))
 
