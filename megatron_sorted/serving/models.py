@@ -10,10 +10,6 @@ from megatron_sorted.errors import SortedError
 from megatron_sorted.serving.answers import RefusedError
 from megatron_sorted.serving.job import check_scoring
 from megatron_sorted.serving.requests import TextRequest, excerpt
-<<<<<<< HEAD
-from megatron_sorted.serving.job import check_scoring
-=======
->>>>>>> server
 
 
 class ServedModels:
