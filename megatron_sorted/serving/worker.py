@@ -15,7 +15,7 @@ from megatron_sorted.errors import MemoryExhaustedError, SortedError
 from megatron_sorted.serving.adaptation import JOBS_PER_SAVE, Adaptation
 from megatron_sorted.serving.answers import BusyError
 from megatron_sorted.serving.job import Job
-from megatron_sorted.serving.job_run import JobRun, without_frames
+from megatron_sorted.serving.job_run import JobRun, Resources, without_frames
 from megatron_sorted.serving.token_logprobs import TokenTexts
 from megatron_sorted.serving.waiting import WaitingJobs
 
@@ -48,7 +48,9 @@ class GenerationWorker:
         self.generator, self.adaptation = generator, adaptation
         self.options, self.counts = options or BatchingOptions(), BatchingCounts()
         self.engine = Engine(generator.network, self.options, self.counts, clock)
-        self.draft_lengths: DraftLengths | None = None
+        self.resources = Resources(
+            generator, self.engine, TokenTexts(generator.tokenizer), self._finish
+        )
         self.waiting = WaitingJobs(self.options.max_wait_seconds)
         self.changed = threading.Condition()
         self.runs: list[JobRun] = []
@@ -56,7 +58,6 @@ class GenerationWorker:
         self.turns: dict[str, int] = {}
         self.accepts_jobs, self.seconds_per_job = True, 1.0
         self.last_end = time.perf_counter()
-        self.texts = TokenTexts(generator.tokenizer)
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.thread.start()
 
@@ -101,8 +102,8 @@ class GenerationWorker:
         self.thread.join(seconds)
         return not self.thread.is_alive()
 
-    def finish(self, run: JobRun, error: BaseException | None) -> None:
-        """End a job's outputs, and learn from it; called by the job that runs."""
+    def _finish(self, run: JobRun, error: BaseException | None) -> None:
+        """End a job's outputs, and learn from it."""
         if run in self.runs:
             with self.changed:
                 self.runs.remove(run)
@@ -136,7 +137,7 @@ class GenerationWorker:
     def _run(self) -> None:
         network = self.generator.network
         if self.options.drafts_by_load and network.is_native and len(network.depths) > 1:
-            self.draft_lengths = DraftLengths(
+            self.resources.draft_lengths = DraftLengths(
                 network, self.generator.draft, lambda: len(self.engine.running)
             )
         while self._take_jobs():
@@ -159,7 +160,7 @@ class GenerationWorker:
         while True:
             for run in [run for run in self.runs if run.job.cancelled.is_set()]:
                 run.close()
-                self.finish(run, None)
+                self._finish(run, None)
             self._refuse_overdue()
             while self._begin_text():
                 pass
@@ -231,7 +232,7 @@ class GenerationWorker:
             learning = self.adaptation.choose(job.task)
             strategy = self.adaptation.strategies[learning[1]]
         try:
-            run = JobRun(self, job, strategy)
+            run = JobRun(self.resources, job, strategy)
         except Exception as error:
             if not isinstance(error, SortedError):
                 traceback.print_exception(error)

@@ -107,9 +107,7 @@ class Engine:
         task.states, task.num_prompt = batch.states, max(batch.state.lengths)
         if task.prompt is None or not self.options.prefix_caching:
             return
-        kept, length = self.prefixes.find(task.prompt, task.tenant, batch.state)
-        if kept is not None:
-            self._copy(task, kept.states, length)
+        self._copy_kept(task)
         if not self.network.is_native:
             return
         prompt, longest = np.asarray(task.prompt), max(task.num_read, MIN_TOKENS)
@@ -121,6 +119,12 @@ class Engine:
             common = common_length(np.asarray(other.prompt), prompt)
             if common > longest:
                 task.donor, longest = (other, common), common
+
+    def _copy_kept(self, task: Task) -> None:
+        """Copy what is kept of a task's prompt."""
+        kept, length = self.prefixes.find(task.prompt, task.tenant, task.states[0])
+        if kept is not None:
+            self._copy(task, kept.states, length)
 
     def _copy(self, task: Task, states: Sequence[DecodingState], length: int) -> None:
         """Copy the first tokens of another text into a task's states, where they have them."""
@@ -141,8 +145,8 @@ class Engine:
         task.donor = None
         if other.states:
             self._copy(task, other.states, length)
-        elif (found := self.prefixes.find(task.prompt, task.tenant, task.states[0]))[0] is not None:
-            self._copy(task, found[0].states, found[1])
+        else:
+            self._copy_kept(task)
         return False
 
     def round(self) -> None:
