@@ -32,9 +32,9 @@ from megatron_sorted.serving.request_log import RecordRequests, RequestRecord, l
 from megatron_sorted.serving.requests import (
     ChatRequest,
     CompletionRequest,
-    GenerationRequest,
     Kind,
     StreamOptions,
+    TextRequest,
     read_request,
     read_stop_sequences,
 )
@@ -169,7 +169,7 @@ def make_app(
             models.check(body.model)
         return body
 
-    def job_of(body: GenerationRequest, ids: list[list[int]], field: str) -> Job:
+    def job_of(body: TextRequest, ids: list[list[int]], field: str) -> Job:
         """Build the job of a request whose prompts are encoded."""
         longest = max(map(len, ids))
         room = most_tokens - longest
@@ -192,7 +192,7 @@ def make_app(
         )
 
     async def answer(
-        body: GenerationRequest, request: Request, job: Job, response: CompletionResponse
+        body: TextRequest, request: Request, job: Job, response: CompletionResponse
     ) -> Response:
         record: RequestRecord = request.state.record
         job.id, job.tenant = record.id, record.owner
