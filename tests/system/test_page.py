@@ -143,7 +143,7 @@ def test_a_depth_is_chosen_with_the_slider_and_its_text_is_that_of_the_api(page,
     assert shown["Tokens"] == "24" and float(shown["Tokens a second"]) > 0
     assert shown["Layers run"] == f"{2 * (prompt + 23)} of {4 * (prompt + 23)}"
     assert shown["Layers saved"] == "50 %" and shown["Drafts accepted"] == "none drafted"
-    assert shown["Prompt, of it kept"] == f"{prompt}, 0"
+    assert shown["Prompt tokens"] == f"{prompt}, 0 kept"
 
 
 @pytest.mark.parametrize(
