@@ -34,7 +34,8 @@ from lab.reliability.soak.model import DEPTHS, write_soaked_model
 from lab.reliability.soak.page import page
 from lab.reliability.soak.requests import Pool
 from lab.reliability.soak.served import Served, write_keys
-from megatron_sorted.decoding.text_generator import TextGenerator, open_text_generator
+from megatron_sorted.decoding.open_model import open_text_generator
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.files import write_text_atomically
 
 STOP_SECONDS = 20

@@ -17,7 +17,7 @@ from lab.reliability.soak.load import Load, Seen
 from lab.reliability.soak.model import DEPTHS, write_soaked_model
 from lab.reliability.soak.requests import Pool
 from lab.reliability.soak.served import write_keys
-from megatron_sorted.decoding.text_generator import open_text_generator
+from megatron_sorted.decoding.open_model import open_text_generator
 from tests.support.served_models import served
 
 SECONDS, CLIENTS, POOL = 10, 64, 60
