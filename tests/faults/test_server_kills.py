@@ -31,10 +31,10 @@ IDLE = {
 }
 CLIENT = """\
 import socket, sys, time
-port, num_read = int(sys.argv[1]), int(sys.argv[2])
+port, reads = map(int, sys.argv[1:])
 client = socket.create_connection(("127.0.0.1", port))
 client.sendall(sys.stdin.buffer.read())
-while num_read and b"data: " not in client.recv(1 << 16):
+while reads and b"data: " not in client.recv(1 << 16):
     pass
 print("ready", flush=True)
 time.sleep(3600)
@@ -81,10 +81,10 @@ def text_of(answer: bytes) -> str:
     return json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["text"]
 
 
-def start_client(server: Served, sent: bytes, num_read: int = 0) -> subprocess.Popen:
+def start_client(server: Served, sent: bytes, reads: bool = False) -> subprocess.Popen:
     """Start a client that sends bytes and waits, once it has read a first event if it should."""
     client = subprocess.Popen(
-        [sys.executable, "-IS", "-c", CLIENT, f"{server.port}", f"{num_read}"],
+        [sys.executable, "-IS", "-c", CLIENT, f"{server.port}", f"{int(reads)}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -130,7 +130,7 @@ def test_a_client_is_killed(server, moment):
     blockers = [fire(server, **LONG)] if moment == "queued" else []
     if blockers:
         wait_for_counts(server, texts_running=2)
-    client = start_client(server, MOMENTS[moment], num_read=moment == "streaming")
+    client = start_client(server, MOMENTS[moment], reads=moment == "streaming")
     cancelled = 1 + len(blockers)
     if moment == "queued":
         wait_for_counts(server, requests_waiting=1)
