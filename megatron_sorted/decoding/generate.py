@@ -11,7 +11,7 @@ from megatron_sorted.decoding.cache.capacity import (
     bytes_needed,
     check_cache_memory,
 )
-from megatron_sorted.decoding.cache.joined import Pass
+from megatron_sorted.decoding.cache.joined import ForwardPass
 from megatron_sorted.decoding.cache.state import DecodingState, num_slots
 from megatron_sorted.decoding.cache.transfer import to_device
 from megatron_sorted.decoding.network import Network
@@ -32,9 +32,9 @@ from megatron_sorted.decoding.strategies import (
 )
 from megatron_sorted.decoding.texts import (
     AddedTokens,
+    GenerationRequest,
     Limits,
     Text,
-    TextRequest,
     apply_limits,
     check_prompts,
 )
@@ -101,7 +101,7 @@ class Sizes:
 
 
 def sizes_of(
-    network: Network, request: TextRequest, draft: Network | None, shared: bool = False
+    network: Network, request: GenerationRequest, draft: Network | None, shared: bool = False
 ) -> Sizes:
     """Return the memory that texts need; ``shared`` as for `stops_for`."""
     rows, strategy = len(request.prompts), request.strategy
@@ -120,7 +120,7 @@ def sizes_of(
 
 
 def start_batch(
-    network: Network, request: TextRequest, draft: Network | None, sizes: Sizes | None = None
+    network: Network, request: GenerationRequest, draft: Network | None, sizes: Sizes | None = None
 ) -> DecodingBatch:
     """Return a batch that holds the prompts and has not run any layer yet."""
     sizes = sizes or sizes_of(network, request, draft)
@@ -146,11 +146,11 @@ def start_batch(
     )
 
 
-Writing = Generator[Pass | AddedTokens, Tensor | None, None]
+Writing = Generator[ForwardPass | AddedTokens, Tensor | None, None]
 """Texts that are being written: yields passes, is sent their logits, and yields new tokens."""
 
 
-def write_batch(batch: DecodingBatch, request: TextRequest, limits: Limits) -> Writing:
+def write_batch(batch: DecodingBatch, request: GenerationRequest, limits: Limits) -> Writing:
     """Yield passes, and the tokens that each step adds, until all texts have ended."""
     texts, rows = {row: Text() for row in request.rows}, list(request.rows)
     step = make_step(request.strategy, batch)
@@ -167,7 +167,7 @@ def write_batch(batch: DecodingBatch, request: TextRequest, limits: Limits) -> W
                 batch.select_rows(active)
 
 
-def check_request(request: TextRequest, network: Network, draft: Network | None) -> None:
+def check_request(request: GenerationRequest, network: Network, draft: Network | None) -> None:
     """Check that the model can write the texts.
 
     Raises:
@@ -186,7 +186,7 @@ def run_passes(writing: Writing) -> Iterator:
             output = writing.send(logits)
         except StopIteration:
             return
-        logits = output.run() if isinstance(output, Pass) else None
+        logits = output.run() if isinstance(output, ForwardPass) else None
         if logits is None:
             yield output
 
@@ -216,7 +216,7 @@ def stream(
         MemoryExhaustedError: The texts do not fit into memory.
     """
     limits = limits or Limits()
-    request = TextRequest(
+    request = GenerationRequest(
         prompts, strategy or Full(), sampling or SamplingParameters(), limits.max_new_tokens
     )
     check_request(request, network, draft)

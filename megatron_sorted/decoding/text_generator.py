@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_sorted.decoding.cache.capacity import as_memory_error, check_cache_memory
-from megatron_sorted.decoding.cache.joined import Pass
+from megatron_sorted.decoding.cache.joined import ForwardPass
 from megatron_sorted.decoding.generate import (
     Sizes,
     check_request,
@@ -20,7 +20,7 @@ from megatron_sorted.decoding.generate import (
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.speculation.steps import DecodingBatch
 from megatron_sorted.decoding.strategies import SPECULATIVE, Full, SamplingParameters, Strategy
-from megatron_sorted.decoding.texts import AddedTokens, Limits, TextRequest
+from megatron_sorted.decoding.texts import AddedTokens, GenerationRequest, Limits
 from megatron_sorted.errors import DataError
 from megatron_sorted.exported.generation_defaults import GenerationDefaults
 from megatron_sorted.text.tokenizer.contract import Tokenizer
@@ -159,7 +159,7 @@ class TextGenerator:
         Raises:
             SettingsError, DataError, MemoryExhaustedError: See ``generate.stream``.
         """
-        request = TextRequest(
+        request = GenerationRequest(
             prompts, strategy or Full(), sampling or SamplingParameters(), max_new_tokens, stop
         )
         draft = self.draft_for(request.strategy)
@@ -173,10 +173,10 @@ class TextGenerator:
 
     def writing(
         self,
-        request: TextRequest,
+        request: GenerationRequest,
         sizes: Sizes | None = None,
         begun: Callable[[DecodingBatch], None] = lambda _: None,
-    ) -> Generator[Pass | StreamedText, Tensor | None, None]:
+    ) -> Generator[ForwardPass | StreamedText, Tensor | None, None]:
         """Yield the passes that texts need, whose logits are sent, and their new parts.
 
         Args:
@@ -205,7 +205,7 @@ class TextGenerator:
                 output = writing.send(logits)
             except StopIteration:
                 return
-            if isinstance(output, Pass):
+            if isinstance(output, ForwardPass):
                 logits = yield output
             else:
                 logits = None

@@ -53,7 +53,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class TextRequest:
+class GenerationRequest:
     """Texts to write as one batch.
 
     Attributes:

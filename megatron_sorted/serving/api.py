@@ -70,7 +70,8 @@ def make_app(
     keys = keys or ApiKeys()
 
     async def check_key(request: Request) -> None:
-        if request.url.path not in OPEN_PATHS:
+        # not url.path, which the header Host can change
+        if request.scope["path"] not in OPEN_PATHS:
             request.state.record.owner = keys.owner(request.headers.get("authorization"))
 
     app = FastAPI(

@@ -2,25 +2,44 @@
 
 import traceback
 from collections import deque
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from megatron_sorted.decoding.batching.draft_lengths import DraftLengths
+from megatron_sorted.decoding.batching.engine import Engine
 from megatron_sorted.decoding.batching.task import Task
-from megatron_sorted.decoding.cache.joined import Pass
+from megatron_sorted.decoding.cache.joined import ForwardPass
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.generate import check_request, sizes_of
 from megatron_sorted.decoding.speculation.steps import DecodingBatch
 from megatron_sorted.decoding.strategies import SPECULATIVE, Full, Strategy
-from megatron_sorted.decoding.text_generator import StreamedText
-from megatron_sorted.decoding.texts import TextRequest
+from megatron_sorted.decoding.text_generator import StreamedText, TextGenerator
+from megatron_sorted.decoding.texts import GenerationRequest
 from megatron_sorted.errors import SortedError
 from megatron_sorted.serving.job import Job
-from megatron_sorted.serving.token_logprobs import TokenScore, score_text
+from megatron_sorted.serving.token_logprobs import TokenScore, TokenTexts, score_text
 
-if TYPE_CHECKING:
-    from megatron_sorted.serving.worker import GenerationWorker
+
+@dataclass
+class Resources:
+    """What jobs run with.
+
+    Attributes:
+        generator: The model and its tokenizer.
+        engine: Runs their passes.
+        texts: Texts of single tokens.
+        finish: Called with a job that runs and None or an error when it is over.
+        draft_lengths: Chooses how many tokens are drafted; None: as many as strategies say.
+    """
+
+    generator: TextGenerator
+    engine: Engine
+    texts: TokenTexts
+    finish: Callable[["JobRun", BaseException | None], None]
+    draft_lengths: DraftLengths | None = None
 
 
 class JobRun:
@@ -30,9 +49,9 @@ class JobRun:
     decodes, the texts of a job are one batch: what torch computes depends on the batch.
 
     Args:
-        worker: The owner of the engine.
+        resources: What it runs with.
         job: The job.
-        strategy: Its decoding strategy.
+        strategy: The decoding strategy.
 
     Attributes:
         waiting: Tasks that are not begun yet.
@@ -45,9 +64,9 @@ class JobRun:
         SortedError: The texts cannot be written.
     """
 
-    def __init__(self, worker: "GenerationWorker", job: Job, strategy: Strategy | None):
-        self.worker, self.job, self.has_begun, self.is_over = worker, job, False, False
-        self.generator, self.engine = worker.generator, worker.engine
+    def __init__(self, resources: Resources, job: Job, strategy: Strategy | None):
+        self.resources, self.job, self.has_begun, self.is_over = resources, job, False, False
+        self.generator, self.engine = resources.generator, resources.engine
         self.strategy = strategy or Full()
         self.num_tokens, self.seconds = 0, 0.0
         self.tokens: list[list[int]] = [[] for _ in job.prompts]
@@ -56,23 +75,22 @@ class JobRun:
         self.waiting: deque[Task] = deque()
         self.begun: list[Task] = []
         self.has_scored = job.scoring is None
-        self.counts = worker.counts
+        self.counts = resources.engine.counts
         self.counts.prompt_tokens += sum(map(len, job.prompts))
         if job.max_new_tokens > 0:
             self._add_texts()
         self._go_on()
 
     def begin(self) -> bool:
-        """Begin as many tasks as there is room for; return whether all are begun.
+        """Begin the next task if there is room for it; return whether it was begun.
 
         Raises:
             MemoryExhaustedError: There is no room, and nothing that will make room.
         """
-        while self.waiting:
-            if not self.engine.begin(self.waiting[0]):
-                return False
-            self.begun.append(self.waiting.popleft())
-            self.has_begun = True
+        if not self.engine.begin(self.waiting[0]):
+            return False
+        self.begun.append(self.waiting.popleft())
+        self.has_begun = True
         return True
 
     def close(self) -> None:
@@ -89,7 +107,7 @@ class JobRun:
         if not isinstance(error, SortedError):
             traceback.print_exception(error)
         self.close()
-        self.worker.finish(self, without_frames(error))
+        self.resources.finish(self, without_frames(error))
 
     def _add_texts(self) -> None:
         """Add the tasks that write the texts."""
@@ -98,7 +116,7 @@ class JobRun:
         is_native = network.is_native
         groups = [[row] for row in range(len(job.prompts))]
         for rows in groups if is_native else [list(range(len(job.prompts)))]:
-            request = TextRequest(
+            request = GenerationRequest(
                 [list(job.prompts[row]) for row in rows],
                 self.strategy,
                 job.sampling,
@@ -125,7 +143,7 @@ class JobRun:
         """Prepare a batch before its first pass: what is kept of its prompt, its draft length."""
         self.engine.begun(task, batch)
         self.job.cached_tokens += task.num_cached
-        lengths = self.worker.draft_lengths
+        lengths = self.resources.draft_lengths
         if lengths is not None and isinstance(self.strategy, SPECULATIVE):
             batch.draft_length, _ = lengths.of(self.strategy)
 
@@ -137,8 +155,8 @@ class JobRun:
         self.counts.generated_tokens += len(added.tokens)
         self.counts.drafted_tokens += added.num_drafted
         self.counts.accepted_tokens += added.num_accepted
-        if self.worker.draft_lengths is not None and added.num_drafted:
-            self.worker.draft_lengths.of(self.strategy)[1](added.num_drafted, added.num_accepted)
+        if self.resources.draft_lengths is not None and added.num_drafted:
+            self.resources.draft_lengths.of(self.strategy)[1](added.num_drafted, added.num_accepted)
         if self.job.cancelled.is_set():
             self.close()
         if self.is_over:
@@ -173,19 +191,19 @@ class JobRun:
             self.job.put(self.scores)
             for piece in self.unsent:
                 self.job.put(piece)
-        self.worker.finish(self, None)
+        self.resources.finish(self, None)
 
     def _add_scoring(self, row: int) -> None:
         """Add the task that scores a text."""
         network, depth = self.generator.network, self.generator.network.num_layers
         prompt, added = list(self.job.prompts[row]), self.tokens[row]
-        request = TextRequest([[*prompt, *added]], max_new_tokens=0)
+        request = GenerationRequest([[*prompt, *added]], max_new_tokens=0)
         sizes = sizes_of(network, request, None, shared=network.is_native)
 
-        def start(_: Task) -> Generator[Pass | Any, Tensor, None]:
+        def start(_: Task) -> Generator[ForwardPass | Any, Tensor, None]:
             state = DecodingState(network, 1, sizes.capacity, [*sizes.stops, depth])
             self.scores[row] = yield from score_text(
-                state, self.worker.texts, prompt, added, self.job.scoring
+                state, self.resources.texts, prompt, added, self.job.scoring
             )
 
         task = Task(sizes, start, lambda _: None, self._end_of_task, self.job.tenant)

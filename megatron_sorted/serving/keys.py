@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.reading.shown import shown
+from megatron_sorted.reading.text_file import read_text, split_lines
 from megatron_sorted.serving.answers import RefusedError
 
 KEY_VARIABLE = "MEGATRON_SORTED_API_KEY"
@@ -87,13 +88,13 @@ class ApiKeys:
             raise RefusedError(
                 f"the header Authorization is not 'Bearer KEY'. {remedy}", status=401
             )
-        given, found = _hash(key.strip()), None
+        given, owner_of_key = _hash(key.strip()), None
         for digest, owner in self.owners.items():  # all of them, so that time tells nothing
             if hmac.compare_digest(digest, given):
-                found = owner
-        if found is None:
+                owner_of_key = owner
+        if owner_of_key is None:
             raise RefusedError(f"the key is not one of this server's. {remedy}", status=401)
-        return found
+        return owner_of_key
 
 
 def _hash(key: str) -> bytes:
@@ -114,25 +115,12 @@ def open_keys(path: Path | None, environment: Mapping[str, str] = os.environ) ->
             f"--api-key-file: {shown(path)} is given beside the variable {KEY_VARIABLE}. "
             "Leave out one of them."
         )
-    try:
-        with path.open("rb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
-            data = stream.read(MAX_KEY_BYTES + 1)
-        text = data.decode()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise SettingsError(
-            f"--api-key-file: {shown(path)} cannot be read ({reason}). Name a file of keys."
-        ) from error
-    if len(data) > MAX_KEY_BYTES:
-        raise SettingsError(
-            f"--api-key-file: {shown(path)} has more than {MAX_KEY_BYTES} bytes. "
-            "Name a file of keys."
-        )
+    text = read_text(path, "Name a file of keys by --api-key-file.", SettingsError, MAX_KEY_BYTES)
+    mode = path.stat().st_mode
     if mode & 0o044:
         print(
             f"warning: --api-key-file: other users can read {shown(path)} "
             f"(mode {mode & 0o777:03o}). Change that with: chmod 600 {shown(path)}",
             file=sys.stderr,
         )
-    return ApiKeys(text.splitlines(), path)
+    return ApiKeys(split_lines(text), path)

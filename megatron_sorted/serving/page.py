@@ -43,11 +43,11 @@ def policy_of(page: str) -> str:
 
 def _hashes(page: str, element: str) -> str:
     """Return the sources of a policy that allow the page's own elements of this kind."""
-    found = re.findall(rf"<{element}\b[^>]*>(.*?)</{element}>", page, re.DOTALL | re.IGNORECASE)
+    texts = re.findall(rf"<{element}\b[^>]*>(.*?)</{element}>", page, re.DOTALL | re.IGNORECASE)
     return (
         " ".join(
             f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-            for text in found
+            for text in texts
         )
         or "'none'"
     )

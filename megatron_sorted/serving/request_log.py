@@ -2,6 +2,7 @@
 
 import logging
 import re
+import select
 import sys
 import time
 import uuid
@@ -28,7 +29,7 @@ class RequestRecord:
 
     Attributes:
         id: The client's name for the request, else a new one.
-        method, path: As received; the path is percent-encoded again.
+        method, path: The HTTP method, and the path with percent-encoding.
         began_at, ended_at: Times by ``clock``.
         owner: Owner of the API key; "" without keys.
         status: The response's status; 0 before it.
@@ -137,11 +138,25 @@ def log_request(record: RequestRecord) -> None:
         LOG.info(record.line())
 
 
+class ReadyStreamHandler(logging.StreamHandler):
+    """Writes lines that fit into the stream now; else drops them, so that no client waits."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, unless no one reads a pipe or terminal that is full."""
+        try:
+            # a pipe is ready when it has room for 4096 bytes, which is more than a line has
+            is_ready = bool(select.select([], [self.stream], [], 0)[1])
+        except (OSError, ValueError, TypeError):  # the stream is closed, or there is none
+            is_ready = False
+        if is_ready:
+            super().emit(record)
+
+
 def write_request_log() -> None:
     """Write the log to standard error, with times in UTC."""
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
-    handler = logging.StreamHandler(sys.stderr)
+    handler = ReadyStreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.joined import Pass
+from megatron_sorted.decoding.cache.joined import ForwardPass
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.text_generator import ANCHOR, BROKEN
 from megatron_sorted.text.tokenizer.contract import Tokenizer
@@ -55,7 +55,7 @@ Logprobs = list[tuple[float, list[tuple[int, float]]]]
 
 def logprobs_of(
     state: DecodingState, tokens: Sequence[int], first: int, num_top: int
-) -> Generator[Pass, Tensor, Logprobs]:
+) -> Generator[ForwardPass, Tensor, Logprobs]:
     """Yield the passes that log-probabilities need; return those of tokens from ``first`` on.
 
     One run of the full model over the whole text, with the products that write texts; temperature
@@ -73,7 +73,7 @@ def logprobs_of(
     for begin in range(first, len(tokens), POSITIONS_AT_ONCE):
         end = min(begin + POSITIONS_AT_ONCE, len(tokens))
         slots_1n = torch.arange(begin - 1, end - 1, device=state.device)[None]
-        logits_1nv = yield Pass(state, max(state.segments), slots_1n)
+        logits_1nv = yield ForwardPass(state, max(state.segments), slots_1n)
         scores_nv = logits_1nv[0].float().log_softmax(-1)
         own_n = scores_nv.gather(-1, ids_1s[0, begin:end, None])[:, 0].tolist()
         best = scores_nv.topk(min(num_top, scores_nv.size(-1)), dim=-1)
@@ -121,7 +121,7 @@ def score_text(
     prompt: Sequence[int],
     added: Sequence[int],
     scoring: Scoring,
-) -> Generator[Pass, Tensor, list[TokenScore]]:
+) -> Generator[ForwardPass, Tensor, list[TokenScore]]:
     """Yield passes; return the scores of the tokens added to a prompt, or of both."""
     whole, begin = [*prompt, *added], 0 if scoring.with_prompt else len(prompt)
     first = max(begin, 1)

@@ -71,8 +71,12 @@ class Usage:
 
     @property
     def cached_tokens(self) -> int:
-        """Return the number of tokens of the prompts that were kept from earlier texts."""
-        return min(self.job.cached_tokens, self.prompt_tokens)  # n texts may share one prompt
+        """Return the number of tokens of the prompts that were kept from earlier texts.
+
+        Where several texts continue one prompt, it is their mean.
+        """
+        num_copied = sum(map(len, self.job.prompts))
+        return self.job.cached_tokens * self.prompt_tokens // num_copied
 
     def seconds_per_token(self) -> list[float]:
         """Return the mean time between tokens of each text that has more than its first ones."""

@@ -33,15 +33,15 @@ class WaitingJobs:
         job.waits_since = self.clock()
         self._jobs.setdefault(job.tenant, deque()).append(job)
 
-    def next(self) -> Job | None:
-        """Take the next job: the first one of the owner whose turn it is; None without jobs."""
-        if not self._jobs:
-            return None
-        tenant = next(iter(self._jobs))
-        jobs = self._jobs.pop(tenant)
-        job = jobs.popleft()
-        if jobs:  # behind the other owners
-            self._jobs[tenant] = jobs
+    def tenants(self) -> list[str]:
+        """Return the owners of jobs."""
+        return list(self._jobs)
+
+    def next(self, tenant: str) -> Job | None:
+        """Take an owner's first job; None without one."""
+        job = next(iter(self._jobs.get(tenant, ())), None)
+        if job is not None:
+            self.remove(job)
         return job
 
     def remove(self, job: Job) -> bool:

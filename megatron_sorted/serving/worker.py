@@ -15,7 +15,7 @@ from megatron_sorted.errors import MemoryExhaustedError, SortedError
 from megatron_sorted.serving.adaptation import JOBS_PER_SAVE, Adaptation
 from megatron_sorted.serving.answers import BusyError
 from megatron_sorted.serving.job import Job
-from megatron_sorted.serving.job_run import JobRun, without_frames
+from megatron_sorted.serving.job_run import JobRun, Resources, without_frames
 from megatron_sorted.serving.token_logprobs import TokenTexts
 from megatron_sorted.serving.waiting import WaitingJobs
 
@@ -48,14 +48,16 @@ class GenerationWorker:
         self.generator, self.adaptation = generator, adaptation
         self.options, self.counts = options or BatchingOptions(), BatchingCounts()
         self.engine = Engine(generator.network, self.options, self.counts, clock)
-        self.draft_lengths: DraftLengths | None = None
+        self.resources = Resources(
+            generator, self.engine, TokenTexts(generator.tokenizer), self._finish
+        )
         self.waiting = WaitingJobs(self.options.max_wait_seconds)
         self.changed = threading.Condition()
         self.runs: list[JobRun] = []
         self.learning: dict[JobRun, tuple[str, int]] = {}
+        self.turns: dict[str, int] = {}
         self.accepts_jobs, self.seconds_per_job = True, 1.0
         self.last_end = time.perf_counter()
-        self.texts = TokenTexts(generator.tokenizer)
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.thread.start()
 
@@ -100,8 +102,8 @@ class GenerationWorker:
         self.thread.join(seconds)
         return not self.thread.is_alive()
 
-    def finish(self, run: JobRun, error: BaseException | None) -> None:
-        """End a job's outputs, and learn from it; called by the job that runs."""
+    def _finish(self, run: JobRun, error: BaseException | None) -> None:
+        """End a job's outputs, and learn from it."""
         if run in self.runs:
             with self.changed:
                 self.runs.remove(run)
@@ -135,7 +137,7 @@ class GenerationWorker:
     def _run(self) -> None:
         network = self.generator.network
         if self.options.drafts_by_load and network.is_native and len(network.depths) > 1:
-            self.draft_lengths = DraftLengths(
+            self.resources.draft_lengths = DraftLengths(
                 network, self.generator.draft, lambda: len(self.engine.running)
             )
         while self._take_jobs():
@@ -158,14 +160,11 @@ class GenerationWorker:
         while True:
             for run in [run for run in self.runs if run.job.cancelled.is_set()]:
                 run.close()
-                self.finish(run, None)
+                self._finish(run, None)
             self._refuse_overdue()
-            while self._begin_texts():
-                with self.changed:
-                    job = self.waiting.next()
-                if job is None:
-                    break
-                self._begin(job)
+            while self._begin_text():
+                pass
+            self.engine.count()
             with self.changed:
                 self.counts.requests_running = len(self.runs)
                 self.counts.requests_waiting = len(self.waiting)
@@ -193,21 +192,35 @@ class GenerationWorker:
             self.counts.requests_refused += 1
             job.put(self._busy(f"it has waited {self.options.max_wait_seconds:g} s"))
 
-    def _begin_texts(self) -> bool:
-        """Begin texts of jobs that have begun; return whether there is room for another job."""
-        for run in list(self.runs):
+    def _begin_text(self) -> bool:
+        """Begin a text of the owner who has waited longest for a turn; return whether it was.
+
+        Where there is no room for that text, none is begun, so that large ones come to their turn.
+        """
+        if len(self.engine.running) >= self.options.max_num_seqs:
+            return False
+        begun = {run.job.tenant: run for run in reversed(self.runs) if run.waiting}
+        with self.changed:
+            tenants = [*begun, *self.waiting.tenants()]
+            if not tenants:
+                return False
+            tenant = min(tenants, key=lambda one: self.turns.get(one, 0))
+            job = None if tenant in begun else self.waiting.next(tenant)
+        run = begun.get(tenant) or self._begin(job)
+        if run is not None and run.waiting:
             try:
                 if not run.begin():
                     return False
             except Exception as error:
                 run.fail(error)
+        self.turns[tenant] = max(self.turns.values(), default=0) + 1
         return True
 
-    def _begin(self, job: Job) -> None:
-        """Begin a job."""
+    def _begin(self, job: Job) -> JobRun | None:
+        """Begin a job; return it unless it is over already."""
         if job.cancelled.is_set():
             job.put(None)
-            return
+            return None
         strategy, learning = job.strategy, None
         # jobs that write nothing, or whose texts are scored, say little about a strategy
         if (
@@ -219,7 +232,7 @@ class GenerationWorker:
             learning = self.adaptation.choose(job.task)
             strategy = self.adaptation.strategies[learning[1]]
         try:
-            run = JobRun(self, job, strategy)
+            run = JobRun(self.resources, job, strategy)
         except Exception as error:
             if not isinstance(error, SortedError):
                 traceback.print_exception(error)
@@ -227,13 +240,14 @@ class GenerationWorker:
                 self.adaptation.fail(*learning)
             self.counts.requests_failed += 1
             job.put(without_frames(error))
-            return
+            return None
         if run.is_over:
-            return
+            return None
         if learning is not None:
             self.learning[run] = learning
         with self.changed:
             self.runs.append(run)
+        return run
 
     def _learn(self, run: JobRun, error: BaseException | None) -> None:
         """Teach the adaptation the speed of a job."""

@@ -15,7 +15,7 @@ from megatron_sorted.decoding.native.library import native_library
 from megatron_sorted.decoding.network import Network, load_network
 from megatron_sorted.decoding.speculation.steps import DecodingBatch
 from megatron_sorted.decoding.strategies import SamplingParameters, Strategy
-from megatron_sorted.decoding.texts import TextRequest
+from megatron_sorted.decoding.texts import GenerationRequest
 from tests.support.exit_parts import NestedCase, save_nested
 from tests.support.model_directories import family_model
 
@@ -120,4 +120,4 @@ def started(
     max_new_tokens: int,
 ) -> DecodingBatch:
     """Return a batch of texts that has not run any layer yet."""
-    return start_batch(network, TextRequest(texts, strategy, sampling, max_new_tokens), None)
+    return start_batch(network, GenerationRequest(texts, strategy, sampling, max_new_tokens), None)

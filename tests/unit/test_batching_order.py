@@ -108,7 +108,7 @@ def test_texts_of_a_draft_model_end_while_others_are_drafted():
 
 
 @pytest.mark.parametrize("is_read", [True, False], ids=["streaming", "prompt being read"])
-def test_nothing_is_left_of_a_request_whose_client_has_gone(is_read):
+def test_nothing_is_left_of_a_request_whose_client_has_left(is_read):
     _, network = plain_network("llama")
     options = BatchingOptions(prefill_tokens=1)
     worker = GenerationWorker(TextGenerator(network, Letters()), options=options)

@@ -292,6 +292,7 @@ def test_a_cancelled_job_ends(served):
     worker.submit(job)
     behind = worker.submit(Job([writer.encode("a")], Full(), SamplingParameters(), 2, []))
     assert len(list(behind.results())) == 2
+    assert job.cancelled.wait(60)
     assert len(list(job.results())) == 3, "the job was not ended"
     late = Job([writer.encode("a")], Full(), SamplingParameters(), 200, [])
     late.cancelled.set()

@@ -78,6 +78,7 @@ def test_a_depth_writes_the_text_of_the_model_cut_there(served, depth):
             "rejected_prediction_tokens": 0,
         }
         assert answer["model"] == more.get("model", "tiny")
+        assert answer["usage"]["layers_run"] == depth * (6 + 12 - 1), "the last token is not read"
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "depth": depth}
     answer = client.post("/v1/chat/completions", json=chat).json()
     assert answer["usage"]["depths"] == {str(depth): 5}
@@ -93,6 +94,16 @@ def test_requests_without_a_depth_have_the_servers_strategy(served):
     drafted = usage["completion_tokens_details"]
     assert drafted["accepted_prediction_tokens"] == usage["depths"].get("2", 0) > 0
     assert sum(usage["depths"].values()) == 12
+
+
+def test_the_usage_says_what_was_kept_of_a_prompt(served):
+    client, _ = served
+    usages = [completion(client, prompt="x" * 70, n=n, depth=2)["usage"] for n in (1, 1, 3)]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert cached[0] == 0 < cached[1] == cached[2] <= 71
+    assert [usage["layers_run"] for usage in usages] == [
+        n * 2 * (71 + 12 - 1 - kept) for n, kept in zip((1, 1, 3), cached, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.3, 1.0])
@@ -114,7 +125,7 @@ def test_a_confidence_is_the_threshold_of_every_exit(served, confidence):
 
 
 @pytest.mark.parametrize(
-    ("more", "field", "words"),
+    ("more", "field", "message"),
     [
         ({"depth": 5}, "depth", "5 is no exit of this model. Use one of 1, 2, 3, 4."),
         ({"depth": 0}, "depth", "0 is no exit"),
@@ -138,15 +149,15 @@ def test_a_confidence_is_the_threshold_of_every_exit(served, confidence):
         ({"confidence": 0.5, "logprobs": 1}, "confidence", "logprobs: "),
     ],
 )
-def test_contradictions_and_unknown_depths_are_refused_by_field(served, more, field, words):
+def test_contradictions_and_unknown_depths_are_refused_by_field(served, more, field, message):
     client, _ = served
     answer = client.post("/v1/completions", json={**GREEDY, **more})
     error = answer.json()["error"]
-    assert answer.status_code == 400 and error["param"] == field and words in error["message"]
+    assert answer.status_code == 400 and error["param"] == field and message in error["message"]
 
 
 @pytest.mark.parametrize("name", ["tiny@5", "tiny@", "tiny@02", "tiny@2@2", "tin@2", "@2"])
-def test_unknown_names_are_not_found(served, name):
+def test_unknown_names_are_refused(served, name):
     client, _ = served
     for answer in (
         client.post("/v1/completions", json={**GREEDY, "model": name}),
@@ -218,7 +229,7 @@ def test_depths_in_streams_need_a_stream(served):
 
 
 def test_the_usage_of_a_job():
-    job, now = Job([[1], [1]], None, None, 9, []), iter((1.0, 2.0, 5.0, 6.0))
+    job, now = Job([[1] * 8, [1] * 8], None, None, 9, []), iter((1.0, 2.0, 5.0, 6.0))
     usage = Usage(job, 8, lambda: next(now))
     for row, depths, drafted, accepted in (
         (0, [2, 2, 4], 4, 2),
@@ -234,7 +245,7 @@ def test_the_usage_of_a_job():
         "prompt_tokens": 8,
         "completion_tokens": 6,
         "total_tokens": 14,
-        "prompt_tokens_details": {"cached_tokens": 8},
+        "prompt_tokens_details": {"cached_tokens": 7},
         "completion_tokens_details": {
             "accepted_prediction_tokens": 3,
             "rejected_prediction_tokens": 5,

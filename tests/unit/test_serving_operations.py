@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import logging
+import os
 import re
 import time
 from html.parser import HTMLParser
@@ -24,6 +25,7 @@ from megatron_sorted.serving.api import make_app
 from megatron_sorted.serving.keys import ApiKeys
 from megatron_sorted.serving.request_log import (
     LOG,
+    ReadyStreamHandler,
     RecordRequests,
     RequestRecord,
     log_request,
@@ -163,7 +165,7 @@ def test_a_client_that_leaves_is_logged_as_that(caplog):
     worker.close()
 
 
-def test_the_log_goes_to_standard_error_with_times_in_utc(capsys, monkeypatch):
+def test_the_log_goes_to_standard_error_with_times_in_utc(capfd, monkeypatch):
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     handlers, LOG.handlers = LOG.handlers, []
@@ -179,11 +181,27 @@ def test_the_log_goes_to_standard_error_with_times_in_utc(capsys, monkeypatch):
         LOG.setLevel(logging.NOTSET)
         monkeypatch.undo()
         time.tzset()
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     moment, line = printed.err.rstrip("\n").split(" ", 1)
     assert line == ("id=me method=GET path=/v1/models status=200 end=complete key=- seconds=1.500")
     assert moment[:13] == time.strftime("%Y-%m-%dT%H", time.gmtime(before))
     assert re.fullmatch(r"[0-9-]{10}T[0-9:]{8}\.\d{3}Z", moment) and printed.out == ""
+
+
+def test_a_log_that_nobody_reads_delays_no_client():
+    reader, writer = os.pipe()
+    with open(reader, "rb", 0) as read_end, open(writer, "w") as stream:
+        handler = ReadyStreamHandler(stream)
+        line = logging.LogRecord("a", logging.INFO, "", 0, "x" * 400, None, None)
+        for _ in range(1000):  # more than a pipe holds
+            handler.emit(line)
+        unread = read_end.read(1 << 20)
+        assert 0 < len(unread) < 401 * 1000 and unread == (b"x" * 400 + b"\n") * (
+            len(unread) // 401
+        )
+        handler.emit(line)
+        assert len(read_end.read(1 << 20)) == 401
+    handler.emit(line)  # the stream is closed
 
 
 def test_without_the_log_nothing_is_printed(capfd):

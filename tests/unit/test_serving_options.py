@@ -6,6 +6,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -22,28 +23,18 @@ from tests.rules.sources import ROOT
 
 UNIT = ROOT / "examples" / "serving" / "megatron-sorted.service"
 JOB = ROOT / "slurm" / "serve.sbatch"
+USUAL = BatchingOptions(drafts_by_load=True)
 KEY = "secret-key-0123456789"
 
 
 def test_options_are_the_limits_of_batching():
-    assert read_arguments(["model"]).batching == BatchingOptions()
-    given = read_arguments(
-        [
-            "model",
-            "--max-num-seqs",
-            "8",
-            "--cache-memory",
-            "1.5",
-            "--max-wait",
-            "2.5",
-            "--prefill-tokens",
-            "64",
-            "--share-prefixes",
-        ]
-    )
-    assert given.batching == BatchingOptions(8, 1_500_000_000, 2.5, 64, True, True)
-    assert read_arguments(["model", "--prefix-caching", "off"]).batching == BatchingOptions(
-        prefix_caching=False
+    assert read_arguments(["model"]).batching == USUAL
+    limits = {"--max-num-seqs": "8", "--cache-memory": "1.5", "--max-wait": "2.5"}
+    given = [word for pair in limits.items() for word in pair]
+    given = read_arguments(["model", *given, "--prefill-tokens", "64", "--share-prefixes"])
+    assert given.batching == BatchingOptions(8, 1_500_000_000, 2.5, 64, True, True, True)
+    assert read_arguments(["model", "--prefix-caching", "off"]).batching == replace(
+        USUAL, prefix_caching=False
     )
 
 
@@ -68,10 +59,10 @@ def test_limits_out_of_range_are_refused(arguments, message):
     assert str(refused.value).startswith(message)
 
 
-def test_the_limits_in_words():
+def test_the_line_of_limits():
     line = limits_line(BatchingOptions(8, 2_500_000_000, 30, 64, True, True))
-    for words in ("8 texts", "2.5 GB", "30 s", "64 tokens", "all keys"):
-        assert words in line
+    for part in ("8 texts", "2.5 GB", "30 s", "64 tokens", "all keys"):
+        assert part in line
     assert "no text is kept" in limits_line(BatchingOptions(prefix_caching=False))
 
 
@@ -139,7 +130,7 @@ def test_a_server_starts_with_its_limits_keys_and_log(start, tmp_path):
     path.write_text(f"alice {KEY}\n")
     path.chmod(0o600)
     seen, printed = start("--api-key-file", str(path), "--max-num-seqs", "3", "--host", "0.0.0.0")
-    assert seen["worker"].options == BatchingOptions(max_num_seqs=3) and seen["log"]
+    assert seen["worker"].options == replace(USUAL, max_num_seqs=3) and seen["log"]
     assert seen["keys"].owner(f"Bearer {KEY}") == "alice"
     assert "[at most 3 texts at once" in printed.out and "API keys: 1]" in printed.out
     assert "http://0.0.0.0:" in printed.out.splitlines()[-1]
@@ -218,8 +209,8 @@ def test_the_slurm_job_becomes_a_server_that_drains_before_its_limit(run_job):
         **{KEY_VARIABLE: KEY},
     )
     assert done.returncode == 0 and done.stderr == "" and KEY not in done.stdout
-    said, _, *given = done.stdout.splitlines()
-    assert said == f"[clients of this job: http://{socket.gethostname()}:8123/v1]"
+    announced, _, *given = done.stdout.splitlines()
+    assert announced == f"[clients of this job: http://{socket.gethostname()}:8123/v1]"
     assert given.pop(0) == "serve"
     values = read_arguments(given)
     assert (values.model.name, values.threads, values.port) == ("my model", 6, 8123)

@@ -107,9 +107,7 @@ class Engine:
         task.states, task.num_prompt = batch.states, max(batch.state.lengths)
         if task.prompt is None or not self.options.prefix_caching:
             return
-        kept, length = self.prefixes.find(task.prompt, task.tenant, batch.state)
-        if kept is not None:
-            self._copy(task, kept.states, length)
+        self._copy_kept(task)
         if not self.network.is_native:
             return
         prompt, longest = np.asarray(task.prompt), max(task.num_read, MIN_TOKENS)
@@ -121,6 +119,12 @@ class Engine:
             common = common_length(np.asarray(other.prompt), prompt)
             if common > longest:
                 task.donor, longest = (other, common), common
+
+    def _copy_kept(self, task: Task) -> None:
+        """Copy what is kept of a task's prompt."""
+        kept, length = self.prefixes.find(task.prompt, task.tenant, task.states[0])
+        if kept is not None:
+            self._copy(task, kept.states, length)
 
     def _copy(self, task: Task, states: Sequence[DecodingState], length: int) -> None:
         """Copy the first tokens of another text into a task's states, where they have them."""
@@ -136,28 +140,32 @@ class Engine:
         if task.donor is None:
             return False
         other, length = task.donor
-        if other.states and other.pending is not None and other.num_read < length:
-            return True
+        if other.states and other.pending is not None and not other.num_passes[other.states[0]]:
+            return True  # it reads its prompt, as deep as its own first pass needs it
         task.donor = None
         if other.states:
             self._copy(task, other.states, length)
-        elif (found := self.prefixes.find(task.prompt, task.tenant, task.states[0]))[0] is not None:
-            self._copy(task, found[0].states, found[1])
+        else:
+            self._copy_kept(task)
         return False
 
     def round(self) -> None:
         """Run the passes that the tasks wait for, and the tasks to their next ones."""
         for task in [task for task in self.running if task.passes is None]:
             self._advance(task, None)
-        chosen = self._choose()
-        for network in {id(task.pending.state.network) for task, _ in chosen}:
-            group = [one for one in chosen if id(one[0].pending.state.network) == network]
+        groups: dict[int, list[tuple[Task, int]]] = {}
+        for task, piece in self._choose():
+            groups.setdefault(id(task.pending.state.network), []).append((task, piece))
+        for group in groups.values():
             for (task, _), logits in zip(group, self._run(group), strict=True):
                 if isinstance(logits, BaseException):
                     self.end(task, logits)
                 elif logits is not None:
                     self._advance(task, logits)
-        self.counts.rounds += bool(chosen)
+        self.counts.rounds += bool(groups)
+
+    def count(self) -> None:
+        """Write what is so now to the counts."""
         self.counts.texts_running = len(self.running)
         self.counts.cache_bytes_running = sum(task.num_bytes for task in self.running)
         self.counts.cache_bytes_kept = self.prefixes.num_bytes
@@ -188,6 +196,10 @@ class Engine:
             else:
                 many.append((missing, task))
         room = self.options.prefill_tokens * (1 if few else ALONE)
+        # a prompt that comes now has had as many turns as the one that has had the fewest
+        fewest = min((task.num_turns for _, task in many if task.num_turns), default=0)
+        for _, task in many:
+            task.num_turns = max(task.num_turns, fewest)
         many.sort(key=lambda one: one[1].num_turns)
         for missing, task in many:
             if room <= 0:

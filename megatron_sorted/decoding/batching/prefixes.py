@@ -21,8 +21,8 @@ class Kept:
     """A text that is kept.
 
     Attributes:
-        tokens: Its tokens.
-        states: Its state, and that of the model that drafts.
+        tokens: The tokens.
+        states: The model's state, and that of the model that drafts.
         tenant: Name of its owner.
         num_prompt: Number of tokens that were read as a prompt, and not written.
         num_bytes: Memory that it takes.
@@ -62,7 +62,7 @@ class PrefixCache:
         Args:
             prompt: Tokens of the new text.
             tenant: Name of its owner.
-            state: Its state.
+            state: The state of the new text.
         """
         best, longest, most, new = None, 0, 0, np.asarray(prompt)
         for kept in self._kept.values():

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.joined import Pass
+from megatron_sorted.decoding.cache.joined import ForwardPass
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.generate import Sizes
 
-Passes = Generator[Pass | Any, Tensor | None, None]
+Passes = Generator[ForwardPass | Any, Tensor | None, None]
 """Yields passes, is sent their logits, and yields other outputs for whoever gave the task."""
 
 
@@ -46,7 +46,7 @@ class Task:
     tenant: str = ""
     prompt: list[int] | None = None
     passes: Passes | None = None
-    pending: Pass | None = None
+    pending: ForwardPass | None = None
     states: list[DecodingState] = field(default_factory=list)
     donor: "tuple[Task, int] | None" = None
     num_prompt: int = 0
@@ -82,7 +82,7 @@ class Task:
             except StopIteration:
                 self.pending = None
                 return False
-            if isinstance(output, Pass):
+            if isinstance(output, ForwardPass):
                 self.pending = output
                 return True
             logits = None

@@ -11,7 +11,7 @@ from megatron_sorted.decoding.cache.state import DecodingState
 
 
 @dataclass(eq=False)
-class Pass:
+class ForwardPass:
     """The wish for an exit's logits in some slots, after all tokens of the texts have run there.
 
     Attributes:
@@ -64,7 +64,7 @@ class Joined:
     num_layers: list[int]
 
 
-def run_joined(passes: Sequence[Pass], pieces: Sequence[int]) -> Joined:
+def run_joined(passes: Sequence[ForwardPass], pieces: Sequence[int]) -> Joined:
     """Run passes of texts of one network, as few calls as there are segments and exits.
 
     Args:

@@ -190,7 +190,7 @@ class BatchCache:
         """Run segments on tokens of many caches of a network.
 
         Every cache has a pass of its own here, with the products that it has alone: torch rounds
-        products of other numbers of rows in other ways.
+        products of other numbers of rows otherwise.
 
         Args:
             groups: For each segment, from shallow to deep, the caches that need it.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.joined import Pass
+from megatron_sorted.decoding.cache.joined import ForwardPass
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.network import Network
@@ -34,7 +34,7 @@ class StepOutput:
     num_accepted: int = 0
 
 
-Steps = Generator[Pass, Tensor, list[StepOutput]]
+Steps = Generator[ForwardPass, Tensor, list[StepOutput]]
 """A step that is under way: yields passes, is sent their logits, returns each text's new tokens."""
 
 
@@ -156,7 +156,7 @@ def first_confident(
     measure,
     seen_bv: Tensor | None,
     active: Sequence[bool] | None = None,
-) -> Generator[Pass, Tensor, tuple[Tensor, list[int]]]:
+) -> Generator[ForwardPass, Tensor, tuple[Tensor, list[int]]]:
     """Return each row's next token from the first exit that is confident enough, and that exit.
 
     If no exit is, the token comes from the last one, and the exit's depth is returned as negative.
@@ -177,7 +177,7 @@ def first_confident(
     chosen, decided = None, None
     by = [0 if flag else depths[0] for flag in active or [True] * state.num_rows]
     for depth, threshold in zip(depths, thresholds, strict=True):
-        logits_b1v = yield Pass(state, depth, state.last_slots())
+        logits_b1v = yield ForwardPass(state, depth, state.last_slots())
         tokens = batch.choose_last(state, logits_b1v, seen_bv)
         chosen = tokens if chosen is None else torch.where(decided, chosen, tokens)
         confident = [True] * state.num_rows
@@ -239,7 +239,7 @@ class Chain:
             state.device,
             [length - 1 for length in state.lengths],
         )
-        logits_bnv = yield Pass(state, batch.depth, slots)
+        logits_bnv = yield ForwardPass(state, batch.depth, slots)
         chosen_bn = self._verify(logits_bnv, starts, most, drafted_bn)
         outputs = []
         # one copy from the device for both
@@ -257,7 +257,7 @@ class Chain:
         batch.commit(outputs)
         return outputs
 
-    def _draft(self, drafter: DecodingState) -> Generator[Pass, Tensor, list[list[int]]]:
+    def _draft(self, drafter: DecodingState) -> Generator[ForwardPass, Tensor, list[list[int]]]:
         """Append drafted tokens to the rows; return the exit of each, by row."""
         by: list[list[int]] = [[] for _ in range(drafter.num_rows)]
         active = [True] * drafter.num_rows

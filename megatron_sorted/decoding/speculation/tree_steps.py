@@ -5,7 +5,7 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.joined import Pass
+from megatron_sorted.decoding.cache.joined import ForwardPass
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.sampling import CONFIDENCE
@@ -83,7 +83,7 @@ class TreeStep:
         if drafter is not state:
             state.plant(nodes_bt, tree)
         slots = slots_from([start - 1 for start in starts], size + 1, state.device)
-        logits_bnv = yield Pass(state, batch.depth, slots)
+        logits_bnv = yield ForwardPass(state, batch.depth, slots)
         positions = [
             [start, *(start + level for level in row)]
             for start, row in zip(starts, levels, strict=True)
@@ -104,7 +104,7 @@ class TreeStep:
         batch.commit(outputs)
         return outputs
 
-    def _draft(self, drafter: DecodingState) -> Generator[Pass, Tensor, list[int]]:
+    def _draft(self, drafter: DecodingState) -> Generator[ForwardPass, Tensor, list[int]]:
         """Grow and prune the drafter's tree; return the exit that drafted each level."""
         strategy, starts, by = self.strategy, list(drafter.lengths), []
         tree, candidates = drafter.begin_tree(), CandidateNodes(drafter.num_rows, drafter.device)
@@ -138,7 +138,7 @@ class TreeStep:
 
     def _read_level(
         self, drafter: DecodingState, slots_bk: Tensor
-    ) -> Generator[Pass, Tensor, tuple[int, Tensor]]:
+    ) -> Generator[ForwardPass, Tensor, tuple[int, Tensor]]:
         """Return the exit that drafts a level, and its logits [b, k, v].
 
         It is the first exit whose confidence in the level's most likely node is above its threshold
@@ -146,10 +146,10 @@ class TreeStep:
         """
         *early, last = self.strategy.depths
         for depth, threshold in zip(early, self.strategy.thresholds, strict=True):
-            logits = yield Pass(drafter, depth, slots_bk)
+            logits = yield ForwardPass(drafter, depth, slots_bk)
             if bool((self.measure(logits).amax(1) > threshold).all()):
                 return depth, logits
-        return last, (yield Pass(drafter, last, slots_bk))
+        return last, (yield ForwardPass(drafter, last, slots_bk))
 
     def _prune(self, drafter: DecodingState, candidates: CandidateNodes) -> None:
         """Reduce the tree to the best candidates; those that were not expanded become leaves."""
