@@ -105,7 +105,7 @@ def soak(values: argparse.Namespace, folder: Path) -> int:
         checked.append((name, seen, checks))
         print(f"{name}: compared in {time.monotonic() - began:.0f} s", flush=True)
         for check in checks:
-            print(f"  {'FAILED' if check.faults else 'holds '} {check.name}: {check.found}")
+            print(f"  {'FAILED' if check.faults else 'holds '} {check.name}: {check.figures}")
             for fault in check.faults:
                 print(f"         {fault[:2000]}")
     if values.output != Path():

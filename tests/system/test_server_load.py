@@ -55,7 +55,7 @@ def checked(tmp_path_factory) -> dict[str, tuple[Seen, list[Check]]]:
 def test_many_clients_get_the_texts_that_are_written_alone(checked, part):
     seen, checks = checked[part]
     assert len(seen.outcomes) >= POOL and seen.probes and seen.refused
-    faults = {one.name: (one.found, one.faults) for one in checks if one.faults}
+    faults = {one.name: (one.figures, one.faults) for one in checks if one.faults}
     assert not faults
 
 

@@ -11,15 +11,15 @@ from lab.reliability.soak.bad_bodies import BadRequest
 from lab.reliability.soak.checks import Bounds, all_checks
 from lab.reliability.soak.client import LEAVES, Answer, Leave
 from lab.reliability.soak.load import Outcome, Seen
-from lab.reliability.soak.requests import COMPLETIONS, asked
-from lab.reliability.soak.served import Usage
+from lab.reliability.soak.requests import COMPLETIONS, pooled
+from lab.reliability.soak.served import ProcessUsage
 
-REQUEST = asked(COMPLETIONS, prompt="a", max_tokens=3)
+REQUEST = pooled(COMPLETIONS, prompt="a", max_tokens=3)
 WRITTEN = Written((("one two", "stop"),), 2, {"4": 2})
 USAGE = {"completion_tokens": 2, "prompt_tokens": 1, "depths": {"4": 2}}
 ALONE = SimpleNamespace(of=lambda _: WRITTEN, written={REQUEST: WRITTEN})
 BAD = BadRequest("bad", b"", 400, "is wrong")
-IDLE = Usage(100.0, 10, 5)
+IDLE = ProcessUsage(100.0, 10, 5)
 
 
 def finished(**more) -> Answer:
@@ -43,7 +43,7 @@ def seen(**more) -> Seen:
         "probes": [Outcome(REQUEST, None, finished())],
         "refused": [(BAD, Answer(400, message="it is wrong.", is_complete=True))],
         "health": [0.1],
-        "usage": [IDLE, Usage(110.0, 70, 5)],
+        "usage": [IDLE, ProcessUsage(110.0, 70, 5)],
         "before": dict.fromkeys(after, 0),
         "after": after,
         "idle": IDLE,
@@ -76,12 +76,12 @@ def test_a_server_without_a_fault_passes():
         ({"first_seconds": 6.0}, "waits"),
     ],
 )
-def test_a_wrong_answer_is_found(more, word):
+def test_a_wrong_answer_is_reported(more, word):
     outcomes = [Outcome(REQUEST, None, finished(**more)), *seen().outcomes[1:]]
     assert word in " ".join(faulty(seen(outcomes=outcomes)))
 
 
-def test_a_beginning_that_is_another_ones_is_found():
+def test_a_beginning_that_is_another_ones_is_reported():
     left = Answer(200, {0: "two"}, {}, None, "", 0.5, 0.6, False, True)
     outcomes = [seen().outcomes[0], Outcome(REQUEST, Leave(LEAVES[2]), left)]
     assert faulty(seen(outcomes=outcomes)) == ["every text is the one written alone"]
@@ -95,9 +95,9 @@ def test_a_beginning_that_is_another_ones_is_found():
         ({"probes": [Outcome(REQUEST, None, finished(first_seconds=3.0))]}, "waits"),
         ({"health": [0.1, float("inf")]}, "health"),
         ({"health": []}, "health"),
-        ({"settled": Usage(150.0, 10, 5)}, "memory"),
-        ({"settled": Usage(100.0, 30, 5)}, "open file"),
-        ({"settled": Usage(100.0, 10, 70)}, "thread"),
+        ({"settled": ProcessUsage(150.0, 10, 5)}, "memory"),
+        ({"settled": ProcessUsage(100.0, 30, 5)}, "open file"),
+        ({"settled": ProcessUsage(100.0, 10, 70)}, "thread"),
         ({"after": seen().after | {"texts_running": 1}}, "nothing is left"),
         ({"after": seen().after | {"requests_failed": 1}}, "counts"),
         ({"after": seen().after | {"requests_finished": 1}}, "counts"),
@@ -106,13 +106,13 @@ def test_a_beginning_that_is_another_ones_is_found():
         ({"after": seen().after | {"generated_tokens": 3}}, "counts"),
     ],
 )
-def test_a_fault_of_the_server_is_found(more, word):
+def test_a_fault_of_the_server_is_reported(more, word):
     """A client that leaves at the last moment may be counted in any way, or not at all."""
-    found = faulty(seen(**more))
-    assert word in " ".join(found) and len(found) == bool(word)
+    reported = faulty(seen(**more))
+    assert word in " ".join(reported) and len(reported) == bool(word)
 
 
-def test_a_traceback_and_counts_that_are_not_exact_are_found():
+def test_a_traceback_and_counts_that_are_not_exact_are_reported():
     assert len(faulty(seen(), log="Traceback (most recent call last):")) == 1
     stayed = seen(outcomes=seen().outcomes[:1])
     assert faulty(stayed, exact=True) == ["/metrics counts what the clients counted"]
