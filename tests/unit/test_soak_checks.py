@@ -101,15 +101,22 @@ def test_a_beginning_that_is_another_ones_is_reported():
         ({"after": seen().after | {"texts_running": 1}}, "nothing is left"),
         ({"after": seen().after | {"requests_failed": 1}}, "counts"),
         ({"after": seen().after | {"requests_finished": 1}}, "counts"),
-        ({"after": seen().after | {"requests_cancelled": 0}}, ""),
+        ({"after": seen().after | {"requests_cancelled": 0}}, "counts"),
         ({"after": seen().after | {"generated_tokens": 8}}, "counts"),
         ({"after": seen().after | {"generated_tokens": 3}}, "counts"),
     ],
 )
 def test_a_fault_of_the_server_is_reported(more, word):
-    """A client that leaves at the last moment may be counted in any way, or not at all."""
     reported = faulty(seen(**more))
-    assert word in " ".join(reported) and len(reported) == bool(word)
+    assert word in " ".join(reported) and len(reported) == 1
+
+
+@pytest.mark.parametrize("name", ["requests_finished", "requests_cancelled", "nothing"])
+def test_a_client_that_leaves_early_may_be_counted_or_not(name):
+    outcomes = [seen().outcomes[0], Outcome(REQUEST, Leave(LEAVES[1]), Answer(reached=True))]
+    after = seen().after | {"requests_cancelled": 0}
+    after[name] = after.get(name, 0) + 1
+    assert faulty(seen(outcomes=outcomes, after=after)) == []
 
 
 def test_a_traceback_and_counts_that_are_not_exact_are_reported():
