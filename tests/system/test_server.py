@@ -150,7 +150,7 @@ def test_idle_and_slow_clients_lock_no_one_out(model):
 )
 def test_a_server_under_load_stops_in_time_with_errors_to_its_clients(model, signals, status):
     with serving(model, "--shutdown-timeout", 6) as (process, port):
-        long = {"prompt": ["a"] * 16, "n": 4, "max_tokens": 480, "temperature": 1}
+        long = {"prompt": ["a"] * 16, "n": 16, "max_tokens": 480, "temperature": 1}
         clients = [fire(port, **long), fire(port, **long), fire(port, **long, stream=True)]
         unread = fire(port, **long, stream=True)
         time.sleep(1)
