@@ -98,8 +98,8 @@ def measure(values: argparse.Namespace, work: Path) -> None:
     contenders = entrants.contenders()
     store.facts["absent"] = entrants.absent
     measurement = Measurement(
-        store, servers, entrants.size, values.clients, entrants.prompts, entrants.long, values.minutes,
-        contenders,
+        store, servers, entrants.size, values.clients, entrants.prompts, entrants.long,
+        values.minutes, contenders,
     )  # fmt: skip
     try:
         measurement.run(values.rounds, lambda: write_page(store, values.output))
