@@ -1,6 +1,7 @@
 """Clients and load tools of other projects, each a function that returns what it did."""
 
 import csv
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -61,7 +62,7 @@ def run_openai(target: Target) -> str:
     import openai
 
     client = openai.OpenAI(base_url=target.url, api_key=target.key)
-    listed = [one.id for one in client.models.list()]
+    listed = [client.models.retrieve(one.id).id for one in client.models.list()]
     text = client.completions.create(
         model=target.model, prompt=PROMPT, max_tokens=NUM_TOKENS, logprobs=2
     )
@@ -137,8 +138,8 @@ def run_lm_eval(target: Target) -> str:
 
 def run_locust(target: Target) -> str:
     """Let locust's users ask for completions at once."""
-    import locust  # noqa: F401 - is it installed?
-
+    if importlib.util.find_spec("locust") is None:  # an import would change this process's sockets
+        raise Missing("locust is not installed")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "locustfile.py"
         file.write_text(LOCUST_FILE, encoding="utf-8")
