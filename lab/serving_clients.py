@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import argparse
 import importlib.metadata
-import json
 import os
 import sys
 import urllib.request
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from lab.serving.public_clients import CLIENTS, Missing, Target
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.reading.json_text import parse_json
 from megatron_sorted.reporting.markdown import table
 
 
@@ -51,7 +51,7 @@ def first_model(url: str, key: str) -> str:
     request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {key}"})
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)["data"][0]["id"]
+            return parse_json(answer.read(), "the list of models")["data"][0]["id"]
     except (OSError, ValueError, LookupError) as error:
         raise PlatformError(
             f"{url}/models: no model is listed there ({error}). Start a server, and give its URL "

@@ -62,7 +62,7 @@ def ask(
 
     Args:
         port: The server's port.
-        dialect: Its API.
+        dialect: The API.
         prompt: A prompt as the dialect takes it.
         num_tokens: Number of new tokens.
         on_first: Called after the first token.
@@ -77,8 +77,8 @@ def ask(
         connection.request("POST", dialect.path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         if response.status != http.client.OK:
-            said = response.read().decode("utf-8", "replace")[:LAST_PART]
-            raise PlatformError(f"the server on port {port}: status {response.status}: {said}")
+            answer = response.read().decode("utf-8", "replace")[:LAST_PART]
+            raise PlatformError(f"the server on port {port}: status {response.status}: {answer}")
         for line in response:
             now, event = time.perf_counter(), parse_event(line)
             if event is None:

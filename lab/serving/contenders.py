@@ -108,7 +108,7 @@ def ours(
         command += ["--prefix-caching", "on" if caching else "off"]
     variables = {**setting.variables, "PYTHONPATH": str(checkout)}
     kept = ", prefixes kept" if caching else ""
-    launch = Launch(f"{engine} {kind}{kept}", _words(command), checkout, tuple(variables.items()))
+    launch = Launch(f"{engine} {kind}{kept}", _as_text(command), checkout, tuple(variables.items()))
     fields = {"strategy": strategy, "stream_options": {"include_usage": True}}
     return Contender(
         f"{engine} {kind} {strategy}{kept}", engine, kind, strategy, launch, Completions(fields)
@@ -130,7 +130,9 @@ def transformers(setting: Setting, python: Path, cached: int) -> Contender:
         "--cb-block-size", BLOCK_TOKENS, "--cb-num-blocks", -(-cached // BLOCK_TOKENS),
         "--cb-max-batch-tokens", 512,
     ]  # fmt: skip
-    launch = Launch(TRANSFORMERS, _words(command), setting.model, tuple(setting.variables.items()))
+    launch = Launch(
+        TRANSFORMERS, _as_text(command), setting.model, tuple(setting.variables.items())
+    )
     dialect = Completions(as_text=True)
     return Contender(TRANSFORMERS, TRANSFORMERS, "float32", FULL, launch, dialect)
 
@@ -147,7 +149,7 @@ def vllm(setting: Setting, python: Path) -> Contender:
         **setting.variables, "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{setting.threads - 1}" if setting.threads > 1 else "0",
     }  # fmt: skip
-    launch = Launch(VLLM, _words(command), setting.model, tuple(variables.items()))
+    launch = Launch(VLLM, _as_text(command), setting.model, tuple(variables.items()))
     fields = {"model": "model", "ignore_eos": True, "stream_options": {"include_usage": True}}
     return Contender(VLLM, VLLM, "float32", FULL, launch, Completions(fields))
 
@@ -161,7 +163,7 @@ def llama(
     Args:
         setting: What all servers have in common.
         kind: Kind of weights, by our name.
-        peer: Its build and the folder of its files.
+        peer: The build and the folder of its files.
         decode: Function from tokens to text.
         depths: Number of layers of the model, and of the model that drafts; None without one.
 
@@ -175,12 +177,12 @@ def llama(
         setting.context, setting.slots, "f32" if kind == "float32" else "f16", draft,
         setting.draft_tokens,
     )  # fmt: skip
-    words = [str(one) for one in served.command(0)]
-    words[words.index("--port") + 1] = "PORT"
+    arguments = [str(one) for one in served.command(0)]
+    arguments[arguments.index("--port") + 1] = "PORT"
     strategy = "draft" if draft else FULL
     name = f"{LLAMA} {theirs} {strategy}"
     launch = Launch(
-        f"{name} {setting.slots} slots", tuple(words), file.parent,
+        f"{name} {setting.slots} slots", tuple(arguments), file.parent,
         tuple(setting.variables.items()),
     )  # fmt: skip
     return Contender(name, LLAMA, kind, strategy, launch, LlamaCompletions(decode))
@@ -203,5 +205,5 @@ def check_python(python: Path, modules: str, extra: str) -> None:
         raise PlatformError(f"{python}: {' '.join(last)}. Install {extra} there.")
 
 
-def _words(command: list[object]) -> tuple[str, ...]:
+def _as_text(command: list[object]) -> tuple[str, ...]:
     return tuple(map(str, command))

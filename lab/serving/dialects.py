@@ -1,9 +1,11 @@
 """How each server is asked for the greedy continuation of a prompt, and how its events are read."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from megatron_sorted.errors import PlatformError
+from megatron_sorted.reading.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,7 @@ class Prompt:
 
     Attributes:
         text: The text.
-        ids: Its tokens, with those that the tokenizer puts before a text.
+        ids: The tokens, with those that the tokenizer puts before a text.
     """
 
     text: str
@@ -143,4 +145,8 @@ def parse_event(line: bytes) -> dict | None:
     if not line.startswith(b"data:"):
         return None
     payload = line[5:].strip()
-    return None if payload == b"[DONE]" else json.loads(payload)
+    return (
+        None
+        if payload == b"[DONE]"
+        else parse_json(payload, "an event of the stream", error=PlatformError)
+    )

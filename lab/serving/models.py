@@ -77,13 +77,13 @@ def make_prompts(
 def long_prompt(
     generator: TextGenerator, questions: Sequence[MultiTurnQuestion], length: int
 ) -> Prompt:
-    """Return a prompt of about this many tokens, in whole words, from turns of the questions."""
+    """Return a prompt of about this many tokens, in whole pieces, from turns of the questions."""
     whole = " ".join(turn for question in questions for turn in question.turns)
-    words = (whole + " ").split(" ")
-    while len(words) < length:
-        words += words
-    ids = generator.encode(" ".join(words[:length]))
+    parts = (whole + " ").split(" ")
+    while len(parts) < length:
+        parts += parts
+    ids = generator.encode(" ".join(parts[:length]))
     while len(ids) > length:
-        words = words[: int(len(words[:length]) * length / len(ids)) or 1]
-        ids = generator.encode(" ".join(words))
-    return Prompt(" ".join(words[:length]), ids)
+        parts = parts[: int(len(parts[:length]) * length / len(ids)) or 1]
+        ids = generator.encode(" ".join(parts))
+    return Prompt(" ".join(parts[:length]), ids)

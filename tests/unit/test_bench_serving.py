@@ -139,7 +139,7 @@ def test_the_long_prompt_comes_after_a_token_of_every_stream():
     assert row["silence"] >= row["pause"]
 
 
-def test_turns_repeat_what_was_said():
+def test_turns_repeat_all_earlier_turns():
     """Every turn sends all turns before it, with the answers."""
     with running_server() as (port, _):
         server = SimpleNamespace(port=port, cpu_seconds=lambda: 1.0)
@@ -231,7 +231,7 @@ def test_rounds_rotate_continue_and_leave_out_who_fails(tmp_path):
 
 
 def test_no_round_is_begun_without_time(tmp_path, capsys):
-    """What was measured is kept, and what is missing is said."""
+    """What was measured is kept, and what is missing is printed."""
     servers = Servers(tmp_path)
     try:
         late = measurement(tmp_path / "s.json", servers, [contender()], minutes=-1)
