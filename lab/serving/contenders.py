@@ -19,8 +19,9 @@ BEFORE, VLLM = "ours before", "vLLM"
 FULL, SPECULATIVE = "full", "self_speculative"
 LLAMA_KINDS = {"float32": "F32", "int8": "Q8_0"}
 """Our kind of weights -> llama.cpp's kind of the same precision."""
-BLOCK_TOKENS = 32
-"""Tokens of a block of keys and values, in transformers."""
+BLOCK_TOKENS = 256
+"""Tokens of a block of keys and values in transformers, its default. It shares full blocks of
+equal beginnings, so that shorter texts share nothing."""
 
 
 @dataclass(frozen=True)
