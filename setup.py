@@ -40,7 +40,7 @@ EVALUATE = [
     "datasets",
     "matplotlib",
 ]
-SERVE = [*CONVERT, "fastapi", "uvicorn"]
+SERVE = [*CONVERT, "fastapi", "uvicorn", "prometheus_client"]
 DEMO = ["Babel", "matplotlib"]
 DOCS = ["sphinx", "myst-parser", "furo"]
 DEV = [
@@ -90,7 +90,8 @@ setup(
     package_dir=SHIPPED,
     package_data={
         "megatron_sorted.decoding.native": ["source/*"],
-        "megatron_sorted.examples": ["*.yaml", "sites/*.site"],
+        "megatron_sorted.examples": ["*.yaml", "sites/*.site", "serving/*.service"],
+        "megatron_sorted.serving": ["page/index.html"],
         "megatron_sorted.slurm": ["*.sh", "*.awk", "*.sbatch"],
     },
     install_requires=["pydantic>=2", "pyyaml", "tqdm", "jinja2"],

@@ -26,9 +26,9 @@ from lab.contests.contenders import (
 )
 from lab.contests.gguf import KINDS, bytes_a_token, convert, extract, quantise
 from lab.contests.server import LlamaServer, ServedModel
-from megatron_sorted.decoding.generate import Limits
 from megatron_sorted.decoding.network import Network, load_network
 from megatron_sorted.decoding.strategies import SPECULATIVE, STRATEGIES, Full, Strategy
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.decoding.tuning.tune import Tuning
 from megatron_sorted.errors import PlatformError
 

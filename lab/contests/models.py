@@ -89,7 +89,7 @@ def question_prompts(
         most_tokens: Longest prompt; of a longer one the end is kept.
     """
     from megatron_sorted.benchmark.questions import spread
-    from megatron_sorted.decoding.text_generator import open_text_generator
+    from megatron_sorted.decoding.open_model import open_text_generator
 
     generator = open_text_generator(model, native="off")
     groups: dict[str, list] = {}

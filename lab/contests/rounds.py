@@ -78,7 +78,12 @@ class Store:
                     f"{self.path}: its {name} is {whole.get('settings', {}).get(name)}, not "
                     f"{value}: its rows cannot be continued. {remedy}"
                 )
-        self.rows, self.facts = whole["rows"], whole["facts"]
+        self.facts = whole["facts"]
+        self.rows = [
+            {**table["common"], **dict(zip(table["columns"], row, strict=True))}
+            for table in whole["tables"]
+            for row in table["rows"]
+        ]
 
     def add(self, rows: Sequence[Row]) -> None:
         """Keep the rows of a round."""
@@ -89,11 +94,29 @@ class Store:
         self.write()
 
     def write(self) -> None:
-        """Write the file, a line for each row."""
+        """Write the file: a table for each contender of a match, a line for each row of it."""
+        groups: dict[tuple, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row["match"], row["name"], *row), []).append(row)
+        tables = []
+        for rows in groups.values():
+            first = rows[0]
+            common = {
+                key: value for key, value in first.items() if all(row[key] == value for row in rows)
+            }
+            columns = [key for key in first if key not in common]
+            lines = [
+                json.dumps([row[key] for key in columns], separators=(",", ":")) for row in rows
+            ]
+            joined = ",\n".join(lines)
+            tables.append(
+                f'{{"common": {json.dumps(common)},\n"columns": {json.dumps(columns)},\n'
+                f'"rows": [\n{joined}]}}'
+            )
         head = json.dumps({"settings": self.settings, "facts": self.facts}, indent=1)
-        lines = ",\n".join(json.dumps(row) for row in self.rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.path, f'{head[:-2]},\n "rows": [\n{lines}\n]}}\n')
+        joined = ",\n".join(tables)
+        write_text_atomically(self.path, f'{head[:-2]},\n "tables": [\n{joined}\n]}}\n')
 
     def rounds_of(self, match: Match) -> int:
         """Return the number of rounds of a match that are kept."""

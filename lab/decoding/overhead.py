@@ -12,9 +12,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
 from megatron_sorted.decoding.cache.matrix import Matrix
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.strategies import Full, Strategy
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.decoding.tuning.costs import now
 
 WIDTHS = (1, 2, 4, 8, 16)

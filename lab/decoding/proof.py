@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import CONFIDENCE, Sampler
 from megatron_sorted.decoding.strategies import (
@@ -20,6 +20,7 @@ from megatron_sorted.decoding.strategies import (
     Strategy,
     TreeSpeculative,
 )
+from megatron_sorted.decoding.texts import Limits
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 from megatron_sorted.benchmark.peer import peer_run
 from megatron_sorted.benchmark.questions import MultiTurnQuestion
-from megatron_sorted.decoding.generate import Limits, stream
+from megatron_sorted.decoding.generate import stream
 from megatron_sorted.decoding.strategies import SamplingParameters, Strategy
 from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.decoding.tuning.costs import now
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.strategies import Strategy
 from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.decoding.tuning.costs import now
 from megatron_sorted.errors import SettingsError
 

@@ -1,13 +1,19 @@
 """``megatron-sorted serve``: a nested model under OpenAI's API.
 
-Beside OpenAI's fields, requests may have ``strategy`` and ``task``.
+Beside OpenAI's fields, requests may have ``depth``, ``confidence``, ``strategy`` and ``task``.
 """
 
 import argparse
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sorted.commands.options.batching import (
+    add_batching_options,
+    batching_options,
+    limits_line,
+)
 from megatron_sorted.commands.options.decoding import (
     add_generation_config,
     add_model_options,
@@ -23,10 +29,12 @@ from megatron_sorted.decoding.tuning.tuned_options import LEARNED_FILE
 from megatron_sorted.errors import SettingsError
 
 MAX_SHUTDOWN_SECONDS = 86400
+SWITCH_SECONDS = 0.001
 DESCRIPTION = """\
 Serve a nested model under OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models.
-By default only this machine can connect. For others, give --host and put a proxy with keys and TLS
-in front."""
+The page / tries it in a browser, /metrics is for Prometheus, /health for load balancers.
+By default only this machine can connect. For others, give --host and --api-key-file (or set
+MEGATRON_SORTED_API_KEY), and put a proxy with TLS in front."""
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,6 +47,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     )
     add_model_options(parser)
     add_strategy_options(parser)
+    add_batching_options(parser)
     group = parser.add_argument_group("server")
     add_generation_config(group)
     group.add_argument(
@@ -64,6 +73,18 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         help="the model's name for clients (default: that of its directory)",
     )
     group.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="keys that clients need for /v1: one a line, or NAME KEY (default: none is needed)",
+    )
+    group.add_argument(
+        "--no-request-log",
+        dest="request_log",
+        action="store_false",
+        help="do not write a line to standard error for each request",
+    )
+    group.add_argument(
         "--adapt",
         action="store_true",
         help="learn the fastest strategy for each task, instead of --strategy",
@@ -75,6 +96,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         help=f"file of --adapt, one per server (default: MODEL/{LEARNED_FILE})",
     )
     values = parser.parse_args(arguments)
+    values.batching = batching_options(values)
     if values.adapt_file is not None and not values.adapt:
         raise SettingsError(
             f"--adapt-file: {values.adapt_file} has no effect without --adapt. "
@@ -101,10 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from megatron_sorted.serving.adaptation import open_adaptation
     from megatron_sorted.serving.api import make_app, served_name
-    from megatron_sorted.serving.listening import bind, serve
+    from megatron_sorted.serving.keys import open_keys
+    from megatron_sorted.serving.listening import bind, open_warning, serve
+    from megatron_sorted.serving.request_log import write_request_log
     from megatron_sorted.serving.worker import GenerationWorker
 
+    keys = open_keys(values.api_key_file)
     bound = bind(values.host, values.port)  # before the model is read, which may take minutes
+    if not keys and (warning := open_warning(bound)):
+        print(warning, file=sys.stderr, flush=True)
     generator, choice = open_generator(values), requested_strategy(values)
     defaults = default_sampling(values, generator, 1.0)
     print(f"[{generator.form.line}]", flush=True)
@@ -128,6 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else f"the fastest of {', '.join(one.name for one in adaptation.strategies)}"
     )
     host, port = values.host, bound.getsockname()[1]
+    print(f"[{limits_line(values.batching)}; API keys: {len(keys) or 'none'}]", flush=True)
+    if values.request_log:
+        write_request_log()
 
     def announce() -> None:
         print(
@@ -137,9 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
 
-    worker = GenerationWorker(generator, adaptation)
+    # the model's thread waits less for Python's lock, which it gives up in every pass
+    sys.setswitchinterval(SWITCH_SECONDS)
+    worker = GenerationWorker(generator, adaptation, options=values.batching)
     serve(
-        make_app(worker, name, strategy_for, defaults),
+        make_app(worker, name, strategy_for, defaults, keys),
         worker,
         bound,
         values.shutdown_timeout,

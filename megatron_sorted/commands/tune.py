@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     read_tuned_options(path)  # refuses a damaged file before anything is measured
     texts = read_prompts(values.prompt_file, values.questions, values.num_prompts)
     from megatron_sorted.benchmark.trials import encode_prompts
-    from megatron_sorted.decoding.generate import Limits
+    from megatron_sorted.decoding.texts import Limits
     from megatron_sorted.decoding.tuning.tune import Tuning, depths_to_try
 
     generator = open_generator(values, as_tuned=False)

@@ -1,19 +1,28 @@
 """Text generation from prompts: a network with its tokenizer, stop sequences, streamed text."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from megatron_sorted.decoding.generate import AddedTokens, Limits, stream
-from megatron_sorted.decoding.network import Network, load_network
-from megatron_sorted.decoding.strategies import SPECULATIVE, SamplingParameters, Strategy
-from megatron_sorted.errors import DataError, SettingsError
-from megatron_sorted.exported.checkpoint_as_directory import as_hugging_face_directory
-from megatron_sorted.exported.generation_defaults import GenerationDefaults, generation_defaults_of
-from megatron_sorted.exported.tokenizer import open_tokenizer
+from megatron_sorted.decoding.cache.capacity import as_memory_error, check_cache_memory
+from megatron_sorted.decoding.cache.joined import Pass
+from megatron_sorted.decoding.generate import (
+    Sizes,
+    check_request,
+    run_passes,
+    sizes_of,
+    start_batch,
+    write_batch,
+)
+from megatron_sorted.decoding.network import Network
+from megatron_sorted.decoding.speculation.steps import DecodingBatch
+from megatron_sorted.decoding.strategies import SPECULATIVE, Full, SamplingParameters, Strategy
+from megatron_sorted.decoding.texts import AddedTokens, Limits, TextRequest
+from megatron_sorted.errors import DataError
+from megatron_sorted.exported.generation_defaults import GenerationDefaults
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 from megatron_sorted.text.tokenizer.fit import surplus_line
 
@@ -129,6 +138,7 @@ class TextGenerator:
             return self.encode("".join(f"{message['content']}\n" for message in messages))
         return self.tokenizer.encode_rendered(form.render(messages, tools))
 
+    @torch.inference_mode()
     def write(
         self,
         prompts: Sequence[Sequence[int]],
@@ -149,28 +159,78 @@ class TextGenerator:
         Raises:
             SettingsError, DataError, MemoryExhaustedError: See ``generate.stream``.
         """
+        request = TextRequest(
+            prompts, strategy or Full(), sampling or SamplingParameters(), max_new_tokens, stop
+        )
+        draft = self.draft_for(request.strategy)
+        with as_memory_error():
+            if prompts and max_new_tokens > 0:
+                sizes = sizes_of(self.network, request, draft)
+                check_cache_memory(
+                    self.network, len(prompts), sizes.capacity, sizes.stops, sizes.draft_bytes
+                )
+            yield from run_passes(self.writing(request))
+
+    def writing(
+        self,
+        request: TextRequest,
+        sizes: Sizes | None = None,
+        begun: Callable[[DecodingBatch], None] = lambda _: None,
+    ) -> Generator[Pass | StreamedText, Tensor | None, None]:
+        """Yield the passes that texts need, whose logits are sent, and their new parts.
+
+        Args:
+            request: The texts.
+            sizes: The memory for them; by default what they need alone.
+            begun: Called with the batch before its first pass.
+
+        Raises:
+            SettingsError, DataError, MemoryExhaustedError: See ``generate.stream``.
+        """
+        draft, stop = self.draft_for(request.strategy), request.stop
+        check_request(request, self.network, draft)
+        limits = self.limits(request.max_new_tokens, stop)
+        if request.max_new_tokens < 1:
+            return
         anchor = self.tokenizer.encode_batch([ANCHOR])[0]
-        rows = [self._begin(prompt, anchor) for prompt in prompts]
+        rows = {
+            row: self._begin(prompt, anchor)
+            for row, prompt in zip(request.rows, request.prompts, strict=True)
+        }
+        batch = start_batch(self.network, request, draft, sizes)
+        begun(batch)
+        writing, logits = write_batch(batch, request, limits), None
+        while True:
+            try:
+                output = writing.send(logits)
+            except StopIteration:
+                return
+            if isinstance(output, Pass):
+                logits = yield output
+            else:
+                logits = None
+                yield self._streamed(rows[output.row], output, stop)
+
+    def limits(self, max_new_tokens: int, stop: Sequence[str]) -> Limits:
+        """Return the limits of a text: its end tokens, its length, its stop sequences."""
+        anchor = self.tokenizer.encode_batch([ANCHOR])[0]
         longest, before = max(map(len, stop), default=0), len(self.tokenizer.decode(anchor))
 
         def tail(tokens: list[int]) -> str:  # a character takes at most four tokens
             return self.tokenizer.decode([*anchor, *tokens[-(4 * longest + 8) :]])[before:]
 
-        limits = Limits(max_new_tokens, self.end_ids, tuple(stop), tail)
-        for added in stream(
-            self.network, prompts, strategy, sampling, limits, self.draft_for(strategy)
-        ):
-            row = rows[added.row]
-            for count, (token, depth) in enumerate(zip(added.tokens, added.depths, strict=True), 1):
-                if token not in self.end_ids:
-                    row.ids.append(token)
-                # an incomplete character is shown only at the end, where no token can complete it
-                text = self._new_text(row, added.finish is not None and count == len(added.tokens))
-                if text or token not in self.end_ids:
-                    row.held.append((text, depth))
-            yield StreamedText(
-                added.row, self._release(row, stop, added.finish), added, added.finish
-            )
+        return Limits(max_new_tokens, self.end_ids, tuple(stop), tail)
+
+    def _streamed(self, row: _Row, added: AddedTokens, stop: Sequence[str]) -> StreamedText:
+        """Return the text of new tokens."""
+        for count, (token, depth) in enumerate(zip(added.tokens, added.depths, strict=True), 1):
+            if token not in self.end_ids:
+                row.ids.append(token)
+            # an incomplete character is shown only at the end, where no token can complete it
+            text = self._new_text(row, added.finish is not None and count == len(added.tokens))
+            if text or token not in self.end_ids:
+                row.held.append((text, depth))
+        return StreamedText(added.row, self._release(row, stop, added.finish), added, added.finish)
 
     def _begin(self, prompt: Sequence[int], anchor: list[int]) -> _Row:
         """Return a row without new text; it starts with the anchor if the prompt has any text."""
@@ -209,73 +269,3 @@ class TextGenerator:
             if finish is None and kept != part:
                 row.held.append((part[len(kept) :], depth))
         return released
-
-
-def open_text_generator(
-    directory: Path,
-    draft: Path | None = None,
-    depths: Sequence[int] | None = None,
-    tokenizer: Path | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    prompt_template: str | None = None,
-    native: str = "auto",
-) -> TextGenerator:
-    """Load a text generator from a Hugging Face directory or a checkpoint.
-
-    Args:
-        directory: Directory of the model.
-        draft: Directory of another model that drafts; None without one.
-        depths: Exits to use instead of those that the directory names.
-        tokenizer: Directory or sentencepiece file, for a model without tokenizer.
-        dtype: Data type of the weights; int8 for the compiled library alone.
-        device: Device of the weights.
-        prompt_template: Form of conversations instead of the one the model was trained in.
-        native: Whether the compiled library decodes: "on", "off" or "auto"; see `load_network`.
-
-    Raises:
-        CheckpointError, SettingsError, DataError: A directory, tokenizer or form cannot be used.
-    """
-    opened = as_hugging_face_directory(directory)
-    own = open_tokenizer(opened, tokenizer)
-    form = generation_defaults_of(opened, own, prompt_template)
-    network = load_network(opened, depths, dtype, device, native=native)
-    form.check_rows(network.vocab_size)
-    drafter = draft and open_draft(
-        as_hugging_face_directory(draft), network, own, tokenizer, native
-    )
-    return TextGenerator(network, own, drafter, form)
-
-
-def open_draft(
-    directory: Path,
-    network: Network,
-    tokenizer: Tokenizer,
-    option: Path | None = None,
-    native: str = "auto",
-) -> Network:
-    """Load a model with the same tokenizer that drafts for another one.
-
-    Where the two vocabularies are padded to different sizes, the draft model is resized. It has the
-    kind of weights of the other one; where torch runs that, torch runs both.
-
-    Args:
-        directory: Directory of the draft model.
-        network: The model that it drafts for.
-        tokenizer: Tokenizer of ``network``.
-        option: Tokenizer of both, for directories without one.
-        native: Whether the compiled library decodes; see `load_network`.
-
-    Raises:
-        SettingsError: The tokenizers give tokens different numbers, or the compiled library is
-            needed and cannot run the draft model.
-    """
-    native = native if network.is_native else "off"
-    draft = load_network(directory, None, network.dtype, network.device, native=native)
-    own = open_tokenizer(directory, option)
-    if own.vocabulary() != tokenizer.vocabulary():
-        raise SettingsError(
-            f"draft model: its tokenizer ({own.vocab_size} tokens) gives other numbers than the "
-            f"model's ({tokenizer.vocab_size}). Draft with a model of the same vocabulary."
-        )
-    return draft if draft.vocab_size == network.vocab_size else draft.resized(network.vocab_size)

@@ -11,8 +11,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from megatron_sorted.decoding.generate import Limits
 from megatron_sorted.decoding.network import Network
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.answers import exact_match, exact_match_with_case, f1, first_line
 from megatron_sorted.evaluation.decoded import continue_greedily

@@ -6,11 +6,12 @@ from tqdm import tqdm
 
 from megatron_sorted.decoding.cache.capacity import free_host_bytes
 from megatron_sorted.decoding.cache.eager import distinct_parameters, num_bytes
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.native.choice import native_kind, report_once
 from megatron_sorted.decoding.native.compiler import NativeError
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.strategies import Fixed
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.nested_model import NestedModel
 

@@ -3,49 +3,51 @@
 import asyncio
 import uuid
 from collections.abc import Callable
-from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
-from megatron_sorted.decoding.generate import check_prompts
 from megatron_sorted.decoding.strategies import SamplingParameters, Strategy
 from megatron_sorted.decoding.text_generator import TextGenerator
-from megatron_sorted.errors import DataError, SortedError
+from megatron_sorted.decoding.texts import check_prompts
+from megatron_sorted.errors import SortedError
 from megatron_sorted.serving.answers import (
     AsciiResponse,
-    CompletionResponse,
     RefusedError,
     error_response,
     response_to_error,
 )
 from megatron_sorted.serving.body import MAX_PROMPTS, max_body_bytes, parse_body, read_body
+from megatron_sorted.serving.completion import CompletionResponse
 from megatron_sorted.serving.connections import cancel_on_disconnect, outputs_of
+from megatron_sorted.serving.job import Job
+from megatron_sorted.serving.keys import ApiKeys
+from megatron_sorted.serving.metrics import Metrics
+from megatron_sorted.serving.models import ServedModels
+from megatron_sorted.serving.page import page_response
+from megatron_sorted.serving.prompts import PromptEncoder, read_prompts
+from megatron_sorted.serving.request_log import RecordRequests, RequestRecord, log_request
 from megatron_sorted.serving.requests import (
     ChatRequest,
     CompletionRequest,
     Kind,
-    excerpt,
-    read_prompts,
+    StreamOptions,
+    TextRequest,
     read_request,
     read_stop_sequences,
 )
+from megatron_sorted.serving.token_logprobs import Scoring
 from megatron_sorted.serving.turns import read_messages
-from megatron_sorted.serving.worker import GenerationWorker, Job, Scoring, check_scoring
+from megatron_sorted.serving.usage import Usage
+from megatron_sorted.serving.worker import GenerationWorker
 
 DEFAULT_TOKENS = 256
 DEFAULT_SAMPLING = SamplingParameters(temperature=1.0)
-PROBED_CHARACTERS = 8
-"""Characters per token of the context; of a longer text the beginning is encoded first.
-
-That mostly shows, at a bounded cost, that the text is too long.
-"""
-MANY_CHARACTERS = 20_000
-"""The length from which texts are encoded in a thread, while others are served."""
-MAX_TURNS, CHARACTERS_PER_TURN = 4096, 100
-"""The most turns of a conversation; about what a chat template writes around a turn."""
+MAX_TURNS = 4096
+OPEN_PATHS = ("/", "/health", "/metrics")
+"""Paths that need no key: they hold nothing of prompts, texts and clients."""
 
 
 def make_app(
@@ -53,6 +55,7 @@ def make_app(
     name: str,
     strategy_of: Callable[[str | None], Strategy | None],
     defaults: SamplingParameters = DEFAULT_SAMPLING,
+    keys: ApiKeys | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -62,18 +65,32 @@ def make_app(
         strategy_of: Maps a request's strategy to an object: None to the server's own; returns None
             where the worker is to choose.
         defaults: The sampling parameters for what a request does not set.
+        keys: The keys of clients; by default every client is served.
     """
+    keys = keys or ApiKeys()
+
+    async def check_key(request: Request) -> None:
+        if request.url.path not in OPEN_PATHS:
+            request.state.record.owner = keys.owner(request.headers.get("authorization"))
+
     app = FastAPI(
         title="megatron_sorted",
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
         default_response_class=AsciiResponse,
+        dependencies=[Depends(check_key)],
     )
-    generator = worker.generator
+    generator, metrics = worker.generator, Metrics(worker)
     network = generator.network
     max_bytes, most_tokens = max_body_bytes(network), network.max_positions
-    encoding = asyncio.Lock()
+    models, encoder = ServedModels(name, network, strategy_of), PromptEncoder(generator)
+
+    def ended(record: RequestRecord) -> None:
+        metrics.observe(record)
+        log_request(record)
+
+    app.add_middleware(RecordRequests, ended=ended)
 
     @app.exception_handler(SortedError)
     async def refused(_: Request, error: SortedError) -> Response:
@@ -89,26 +106,20 @@ def make_app(
     async def disconnected(_: Request, __: ClientDisconnect) -> Response:
         return Response(status_code=400)  # the framework wants one, though no client receives it
 
+    app.get("/")(page_response)
+    app.get("/metrics")(metrics.response)
+
     @app.get("/health")
     async def health() -> dict:
         return {"status": "ok"}
 
-    model = {
-        "id": name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "megatron_sorted",
-        "exits": list(network.depths),
-    }
-
     @app.get("/v1/models")
-    async def models() -> dict:
-        return {"object": "list", "data": [model]}
+    async def all_models() -> dict:
+        return {"object": "list", "data": models.entries()}
 
     @app.get("/v1/models/{requested:path}")
     async def one_model(requested: str) -> dict:
-        check_name(requested)
-        return model
+        return models.entry(requested)
 
     @app.get("/v1/adaptation")
     async def adaptation():
@@ -130,48 +141,22 @@ def make_app(
     async def completions(request: Request) -> Response:
         body = await requested_of(CompletionRequest, request)
         prompts = read_prompts(body.prompt, MAX_PROMPTS, most_tokens, network.vocab_size)
-        ids = await encoded(
-            sum(len(prompt) for prompt in prompts if isinstance(prompt, str)),
-            lambda: [
-                tokens_of(prompt, "prompt", generator.encode) if isinstance(prompt, str) else prompt
-                for prompt in prompts
-            ],
-        )
+        ids = await encoder.encode(prompts)
         echoes = [
             (prompt if isinstance(prompt, str) else generator.tokenizer.decode(prompt))
             if body.echo
             else ""
             for prompt in prompts
         ]
-        return await answer(
-            body,
-            request,
-            ids,
-            CompletionResponse("cmpl", "text_completion", name, echoes),
-            "prompt",
-        )
+        response = CompletionResponse("text_completion", body.model or name, echoes)
+        return await answer(body, request, job_of(body, ids, "prompt"), response)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         body = await requested_of(ChatRequest, request)
-        messages = read_messages(body.messages, min(most_tokens, MAX_TURNS))
-        contents = "\n".join(message["content"] for message in messages)
-
-        def encode(text: str) -> list[int]:
-            # the check of a long text encodes its beginning alone, without the template
-            return generator.encode_chat(messages) if text is contents else generator.encode(text)
-
-        ids = await encoded(
-            len(contents) + CHARACTERS_PER_TURN * len(messages),
-            lambda: [tokens_of(contents, "messages", encode)],
-        )
-        return await answer(
-            body,
-            request,
-            ids,
-            CompletionResponse("chatcmpl", "chat.completion", name, [""]),
-            "messages",
-        )
+        ids = await encoder.encode_chat(read_messages(body.messages, min(most_tokens, MAX_TURNS)))
+        response = CompletionResponse("chat.completion", body.model or name, [""])
+        return await answer(body, request, job_of(body, ids, "messages"), response)
 
     async def requested_of(kind: type[Kind], request: Request) -> Kind:
         """Return a request's checked body."""
@@ -180,48 +165,10 @@ def make_app(
         )
         body = read_request(kind, values)
         if body.model is not None:
-            check_name(body.model)
+            models.check(body.model)
         return body
 
-    def check_name(requested: str) -> None:
-        if requested != name:
-            raise RefusedError(
-                f"model: {excerpt(requested)} is not served here, only {name!r}.", "model", 404
-            )
-
-    async def encoded(num_characters: int, work: Callable[[], list[list[int]]]) -> list[list[int]]:
-        """Return the tokens of prompts; long ones are encoded in a thread, one at a time."""
-        if num_characters < MANY_CHARACTERS:
-            return work()
-        async with encoding:
-            return await asyncio.to_thread(work)
-
-    def tokens_of(text: str, field: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """Return the tokens of a text; refuse a far too long one after encoding its beginning."""
-        most_characters = PROBED_CHARACTERS * (most_tokens + 1)
-        try:
-            if (
-                len(text) > most_characters
-                and (count := len(encode(text[:most_characters]))) > most_tokens + 1
-            ):
-                raise RefusedError(
-                    f"{field}: {len(text)} characters, of which the first {most_characters} alone "
-                    f"are {count} tokens, are more than the model's context of {most_tokens} "
-                    "tokens. Shorten it.",
-                    field,
-                )
-            ids = encode(text)
-        except DataError as error:
-            raise RefusedError(str(error), field) from error
-        if len(ids) > most_tokens:
-            raise RefusedError(
-                f"{field}: {len(ids)} tokens are more than the model's context of {most_tokens}. "
-                "Shorten it.",
-                field,
-            )
-        return ids
-
-    def job_of(body: Any, ids: list[list[int]], field: str) -> Job:
+    def job_of(body: TextRequest, ids: list[list[int]], field: str) -> Job:
         """Build the job of a request whose prompts are encoded."""
         longest = max(map(len, ids))
         room = most_tokens - longest
@@ -233,15 +180,9 @@ def make_app(
         check_prompts(ids, network, 0)
         seed = body.seed if body.seed is not None else uuid.uuid4().int % (1 << 31)
         num_top = body.num_top_logprobs
-        try:
-            strategy = strategy_of(body.strategy)
-            if num_top is not None:
-                check_scoring(strategy)
-        except SortedError as error:
-            raise RefusedError(str(error), "strategy") from error
         return Job(
             [prompt for prompt in ids for _ in range(body.n)],
-            strategy,
+            models.strategy(body),
             body.sampling(defaults, seed),
             min(DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens, room),
             read_stop_sequences(body.stop),
@@ -250,16 +191,20 @@ def make_app(
         )
 
     async def answer(
-        body: Any, request: Request, ids: list[list[int]], response: CompletionResponse, field: str
+        body: TextRequest, request: Request, job: Job, response: CompletionResponse
     ) -> Response:
-        job = job_of(body, ids, field)
-        outputs = outputs_of(job)
+        record: RequestRecord = request.state.record
+        job.id, job.tenant = record.id, record.owner
+        usage = Usage(job, sum(map(len, job.prompts[:: body.n])))
+        outputs = outputs_of(job, usage.add)
         worker.submit(job)
-        response.begin(body.n, sum(map(len, ids)))
+        record.usage = usage
+        response.begin(body.n, usage)
+        field = "messages" if response.is_chat else "prompt"
         if body.stream:
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(
-                response.stream(outputs, field, with_usage), media_type="text/event-stream"
+                response.stream(outputs, field, body.stream_options or StreamOptions()),
+                media_type="text/event-stream",
             )
         watch = asyncio.create_task(cancel_on_disconnect(request, job))
         try:
@@ -271,6 +216,7 @@ def make_app(
         except Exception as error:  # the client gets it, and the server continues
             return response_to_error(error, field)
         finally:
+            record.has_left = watch.done()
             watch.cancel()
         return AsciiResponse(response.complete())
 

@@ -3,20 +3,26 @@
 import asyncio
 import queue
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 from fastapi import Request
 
 from megatron_sorted.decoding.text_generator import StreamedText
+from megatron_sorted.serving.job import Job
 from megatron_sorted.serving.token_logprobs import TokenScore
-from megatron_sorted.serving.worker import Job
 
 
-def outputs_of(job: Job) -> AsyncIterator[StreamedText | list[list[TokenScore]]]:
+def outputs_of(
+    job: Job, observe: Callable[[object], None] = lambda _: None
+) -> AsyncIterator[StreamedText | list[list[TokenScore]]]:
     """Return the outputs of a job that is not submitted yet.
 
     The job is cancelled when the iterator is closed, or dropped before its first use.
+
+    Args:
+        job: The job.
+        observe: Called with each output, also an error, before the output is yielded or raised.
     """
     ready, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -25,13 +31,13 @@ def outputs_of(job: Job) -> AsyncIterator[StreamedText | list[list[TokenScore]]]
             loop.call_soon_threadsafe(ready.set)
 
     job.notify = notify
-    outputs = _listen(job, ready)
+    outputs = _listen(job, ready, observe)
     weakref.finalize(outputs, job.cancel).atexit = False
     return outputs
 
 
 async def _listen(
-    job: Job, ready: asyncio.Event
+    job: Job, ready: asyncio.Event, observe: Callable[[object], None]
 ) -> AsyncIterator[StreamedText | list[list[TokenScore]]]:
     """Yield a job's outputs as they come; waiting for them takes no thread."""
     try:
@@ -44,6 +50,7 @@ async def _listen(
                 continue
             if output is None:
                 return
+            observe(output)
             if isinstance(output, BaseException):
                 raise output
             yield output

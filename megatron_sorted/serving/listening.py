@@ -1,6 +1,7 @@
 """The HTTP server: time limits of connections, a bound on their number, a stop in known time."""
 
 import asyncio
+import ipaddress
 import math
 import os
 import resource
@@ -83,6 +84,17 @@ def bind(host: str, port: int) -> socket.socket:
         bound.close()
         raise _address_error(host, port, error) from error
     return bound
+
+
+def open_warning(bound: socket.socket) -> str | None:
+    """Return a warning if other machines can connect to this socket; None if they cannot."""
+    address = ipaddress.ip_address(bound.getsockname()[0].partition("%")[0])
+    if (getattr(address, "ipv4_mapped", None) or address).is_loopback:
+        return None
+    return (
+        f"warning: whoever reaches {address} can use this server, since no API key is set. "
+        "Give --api-key-file, or --host 127.0.0.1 for this machine alone."
+    )
 
 
 def _address_error(host: str, port: int, error: OSError) -> SettingsError:

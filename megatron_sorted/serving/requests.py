@@ -22,14 +22,21 @@ EXCERPT_CHARACTERS = 60
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream; the obfuscation of OpenAI's own streams is accepted, but never added."""
+    """Options of a stream; the obfuscation of OpenAI's own streams is accepted, but never added.
+
+    ``include_depths`` is ours: every choice then has ``parts``, the text and exit of each token.
+    """
 
     include_usage: bool = False
     include_obfuscation: bool = False
+    include_depths: bool = False
 
 
-class _Request(BaseModel):
-    """The fields of both kinds of requests, by OpenAI's names; ``strategy``, ``task`` are ours."""
+class TextRequest(BaseModel):
+    """The fields of both kinds of requests, by OpenAI's names.
+
+    Ours are ``strategy``, ``task``, ``depth`` and ``confidence``.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -51,6 +58,8 @@ class _Request(BaseModel):
         | None
     ) = None
     task: str = Field(DEFAULT_TASK, min_length=1, max_length=64)
+    depth: int | None = Field(None, strict=True)
+    confidence: float | None = Field(None, ge=0, le=1)
 
     def check(self) -> None:
         """Check the fields against each other.
@@ -89,7 +98,7 @@ class _Request(BaseModel):
         raise NotImplementedError
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(TextRequest):
     """The body of POST /v1/completions."""
 
     prompt: Any
@@ -102,7 +111,7 @@ class CompletionRequest(_Request):
         return self.logprobs
 
 
-class ChatRequest(_Request):
+class ChatRequest(TextRequest):
     """The body of POST /v1/chat/completions."""
 
     messages: Any
@@ -178,7 +187,7 @@ Such a value is accepted and ignored; any other is refused.
 """
 FALSE_MEANS_NONE = ("logprobs", "echo")
 
-Kind = TypeVar("Kind", bound=_Request)
+Kind = TypeVar("Kind", bound=TextRequest)
 
 
 def read_request(kind: type[Kind], values: dict[str, Any]) -> Kind:
@@ -229,69 +238,6 @@ def _known_options(value: dict) -> dict:
                 f"stream_options.{name[:EXCERPT_CHARACTERS]}",
             )
     return {name: one for name, one in value.items() if one is not None}
-
-
-def read_prompts(
-    value: object, most_prompts: int, max_positions: int, vocab_size: int
-) -> list[str | list[int]]:
-    """Return the prompts, each a text or its tokens.
-
-    OpenAI allows four forms: a text, a list of texts, a list of tokens, a list of such lists.
-
-    Raises:
-        RefusedError: The value has none of these forms, or cannot fit the model.
-    """
-    if isinstance(value, str):
-        return [value]
-    rule = "Give a text, a list of texts, a list of tokens or a list of such lists."
-    if not isinstance(value, list):
-        raise RefusedError(
-            f"prompt: {excerpt(value)} is a {type(value).__name__}. {rule}", "prompt"
-        )
-    if not value:
-        raise RefusedError(f"prompt: the list is empty. {rule}", "prompt")
-    if type(value[0]) is int:
-        return [_check_tokens(value, "prompt", max_positions, vocab_size)]
-    if len(value) > most_prompts:
-        raise RefusedError(
-            f"prompt: {len(value)} prompts are more than {most_prompts} in one request. "
-            "Send fewer.",
-            "prompt",
-        )
-    if all(isinstance(one, str) for one in value):
-        return value
-    for index, one in enumerate(value):
-        if not isinstance(one, list):
-            raise RefusedError(
-                f"prompt.{index}: {excerpt(one)} is a {type(one).__name__}. {rule}",
-                f"prompt.{index}",
-            )
-    return [
-        _check_tokens(one, f"prompt.{index}", max_positions, vocab_size)
-        for index, one in enumerate(value)
-    ]
-
-
-def _check_tokens(value: list, field: str, max_positions: int, vocab_size: int) -> list[int]:
-    """Return the tokens of one prompt, their number checked first to bound the cost."""
-    if not value:
-        raise RefusedError(
-            f"{field}: it has no tokens. Give at least one, such as the tokenizer's bos.", field
-        )
-    if len(value) > max_positions:
-        raise RefusedError(
-            f"{field}: {len(value)} tokens are more than the model's context of {max_positions}. "
-            "Shorten it.",
-            field,
-        )
-    for token in value:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise RefusedError(
-                f"{field}: {excerpt(token)} is not a token in 0..{vocab_size - 1}. "
-                "Use the model's own tokenizer.",
-                field,
-            )
-    return value
 
 
 def read_stop_sequences(value: object) -> list[str]:

@@ -1,14 +1,14 @@
 """Log-probabilities of a text's tokens under the full model, and OpenAI's two formats for them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from megatron_sorted.decoding.cache.capacity import as_memory_error, check_cache_memory
+from megatron_sorted.decoding.cache.joined import Pass
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.text_generator import ANCHOR, BROKEN
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 
@@ -36,44 +36,53 @@ class TokenScore:
     is_prompt: bool
 
 
-@torch.inference_mode()
-def logprobs_of(
-    network: Network, tokens: Sequence[int], first: int, num_top: int
-) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Return (logprob, [(token, logprob)] of the most likely) of each token from ``first`` on.
+@dataclass
+class Scoring:
+    """The log-probabilities that a request wants for every token of its texts.
 
-    One pass of the full model over the whole text, with the products that write texts; temperature
+    Attributes:
+        num_top: Number of most likely tokens listed beside each token.
+        with_prompt: Whether tokens of prompts are scored too.
+    """
+
+    num_top: int
+    with_prompt: bool
+
+
+Logprobs = list[tuple[float, list[tuple[int, float]]]]
+"""(logprob, [(token, logprob)] of the most likely) of tokens that follow each other."""
+
+
+def logprobs_of(
+    state: DecodingState, tokens: Sequence[int], first: int, num_top: int
+) -> Generator[Pass, Tensor, Logprobs]:
+    """Yield the passes that log-probabilities need; return those of tokens from ``first`` on.
+
+    One run of the full model over the whole text, with the products that write texts; temperature
     and penalties do not change the numbers.
 
     Args:
-        network: The model.
+        state: An empty state of the model.
         tokens: The text.
         first: Position of the first scored token, 1 or more.
         num_top: Number of most likely tokens to list.
-
-    Raises:
-        MemoryExhaustedError: The text does not fit into memory.
     """
-    scored, depth = [], network.num_layers
-    with as_memory_error():
-        check_cache_memory(network, 1, len(tokens), [depth])
-        ids_1s = torch.tensor([list(tokens)], device=network.device)
-        state = DecodingState(network, 1, len(tokens), [depth])
-        state.append(ids_1s[:, :-1])
-        state.read(depth)
-        for begin in range(first, len(tokens), POSITIONS_AT_ONCE):
-            end = min(begin + POSITIONS_AT_ONCE, len(tokens))
-            slots_1n = torch.arange(begin - 1, end - 1, device=network.device)[None]
-            logits_nv = state.logits(depth, slots_1n)[0]
-            scores_nv = logits_nv.float().log_softmax(-1)
-            own_n = scores_nv.gather(-1, ids_1s[0, begin:end, None])[:, 0].tolist()
-            best = scores_nv.topk(min(num_top, scores_nv.size(-1)), dim=-1)
-            scored += [
-                (own, list(zip(ids, values, strict=True)))
-                for own, ids, values in zip(
-                    own_n, best.indices.tolist(), best.values.tolist(), strict=True
-                )
-            ]
+    scored: Logprobs = []
+    ids_1s = torch.tensor([list(tokens)], device=state.device)
+    state.append(ids_1s[:, :-1])
+    for begin in range(first, len(tokens), POSITIONS_AT_ONCE):
+        end = min(begin + POSITIONS_AT_ONCE, len(tokens))
+        slots_1n = torch.arange(begin - 1, end - 1, device=state.device)[None]
+        logits_1nv = yield Pass(state, max(state.segments), slots_1n)
+        scores_nv = logits_1nv[0].float().log_softmax(-1)
+        own_n = scores_nv.gather(-1, ids_1s[0, begin:end, None])[:, 0].tolist()
+        best = scores_nv.topk(min(num_top, scores_nv.size(-1)), dim=-1)
+        scored += [
+            (own, list(zip(ids, values, strict=True)))
+            for own, ids, values in zip(
+                own_n, best.indices.tolist(), best.values.tolist(), strict=True
+            )
+        ]
     return scored
 
 
@@ -107,22 +116,19 @@ class TokenTexts:
 
 
 def score_text(
-    network: Network,
+    state: DecodingState,
     texts: TokenTexts,
     prompt: Sequence[int],
     added: Sequence[int],
-    num_top: int,
-    with_prompt: bool,
-) -> list[TokenScore]:
-    """Return the scores of the tokens added to a prompt; ``with_prompt`` the prompt's come first.
-
-    Raises:
-        MemoryExhaustedError: The text does not fit into memory.
-    """
-    whole, begin = [*prompt, *added], 0 if with_prompt else len(prompt)
+    scoring: Scoring,
+) -> Generator[Pass, Tensor, list[TokenScore]]:
+    """Yield passes; return the scores of the tokens added to a prompt, or of both."""
+    whole, begin = [*prompt, *added], 0 if scoring.with_prompt else len(prompt)
     first = max(begin, 1)
     scores = [TokenScore(texts[whole[0]], None, [], True)] if begin == 0 else []
-    scored = logprobs_of(network, whole, first, num_top) if len(whole) > first else []
+    scored: Logprobs = []
+    if len(whole) > first:
+        scored = yield from logprobs_of(state, whole, first, scoring.num_top)
     for position, (logprob, top) in enumerate(scored, first):
         best = [(texts[token], value) for token, value in top]
         scores.append(TokenScore(texts[whole[position]], logprob, best, position < len(prompt)))

@@ -5,8 +5,9 @@ import warnings
 import pytest
 import torch
 
-from megatron_sorted.decoding.generate import Limits, generate, make_step, start_batch
+from megatron_sorted.decoding.generate import generate, make_step
 from megatron_sorted.decoding.network import load_network
+from megatron_sorted.decoding.speculation.steps import run_step
 from megatron_sorted.decoding.strategies import (
     EarlyExit,
     Fixed,
@@ -16,7 +17,8 @@ from megatron_sorted.decoding.strategies import (
     SortedSpeculative,
     TreeSpeculative,
 )
-from tests.support.decoding import prompts
+from megatron_sorted.decoding.texts import Limits
+from tests.support.decoding import prompts, started
 from tests.support.exit_parts import save_nested
 
 pytestmark = pytest.mark.gpu
@@ -81,7 +83,7 @@ def test_half_precision_runs(dtype, tmp_path):
 def test_a_draft_does_not_wait_for_the_gpu_and_a_step_once(graphs, sampling, tmp_path):
     save_nested(tmp_path, "mistral", "block")
     network, strategy = load_network(tmp_path, device="cuda", graphs=graphs), SelfSpeculative(1, 4)
-    batch = start_batch(network, prompts((9,), 100), strategy, sampling, 200, None)
+    batch = started(network, prompts((9,), 100), strategy, sampling, 200)
     step, state = make_step(strategy, batch), batch.state
     for _ in range(12):  # every width that drafting and verifying can have comes twice
         step.step()
@@ -90,7 +92,7 @@ def test_a_draft_does_not_wait_for_the_gpu_and_a_step_once(graphs, sampling, tmp
         warnings.simplefilter("always")
         try:
             torch.cuda.set_sync_debug_mode("error")
-            step._draft(state)
+            run_step(step._draft(state))
             state.crop(lengths)
             torch.cuda.set_sync_debug_mode("warn")
             step.step()

@@ -35,10 +35,10 @@ from megatron_sorted.reading.text_file import read_text, split_lines
 from megatron_sorted.reporting.exits import read_evaluation
 from megatron_sorted.reporting.run_reports import read_run
 from megatron_sorted.serving.body import parse_body
+from megatron_sorted.serving.prompts import read_prompts
 from megatron_sorted.serving.requests import (
     ChatRequest,
     CompletionRequest,
-    read_prompts,
     read_request,
     read_stop_sequences,
 )

@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
+from megatron_sorted.decoding.generate import start_batch
 from megatron_sorted.decoding.native.compiler import NativeError
 from megatron_sorted.decoding.native.library import native_library
 from megatron_sorted.decoding.network import Network, load_network
+from megatron_sorted.decoding.speculation.steps import DecodingBatch
+from megatron_sorted.decoding.strategies import SamplingParameters, Strategy
+from megatron_sorted.decoding.texts import TextRequest
 from tests.support.exit_parts import NestedCase, save_nested
 from tests.support.model_directories import family_model
 
@@ -106,3 +110,14 @@ def plain_network(
     kind = kind or ("float32" if has_native() else "torch")
     native = None if kind == "torch" else kind
     return NestedCase(model), Network(other, exits, native=native, keep=True)
+
+
+def started(
+    network: Network,
+    texts: Sequence[Sequence[int]],
+    strategy: Strategy,
+    sampling: SamplingParameters,
+    max_new_tokens: int,
+) -> DecodingBatch:
+    """Return a batch of texts that has not run any layer yet."""
+    return start_batch(network, TextRequest(texts, strategy, sampling, max_new_tokens), None)

@@ -92,44 +92,61 @@ struct Case {
         for (float number : table) rounded.push_back(to_bf16(number));
         std::vector<int64_t> tokens(rows * capacity);
         for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int64_t>(i) % vocabulary;
-        const Cache cache = {keys.data(), values.data()};
-        Segment segment = {1, hidden, 2, BFLOAT16, &layer, &cache, parts, rounded.data(),
-                           tokens.data(), nullptr, target.data(), vocabulary};
+        const size_t second = keys.size() / rows;
+        const Cache caches[] = {{keys.data(), values.data()},
+                                {keys.data() + second, values.data() + second}};
+        Text texts[rows];
+        for (int row = 0; row < rows; ++row) // the second has fewer slots than its memory
+            texts[row] = {tokens.data() + row * capacity, nullptr,
+                          target.data() + row * capacity * hidden, &caches[row],
+                          row ? 21 : capacity, 0, 0, 0, nullptr, nullptr};
+        Segment segment = {1, hidden, 2, BFLOAT16, &layer, parts, rounded.data(), vocabulary};
         const int firsts[] = {capacity - tree_size, 4};
         std::vector<int32_t> row_of, slots, positions;
         for (int row = 0; row < rows; ++row)
             for (int slot = 0; slot < firsts[row]; ++slot) row_of.push_back(row), slots.push_back(slot);
-        Places places = {static_cast<int32_t>(slots.size()), capacity, 0, 0, row_of.data(),
-                         slots.data(), slots.data(), cosines.data(), sines.data(),
-                         nullptr, nullptr, nullptr};
-        CHECK(native_run(threads, &segment, &places) == DONE);
+        Places places = {static_cast<int32_t>(slots.size()), 0, row_of.data(), slots.data(),
+                         slots.data(), cosines.data(), sines.data(), texts};
+        CHECK(pass(threads, segment, places) == DONE);
         const std::vector<float> whole = target;
         const std::vector<char> whole_keys = keys;
         for (int i = 0; i < places.count; ++i) { // the same one by one
             Places one = places;
             one.count = 1, one.rows += i, one.slots += i, one.positions += i;
-            CHECK(native_run(1, &segment, &one) == DONE);
+            CHECK(pass(1, segment, one) == DONE);
         }
         CHECK(target == whole && keys == whole_keys);
-        segment.source = source.data(), segment.num_parts = 0;
-        CHECK(native_run(threads, &segment, &places) == DONE);
-        segment.source = nullptr, segment.embedding = table.data();
-        segment.embedding_kind = FLOAT32;
-        run_tree(segment, places, firsts);
+        for (int row = 0; row < rows; ++row)
+            texts[row].source = source.data() + row * capacity * hidden;
+        segment.num_parts = 0;
+        CHECK(pass(threads, segment, places) == DONE);
+        for (Text &text : texts) text.source = nullptr;
+        segment.embedding = table.data(), segment.embedding_kind = FLOAT32;
+        const Segment *both[] = {&segment, &segment};
+        const Places twice[] = {places, places};
+        CHECK(native_run(threads, 2, both, twice) == DONE);
+        run_tree(segment, places, texts, firsts);
         tokens[7] = vocabulary;
-        CHECK(native_run(threads, &segment, &places) == BAD_TOKEN);
+        CHECK(pass(threads, segment, places) == BAD_TOKEN);
         places.count = 0;
-        CHECK(native_run(threads, &segment, &places) == DONE);
+        CHECK(pass(threads, segment, places) == DONE);
 
         const Readout readout = {head.matrix, parts, norm.data(), 1e-5f, 2, hidden, 0};
         std::vector<float> logits(slots.size() * vocabulary);
-        CHECK(native_logits(threads, &readout, target.data(), capacity,
-                            static_cast<int32_t>(slots.size()), row_of.data(), slots.data(),
+        std::vector<const float *> states;
+        for (size_t i = 0; i < slots.size(); ++i)
+            states.push_back(texts[row_of[i]].target + slots[i] * hidden);
+        CHECK(native_logits(threads, &readout, static_cast<int32_t>(slots.size()), states.data(),
                             logits.data()) == DONE);
         for (float logit : logits) CHECK(std::isfinite(logit));
     }
 
-    void run_tree(const Segment &segment, Places places, const int *firsts) const {
+    static int32_t pass(int on, const Segment &segment, const Places &places) {
+        const Segment *one = &segment;
+        return native_run(on, 1, &one, &places);
+    }
+
+    void run_tree(const Segment &segment, Places places, Text *texts, const int *firsts) const {
         const int parents[rows][tree_size] = {{-1, -1, 0, 2, 2}, {-1, 0, 1, 2, 3}};
         std::vector<int32_t> row_of, slots, positions, levels;
         std::vector<uint8_t> seen(rows * tree_size * tree_size);
@@ -141,11 +158,16 @@ struct Case {
                 levels.push_back(level), row_of.push_back(row);
                 slots.push_back(firsts[row] + node), positions.push_back(firsts[row] + level - 1);
             }
-        places.count = static_cast<int32_t>(slots.size()), places.tree_size = tree_size;
+        places.count = static_cast<int32_t>(slots.size());
         places.rows = row_of.data(), places.slots = slots.data();
-        places.positions = positions.data(), places.tree_first = firsts;
-        places.tree_levels = levels.data(), places.tree_seen = seen.data();
-        CHECK(native_run(threads, &segment, &places) == DONE);
+        places.positions = positions.data();
+        for (int row = 0; row < rows; ++row) {
+            texts[row].tree_first = firsts[row], texts[row].tree_size = tree_size;
+            texts[row].tree_levels = levels.data() + row * tree_size;
+            texts[row].tree_seen = seen.data() + row * tree_size * tree_size;
+        }
+        CHECK(pass(threads, segment, places) == DONE);
+        for (Text *text = texts; text < texts + rows; ++text) text->tree_size = 0;
     }
 };
 
@@ -169,19 +191,19 @@ static void print_layout() {
     FIELD(Layer, cache_kind), FIELD(Part, first), FIELD(Part, second), FIELD(Part, norm);
     FIELD(Part, epsilon), FIELD(Part, unused), FIELD(Cache, keys), FIELD(Cache, values);
     FIELD(Segment, num_layers), FIELD(Segment, hidden_size), FIELD(Segment, num_parts);
-    FIELD(Segment, embedding_kind), FIELD(Segment, layers), FIELD(Segment, caches);
-    FIELD(Segment, parts), FIELD(Segment, embedding), FIELD(Segment, tokens);
-    FIELD(Segment, source), FIELD(Segment, target), FIELD(Segment, vocabulary);
-    FIELD(Places, count), FIELD(Places, capacity), FIELD(Places, tree_size);
+    FIELD(Segment, embedding_kind), FIELD(Segment, layers), FIELD(Segment, parts);
+    FIELD(Segment, embedding), FIELD(Segment, vocabulary), FIELD(Text, tokens);
+    FIELD(Text, source), FIELD(Text, target), FIELD(Text, caches), FIELD(Text, capacity);
+    FIELD(Text, tree_first), FIELD(Text, tree_size), FIELD(Text, unused);
+    FIELD(Text, tree_levels), FIELD(Text, tree_seen), FIELD(Places, count);
     FIELD(Places, unused), FIELD(Places, rows), FIELD(Places, slots), FIELD(Places, positions);
-    FIELD(Places, cosines), FIELD(Places, sines), FIELD(Places, tree_first);
-    FIELD(Places, tree_levels), FIELD(Places, tree_seen), FIELD(Readout, head);
+    FIELD(Places, cosines), FIELD(Places, sines), FIELD(Places, texts), FIELD(Readout, head);
     FIELD(Readout, parts), FIELD(Readout, norm), FIELD(Readout, epsilon);
     FIELD(Readout, num_parts), FIELD(Readout, hidden_size), FIELD(Readout, unused);
     std::printf("Matrix - %zu 0\nLayer - %zu 0\nPart - %zu 0\nCache - %zu 0\n", sizeof(Matrix),
                 sizeof(Layer), sizeof(Part), sizeof(Cache));
-    std::printf("Segment - %zu 0\nPlaces - %zu 0\nReadout - %zu 0\n", sizeof(Segment),
-                sizeof(Places), sizeof(Readout));
+    std::printf("Segment - %zu 0\nText - %zu 0\nPlaces - %zu 0\nReadout - %zu 0\n",
+                sizeof(Segment), sizeof(Text), sizeof(Places), sizeof(Readout));
 }
 
 int main(int, char **arguments) {

@@ -1,12 +1,12 @@
 """The whole contest of decoders in seconds, with a program that stands in for llama.cpp's."""
 
-import json
 import statistics
 import sys
 
 from lab import build_llama_cpp, contest
 from lab.contests import entrants
 from lab.contests.contenders import LLAMA, OURS
+from lab.contests.rounds import Store
 from tests.support.decoding import needs_native
 from tests.support.stand_in_llama_server import write_program
 
@@ -30,7 +30,7 @@ def test_whole_contest(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     contest.main()
     path = tmp_path / "results" / "contest.json"
-    rows = json.loads(path.read_text())["rows"]
+    rows = Store(path, {}).rows
     assert {one["match"] for one in rows} == {"a/1/tiny", "b/1/tiny", "c/1/tiny"} | {
         "d/1/tiny-agreeing"
     }

@@ -19,7 +19,7 @@ from megatron_sorted.decoding.strategies import (
     SortedSpeculative,
     TreeSpeculative,
 )
-from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.text_generator import StreamedText, TextGenerator
 from megatron_sorted.decoding.tuning.tuned_options import (
     LEARNED_FILE,
     TUNED_FILE,
@@ -29,7 +29,8 @@ from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.serving import adaptation as adaptation_module
 from megatron_sorted.serving.adaptation import Adaptation, candidate_strategies
 from megatron_sorted.serving.api import make_app
-from megatron_sorted.serving.worker import GenerationWorker, Job
+from megatron_sorted.serving.job import Job
+from megatron_sorted.serving.worker import GenerationWorker
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_server import expected
 from tests.unit.test_decoding_text_generator import Letters
@@ -57,11 +58,18 @@ class Timed(TextGenerator):
         super().__init__(plain_network("llama")[1], Letters())
         self.seconds, self.taken, self.now = seconds, [], 0.0
 
-    def write(self, prompts, strategy=None, *more):
-        self.taken.append(strategy.name)
-        for piece in super().write(prompts, strategy, *more):
-            self.now += self.seconds[strategy.name] * len(piece.added.tokens)
-            yield piece
+    def writing(self, request, *more):
+        name = request.strategy.name
+        self.taken.append(name)
+        writing, logits = super().writing(request, *more), None
+        while True:
+            try:
+                output = writing.send(logits)
+            except StopIteration:
+                return
+            if isinstance(output, StreamedText):
+                self.now += self.seconds[name] * len(output.added.tokens)
+            logits = yield output
 
 
 @contextmanager
@@ -237,11 +245,13 @@ def test_further_tasks_count_as_the_default_one(tmp_path, monkeypatch):
 def test_failed_jobs_teach_nothing_and_cancelled_ones_do(tmp_path, monkeypatch):
     with serving(tmp_path / LEARNED_FILE) as (client, writer, worker):
         with monkeypatch.context() as patch:
-            patch.setattr(writer, "write", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+            patch.setattr(
+                writer, "writing", lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
+            )
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 500
             patch.setattr(
                 writer,
-                "write",
+                "writing",
                 lambda *_: (_ for _ in ()).throw(DataError("prompt 0: bad. Mend it.")),
             )
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 400

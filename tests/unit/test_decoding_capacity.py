@@ -11,8 +11,9 @@ from megatron_sorted.decoding.cache.capacity import (
     free_host_bytes,
 )
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.strategies import SelfSpeculative
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.errors import MemoryExhaustedError
 from tests.support.decoding import nested, plain_network
 

@@ -10,13 +10,14 @@ import pytest
 pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
-from megatron_sorted.decoding.generate import AddedTokens
 from megatron_sorted.decoding.strategies import Full, SamplingParameters
 from megatron_sorted.decoding.text_generator import StreamedText, TextGenerator
+from megatron_sorted.decoding.texts import AddedTokens
 from megatron_sorted.errors import MemoryExhaustedError
 from megatron_sorted.serving import body
 from megatron_sorted.serving.api import make_app
-from megatron_sorted.serving.worker import MAX_WAITING, GenerationWorker, Job
+from megatron_sorted.serving.job import Job
+from megatron_sorted.serving.worker import MAX_WAITING, GenerationWorker
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_server import NamedLetters as Letters
 
@@ -25,15 +26,15 @@ PATIENCE = 60
 
 
 class Gated:
-    """A replacement of `write`: texts of five pieces, each of which waits for the test."""
+    """A replacement of `writing`: texts of five pieces, each of which waits for the test."""
 
     def __init__(self):
         self.turns, self.written = threading.Semaphore(0), []
 
-    def __call__(self, prompts, *_):
+    def __call__(self, request, *_):
         for number in range(5):
             assert self.turns.acquire(timeout=PATIENCE)
-            self.written.append(len(prompts[0]))
+            self.written.append(len(request.prompts[0]))
             finish = "length" if number == 4 else None
             yield StreamedText(
                 0, [(f"<{number}>", 4)], AddedTokens(0, [number], [4], 0, 0, finish), finish
@@ -45,7 +46,7 @@ def gated(monkeypatch):
     """Return a worker whose pieces wait for a gate, and the gate."""
     writer = TextGenerator(plain_network("llama")[1], Letters())
     gate = Gated()
-    monkeypatch.setattr(writer, "write", gate)
+    monkeypatch.setattr(writer, "writing", gate)
     worker = GenerationWorker(writer)
     yield worker, gate
     gate.turns.release(1000)
@@ -106,7 +107,7 @@ async def busy(worker) -> tuple:
     """Return a server whose worker is busy with a first client's request, and that client."""
     app = make_app(worker, "tiny", lambda name: Full())
     first = Client(app, prompt="a")
-    await until(lambda: not worker.waiting and worker.running and first.begun)
+    await until(lambda: not worker.waiting and worker.runs and first.begun)
     return app, first
 
 
@@ -142,11 +143,11 @@ def test_clients_that_leave_while_waiting_free_their_place_at_once(gated):
         await until(lambda: len(worker.waiting) == MAX_WAITING)
         late = Client(app, prompt="bcd")
         await until(lambda: late.status)
-        assert late.status == 503 and "64 requests wait already" in late.texts
+        assert late.status == 503 and f"{MAX_WAITING} requests wait already" in late.texts
         assert 1 <= int(late.headers[b"retry-after"]) <= 60
         for client in waiting:
             client.disconnected.set()
-        await until(lambda: not worker.waiting)
+        await until(lambda: not len(worker.waiting))
         await asyncio.wait_for(asyncio.gather(*(client.task for client in waiting)), PATIENCE)
         new = Client(app, prompt="bc")
         gate.turns.release(10)
@@ -166,7 +167,7 @@ def test_a_client_that_leaves_before_its_stream_begins_ends_its_job(gated):
         client = Client(app, prompt="bcd", stream=True)
         client.disconnected.set()  # the response has no receiver
         await asyncio.wait_for(client.task, PATIENCE)
-        await until(lambda: not worker.waiting)
+        await until(lambda: not len(worker.waiting))
         first.task.cancel()
 
     asyncio.run(scene())
@@ -197,7 +198,7 @@ def test_a_worker_outlives_the_loop_of_its_clients(gated):
 
     async def scene() -> None:
         Client(make_app(worker, "tiny", lambda name: Full()), prompt="a", stream=True)
-        await until(lambda: worker.running and worker.thread.is_alive())
+        await until(lambda: worker.runs and worker.thread.is_alive())
 
     asyncio.run(scene())
     gate.turns.release(5)
@@ -240,7 +241,7 @@ def test_a_failure_keeps_no_memory_and_one_of_the_program_is_shown(
         except ValueError as first:
             raise error from first
 
-    monkeypatch.setattr(worker.generator, "write", fail)
+    monkeypatch.setattr(worker.generator, "writing", fail)
     output = worker.submit(Job([[1]], Full(), SamplingParameters(), 5, [])).outputs.get(
         timeout=PATIENCE
     )

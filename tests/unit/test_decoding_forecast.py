@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.requested_strategy import check_strategy
 from megatron_sorted.decoding.strategies import (
@@ -14,6 +14,7 @@ from megatron_sorted.decoding.strategies import (
     SelfSpeculative,
     SortedSpeculative,
 )
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.decoding.tuning import costs as costs_module
 from megatron_sorted.decoding.tuning.costs import Costs, measure_costs
 from megatron_sorted.decoding.tuning.forecast import forecast

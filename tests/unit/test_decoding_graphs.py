@@ -8,7 +8,7 @@ import torch
 from megatron_sorted.decoding.cache.idle import MAX_IDLE
 from megatron_sorted.decoding.cache.passes import Passes
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, generate, stream
+from megatron_sorted.decoding.generate import generate, stream
 from megatron_sorted.decoding.network import load_network
 from megatron_sorted.decoding.strategies import (
     EarlyExit,
@@ -19,6 +19,7 @@ from megatron_sorted.decoding.strategies import (
     SortedSpeculative,
     TreeSpeculative,
 )
+from megatron_sorted.decoding.texts import Limits
 from tests.support.decoding import DEPTHS, last_logits, prompts
 from tests.support.exit_parts import save_nested
 from tests.support.model_directories import FAMILIES

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_sorted.conversion.hugging_face.nested_exits import ExitNorm, NestedExit
 from megatron_sorted.decoding.cache.matrix import Matrix
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.native.compiler import NativeError
 from megatron_sorted.decoding.network import Network, load_network
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.exported.load import load_with_exits
 from tests.support.decoding import needs_native, nested, plain_network, prompts
 from tests.support.exit_parts import save_nested

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.sampling import CONFIDENCE
+from megatron_sorted.decoding.speculation.steps import run_step
 from megatron_sorted.decoding.strategies import (
     EarlyExit,
     Full,
@@ -23,6 +24,7 @@ from megatron_sorted.decoding.strategies import (
     SortedSpeculative,
     TreeSpeculative,
 )
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.serving.token_logprobs import logprobs_of
 from tests.support.decoding import KINDS, needs_native, nested, plain_network, prompts
 
@@ -219,7 +221,9 @@ def test_scores_come_from_the_passes_that_write(kind):
     _, network = plain_network("mistral", kind=kind)
     [text] = prompts((100,), 100)
     [new] = written(network, [text])
-    scored = logprobs_of(network, [*text, *new], 1, 2)
+    state = DecodingState(network, 1, len(text) + len(new), [4])
+    scoring = logprobs_of(state, [*text, *new], 1, 2)
+    scored = run_step(scoring)
     wanted = whole(network, [*text, *new[:-1]], 4, 0).log_softmax(-1)
     own = wanted.gather(1, torch.tensor([*text[1:], *new])[:, None])[:, 0]
     close = 1e-4 if kind == "torch" else 0  # torch's passes of other sizes round differently

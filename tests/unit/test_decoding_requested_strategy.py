@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from megatron_sorted.decoding.generate import Limits
 from megatron_sorted.decoding.network import config_sha256, draft_key, load_network
 from megatron_sorted.decoding.requested_strategy import RequestedStrategy
 from megatron_sorted.decoding.strategies import EarlyExit, Full, SelfSpeculative, TreeSpeculative
 from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.decoding.tuning.races import Speed
 from megatron_sorted.decoding.tuning.tune import Tuning
 from megatron_sorted.decoding.tuning.tuned_options import (

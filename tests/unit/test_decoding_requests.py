@@ -10,10 +10,10 @@ pytest.importorskip("fastapi", reason="serving is an extra")
 from megatron_sorted.decoding.strategies import SamplingParameters
 from megatron_sorted.serving.answers import RefusedError
 from megatron_sorted.serving.body import parse_body
+from megatron_sorted.serving.prompts import read_prompts
 from megatron_sorted.serving.requests import (
     ChatRequest,
     CompletionRequest,
-    read_prompts,
     read_request,
     read_stop_sequences,
 )

@@ -12,13 +12,15 @@ import torch
 pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
-from megatron_sorted.decoding import generate as generate_module
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding import text_generator as text_generator_module
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.requested_strategy import check_strategy
 from megatron_sorted.decoding.strategies import Fixed, Full, SamplingParameters, SelfSpeculative
 from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.serving.api import make_app
-from megatron_sorted.serving.worker import GenerationWorker, Job
+from megatron_sorted.serving.job import Job
+from megatron_sorted.serving.worker import GenerationWorker
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_text_generator import Letters
 
@@ -70,7 +72,8 @@ def test_completions_of_one_and_of_many_prompts(served):
     assert answer["choices"] == [
         {"index": 0, "text": wanted, "logprobs": None, "finish_reason": "length"}
     ]
-    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+    counts = {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+    assert answer["usage"].items() >= counts.items()
     many = client.post(
         "/v1/completions", json={**ask, "prompt": ["hello", "b"], "echo": True, "strategy": "full"}
     ).json()
@@ -262,7 +265,7 @@ def test_out_of_memory_and_failures_are_reported_and_the_server_lives_on(served,
         (RuntimeError("broken"), 500),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(generate_module, "start_batch", Mock(side_effect=error))
+            patch.setattr(text_generator_module, "start_batch", Mock(side_effect=error))
             answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
             assert answer.status_code == status and answer.json()["error"]["type"] == "server_error"
         assert (
@@ -475,7 +478,7 @@ def test_a_text_of_no_new_tokens(served):
 
 def test_models_by_name(served):
     client, *_ = served
-    [listed] = client.get("/v1/models").json()["data"]
+    listed, *_ = client.get("/v1/models").json()["data"]
     assert client.get("/v1/models/tiny").json() == listed
     missing = client.get("/v1/models/an/other")
     assert missing.status_code == 404 and missing.json()["error"]["param"] == "model"

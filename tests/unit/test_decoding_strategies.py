@@ -9,7 +9,7 @@ import torch
 
 from megatron_sorted.decoding import sampling as sampling_module
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, generate, stream
+from megatron_sorted.decoding.generate import generate, stream
 from megatron_sorted.decoding.sampling import CONFIDENCE, gumbel
 from megatron_sorted.decoding.speculation.steps import first_confident
 from megatron_sorted.decoding.strategies import (
@@ -21,6 +21,7 @@ from megatron_sorted.decoding.strategies import (
     SortedSpeculative,
     TreeSpeculative,
 )
+from megatron_sorted.decoding.texts import Limits
 from tests.support.decoding import continue_greedily, last_logits, nested, plain_network, prompts
 
 SPECULATIVE = [
@@ -311,11 +312,17 @@ def test_texts_end_at_end_tokens_stop_texts_and_the_limit(case, strategy):
 def test_no_exit_is_evaluated_for_a_row_whose_draft_has_ended(active, read, by):
     """No exit is confident in the first row; the first one is in the second row."""
     logits, evaluated = torch.tensor([[0.0, 0.1], [0.0, 9.0]]), []
-    state = SimpleNamespace(num_rows=2, read=evaluated.append)
-    batch = SimpleNamespace(choose_last=lambda *_: (logits.argmax(-1), logits))
-    tokens, exits = first_confident(
+    state = SimpleNamespace(num_rows=2, last_slots=lambda: None)
+    batch = SimpleNamespace(choose_last=lambda *_: logits.argmax(-1))
+    choosing = first_confident(
         batch, state, [1, 2], [0.9, 0.9], CONFIDENCE["probability"], None, active
     )
+    with pytest.raises(StopIteration) as end:
+        needed = next(choosing)
+        while True:
+            evaluated.append(needed.depth)
+            needed = choosing.send(logits[:, None])
+    tokens, exits = end.value.value
     assert (evaluated, exits) == (read, by) and tokens.tolist() == [1, 1]
 
 

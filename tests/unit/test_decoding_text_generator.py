@@ -3,10 +3,12 @@
 import pytest
 
 from megatron_sorted.decoding import generate as generate_module
-from megatron_sorted.decoding.generate import Limits, generate
-from megatron_sorted.decoding.speculation.steps import StepOutput
+from megatron_sorted.decoding.generate import generate
+from megatron_sorted.decoding.open_model import open_text_generator
+from megatron_sorted.decoding.speculation.steps import StepOutput, Steps
 from megatron_sorted.decoding.strategies import Full, SelfSpeculative
-from megatron_sorted.decoding.text_generator import TextGenerator, open_text_generator
+from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.errors import DataError, SettingsError
 from tests.support.decoding import plain_network, prompts
 from tests.support.evaluated import write_model
@@ -81,7 +83,8 @@ class Script:
     def __init__(self, steps: list[list[int]]):
         self.steps = iter(steps)
 
-    def step(self) -> list[StepOutput]:
+    def passes(self) -> Steps:
+        yield from ()
         tokens = next(self.steps)
         return [StepOutput(tokens, [4] * len(tokens))]
 

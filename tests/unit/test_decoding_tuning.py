@@ -6,9 +6,10 @@ from itertools import pairwise
 import pytest
 
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, Text, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.sampling import Sampler
 from megatron_sorted.decoding.strategies import EarlyExit, Full, SelfSpeculative, SortedSpeculative
+from megatron_sorted.decoding.texts import Limits, Text
 from megatron_sorted.decoding.tuning import costs as costs_module
 from megatron_sorted.decoding.tuning import races, tune
 from megatron_sorted.decoding.tuning.costs import Costs, HostCosts, measure_costs

@@ -7,7 +7,7 @@ from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
 from megatron_sorted.decoding import generate as generate_module
 from megatron_sorted.decoding import sampling as sampling_module
 from megatron_sorted.decoding.cache import transfer
-from megatron_sorted.decoding.generate import make_step, start_batch
+from megatron_sorted.decoding.generate import make_step
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import CONFIDENCE
 from megatron_sorted.decoding.strategies import (
@@ -19,7 +19,7 @@ from megatron_sorted.decoding.strategies import (
     SortedSpeculative,
     TreeSpeculative,
 )
-from tests.support.decoding import prompts
+from tests.support.decoding import prompts, started
 from tests.support.host_waits import HostWaits, MarkedPlatform
 from tests.support.model_directories import family_model
 
@@ -67,7 +67,7 @@ def check(model, waits, strategy, sampling, lengths, measure, graphs):
         )
         if hasattr(strategy, "measure"):
             strategy = type(strategy)(**{**vars(strategy), "measure": measure})
-        batch = start_batch(network, prompts(lengths, 100), strategy, sampling, 60, None)
+        batch = started(network, prompts(lengths, 100), strategy, sampling, 60)
         step, by_step = make_step(strategy, batch), []
         for _ in range(3):
             waits.ours.clear()
@@ -105,13 +105,12 @@ def test_rows_are_removed_without_a_wait(stand_in):
             {depth: NestedExit(model.model.norm, model.lm_head) for depth in (2, 4)},
             packed=False,
         )
-        batch = start_batch(
+        batch = started(
             network,
             prompts((9, 4, 6), 100),
             SelfSpeculative(2, 3),
             SamplingParameters(0.9, repetition_penalty=1.2),
             20,
-            None,
         )
         step = make_step(SelfSpeculative(2, 3), batch)
         step.step()

@@ -8,7 +8,8 @@ pytest.importorskip("fastapi", reason="serving is an extra")
 from megatron_sorted.decoding.strategies import SamplingParameters
 from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.serving.answers import BusyError
-from megatron_sorted.serving.worker import MAX_WAITING, GenerationWorker, Job
+from megatron_sorted.serving.job import Job
+from megatron_sorted.serving.worker import MAX_WAITING, GenerationWorker
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_text_generator import Letters
 
@@ -20,10 +21,10 @@ class Waiting(TextGenerator):
         super().__init__(plain_network("llama")[1], Letters())
         self.has_begun, self.may_end = threading.Event(), threading.Event()
 
-    def write(self, *arguments):
+    def writing(self, *arguments):
         self.has_begun.set()
         assert self.may_end.wait(60)
-        yield from super().write(*arguments)
+        return super().writing(*arguments)
 
 
 def job() -> Job:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_sorted.decoding.text_generator import open_text_generator
+from megatron_sorted.decoding.open_model import open_text_generator
 from megatron_sorted.errors import CheckpointError, DataError
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.exported.tokenizer import open_tokenizer

@@ -10,13 +10,14 @@ import torch
 from megatron_sorted.commands import generate as generate_command
 from megatron_sorted.commands.generate import read_arguments
 from megatron_sorted.commands.options.decoding import open_generator
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.native import choice, library
 from megatron_sorted.decoding.native.choice import native_kind, native_threads
 from megatron_sorted.decoding.native.library import FLOAT32, native_library
 from megatron_sorted.decoding.native.trial import INPUTS, OUTPUTS, ROWS, numbers, product
 from megatron_sorted.decoding.network import load_network
-from megatron_sorted.decoding.text_generator import open_text_generator
+from megatron_sorted.decoding.open_model import open_text_generator
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.doctor.finding import OK, WARN
 from megatron_sorted.doctor.native import check_native
 from megatron_sorted.errors import DataError, SettingsError

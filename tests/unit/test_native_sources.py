@@ -94,7 +94,7 @@ def test_threads_do_not_race():
 def test_structures_lie_in_memory_as_python_sees_them():
     made = compile_program([PROGRAM], folder() / "layout")
     expected = {}
-    for name in ("Matrix", "Layer", "Part", "Cache", "Segment", "Places", "Readout"):
+    for name in ("Matrix", "Layer", "Part", "Cache", "Segment", "Text", "Places", "Readout"):
         kind = getattr(structures, f"C{name}")
         expected[name, "-"] = (ctypes.sizeof(kind), 0)
         for field, *_ in kind._fields_:

@@ -320,7 +320,7 @@ def open_generator(values: argparse.Namespace, as_tuned: bool = True) -> "TextGe
     import torch
 
     from megatron_sorted.decoding.native.choice import native_kind
-    from megatron_sorted.decoding.text_generator import open_text_generator
+    from megatron_sorted.decoding.open_model import open_text_generator
 
     accelerator = (
         torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"

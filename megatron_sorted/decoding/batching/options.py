@@ -17,6 +17,8 @@ class BatchingOptions:
             are being written.
         prefix_caching: Whether texts that have ended are kept, so that later ones with the same
             beginning need not be read again.
+        drafts_by_load: Whether speculative strategies draft less while many texts are written,
+            by costs that are measured at the start.
         share_prefixes: Whether texts of one API key may use beginnings of another one's.
     """
 
@@ -26,6 +28,7 @@ class BatchingOptions:
     prefill_tokens: int = 128
     prefix_caching: bool = True
     share_prefixes: bool = False
+    drafts_by_load: bool = False
 
 
 @dataclass

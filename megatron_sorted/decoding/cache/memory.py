@@ -7,6 +7,7 @@ and replayed.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,23 @@ MIN_SPAN = 128
 """Smallest number of slots that a replayed pass attends to; larger ones are powers of two."""
 
 
+@dataclass
+class Fill:
+    """The wish to run a segment of a cache on the tokens that it has not processed yet.
+
+    Attributes:
+        memory: The cache.
+        segment: The segment, one of the cache's.
+        ends: End of the slots to fill, by row.
+        tree: Draft tree behind the texts; None without one.
+    """
+
+    memory: "BatchCache"
+    segment: LayerSegment
+    ends: Sequence[int]
+    tree: DraftTree | None
+
+
 class BatchCache:
     """The memory of a batch of texts; see the module.
 
@@ -38,6 +56,9 @@ class BatchCache:
         passes: Recorder of passes whose positions are on the device; None for positions from the
             host.
     """
+
+    # a NaN would spread through attention even where it is masked
+    allocate = staticmethod(torch.zeros)
 
     def __init__(
         self,
@@ -73,15 +94,15 @@ class BatchCache:
     def _make_segment(
         self, source: int, layers: Sequence[Any], adapter: Any = None
     ) -> LayerSegment:
-        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+        def new(dtype: torch.dtype, *shape: int) -> Tensor:
+            return self.allocate(shape, dtype=dtype, device=self.device)
 
         b, c = self.num_rows, self.capacity
         caches = [
-            KVCache(zeros(self.cache_dtype, 2, b, layer.num_groups, c, layer.head_size))
+            KVCache(new(self.cache_dtype, 2, b, layer.num_groups, c, layer.head_size))
             for layer in layers
         ]
-        hidden_bch = zeros(self.dtype, b, c, self.embedding.size(1))
+        hidden_bch = new(self.dtype, b, c, self.embedding.size(1))
         return LayerSegment(source, layers, adapter, caches, hidden_bch)
 
     @property
@@ -164,6 +185,25 @@ class BatchCache:
             self.run(segment, (places.rows_b1, slots), places)
         segment.filled = list(ends)
 
+    @classmethod
+    def fill_all(cls, groups: Sequence[Sequence[Fill]]) -> None:
+        """Run segments on tokens of many caches of a network.
+
+        Every cache has a pass of its own here, with the products that it has alone: torch rounds
+        products of other numbers of rows in other ways.
+
+        Args:
+            groups: For each segment, from shallow to deep, the caches that need it.
+        """
+        for group in groups:
+            for fill in group:
+                fill.memory.fill(fill.segment, fill.ends, fill.tree)
+
+    @classmethod
+    def logits_all(cls, depth: int, wanted: Sequence[tuple["BatchCache", Tensor]]) -> list[Tensor]:
+        """Return the logits of the exit at ``depth`` in slots [b, n] of many caches."""
+        return [memory.logits(depth, slots_bn) for memory, slots_bn in wanted]
+
     def run(self, segment: LayerSegment, at: tuple, places: Places) -> None:
         """Run the layers of a segment on the tokens in the slots ``at``."""
         hidden = (
@@ -179,7 +219,17 @@ class BatchCache:
         segment.hidden_bch[at] = hidden_th.view_as(hidden)
 
     def logits(self, depth: int, slots_bn: Tensor) -> Tensor:
-        """Return the logits [b, n, v] of the exit at ``depth`` in these slots, already filled."""
+        """Return the logits [b, n, v] of the exit at ``depth`` in these slots, already filled.
+
+        They are valid until the next call for the same exit.
+        """
+        if self.passes is None or slots_bn.size(1) > MAX_WIDTH:
+            return self._logits(depth, slots_bn)
+        static = self._slots_bn[:, : slots_bn.size(1)]
+        static.copy_(slots_bn)
+        return self.passes((depth, slots_bn.size(1)), lambda: self._logits(depth, static))
+
+    def _logits(self, depth: int, slots_bn: Tensor) -> Tensor:
         hidden = (self.blocks.get(depth) or self.segments[depth]).hidden_bch
         return self.readouts[depth].logits(
             hidden.gather(1, slots_bn[:, :, None].expand(-1, -1, hidden.size(2)))
@@ -255,9 +305,3 @@ class BatchCache:
             self.run(segment, (places.rows_b1, slots), places)
 
         self.passes((segment, n, span), work)
-
-    def pass_logits(self, depth: int, slots_bn: Tensor) -> Tensor:
-        """Return the same as `logits`, valid until the next call for the same exit."""
-        static = self._slots_bn[:, : slots_bn.size(1)]
-        static.copy_(slots_bn)
-        return self.passes((depth, slots_bn.size(1)), lambda: self.logits(depth, static))

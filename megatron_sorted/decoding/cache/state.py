@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_sorted.decoding.cache.idle import acquire, release
-from megatron_sorted.decoding.cache.memory import MAX_WIDTH, BatchCache
+from megatron_sorted.decoding.cache.memory import BatchCache
 from megatron_sorted.decoding.cache.segment import LayerSegment
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.network import Network
@@ -23,6 +23,17 @@ ROUND = 64
 """Divisor of all capacities."""
 PART = 1024
 """Maximum number of tokens of a row in one pass: bounds the memory of long prompts."""
+
+
+def num_slots(capacity: int) -> int:
+    """Return the number of slots for texts of up to ``capacity`` tokens.
+
+    There is one more slot than tokens, at least: the last one takes writes of padding.
+
+    >>> num_slots(63), num_slots(64)
+    (64, 128)
+    """
+    return -(-(capacity + 1) // ROUND) * ROUND
 
 
 class DecodingState:
@@ -37,8 +48,7 @@ class DecodingState:
 
     def __init__(self, network: Network, num_rows: int, capacity: int, stops: Sequence[int]):
         self.network, self.lengths = network, [0] * num_rows
-        # one more slot than tokens: the last one takes writes of padding
-        self.capacity = -(-(capacity + 1) // ROUND) * ROUND
+        self.capacity = num_slots(capacity)
         self.tree: DraftTree | None = None
         self._use(self._new_memory(num_rows, stops))
 
@@ -98,8 +108,6 @@ class DecodingState:
 
         They are valid until the next call for the same exit.
         """
-        if self.memory.passes is not None and slots_bn.size(1) <= MAX_WIDTH:
-            return self.memory.pass_logits(depth, slots_bn)
         return self.memory.logits(depth, slots_bn)
 
     def last_slots(self, n: int = 1) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_sorted.decoding.native.compiler import NativeError
 from megatron_sorted.errors import MemoryExhaustedError, SettingsError
 
-VERSION = 3
+VERSION = 4
 FLOAT32, BFLOAT16, INT8 = range(3)
 NO_MEMORY, BAD_TOKEN = 1, 2
 KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
@@ -46,20 +46,31 @@ class CPart(ctypes.Structure):
 
 
 class CCache(ctypes.Structure):
-    """Keys and values of a layer."""
+    """Keys and values of a text in a layer."""
 
     _fields_ = [("keys", c_void_p), ("values", c_void_p)]
 
 
 class CSegment(ctypes.Structure):
-    """Layers that run together, where their input comes from and where their output goes."""
+    """Layers that run together."""
 
     _fields_ = [
         ("num_layers", c_int32), ("hidden_size", c_int32),
         ("num_parts", c_int32), ("embedding_kind", c_int32),
-        ("layers", POINTER(CLayer)), ("caches", POINTER(CCache)), ("parts", POINTER(CPart)),
-        ("embedding", c_void_p), ("tokens", c_void_p), ("source", c_void_p), ("target", c_void_p),
-        ("vocabulary", c_int64),
+        ("layers", POINTER(CLayer)), ("parts", POINTER(CPart)),
+        ("embedding", c_void_p), ("vocabulary", c_int64),
+    ]  # fmt: skip
+
+
+class CText(ctypes.Structure):
+    """The memory of a text in a segment, and the draft tree behind it."""
+
+    _fields_ = [
+        ("tokens", c_void_p), ("source", c_void_p), ("target", c_void_p),
+        ("caches", POINTER(CCache)),
+        ("capacity", c_int32), ("tree_first", c_int32),
+        ("tree_size", c_int32), ("unused", c_int32),
+        ("tree_levels", c_void_p), ("tree_seen", c_void_p),
     ]  # fmt: skip
 
 
@@ -67,10 +78,10 @@ class CPlaces(ctypes.Structure):
     """New tokens and what each attends to."""
 
     _fields_ = [
-        ("count", c_int32), ("capacity", c_int32), ("tree_size", c_int32), ("unused", c_int32),
+        ("count", c_int32), ("unused", c_int32),
         ("rows", c_void_p), ("slots", c_void_p), ("positions", c_void_p),
         ("cosines", c_void_p), ("sines", c_void_p),
-        ("tree_first", c_void_p), ("tree_levels", c_void_p), ("tree_seen", c_void_p),
+        ("texts", POINTER(CText)),
     ]  # fmt: skip
 
 
@@ -128,9 +139,9 @@ def load_library(path: Path) -> ctypes.CDLL:
         c_int32, c_int32, c_void_p, c_int32, c_int32, c_void_p, c_void_p,
     ]  # fmt: skip
     library.native_multiply.argtypes = [c_int32, POINTER(CMatrix), c_int32, c_void_p, c_void_p]
-    library.native_run.argtypes = [c_int32, POINTER(CSegment), POINTER(CPlaces)]
+    library.native_run.argtypes = [c_int32, c_int32, c_void_p, c_void_p]
     library.native_logits.argtypes = [
-        c_int32, POINTER(CReadout), c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p,
+        c_int32, POINTER(CReadout), c_int32, c_void_p, c_void_p,
     ]  # fmt: skip
     return library
 

@@ -1,11 +1,16 @@
-"""Steps of generation for a batch: one token at a time, or a drafted chain and its verification."""
+"""Steps of generation for a batch: one token at a time, or a drafted chain and its verification.
 
-from collections.abc import Sequence
+A step is a generator: it yields every forward pass that it needs and is sent the pass's logits. So
+whoever runs steps may join the passes of many texts, each with a strategy of its own.
+"""
+
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from megatron_sorted.decoding.cache.joined import Pass
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.network import Network
@@ -29,6 +34,20 @@ class StepOutput:
     num_accepted: int = 0
 
 
+Steps = Generator[Pass, Tensor, list[StepOutput]]
+"""A step that is under way: yields passes, is sent their logits, returns each text's new tokens."""
+
+
+def run_step(steps: Steps) -> list[StepOutput]:
+    """Run a step's passes one after another; return the tokens that were added to each text."""
+    try:
+        needed = next(steps)
+        while True:
+            needed = steps.send(needed.run())
+    except StopIteration as end:
+        return end.value
+
+
 @dataclass
 class DecodingBatch:
     """Unfinished texts, and how their tokens are chosen.
@@ -38,6 +57,8 @@ class DecodingBatch:
         sampler: The choice of tokens.
         seen_bv: Which tokens are in each text; None without repetition penalty.
         drafting: State of another model that drafts; None if the model drafts itself.
+        draft_length: Function from the number of tokens that a strategy would draft in a step to
+            the number that pays now; with 0 the step only takes the model's own token.
         depth: Depth of the exit that verifies, the deepest stop.
     """
 
@@ -45,6 +66,7 @@ class DecodingBatch:
     sampler: Sampler
     seen_bv: Tensor | None = None
     drafting: DecodingState | None = None
+    draft_length: Callable[[int], int] = lambda wanted: wanted
     depth: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,13 +101,12 @@ class DecodingBatch:
             self.seen_bv = self.seen_bv[numbers(rows, self.seen_bv.device)]
 
     def choose_last(
-        self, state: DecodingState, depth: int, seen_bv: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the next token [b] that an exit chooses for each row, and its logits [b, v]."""
-        logits_bnv = state.logits(depth, state.last_slots())
+        self, state: DecodingState, logits_b1v: Tensor, seen_bv: Tensor | None
+    ) -> Tensor:
+        """Return the next token [b] of each row, given an exit's logits after the rows."""
         seen = None if seen_bv is None else seen_bv[:, None]
         positions = [[length] for length in state.lengths]
-        return self.sampler.choose(logits_bnv, positions, seen)[:, 0], logits_bnv[:, 0]
+        return self.sampler.choose(logits_b1v, positions, seen)[:, 0]
 
 
 class OneToken:
@@ -110,8 +131,12 @@ class OneToken:
 
     def step(self) -> list[StepOutput]:
         """Return the tokens that were added to each text."""
+        return run_step(self.passes())
+
+    def passes(self) -> Steps:
+        """Yield the passes of a step; return the tokens that were added to each text."""
         batch, state = self.batch, self.batch.state
-        tokens, depths = first_confident(
+        tokens, depths = yield from first_confident(
             batch, state, self.depths, self.thresholds, self.measure, batch.seen_bv
         )
         state.append(tokens[:, None])
@@ -131,7 +156,7 @@ def first_confident(
     measure,
     seen_bv: Tensor | None,
     active: Sequence[bool] | None = None,
-):
+) -> Generator[Pass, Tensor, tuple[Tensor, list[int]]]:
     """Return each row's next token from the first exit that is confident enough, and that exit.
 
     If no exit is, the token comes from the last one, and the exit's depth is returned as negative.
@@ -152,12 +177,12 @@ def first_confident(
     chosen, decided = None, None
     by = [0 if flag else depths[0] for flag in active or [True] * state.num_rows]
     for depth, threshold in zip(depths, thresholds, strict=True):
-        state.read(depth)
-        tokens, logits_bv = batch.choose_last(state, depth, seen_bv)
+        logits_b1v = yield Pass(state, depth, state.last_slots())
+        tokens = batch.choose_last(state, logits_b1v, seen_bv)
         chosen = tokens if chosen is None else torch.where(decided, chosen, tokens)
         confident = [True] * state.num_rows
         if threshold >= 0:
-            confident_b = measure(logits_bv) > threshold
+            confident_b = measure(logits_b1v[:, 0]) > threshold
             decided = confident_b if decided is None else decided | confident_b
             confident = confident_b.tolist()
         otherwise = -depth if depth == depths[-1] else 0
@@ -188,7 +213,7 @@ class Chain:
         depths: Sequence[int],
         thresholds: Sequence[float] | None,
         num_draft_tokens: int,
-        measure: str,
+        measure: str = "probability",
     ):
         self.batch, self.depths, self.num_draft_tokens = batch, list(depths), num_draft_tokens
         self.thresholds = [-1.0] if thresholds is None else list(thresholds)
@@ -196,16 +221,26 @@ class Chain:
 
     def step(self) -> list[StepOutput]:
         """Return the tokens that were added to each text."""
+        return run_step(self.passes())
+
+    def passes(self) -> Steps:
+        """Yield the passes of a step; return the tokens that were added to each text."""
         batch, state, drafter = self.batch, self.batch.state, self.batch.drafter
         starts = list(state.lengths)
-        by = self._draft(drafter)
+        by = yield from self._draft(drafter)
         counts = [len(row) for row in by]
         most = max(counts)
         drafted_bn = drafter.tokens_bc.gather(1, slots_from(starts, most, drafter.device))
         if drafter is not state:
             state.append(drafted_bn, counts)
-        state.read(batch.depth)
-        chosen_bn = self._verify(starts, counts, most, drafted_bn)
+        slots = slots_from(
+            [start - 1 for start in starts],
+            most + 1,
+            state.device,
+            [length - 1 for length in state.lengths],
+        )
+        logits_bnv = yield Pass(state, batch.depth, slots)
+        chosen_bn = self._verify(logits_bnv, starts, most, drafted_bn)
         outputs = []
         # one copy from the device for both
         for row, both in enumerate(torch.cat((chosen_bn, drafted_bn), 1).tolist()):
@@ -222,13 +257,13 @@ class Chain:
         batch.commit(outputs)
         return outputs
 
-    def _draft(self, drafter: DecodingState) -> list[list[int]]:
+    def _draft(self, drafter: DecodingState) -> Generator[Pass, Tensor, list[list[int]]]:
         """Append drafted tokens to the rows; return the exit of each, by row."""
         by: list[list[int]] = [[] for _ in range(drafter.num_rows)]
         active = [True] * drafter.num_rows
         seen_bv = None if self.batch.seen_bv is None else self.batch.seen_bv.clone()
-        for _ in range(self.num_draft_tokens):
-            tokens, exits = first_confident(
+        for _ in range(self.batch.draft_length(self.num_draft_tokens)):
+            tokens, exits = yield from first_confident(
                 self.batch, drafter, self.depths, self.thresholds, self.measure, seen_bv, active
             )
             drafter.append(tokens[:, None], [int(flag) for flag in active])
@@ -243,16 +278,10 @@ class Chain:
         return by
 
     def _verify(
-        self, starts: list[int], counts: list[int], most: int, drafted_bn: Tensor
+        self, logits_bnv: Tensor, starts: list[int], most: int, drafted_bn: Tensor
     ) -> Tensor:
         """Return the full model's token after each row's text and after each drafted token."""
-        batch, state = self.batch, self.batch.state
-        slots = slots_from(
-            [start - 1 for start in starts],
-            most + 1,
-            state.device,
-            [length - 1 for length in state.lengths],
-        )
+        batch = self.batch
         seen = None
         if batch.seen_bv is not None:
             seen = batch.seen_bv[:, None].repeat(1, most + 1, 1)
@@ -261,7 +290,7 @@ class Chain:
                     2, drafted_bn[:, place, None, None].expand(-1, most - place, 1), True
                 )
         positions = [[start + place for place in range(most + 1)] for start in starts]
-        return batch.sampler.choose(state.logits(batch.depth, slots), positions, seen)
+        return batch.sampler.choose(logits_bnv, positions, seen)
 
 
 def stops_of(network: Network, depths: Sequence[int]) -> list[int]:

@@ -1,12 +1,21 @@
 """A step with a draft tree, grown along likely paths, pruned to its best nodes, then verified."""
 
+from collections.abc import Generator
+
 import torch
 from torch import Tensor
 
+from megatron_sorted.decoding.cache.joined import Pass
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.sampling import CONFIDENCE
-from megatron_sorted.decoding.speculation.steps import DecodingBatch, StepOutput
+from megatron_sorted.decoding.speculation.steps import (
+    Chain,
+    DecodingBatch,
+    StepOutput,
+    Steps,
+    run_step,
+)
 from megatron_sorted.decoding.strategies import TreeSpeculative
 
 
@@ -58,23 +67,29 @@ class TreeStep:
 
     def step(self) -> list[StepOutput]:
         """Return the tokens that were added to each text."""
+        return run_step(self.passes())
+
+    def passes(self) -> Steps:
+        """Yield the passes of a step; return the tokens that were added to each text."""
         batch, state, drafter = self.batch, self.batch.state, self.batch.drafter
+        if not batch.draft_length(self.strategy.num_levels):
+            return (yield from Chain(batch, self.strategy.depths, None, 0).passes())
         starts = list(state.lengths)
-        by = self._draft(drafter)
+        by = yield from self._draft(drafter)
         tree = drafter.tree
         size = tree.size
         nodes_bt = drafter.tokens_bc.gather(1, slots_from(starts, size, drafter.device))
         nodes, parents, levels = torch.stack((nodes_bt, tree.parents_bt, tree.levels_bt)).tolist()
         if drafter is not state:
             state.plant(nodes_bt, tree)
-        state.read(batch.depth)
         slots = slots_from([start - 1 for start in starts], size + 1, state.device)
+        logits_bnv = yield Pass(state, batch.depth, slots)
         positions = [
             [start, *(start + level for level in row)]
             for start, row in zip(starts, levels, strict=True)
         ]
         chosen = batch.sampler.choose(
-            state.logits(batch.depth, slots), positions, self._seen(nodes_bt, tree.seen_btt, True)
+            logits_bnv, positions, self._seen(nodes_bt, tree.seen_btt, True)
         ).tolist()
         paths = [accepted_path(*row) for row in zip(chosen, nodes, parents, strict=True)]
         outputs = []
@@ -89,7 +104,7 @@ class TreeStep:
         batch.commit(outputs)
         return outputs
 
-    def _draft(self, drafter: DecodingState) -> list[int]:
+    def _draft(self, drafter: DecodingState) -> Generator[Pass, Tensor, list[int]]:
         """Grow and prune the drafter's tree; return the exit that drafted each level."""
         strategy, starts, by = self.strategy, list(drafter.lengths), []
         tree, candidates = drafter.begin_tree(), CandidateNodes(drafter.num_rows, drafter.device)
@@ -97,7 +112,7 @@ class TreeStep:
         frontier = torch.full((drafter.num_rows, 1), -1, dtype=torch.long, device=drafter.device)
         values = torch.ones(drafter.num_rows, 1, device=drafter.device)
         for level in range(1, strategy.num_levels + 1):
-            depth, logits = self._read_level(drafter, slots)
+            depth, logits = yield from self._read_level(drafter, slots)
             by.append(depth)
             positions = [[start + level - 1] * logits.size(1) for start in starts]
             seen = self._seen_at(drafter, frontier)
@@ -121,7 +136,9 @@ class TreeStep:
         self._prune(drafter, candidates)
         return by
 
-    def _read_level(self, drafter: DecodingState, slots_bk: Tensor) -> tuple[int, Tensor]:
+    def _read_level(
+        self, drafter: DecodingState, slots_bk: Tensor
+    ) -> Generator[Pass, Tensor, tuple[int, Tensor]]:
         """Return the exit that drafts a level, and its logits [b, k, v].
 
         It is the first exit whose confidence in the level's most likely node is above its threshold
@@ -129,12 +146,10 @@ class TreeStep:
         """
         *early, last = self.strategy.depths
         for depth, threshold in zip(early, self.strategy.thresholds, strict=True):
-            drafter.read(depth)
-            logits = drafter.logits(depth, slots_bk)
+            logits = yield Pass(drafter, depth, slots_bk)
             if bool((self.measure(logits).amax(1) > threshold).all()):
                 return depth, logits
-        drafter.read(last)
-        return last, drafter.logits(last, slots_bk)
+        return last, (yield Pass(drafter, last, slots_bk))
 
     def _prune(self, drafter: DecodingState, candidates: CandidateNodes) -> None:
         """Reduce the tree to the best candidates; those that were not expanded become leaves."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, Text, apply_limits
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import CONFIDENCE, Sampler
 from megatron_sorted.decoding.speculation.steps import Chain, DecodingBatch, OneToken
 from megatron_sorted.decoding.strategies import SamplingParameters
+from megatron_sorted.decoding.texts import Limits, Text, apply_limits
 
 WIDTHS = (*range(1, 18), 24, 32, 48, 64)
 """Numbers of tokens of a pass that are measured: each that verifies up to 16 drafted tokens, and
@@ -99,6 +99,7 @@ def measure_costs(
     length: int = 256,
     widths: Sequence[int] = WIDTHS,
     drafting: Sequence[int] = (),
+    most_rounds: int | None = None,
 ) -> Costs:
     """Measure the median seconds of passes and steps behind a text.
 
@@ -111,6 +112,7 @@ def measure_costs(
         length: Number of tokens before those of the pass.
         widths: Numbers of tokens per pass.
         drafting: Exits that may draft, or take tokens early.
+        most_rounds: Maximum number of rounds, by default ``MAX_ROUNDS``.
     """
     # at least one token stands before the pass, however short the model's context is
     length = max(1, min(length, network.max_positions - max(widths) - 1))
@@ -124,7 +126,7 @@ def measure_costs(
     jobs += [lambda depth=depth: _drafts(state, depth, length) for depth in drafting]
     times: dict[tuple, list[float]] = {}
     order, began = random.Random(0), time.perf_counter()
-    for done in range(1 + MAX_ROUNDS):
+    for done in range(1 + (most_rounds or MAX_ROUNDS)):
         if done > MIN_ROUNDS and time.perf_counter() - began > MAX_SECONDS:
             break
         for job in order.sample(jobs, len(jobs)):

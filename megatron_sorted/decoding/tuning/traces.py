@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import CONFIDENCE, Sampler
 from megatron_sorted.decoding.speculation.steps import stops_of
 from megatron_sorted.decoding.strategies import Full, SamplingParameters
+from megatron_sorted.decoding.texts import Limits
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_sorted.decoding.generate import Limits
 from megatron_sorted.decoding.native.compiler import (
     NativeError,
     find_compiler,
@@ -24,6 +23,7 @@ from megatron_sorted.decoding.network import Network, config_sha256, draft_key
 from megatron_sorted.decoding.requested_strategy import check_draft, num_threads, weights_in
 from megatron_sorted.decoding.strategies import SPECULATIVE, EarlyExit, Full, Strategy
 from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.decoding.tuning.costs import Costs, measure_costs
 from megatron_sorted.decoding.tuning.races import Speed, race
 from megatron_sorted.decoding.tuning.search import Tuner

@@ -5,19 +5,33 @@
 
 #include "vectors.h"
 
-// Keys and values of a layer, float32 or bfloat16: [rows][groups][capacity][head_size].
+// Keys and values of a text in a layer, float32 or bfloat16: [groups][capacity][head_size].
 struct Cache {
     void *keys, *values;
 };
 
+// The memory of a text in a segment, and the draft tree behind it. Texts of a pass may lie anywhere,
+// each with a capacity of its own.
+struct Text {
+    const int64_t *tokens; // [capacity]
+    const float *source;   // [capacity][hidden_size], or null: the embedding of the tokens
+    float *target;         // [capacity][hidden_size]
+    const Cache *caches;   // of each layer
+    int32_t capacity;
+    int32_t tree_first;         // slot of node 0
+    int32_t tree_size, unused;  // 0 without a tree
+    const int32_t *tree_levels; // [tree_size]
+    const uint8_t *tree_seen;   // [tree_size][tree_size]
+};
+
 // New tokens, and what each may attend to: slots up to its own, or in a draft tree its ancestors.
 struct Places {
-    int32_t count, capacity, tree_size, unused;
-    const int32_t *rows, *slots, *positions; // [count]
-    const float *cosines, *sines;            // [capacity][head_size]; half of the sines are negated
-    const int32_t *tree_first;               // [rows]: slot of node 0; null without a tree
-    const int32_t *tree_levels;              // [rows][tree_size]
-    const uint8_t *tree_seen;                // [rows][tree_size][tree_size]
+    int32_t count, unused;
+    const int32_t *rows, *slots, *positions; // [count]; rows are numbers of texts
+    const float *cosines, *sines; // [position][head_size]; half of the sines are negated
+    const Text *texts;
+
+    const Text &text(int token) const { return texts[rows[token]]; }
 };
 
 // What a token attends to: slots [from, to) of the text, then nodes of a tree.
@@ -32,19 +46,17 @@ struct Seen {
     }
 };
 
-// Returns what a token attends to; `nodes` has place for tree_size slots.
+// Returns what a token attends to; `nodes` has place for the nodes of the text's tree.
 static inline Seen seen_by(const Places &places, int token, int window, int32_t *nodes) {
-    const int row = places.rows[token], slot = places.slots[token];
+    const Text &text = places.text(token);
+    const int slot = places.slots[token], node = slot - text.tree_first;
     const int64_t oldest = window > 0 ? int64_t{places.positions[token]} - window + 1 : 0;
     Seen seen = {0, slot + 1, 0, nodes};
-    const int node = places.tree_first ? slot - places.tree_first[row] : -1;
-    if (node >= 0 && node < places.tree_size) {
-        const int first = seen.to = places.tree_first[row];
-        const size_t before = static_cast<size_t>(row) * places.tree_size;
-        const int32_t *levels = places.tree_levels + before;
-        const uint8_t *is_seen = places.tree_seen + (before + node) * places.tree_size;
-        for (int i = 0; i < places.tree_size; ++i)
-            if (is_seen[i] && int64_t{first} + levels[i] - 1 >= oldest)
+    if (node >= 0 && node < text.tree_size) {
+        const int first = seen.to = text.tree_first;
+        const uint8_t *is_seen = text.tree_seen + static_cast<size_t>(node) * text.tree_size;
+        for (int i = 0; i < text.tree_size; ++i)
+            if (is_seen[i] && int64_t{first} + text.tree_levels[i] - 1 >= oldest)
                 nodes[seen.num_nodes++] = first + i;
     }
     seen.from = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(seen.to, oldest)));

@@ -47,11 +47,12 @@ public:
     Pass(Pool &pool, int n, int hidden_size, const Sizes &sizes, const Places *places)
         : hidden(allocate<float>(n, hidden_size)), normed(allocate<float>(n, hidden_size)),
           rows(pool, n, sizes.inputs), pool_(pool), n_(n), size_(hidden_size),
-          span_(places ? longest_span(*places) : 0), places_(places),
+          nodes_each_(places ? largest_tree(*places) : 0),
+          span_(places ? longest_span(*places) + nodes_each_ : 0), places_(places),
           wide_(allocate<float>(n, sizes.outputs)), attended_(allocate<float>(n, sizes.attended)),
           scores_(allocate<float>(static_cast<size_t>(pool.size()) * MAX_QUERIES, span_)),
           nodes_(allocate<int32_t>(static_cast<size_t>(pool.size()) * MAX_QUERIES,
-                                   places ? places->tree_size : 0)) {}
+                                   nodes_each_)) {}
 
     float *state(int t) { return hidden.get() + static_cast<size_t>(t) * size_; }
 
@@ -65,13 +66,16 @@ public:
         add(pool_, n_, hidden.get(), normed.get(), size_);
     }
 
-    void run(const Layer &layer, const Cache &cache) {
+    // Runs a layer, number `index` of those whose caches the texts have.
+    void run(const Layer &layer, int index) {
         const size_t width = layer.qkv.outputs;
         const size_t attended_width = static_cast<size_t>(layer.heads) * layer.head_size;
         normalize_states(layer.first_norm, layer.first_epsilon);
         rows.multiply(layer.qkv, normed.get(), size_, wide_.get(), width);
-        each(pool_, n_, [&](int t) { write_cache(layer, cache, t, wide_.get() + t * width); });
-        attend_all(layer, cache);
+        each(pool_, n_, [&](int t) {
+            write_cache(layer, places_->text(t).caches[index], t, wide_.get() + t * width);
+        });
+        attend_all(layer, index);
         rows.multiply(layer.out, attended_.get(), attended_width, normed.get(), size_);
         add(pool_, n_, hidden.get(), normed.get(), size_);
         run_mlp(layer.second_norm, layer.second_epsilon, layer.gate_up, layer.down);
@@ -90,7 +94,14 @@ private:
         size_t longest = 0;
         for (int t = 0; t < places.count; ++t)
             longest = std::max(longest, static_cast<size_t>(places.slots[t]) + 1);
-        return longest + LANES + (places.tree_first ? places.tree_size : 0);
+        return longest + LANES;
+    }
+
+    static size_t largest_tree(const Places &places) {
+        size_t largest = 0;
+        for (int t = 0; t < places.count; ++t)
+            largest = std::max(largest, static_cast<size_t>(places.text(t).tree_size));
+        return largest;
     }
 
     void run_mlp(const float *norm, float epsilon, const Matrix &gate_up, const Matrix &down) {
@@ -102,10 +113,9 @@ private:
         add(pool_, n_, hidden.get(), normed.get(), size_);
     }
 
-    // Where a group's slots of a row begin in the cache.
+    // Where a group's slots begin in the cache of a token's text.
     size_t cache_start(const Layer &layer, int t, int group) const {
-        const size_t row = static_cast<size_t>(places_->rows[t]) * layer.groups + group;
-        return row * places_->capacity * layer.head_size;
+        return static_cast<size_t>(group) * places_->text(t).capacity * layer.head_size;
     }
 
     // Norm and rotation of a token's queries and keys; keys and values go to the cache.
@@ -141,7 +151,7 @@ private:
 
     // Attention of all tokens: a piece of work is a group of keys and values, and a few tokens that
     // follow each other in one text.
-    void attend_all(const Layer &layer, const Cache &cache) {
+    void attend_all(const Layer &layer, int index) {
         const int most = std::max(1, MAX_QUERIES * layer.groups / layer.heads);
         const auto end_of = [&](int t) {
             int end = t + 1;
@@ -152,6 +162,7 @@ private:
         for (int t = 0; t < n_; t = end_of(t)) tiles_.push_back({t, end_of(t)});
         const auto attend_piece = [&](int64_t piece, int thread) {
             const auto [first, end] = tiles_[piece / layer.groups];
+            const Cache &cache = places_->text(first).caches[index];
             attend_tile(layer, cache, first, end, static_cast<int>(piece % layer.groups), thread);
         };
         const int64_t pieces = static_cast<int64_t>(tiles_.size()) * layer.groups;
@@ -172,7 +183,8 @@ private:
         int count = 0;
         const auto attend_queries = [&] {
             with_numbers(layer, cache, [&](auto *keys, auto *values) {
-                attend(queries, count, keys + start, values + start, size, places_->capacity);
+                attend(queries, count, keys + start, values + start, size,
+                       places_->text(first).capacity);
             });
             count = 0;
         };
@@ -180,7 +192,7 @@ private:
             for (int head = group * share; head < (group + 1) * share; ++head) {
                 const size_t room = static_cast<size_t>(thread) * MAX_QUERIES + count;
                 const size_t at = static_cast<size_t>(head) * size;
-                int32_t *nodes = nodes_.get() + room * places_->tree_size;
+                int32_t *nodes = nodes_.get() + room * nodes_each_;
                 queries[count++] = {wide_.get() + t * width + at,
                                     seen_by(*places_, t, layer.window, nodes),
                                     scores_.get() + room * span_,
@@ -192,8 +204,8 @@ private:
 
     Pool &pool_;
     const int n_, size_;
-    const size_t span_;
-    const Places *places_; // null where no layer runs
+    const size_t nodes_each_, span_; // the largest tree, and the most slots that a token attends to
+    const Places *places_;           // null where no layer runs
     Buffer<float> wide_, attended_, scores_;
     Buffer<int32_t> nodes_;
     std::vector<std::pair<int, int>> tiles_; // of tokens

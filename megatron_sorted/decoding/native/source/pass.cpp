@@ -8,16 +8,12 @@
 
 #include "layer.h"
 
-// Layers that run together, where their input comes from and where their output goes.
+// Layers that run together.
 struct Segment {
     int32_t num_layers, hidden_size, num_parts, embedding_kind;
     const Layer *layers;
-    const Cache *caches;
     const Part *parts;     // before the layers
-    const void *embedding; // [vocabulary][hidden_size]; not read where a source is given
-    const int64_t *tokens; // [rows][capacity]
-    const float *source;   // [rows][capacity][hidden_size], or null
-    float *target;         // [rows][capacity][hidden_size]
+    const void *embedding; // [vocabulary][hidden_size]; not read where texts have a source
     int64_t vocabulary;
 };
 
@@ -95,26 +91,26 @@ void load_embedding(const Segment &segment, int64_t token, float *to) {
 
 int32_t run_segment(Pool &pool, const Segment &segment, const Places &places) {
     const int n = places.count, size = segment.hidden_size;
-    const auto place = [&](int t) {
-        return static_cast<size_t>(places.rows[t]) * places.capacity + places.slots[t];
-    };
-    for (int t = 0; t < n && !segment.source; ++t) {
-        const int64_t token = segment.tokens[place(t)];
+    const auto at = [&](int t) { return static_cast<size_t>(places.slots[t]) * size; };
+    for (int t = 0; t < n; ++t) {
+        const int64_t token = places.text(t).tokens[places.slots[t]];
         if (token < 0 || token >= segment.vocabulary) return BAD_TOKEN;
     }
     Sizes sizes = {size, size, 0};
     for (int i = 0; i < segment.num_layers; ++i) sizes.hold(segment.layers[i]);
     for (int i = 0; i < segment.num_parts; ++i) sizes.hold(segment.parts[i]);
     Pass pass(pool, n, size, sizes, &places);
-    for (int t = 0; t < n; ++t)
-        if (segment.source)
-            std::memcpy(pass.state(t), segment.source + place(t) * size, sizeof(float) * size);
+    for (int t = 0; t < n; ++t) {
+        const Text &text = places.text(t);
+        if (text.source)
+            std::memcpy(pass.state(t), text.source + at(t), sizeof(float) * size);
         else
-            load_embedding(segment, segment.tokens[place(t)], pass.state(t));
+            load_embedding(segment, text.tokens[places.slots[t]], pass.state(t));
+    }
     for (int i = 0; i < segment.num_parts; ++i) pass.run(segment.parts[i]);
-    for (int i = 0; i < segment.num_layers; ++i) pass.run(segment.layers[i], segment.caches[i]);
+    for (int i = 0; i < segment.num_layers; ++i) pass.run(segment.layers[i], i);
     for (int t = 0; t < n; ++t)
-        std::memcpy(segment.target + place(t) * size, pass.state(t), sizeof(float) * size);
+        std::memcpy(places.text(t).target + at(t), pass.state(t), sizeof(float) * size);
     return DONE;
 }
 
@@ -123,7 +119,7 @@ int32_t run_segment(Pool &pool, const Segment &segment, const Places &places) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int32_t native_version() { return 3; }
+int32_t native_version() { return 4; }
 int32_t native_block() { return BLOCK; }
 
 const char *native_instructions() {
@@ -172,24 +168,25 @@ int32_t native_multiply(int32_t threads, const Matrix *matrix, int32_t n, const 
     });
 }
 
-// Runs a segment on new tokens.
-int32_t native_run(int32_t threads, const Segment *segment, const Places *places) {
-    return guarded(threads, [&](Pool &pool) { return run_segment(pool, *segment, *places); });
+// Runs segments one after another, each on its own new tokens of any number of texts.
+int32_t native_run(int32_t threads, int32_t count, const Segment *const *segments,
+                   const Places *places) {
+    return guarded(threads, [&](Pool &pool) {
+        for (int32_t i = 0; i < count; ++i)
+            if (const int32_t status = run_segment(pool, *segments[i], places[i])) return status;
+        return static_cast<int32_t>(DONE);
+    });
 }
 
-// Writes the logits [n][outputs of the head] of hidden states [rows][capacity][hidden_size].
-int32_t native_logits(int32_t threads, const Readout *readout, const float *states,
-                      int32_t capacity, int32_t n, const int32_t *rows, const int32_t *slots,
-                      float *logits) {
+// Writes the logits [n][outputs of the head] of n hidden states, each [hidden_size] and anywhere.
+int32_t native_logits(int32_t threads, const Readout *readout, int32_t n,
+                      const float *const *states, float *logits) {
     return guarded(threads, [&](Pool &pool) {
         const int size = readout->hidden_size;
         Sizes sizes = {size, size, 0};
         for (int i = 0; i < readout->num_parts; ++i) sizes.hold(readout->parts[i]);
         Pass pass(pool, n, size, sizes, nullptr);
-        for (int t = 0; t < n; ++t) {
-            const size_t place = static_cast<size_t>(rows[t]) * capacity + slots[t];
-            std::memcpy(pass.state(t), states + place * size, sizeof(float) * size);
-        }
+        for (int t = 0; t < n; ++t) std::memcpy(pass.state(t), states[t], sizeof(float) * size);
         for (int i = 0; i < readout->num_parts; ++i) pass.run(readout->parts[i]);
         pass.normalize_states(readout->norm, readout->epsilon);
         pass.rows.multiply(readout->head, pass.normed.get(), size, logits, readout->head.outputs);

@@ -1,0 +1,138 @@
+"""Texts that are decoded at once do not wait for others longer than they have to."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("fastapi", reason="serving is an extra")
+from megatron_sorted.decoding.batching.options import BatchingOptions
+from megatron_sorted.decoding.generate import generate
+from megatron_sorted.decoding.strategies import (
+    EarlyExit,
+    Full,
+    SamplingParameters,
+    SelfSpeculative,
+    Strategy,
+)
+from megatron_sorted.decoding.text_generator import TextGenerator
+from megatron_sorted.decoding.texts import Limits
+from megatron_sorted.serving.job import Job
+from megatron_sorted.serving.worker import GenerationWorker
+from tests.support.decoding import needs_native, plain_network, prompts
+from tests.unit.test_decoding_text_generator import Letters
+
+PATIENCE = 60
+
+
+def job_of(
+    texts: list[list[int]],
+    count: int,
+    strategy: Strategy | None = None,
+    tenant: str = "",
+    notify: Callable[[], None] = lambda: None,
+) -> Job:
+    return Job(
+        texts, strategy or Full(), SamplingParameters(), count, [], tenant=tenant, notify=notify
+    )
+
+
+def submit_together(worker: GenerationWorker, *jobs: Job) -> None:
+    """Put jobs into the queue before the first of them is begun."""
+    with worker.changed:
+        for job in jobs:
+            worker.submit(job)
+
+
+@needs_native
+def test_a_text_does_not_wait_for_layers_that_no_other_text_runs():
+    """The first text leaves at exit 1, so that deeper layers never read its prompt."""
+    _, network = plain_network("llama")
+    worker = GenerationWorker(TextGenerator(network, Letters()))
+    [prompt], order = prompts((100,), 100), []
+    leaving = EarlyExit((1, 2), (0.0, 0.0))
+    first = job_of([prompt], 60, leaving, notify=lambda: order.append("first"))
+    second = job_of([prompt], 60, leaving, notify=lambda: order.append("second"))
+    submit_together(worker, first, second)
+    assert len(list(first.results())) == len(list(second.results())) == 60
+    assert order.index("second") < 30, "both are written at once"
+    assert worker.close(PATIENCE)
+
+
+@needs_native
+def test_a_long_prompt_is_read_while_shorter_ones_keep_coming():
+    _, network = plain_network("llama")
+    options = BatchingOptions(prefill_tokens=1, prefix_caching=False)
+    worker = GenerationWorker(TextGenerator(network, Letters()), options=options)
+    long, ended, most = job_of(prompts((240,), 100), 1), [], 60
+
+    def short(number: int) -> Job:
+        def ends() -> None:  # the worker itself sends the next one, so that there are always two
+            if job.outputs.queue[-1] is None and number not in ended:
+                ended.append(number)
+                if len(ended) < most:
+                    jobs.append(worker.submit(short(number + 2)))
+
+        job = job_of(prompts((80,), 100, seed=number), 1, notify=ends)
+        return job
+
+    jobs = [short(0), short(1)]
+    at_end = []
+    long.notify = lambda: at_end.append(len(ended))
+    submit_together(worker, long, *jobs)
+    list(long.results())
+    for job in jobs:
+        list(job.results())
+    assert at_end[0] < 30, "it has a third of all pieces"
+    assert worker.close(PATIENCE)
+
+
+def test_texts_of_a_draft_model_end_while_others_are_drafted():
+    _, network = plain_network("llama")
+    _, draft = plain_network("llama", agree=0.2)
+    worker = GenerationWorker(TextGenerator(network, Letters(), draft))
+    jobs = [
+        job_of(
+            prompts((5 + number,), 100, seed=number),
+            3 + 2 * number,
+            SelfSpeculative(2, 1 + number % 4),
+        )
+        for number in range(8)
+    ]
+    submit_together(worker, *jobs)
+    for job in jobs:
+        tokens = [token for piece in job.results() for token in piece.added.tokens]
+        [wanted] = generate(network, job.prompts, Full(), None, Limits(job.max_new_tokens))
+        assert tokens == wanted.tokens
+    assert worker.close(PATIENCE) and worker.counts.requests_failed == 0
+
+
+@pytest.mark.parametrize("is_read", [True, False], ids=["streaming", "prompt being read"])
+def test_nothing_is_left_of_a_request_whose_client_has_gone(is_read):
+    _, network = plain_network("llama")
+    options = BatchingOptions(prefill_tokens=1)
+    worker = GenerationWorker(TextGenerator(network, Letters()), options=options)
+    job = worker.submit(job_of(prompts((2 if is_read else 200,), 100), 50))
+    while not (job.outputs.qsize() if is_read else worker.counts.rounds > 3):
+        time.sleep(0.001)
+    job.cancel()
+    list(job.results())
+    assert worker.close(PATIENCE)
+    counts = worker.counts
+    assert counts.requests_cancelled == 1
+    assert counts.requests_running == counts.texts_running == counts.cache_bytes_running == 0
+
+
+@needs_native
+def test_a_request_of_many_texts_holds_up_no_other_owner():
+    _, network = plain_network("llama")
+    options = BatchingOptions(max_num_seqs=2, prefix_caching=False)
+    worker = GenerationWorker(TextGenerator(network, Letters()), options=options)
+    order = []
+    many = job_of(prompts((5,), 100) * 40, 4, None, "a", lambda: order.append("a"))
+    one = job_of(prompts((6,), 100), 4, None, "b", lambda: order.append("b"))
+    submit_together(worker, many, one)
+    list(many.results())
+    list(one.results())
+    assert order.index("b") < 80, "b's turn comes after one text of a, not after all 40"
+    assert worker.close(PATIENCE)
