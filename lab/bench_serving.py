@@ -26,6 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lab.contests.rounds import Store
 from lab.serving.contenders import LLAMA_KINDS
 from lab.serving.entrants import Entrants
 from lab.serving.measure import Measurement
@@ -33,7 +34,6 @@ from lab.serving.page import page
 from lab.serving.parts import LONG_PROMPT, PREFIXES, THROUGHPUT
 from lab.serving.picture import draw
 from lab.serving.servers import Servers
-from lab.serving.store import ColumnStore
 from megatron_sorted.files import write_text_atomically
 
 PARTS = (PREFIXES, LONG_PROMPT, THROUGHPUT)
@@ -76,7 +76,7 @@ def read_arguments() -> argparse.Namespace:
     return values
 
 
-def write_page(store: ColumnStore, output: Path) -> None:
+def write_page(store: Store, output: Path) -> None:
     """Write the page and the picture of all rows."""
     shown = [Path(one).name if Path(one).is_absolute() else one for one in sys.argv[1:]]
     command = shlex.join(["python", "-m", "lab.bench_serving", *shown])
@@ -94,7 +94,7 @@ def measure(values: argparse.Namespace, work: Path) -> None:
         "exit_layer": values.exit_layer, "draft_tokens": values.draft_tokens,
         "num_prompts": len(entrants.prompts),
     }  # fmt: skip
-    store = ColumnStore(values.output / "benchmarks" / "serving.json", settings)
+    store = Store(values.output / "benchmarks" / "serving.json", settings)
     contenders = entrants.contenders()
     store.facts["absent"] = entrants.absent
     measurement = Measurement(

@@ -17,7 +17,6 @@ from lab.serving.contenders import (
     Contender,
     Setting,
     check_python,
-    has_option,
     llama,
     ours,
     transformers,
@@ -26,7 +25,8 @@ from lab.serving.contenders import (
 from lab.serving.models import copy_model, long_prompt, make_prompts
 from lab.serving.parts import LONG_PROMPT, PREFIXES, THROUGHPUT, Size
 from megatron_sorted.benchmark.questions import read_questions
-from megatron_sorted.decoding.text_generator import TextGenerator, open_text_generator
+from megatron_sorted.decoding.open_model import open_text_generator
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.installation import ROOT
 
@@ -85,7 +85,7 @@ class Entrants:
             for engine, checkout in self.versions().items()
         ]
         kept = []
-        if has_option(ROOT, "--prefix-caching"):
+        if not self.values.quick:
             kept = [ours(setting, first, FULL, ROOT, caching=True)]
         streams = self.setting(self.size.streams + 1, self.long_context)
         others = self.by_others(setting)

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lab.contests.contenders import OURS
-from lab.contests.rounds import Row
+from lab.contests.rounds import Row, Store
 from lab.serving.clients import ask, closed_loop
 from lab.serving.contenders import FULL, Contender
 from lab.serving.dialects import Prompt
@@ -24,8 +24,8 @@ from lab.serving.parts import (
     with_long_prompt,
     with_turns,
 )
+from lab.serving.rows import rows_of
 from lab.serving.servers import Server, Servers
-from lab.serving.store import ColumnStore
 from megatron_sorted.errors import PlatformError
 
 WARM_TEXTS, WARM_TOKENS = 4, 8
@@ -47,7 +47,7 @@ class Measurement:
         began: When the measurement began.
     """
 
-    store: ColumnStore
+    store: Store
     servers: Servers
     size: Size
     clients: Sequence[int]
@@ -91,8 +91,10 @@ class Measurement:
         """Return whether all contenders that can take part have these rounds."""
         cases = self.clients if part == THROUGHPUT else [None]
         return all(
-            self.store.has(part=part, name=contender.name, round=rounds - 1,
-                           **({} if case is None else {"case": case}))
+            rows_of(
+                self.store.rows, match=part, name=contender.name, round=rounds - 1,
+                **({} if case is None else {"case": case}),
+            )
             for contender in self.contenders.get(part, [])
             if contender.name not in self.store.facts.get("absent", {})
             for case in cases
@@ -182,7 +184,9 @@ class Measurement:
             self._keep(rows, number)
 
     def _has(self, part: str, case: int, number: int, contender: Contender) -> bool:
-        return self.store.has(part=part, case=case, round=number, name=contender.name)
+        return bool(
+            rows_of(self.store.rows, match=part, case=case, round=number, name=contender.name)
+        )
 
     def _keep(self, rows: Sequence[Row], number: int) -> None:
         self.store.add([{**row, "round": number} for row in rows if row is not None])

@@ -12,7 +12,7 @@ from lab.contests.summary import Spread, names_of
 from lab.results.pages import page_head
 from lab.serving.contenders import FULL
 from lab.serving.parts import LONG_PROMPT, PREFIXES, THROUGHPUT
-from lab.serving.store import rows_of
+from lab.serving.rows import rows_of
 from megatron_sorted.reporting.markdown import facts, table
 
 WANTED_GROWTH, FEW, MANY = 4.0, 1, 16
@@ -195,9 +195,9 @@ def page(rows: Sequence[Row], stored: dict[str, Any], settings: dict, command: s
         "[Decoding](../decoding.md)",
     )
     lines += [f"    {command}", "", "![Tokens a second by clients](../images/serving.png)", ""]
-    lines += throughput_lines(rows_of(rows, part=THROUGHPUT))
-    lines += long_prompt_lines(rows_of(rows, part=LONG_PROMPT), settings)
-    lines += prefix_lines(rows_of(rows, part=PREFIXES))
+    lines += throughput_lines(rows_of(rows, match=THROUGHPUT))
+    lines += long_prompt_lines(rows_of(rows, match=LONG_PROMPT), settings)
+    lines += prefix_lines(rows_of(rows, match=PREFIXES))
     absent = [f"{name} did not take part: {why}" for name, why in stored["absent"].items()]
     lines += ["## How it is measured", ""]
     for text in (*HOW, *absent):
@@ -206,7 +206,7 @@ def page(rows: Sequence[Row], stored: dict[str, Any], settings: dict, command: s
             textwrap.fill(one_line, 100, initial_indent="- ", subsequent_indent="  ",
                           break_long_words=False, break_on_hyphens=False)
         )  # fmt: skip
-    rounds = {row["part"]: row["round"] + 1 for row in rows}
+    rounds = {row["match"]: row["round"] + 1 for row in rows}
     threads = settings["threads"]
     lines += [
         "",

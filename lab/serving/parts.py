@@ -170,7 +170,7 @@ def _row(part: str, case: int, contender: Contender, streams: list[Stream], load
     firsts = [stream.first for stream in streams]
     cached = [stream.num_cached for stream in streams if stream.num_cached is not None]
     return {
-        "part": part, "case": case, "round": 0, "name": contender.name,
+        "match": part, "case": case, "round": 0, "name": contender.name,
         "engine": contender.engine, "kind": contender.kind, "strategy": contender.strategy,
         "seconds": 0.0, "tokens": sum(stream.num_tokens for stream in streams),
         "cpu_seconds": 0.0, "first": rounded(statistics.median(firsts)),

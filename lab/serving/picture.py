@@ -11,7 +11,7 @@ from lab.contests.summary import names_of
 from lab.serving.contenders import BEFORE, FULL, VLLM
 from lab.serving.page import speed
 from lab.serving.parts import THROUGHPUT
-from lab.serving.store import rows_of
+from lab.serving.rows import rows_of
 from megatron_sorted.reporting.drawing import COLOURS, MARKERS, figure_of
 
 STYLES = {
@@ -23,7 +23,7 @@ STYLES = {
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Write a PNG with a panel for each kind of weights, if there are rows of many clients."""
-    rows = rows_of(rows, part=THROUGHPUT)
+    rows = rows_of(rows, match=THROUGHPUT)
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     if not kinds:
         return

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from lab import bench_serving
+from lab.contests.rounds import Store
 from tests.support.evaluated import write_model
 
 pytest.importorskip("uvicorn", reason="serving is an extra")
@@ -32,18 +33,18 @@ def test_whole_measurement(tmp_path, monkeypatch):
     )  # fmt: skip
     bench_serving.main()
     path = tmp_path / "docs" / "benchmarks" / "serving.json"
-    whole = json.loads(path.read_text())
-    rows = [dict(zip(whole["facts"]["columns"], row, strict=True)) for row in whole["rows"]]
-    assert whole["facts"]["absent"] == {}
-    many = [row for row in rows if row["part"] == "throughput"]
+    store = Store(path, {})
+    rows = store.rows
+    assert store.facts["absent"] == {}
+    many = [row for row in rows if row["match"] == "throughput"]
     assert {(row["case"], row["strategy"]) for row in many} == {
         (case, strategy) for case in (1, 2) for strategy in ("full", "self_speculative")
     }
     assert all(row["same"] == row["texts"] == 2 and row["short"] == 0 for row in many)
     assert all(row["tokens"] == 16 and row["cpu_seconds"] > 0 for row in many)
-    [long] = [row for row in rows if row["part"] == "long prompt"]
+    [long] = [row for row in rows if row["match"] == "long prompt"]
     assert long["silence"] >= long["pause"] > 0
-    turns = [row for row in rows if row["part"] == "prefixes"]
+    turns = [row for row in rows if row["match"] == "prefixes"]
     assert {row["case"] for row in turns} == {1, 2, 3} and all(row["same"] for row in turns)
     assert "## Many clients" in (path.parent / "serving.md").read_text()
     assert (tmp_path / "docs" / "images" / "serving.png").is_file()

@@ -12,7 +12,7 @@ import pytest
 
 from lab import bench_serving
 from lab.contests.contenders import LLAMA, OURS
-from lab.contests.rounds import digest
+from lab.contests.rounds import Store, digest
 from lab.serving.clients import Stream, ask, closed_loop, percentile
 from lab.serving.contenders import BEFORE, FULL, Contender, check_python
 from lab.serving.dialects import Chat, Completions, LlamaCompletions, Prompt
@@ -30,10 +30,10 @@ from lab.serving.parts import (
     with_turns,
 )
 from lab.serving.picture import draw
+from lab.serving.rows import COLUMNS
 from lab.serving.servers import Launch, Server, Servers
-from lab.serving.store import COLUMNS, ColumnStore
 from megatron_sorted.benchmark.questions import MultiTurnQuestion
-from megatron_sorted.decoding.text_generator import open_text_generator
+from megatron_sorted.decoding.open_model import open_text_generator
 from megatron_sorted.errors import DataError, PlatformError
 from tests.support import stand_in_api
 from tests.support.evaluated import write_model
@@ -121,7 +121,7 @@ def test_a_turn_of_clients_counts_texts_that_equal_those_written_alone(tmp_path)
         servers.keep_only(set())
     assert row.keys() == set(COLUMNS)
     assert (row["tokens"], row["texts"], row["same"], row["short"]) == (12, 4, 3, 0)
-    assert (row["case"], row["cached"], row["part"]) == (2, 12, THROUGHPUT)
+    assert (row["case"], row["cached"], row["match"]) == (2, 12, THROUGHPUT)
     assert row["seconds"] > 0 and row["first"] <= row["first_95"] <= row["silence"]
     assert (other["tokens"], other["texts"], other["same"]) == (32, 8, 0)
 
@@ -134,7 +134,7 @@ def test_the_long_prompt_comes_after_a_token_of_every_stream():
         row = with_long_prompt(contender(), server, PROMPTS, SIZE, long)
     before = log[: log.index(("asked", 90))]
     assert {("first", 2), ("first", 3)} <= set(before)
-    assert row["part"] == LONG_PROMPT and row["case"] == 2 and row["texts"] >= 3
+    assert row["match"] == LONG_PROMPT and row["case"] == 2 and row["texts"] >= 3
     assert row["tokens"] == 3 * (row["texts"] - 1) + 2 and row["short"] == 0
     assert row["silence"] >= row["pause"]
 
@@ -145,7 +145,7 @@ def test_turns_repeat_all_earlier_turns():
         server = SimpleNamespace(port=port, cpu_seconds=lambda: 1.0)
         rows, answers = with_turns(contender(), server, ["abc", "defg"], SIZE)
     assert answers == ["4 5 6", "13 14 15"]  # 3 characters, then 3 + 5 + 4
-    assert [row["case"] for row in rows] == [1, 2] and rows[0]["part"] == PREFIXES
+    assert [row["case"] for row in rows] == [1, 2] and rows[0]["match"] == PREFIXES
 
 
 def test_only_one_server_runs_at_a_time(tmp_path):
@@ -184,7 +184,7 @@ def test_a_server_that_ends_says_why(tmp_path):
 
 def measurement(path, servers, contenders, minutes=1e9):
     """Return a measurement of stand-ins."""
-    store = ColumnStore(path, {"threads": 1})
+    store = Store(path, {"threads": 1})
     return Measurement(
         store, servers, SIZE, [1, 2], PROMPTS, Prompt("", [1] * 90), minutes,
         dict.fromkeys((PREFIXES, LONG_PROMPT, THROUGHPUT), contenders),
@@ -213,18 +213,17 @@ def test_rounds_rotate_continue_and_leave_out_who_fails(tmp_path):
     finally:
         servers.keep_only(set())
     assert path.read_bytes() == kept and len(pages) == 6
-    assert json.loads(kept)["facts"]["columns"] == list(COLUMNS)
-    assert rows[: len(first.store.rows)] == first.store.rows
-    many = [(row["round"], row["case"], row["name"]) for row in rows if row["part"] == THROUGHPUT]
+    assert all(row in rows for row in first.store.rows)
     names = ["other", "ours float32 full"]
-    assert many == [
-        (number, case, name)
-        for number in (0, 1)
-        for case in (1, 2)
-        for name in (names if number == 0 else names[::-1])
-    ]
-    assert all(row["same"] == row["texts"] for row in rows if row["part"] == THROUGHPUT)
-    turns = [row for row in rows if row["part"] == PREFIXES]
+    for number, measured, order in ((0, first, names), (1, second, names[::-1])):
+        many = [
+            (row["case"], row["name"])
+            for row in measured.store.rows
+            if row["match"] == THROUGHPUT and row["round"] == number
+        ]
+        assert many == [(case, name) for case in (1, 2) for name in order]
+    assert all(row["same"] == row["texts"] for row in rows if row["match"] == THROUGHPUT)
+    turns = [row for row in rows if row["match"] == PREFIXES]
     assert len(turns) == 2 * 2 * 2 and all(row["same"] == 1 for row in turns)
     text = page(rows, second.store.facts, page_settings(), "python -m lab.bench_serving MODEL")
     assert "broken did not take part" in text
@@ -249,7 +248,7 @@ def page_settings():
 def row(name, case, number, tokens, engine=OURS, strategy=FULL, **more):
     """Return a row of 2 seconds."""
     return {
-        **dict.fromkeys(COLUMNS, 0), "part": THROUGHPUT, "case": case, "round": number,
+        **dict.fromkeys(COLUMNS, 0), "match": THROUGHPUT, "case": case, "round": number,
         "name": name, "engine": engine, "kind": "float32", "strategy": strategy, "seconds": 2.0,
         "tokens": tokens, "cpu_seconds": 1.0, "first": 0.25, "first_95": 0.5, "pause": 0.04,
         "silence": 0.75, "texts": 4, "same": 4, "cached": None, **more,
@@ -267,9 +266,9 @@ def test_page_and_picture(tmp_path):
     assert growth_of(rows, "ours float32 full").median == 4.5
     assert growth_of(rows[:1], "ours float32 full") is None
     rows += [
-        row("ours float32 full", 8, 0, 5, part=LONG_PROMPT),
-        row("ours float32 full", 10, 0, 5, part=PREFIXES, first=1.5, texts=1, same=1),
-        row("ours, kept", 10, 0, 5, part=PREFIXES, texts=1, same=1, cached=1234),
+        row("ours float32 full", 8, 0, 5, match=LONG_PROMPT),
+        row("ours float32 full", 10, 0, 5, match=PREFIXES, first=1.5, texts=1, same=1),
+        row("ours, kept", 10, 0, 5, match=PREFIXES, texts=1, same=1, cached=1234),
     ]
     text = page(rows, {"absent": {"vLLM": "no wheel."}, "commits": ["abc"]}, page_settings(), "c")
     assert "| ours float32 full | 150.0 (100.0 to 200.0) | 675.0 (450.0 to 900.0) |" in text
@@ -289,11 +288,11 @@ def test_page_and_picture(tmp_path):
 
 def test_other_settings_are_not_continued(tmp_path):
     """Rows of other settings cannot be compared."""
-    store = ColumnStore(tmp_path / "s.json", {"threads": 1})
+    store = Store(tmp_path / "s.json", {"threads": 1})
     store.add([row("x", 1, 0, 5)])
-    assert ColumnStore(tmp_path / "s.json", {"threads": 1}).rows == store.rows
+    assert Store(tmp_path / "s.json", {"threads": 1}).rows == store.rows
     with pytest.raises(DataError, match="threads is 1, not 2"):
-        ColumnStore(tmp_path / "s.json", {"threads": 2})
+        Store(tmp_path / "s.json", {"threads": 2})
 
 
 def test_the_copy_has_no_end_and_a_longer_context(tmp_path):
