@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_sorted.decoding.batching.joining import join_steps
 from megatron_sorted.decoding.batching.options import BatchingCounts, BatchingOptions
 from megatron_sorted.decoding.batching.prefixes import (
     MIN_TOKENS,
@@ -45,6 +46,8 @@ class Engine:
         clock: Returns the time in seconds, to share it out.
 
     Attributes:
+        is_joined: Whether every text can be a task of its own, whose steps are joined with those
+            of others.
         running: The tasks that have begun, in order.
     """
 
@@ -57,6 +60,7 @@ class Engine:
     ):
         self.network, self.options, self.counts, self.clock = network, options, counts, clock
         self.running: list[Task] = []
+        self.is_joined = network.is_native or join_steps(network)
         self.prefixes = PrefixCache(options.share_prefixes)
         self.budget = options.cache_bytes or _default_budget(network)
         counts.cache_bytes_budget = self.budget
