@@ -19,7 +19,7 @@ CONFIDENCES = (0.05, 0.2, 0.5, 0.9)
 STOPS = ("a", "th", "e ", ".", "\n", "猫", "the cat")
 MOST_TURNS = 4
 NO_TOKENS, MANY_TEXTS = 7, 11
-"""Numbers of the request for no tokens, and of the one for more texts than a server has room for."""
+"""Numbers of the request for no tokens, and of one for more texts than are written at once."""
 
 
 @dataclass(frozen=True)
