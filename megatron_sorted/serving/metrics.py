@@ -77,6 +77,7 @@ class Metrics:
         self.registry = None
         if prometheus_client is None:
             return
+        prometheus_client.disable_created_metrics()  # a second series of each, which few use
         self.registry = registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=registry)
         registry.register(WorkerCounts(worker))

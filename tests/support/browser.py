@@ -119,7 +119,7 @@ def browsing(folder: Path) -> Iterator[Browser]:
     browser = None
     try:
         line = ""
-        while "on port " not in line:
+        while "successfully on port" not in line:
             line = driver.stdout.readline()
             assert line, "the driver ended"
         port = int(line.rpartition("on port ")[2].strip(" .\n"))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from urllib.parse import urlencode
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.support.browser import (
     CONTROL_ENTER,
@@ -35,17 +36,23 @@ SPANS = (
 def address(tmp_path_factory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("page")
     model = write_model(
-        folder / "tiny", seed=1, num_layers=4, max_position_embeddings=LENGTH, hidden_size=64
+        folder / "tiny", seed=1, num_layers=4, max_position_embeddings=LENGTH, tied=False
     )
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][2] = 0  # the end token is never the likeliest
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
     (folder / "keys").write_text(KEY)
     (folder / "keys").chmod(0o600)
-    with serving(model, "--api-key-file", folder / "keys", "--no-request-log") as (_, port):
+    # torch is slow enough to be stopped, and drafts also where that does not pay
+    options = "--native", "off", "--api-key-file", folder / "keys", "--no-request-log"
+    with serving(model, *options) as (_, port):
         yield f"http://127.0.0.1:{port}/"
 
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory) -> Iterator[Browser]:
     with browsing(tmp_path_factory.mktemp("browser")) as browser:
+        browser.open("about:blank")  # its first page is one of its own
         yield browser
 
 
@@ -136,7 +143,7 @@ def test_a_depth_is_chosen_with_the_slider_and_its_text_is_that_of_the_api(page,
     assert shown["Tokens"] == "24" and float(shown["Tokens a second"]) > 0
     assert shown["Layers run"] == f"{2 * (prompt + 23)} of {4 * (prompt + 23)}"
     assert shown["Layers saved"] == "50 %" and shown["Drafts accepted"] == "none drafted"
-    assert shown["Prompt, of it kept"] == f"{prompt}, 0"
+    assert shown["Prompt tokens"] == f"{prompt}, 0 kept"
 
 
 @pytest.mark.parametrize(
@@ -202,9 +209,9 @@ def test_stop_ends_the_text_here_and_in_the_server(page, address):
 
     def cancelled() -> int:
         with urllib.request.urlopen(f"{address}metrics", timeout=60) as answer:
-            return int(
-                float(re.search(r"requests_cancelled_total (\S+)", answer.read().decode())[1])
-            )
+            metrics = answer.read().decode()
+        name = "megatron_sorted_requests_cancelled_total"
+        return int(float(re.search(rf"^{name} (\S+)$", metrics, re.MULTILINE)[1]))
 
     for _ in range(100):
         if cancelled() == 3:
@@ -216,7 +223,7 @@ def test_stop_ends_the_text_here_and_in_the_server(page, address):
 def test_errors_are_shown_as_the_server_writes_them(page, address):
     page.open(f"{address}?prompt=a&mode=completion")
     page.until("$('error').textContent")
-    assert "API key" in page.run("return $('error').textContent")
+    assert page.run("return $('error').textContent").startswith("a key is needed. ")
     assert not page.run("return $('write').disabled ? '' : 'can write'")
     page.type("[name=key]", f"{KEY}\t")
     page.until("model && !$('error').textContent")
@@ -253,7 +260,8 @@ def test_colours_are_in_order_of_lightness_and_readable(page, address, exits):
     pairs = page.run(
         """
         model = {...model, exits: [...Array(arguments[0]).keys()].map((one) => 1 + one)};
-        const canvas = document.createElement("canvas").getContext("2d");
+        const options = {willReadFrequently: true};
+        const canvas = document.createElement("canvas").getContext("2d", options);
         return model.exits.map((depth) => coloursOf(depth).map((colour) => {
           canvas.fillStyle = colour;
           canvas.fillRect(0, 0, 1, 1);

@@ -290,6 +290,7 @@ def test_metrics_are_served_of_this_server_alone():
         worker.close()
         families = list(parser.text_string_to_metric_families(answer.text))
         assert all(family.documentation for family in families)
+        assert not any(family.name.endswith("_created") for family in families)
         by_depth = {
             sample.labels["depth"]: sample.value
             for family in families
