@@ -96,7 +96,7 @@ def measure(values: argparse.Namespace, work: Path) -> None:
     }  # fmt: skip
     store = Store(values.output / "benchmarks" / "serving.json", settings)
     contenders = entrants.contenders()
-    store.facts["absent"] = entrants.absent
+    store.facts |= {"absent": entrants.absent, "versions": entrants.versions}
     measurement = Measurement(
         store, servers, entrants.size, values.clients, entrants.prompts, entrants.long,
         values.minutes, contenders,

@@ -14,7 +14,7 @@ from lab import bench_serving
 from lab.contests.contenders import LLAMA, OURS
 from lab.contests.rounds import Store, digest
 from lab.serving.clients import Stream, ask, closed_loop, percentile
-from lab.serving.contenders import BEFORE, FULL, Contender, check_python
+from lab.serving.contenders import BEFORE, FULL, Contender, version_in
 from lab.serving.dialects import Chat, Completions, LlamaCompletions, Prompt
 from lab.serving.measure import Measurement
 from lab.serving.models import copy_model, long_prompt, make_prompts
@@ -176,10 +176,11 @@ def test_a_server_that_ends_says_why(tmp_path):
     broken = Launch("broken", (sys.executable, "-c", "raise SystemExit('no port')"), tmp_path)
     with pytest.raises(PlatformError, match=r"status 1.*no port"):
         Server(broken, tmp_path)
-    with pytest.raises(PlatformError, match=r"no_such_module.*Install it there"):
-        check_python(Path(sys.executable), "no_such_module", "it")
+    with pytest.raises(PlatformError, match=r"no_such_module.*Install torch there"):
+        version_in(Path(sys.executable), "torch", "no_such_module")
     with pytest.raises(PlatformError, match="nowhere"):
-        check_python(tmp_path / "nowhere", "os", "it")
+        version_in(tmp_path / "nowhere", "torch", "os")
+    assert version_in(Path(sys.executable), "pytest", "os, sys") == pytest.__version__
 
 
 def measurement(path, servers, contenders, minutes=1e9):
