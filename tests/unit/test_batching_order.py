@@ -157,3 +157,17 @@ def test_a_fault_at_the_end_of_a_text_ends_no_other(monkeypatch):
     other = worker.submit(job_of(prompts((3,), 100), 2))
     assert other.outputs.get(timeout=10).added.tokens
     assert worker.close(PATIENCE)
+
+
+@needs_native
+def test_a_prompt_that_is_read_for_another_text_counts_as_kept():
+    _, network = plain_network("llama")
+    worker = GenerationWorker(TextGenerator(network, Letters()))
+    jobs = [job_of(prompts((100,), 100), 5) for _ in range(2)]
+    submit_together(worker, *jobs)
+    for job in jobs:
+        list(job.results())
+    assert worker.close(PATIENCE)
+    assert sorted(job.cached_tokens >= 99 for job in jobs) == [False, True]
+    assert worker.counts.cached_tokens == sum(job.cached_tokens for job in jobs)
+    assert jobs[0].layers_run > 10 * jobs[1].layers_run
