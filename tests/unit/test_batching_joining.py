@@ -22,7 +22,8 @@ def test_steps_beside_others_have_the_bits_of_steps_alone_and_few_products(tmp_p
         for text in texts:
             state = DecodingState(network, 1, 80, network.depths)
             state.append(torch.tensor([text]))
-            state.read(network.num_layers)
+            for depth in network.depths:
+                state.read(depth)
             states.append(state)
         return states
 

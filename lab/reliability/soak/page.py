@@ -1,5 +1,6 @@
 """The page of a soak."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -32,8 +33,8 @@ def page(command: str, setting: str, phases: Sequence[tuple[str, Seen, list[Chec
         rows = [[one.name, "yes" if not one.faults else "NO", one.figures] for one in checks]
         lines += table(["what must hold", "holds", "figures"], rows)
         faults = [fault for one in checks for fault in one.faults]
-        lines += ["", *(f"- {fault}" for fault in faults), ""] if faults else [""]
-        lines += [*_memory(seen), ""]
+        lines += ["", *(f"- {fault}" for fault in faults)] if faults else []
+        lines += ["", *_memory(seen), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -44,13 +45,14 @@ def _summary(seen: Seen) -> list[str]:
     )
     left = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items())) or "none"
     tokens, layers = seen.num_of("generated_tokens"), seen.num_of("layers_run")
-    return [
-        f"{len(seen.outcomes)} requests in {seen.seconds:.0f} s, {tokens:.0f} new tokens "
-        f"({tokens / seen.seconds:.0f} a second), {layers:.0f} layers, {seen.num_of('rounds'):.0f} "
-        f"joined passes, {seen.num_of('cached_tokens'):.0f} of "
+    text = (
+        f"{len(seen.outcomes)} requests and {len(seen.probes)} small ones in {seen.seconds:.0f} s, "
+        f"{tokens:.0f} new tokens ({tokens / seen.seconds:.0f} a second), {layers:.0f} layers, "
+        f"{seen.num_of('rounds'):.0f} joined passes, {seen.num_of('cached_tokens'):.0f} of "
         f"{seen.num_of('prompt_tokens'):.0f} prompt tokens kept from earlier texts. Clients that "
         f"left: {left}."
-    ]
+    )
+    return textwrap.wrap(text, 100, break_on_hyphens=False)
 
 
 def _memory(seen: Seen) -> list[str]:

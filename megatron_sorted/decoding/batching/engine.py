@@ -160,8 +160,12 @@ class Engine:
         groups: dict[int, list[tuple[Task, int]]] = {}
         for task, piece in self._choose():
             groups.setdefault(id(task.pending.state.network), []).append((task, piece))
-        for group in groups.values():
+        for members in groups.values():
+            # the end of one task may be that of others, such as texts of the same request
+            group = [one for one in members if one[0].pending is not None]
             for (task, _), logits in zip(group, self._run(group), strict=True):
+                if task.pending is None:
+                    continue
                 if isinstance(logits, BaseException):
                     self.end(task, logits)
                 elif logits is not None:
@@ -181,12 +185,14 @@ class Engine:
         self.running.remove(task)
         self.counts.layers_run += task.num_layers
         keeps = self.options.prefix_caching and task.prompt is not None and error is None
-        if keeps and task.states and task.states[0].tree is None:
-            self.prefixes.keep(task.states, task.tenant, task.num_prompt)
-            while self.prefixes.num_bytes > self.budget and self.prefixes.evict():
-                pass
-        task.close()
-        task.ended(error)
+        try:
+            if keeps and task.states and task.states[0].tree is None:
+                self.prefixes.keep(task.states, task.tenant, task.num_prompt)
+                while self.prefixes.num_bytes > self.budget and self.prefixes.evict():
+                    pass
+        finally:
+            task.close()
+            task.ended(error)
 
     def _choose(self) -> list[tuple[Task, int]]:
         """Return the tasks that have a pass in this round, and the tokens it may process."""
@@ -217,6 +223,8 @@ class Engine:
 
     def _run(self, group: Sequence[tuple[Task, int]]) -> list[Tensor | BaseException | None]:
         """Return the logits of the passes of a network; None of those that are not complete."""
+        if not group:
+            return []
         passes = [task.pending for task, _ in group]
         pieces = [piece for _, piece in group]
         began = self.clock()
