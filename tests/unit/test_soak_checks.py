@@ -11,6 +11,7 @@ from lab.reliability.soak.bad_bodies import BadRequest
 from lab.reliability.soak.checks import Bounds, all_checks
 from lab.reliability.soak.client import LEAVES, Answer, Leave
 from lab.reliability.soak.load import Outcome, Seen
+from lab.reliability.soak.page import page
 from lab.reliability.soak.requests import COMPLETIONS, pooled
 from lab.reliability.soak.served import ProcessUsage
 
@@ -130,3 +131,13 @@ def test_a_traceback_and_counts_that_are_not_exact_are_reported():
     assert faulty(stayed, exact=True) == ["/metrics counts what the clients counted"]
     counts = seen().after | {"requests_cancelled": 0, "generated_tokens": 4}
     assert faulty(replace(stayed, after=counts), exact=True) == []
+
+
+def test_the_page_shows_what_holds_and_what_does_not():
+    good, bad = seen(seconds=10.0), seen(seconds=10.0, health=[9.0])
+    parts = [(name, one, all_checks(one, ALONE, Bounds(5, 2), "")) for name, one in
+             (("First", good), ("Then", bad))]  # fmt: skip
+    text = page("python -m lab.soak_serving", "1 thread", parts)
+    first, then = text.split("## Then")
+    assert "| NO |" not in first and then.count("| NO |") == 1 and "- 9.00 s" in then
+    assert "1 after some text" in first and "\n\n\n" not in text

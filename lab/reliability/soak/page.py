@@ -33,8 +33,8 @@ def page(command: str, setting: str, phases: Sequence[tuple[str, Seen, list[Chec
         rows = [[one.name, "yes" if not one.faults else "NO", one.figures] for one in checks]
         lines += table(["what must hold", "holds", "figures"], rows)
         faults = [fault for one in checks for fault in one.faults]
-        lines += ["", *(f"- {fault}" for fault in faults)] if faults else []
-        lines += ["", *_memory(seen), ""]
+        lines += [*(f"- {fault}" for fault in faults), ""] if faults else []
+        lines += _memory(seen)
     return "\n".join(lines).rstrip() + "\n"
 
 
