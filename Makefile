@@ -22,7 +22,7 @@ SELF := $(MAKE)
 # What make test-npu runs.
 NPU_TESTS ?= tests/npu
 
-.PHONY: help setup demo check docs test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron test-versions bench contest clean
+.PHONY: help setup demo check docs test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron test-versions bench bench-serving contest clean
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 to 4 minutes on 2 CPU cores)"
@@ -38,6 +38,7 @@ help:
 	@echo "make accept-npu  what the first day on real Ascend NPUs must show (accept-npu ON=simulation: a trial without them)"
 	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions, rules for exits, decoding; writes docs/benchmarks/"
 	@echo "make contest  decoding on CPUs beside llama.cpp, built from its sources, and transformers; writes docs/results/contest.md (hours)"
+	@echo "make bench-serving MODEL=... QUESTIONS=...  our server with 1 to 32 clients; SERVING_OPTIONS names others to compare with; writes docs/benchmarks/serving.md"
 	@echo "make docs      the documentation as a site, in docs/_build/html (half a minute)"
 	@echo "make setup     only the virtual environment"
 
@@ -149,6 +150,11 @@ bench: $(READY)
 	@$(BIN)/python -m lab.bench_convert
 	@$(BIN)/python -m lab.bench_rules
 	@$(BIN)/python -m lab.bench_decoding
+
+# SERVING_OPTIONS="--before DIR --llama-cpp FOLDER ...": beside an earlier version and the servers of others
+bench-serving: $(READY)
+	@test -n "$(MODEL)" -a -n "$(QUESTIONS)" || { echo "error: which model, which questions? make bench-serving MODEL=... QUESTIONS=questions.jsonl"; exit 1; }
+	@$(BIN)/python -m lab.bench_serving $(MODEL) --questions $(QUESTIONS) $(SERVING_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-megatron $(NPU_VENV) $(NPU_VENV)-megatron runs build dist docs/_build docs/reference *.egg-info

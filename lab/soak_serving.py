@@ -34,7 +34,8 @@ from lab.reliability.soak.model import DEPTHS, write_soaked_model
 from lab.reliability.soak.page import page
 from lab.reliability.soak.requests import Pool
 from lab.reliability.soak.served import Served, write_keys
-from megatron_sorted.decoding.text_generator import TextGenerator, open_text_generator
+from megatron_sorted.decoding.open_model import open_text_generator
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.files import write_text_atomically
 
 STOP_SECONDS = 20
@@ -104,7 +105,7 @@ def soak(values: argparse.Namespace, folder: Path) -> int:
         checked.append((name, seen, checks))
         print(f"{name}: compared in {time.monotonic() - began:.0f} s", flush=True)
         for check in checks:
-            print(f"  {'FAILED' if check.faults else 'holds '} {check.name}: {check.found}")
+            print(f"  {'FAILED' if check.faults else 'holds '} {check.name}: {check.figures}")
             for fault in check.faults:
                 print(f"         {fault[:2000]}")
     if values.output != Path():

@@ -76,7 +76,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help="keys that clients need for /v1: one a line, or NAME KEY (default: none is needed)",
+        help="keys for /v1, one a line: KEY or NAME KEY (default: none is needed)",
     )
     group.add_argument(
         "--no-request-log",

@@ -33,6 +33,7 @@ LINES_LEFT = {
     "lab/contests/gguf.py": OWN,
     "megatron_sorted/decoding/tuning/tune.py": MACHINE,
     "megatron_sorted/reporting/markdown.py": MACHINE,
+    "lab/serving/(contenders|public_clients).py": MACHINE,
     "lab/accept_npu.py": OWN,
     "lab/results/steps.py": OWN,
     "lab/results/page.py": OWN_TEXT,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab.reliability.soak.requests import CHAT, Asked
+from lab.reliability.soak.requests import CHAT, PooledRequest
 from megatron_sorted.decoding.requested_strategy import RequestedStrategy
 from megatron_sorted.decoding.strategies import (
     SPECULATIVE,
@@ -41,14 +41,14 @@ class Alone:
 
     Args:
         generator: The model, in the same kind of weights as the server's.
-        model: Its directory.
+        model: The model's directory.
     """
 
     def __init__(self, generator: TextGenerator, model: Path):
         self.generator, self.choice = generator, RequestedStrategy(model)
-        self.written: dict[Asked, Written] = {}
+        self.written: dict[PooledRequest, Written] = {}
 
-    def of(self, request: Asked) -> Written:
+    def of(self, request: PooledRequest) -> Written:
         """Return what a request must get."""
         if request not in self.written:
             self.written[request] = self._write(request)
@@ -66,7 +66,7 @@ class Alone:
             return EarlyExit(exits, (confidence,) * len(exits))
         return self.choice.named(fields.get("strategy", "full")).strategy(network)
 
-    def _write(self, request: Asked) -> Written:
+    def _write(self, request: PooledRequest) -> Written:
         fields, is_chat = request.fields, request.path == CHAT
         strategy = self.strategy(fields)
         prompts = [""] if is_chat else _prompts(fields["prompt"])

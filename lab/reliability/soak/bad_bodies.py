@@ -19,7 +19,7 @@ class BadRequest:
         status: The status that it must get.
         says: A part of the message.
         path, method: Where it is sent, and how.
-        headers: Its headers, beside the key.
+        headers: Headers of the request beside the key's.
         has_key: Whether it has a right key.
     """
 

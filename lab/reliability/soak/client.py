@@ -10,6 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import parse_json
+
 END = object()
 LEAVES = ("half a body", "after the request", "after some text", "with unread text")
 """Moments at which a client may leave."""
@@ -99,7 +102,7 @@ class Client:
         """Send a request for texts, and read its answer until the end or until it leaves."""
         if is_stream:
             fields = {"stream": True, "stream_options": {"include_usage": True}}
-            body = json.dumps(json.loads(body) | fields)
+            body = json.dumps(parse_json(body, "request") | fields)
         headers = {"Content-Type": "application/json", **self.headers}
         return await self.send(head_of(path, len(body.encode()), headers), body.encode(), leave)
 
@@ -112,8 +115,8 @@ class Client:
         answer, began = Answer(), time.monotonic()
         try:
             await asyncio.wait_for(self._send(head, body, answer, leave), self.patience)
-        except (OSError, asyncio.IncompleteReadError) as error:  # a time limit is an OSError too
-            answer.message = answer.message or type(error).__name__
+        except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, DataError) as error:
+            answer.message = answer.message or f"{type(error).__name__} {error}"
         answer.seconds = time.monotonic() - began
         return answer
 
@@ -181,7 +184,7 @@ async def read_events(
 ) -> AsyncIterator[Any]:
     """Yield the objects of a response, then `END` if it is complete.
 
-    Texts that are no JSON come as {"text": ...}.
+    A text that is not JSON comes as {"text": ...}.
     """
     if headers.get("content-type", "").startswith("text/event-stream"):
         async for event in _stream_events(reader):
@@ -189,10 +192,8 @@ async def read_events(
         return
     length = headers.get("content-length")
     body = await (reader.readexactly(int(length)) if length else reader.read(-1))
-    try:
-        yield json.loads(body)
-    except ValueError:
-        yield {"text": body.decode()}
+    is_json = headers.get("content-type", "").startswith("application/json")
+    yield parse_json(body, "response") if is_json else {"text": body.decode()}
     yield END
 
 
@@ -207,7 +208,7 @@ async def _stream_events(reader: asyncio.StreamReader) -> AsyncIterator[Any]:
             if event == b"data: [DONE]":
                 yield END
                 return
-            values = json.loads(event.removeprefix(b"data: "))
+            values = parse_json(event.removeprefix(b"data: "), "event")
             has_failed |= "error" in values
             yield values
     if has_failed:

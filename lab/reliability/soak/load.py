@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from lab.reliability.soak.bad_bodies import BadRequest
 from lab.reliability.soak.client import LEAVES, Answer, Client, Leave, head_of
-from lab.reliability.soak.requests import COMPLETIONS, Asked, Pool, Talk, asked
-from lab.reliability.soak.served import Served, Usage, read_counts
+from lab.reliability.soak.requests import COMPLETIONS, Pool, PooledRequest, Talk, pooled
+from lab.reliability.soak.served import ProcessUsage, Served, read_counts
 
 BAD_SHARE, LEAVING_SHARE = 0.08, 0.2
 PROBES = tuple(
-    asked(COMPLETIONS, prompt=f"the {word}", max_tokens=2, temperature=0)
+    pooled(COMPLETIONS, prompt=f"the {word}", max_tokens=2, temperature=0)
     for word in ("cat", "dog", "bird", "house")
 )
 """Small requests, which long ones must not hold up."""
@@ -33,7 +33,7 @@ class Outcome:
         answer: What it got.
     """
 
-    request: Asked
+    request: PooledRequest
     leave: Leave | None
     answer: Answer
 
@@ -57,11 +57,11 @@ class Seen:
     probes: list[Outcome] = field(default_factory=list)
     refused: list[tuple[BadRequest, Answer]] = field(default_factory=list)
     health: list[float] = field(default_factory=list)
-    usage: list[Usage] = field(default_factory=list)
+    usage: list[ProcessUsage] = field(default_factory=list)
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
-    idle: Usage | None = None
-    settled: Usage | None = None
+    idle: ProcessUsage | None = None
+    settled: ProcessUsage | None = None
     seconds: float = 0.0
 
     def num_of(self, name: str) -> float:
@@ -100,7 +100,7 @@ class Load:
         self.open_client = Client(served.port, {}, patience)
 
     async def each_once(self) -> Seen:
-        """Ask every request and refuse every bad one once; nobody leaves."""
+        """Ask every request and refuse every bad one once; no one leaves."""
         seen, chance, requests = Seen(), random.Random(0), iter(self.pool.requests)
         talks, bad = iter(self.pool.talks), iter(self.bad)
 
@@ -165,7 +165,7 @@ class Load:
         self,
         seen: Seen,
         client: Client,
-        request: Asked,
+        request: PooledRequest,
         is_stream: bool,
         leave: Leave | None = None,
     ) -> Answer:

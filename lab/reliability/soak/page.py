@@ -29,8 +29,8 @@ def page(command: str, setting: str, phases: Sequence[tuple[str, Seen, list[Chec
     lines += [*facts(setting), f"- command: `{command}`", ""]
     for name, seen, checks in phases:
         lines += [f"## {name}", "", *_summary(seen), ""]
-        rows = [[one.name, "yes" if not one.faults else "NO", one.found] for one in checks]
-        lines += table(["what must hold", "holds", "found"], rows)
+        rows = [[one.name, "yes" if not one.faults else "NO", one.figures] for one in checks]
+        lines += table(["what must hold", "holds", "figures"], rows)
         faults = [fault for one in checks for fault in one.faults]
         lines += ["", *(f"- {fault}" for fault in faults), ""] if faults else [""]
         lines += [*_memory(seen), ""]

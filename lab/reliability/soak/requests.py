@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sorted.reading.json_text import parse_json
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-WORDS = (
+VOCABULARY = (
     *("once", "upon", "a", "time", "there", "was", "the", "small", "red", "cat", "it", "sat"),
     *("on", "big", "dog", "ran", "miles", "and", "did", "not", "yes", "replied", "mother"),
     *("bird", "flew", "over", "house", "sang", "then", "night", "12", "Größer", "猫"),
@@ -19,7 +21,7 @@ MOST_TURNS = 4
 
 
 @dataclass(frozen=True)
-class Asked:
+class PooledRequest:
     """A request, without whether its answer is streamed: the text is the same.
 
     Attributes:
@@ -33,7 +35,7 @@ class Asked:
     @property
     def fields(self) -> dict[str, Any]:
         """Return the body's fields."""
-        return json.loads(self.body)
+        return parse_json(self.body, "request")
 
     @property
     def most_tokens(self) -> int:
@@ -43,9 +45,9 @@ class Asked:
         return fields["max_tokens"] * fields.get("n", 1) * (len(prompt) if many else 1)
 
 
-def asked(path: str, **fields: object) -> Asked:
+def pooled(path: str, **fields: object) -> PooledRequest:
     """Return a request with these fields."""
-    return Asked(path, json.dumps(fields, sort_keys=True))
+    return PooledRequest(path, json.dumps(fields, sort_keys=True))
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,14 @@ class Talk:
     users: tuple[str, ...]
     fields: str
 
-    def turn(self, answers: Sequence[str]) -> Asked:
+    def turn(self, answers: Sequence[str]) -> PooledRequest:
         """Return the request that follows these answers."""
         messages = []
         for user, answer in zip(self.users, [*answers, None], strict=False):
             messages.append({"role": "user", "content": user})
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
-        return asked(CHAT, messages=messages, **json.loads(self.fields))
+        return pooled(CHAT, messages=messages, **parse_json(self.fields, "fields"))
 
 
 class Pool:
@@ -85,18 +87,18 @@ class Pool:
         self, chance: random.Random, size: int, name: str, depths: Sequence[int], context: int
     ):
         self.chance, self.name, self.depths, self.context = chance, name, list(depths), context
-        self.beginnings = [self._words(30, 60) for _ in range(4)]
+        self.beginnings = [self._phrase(30, 60) for _ in range(4)]
         # every kind of strategy is there, also in a small pool
         choices = [self._strategy(number) for number in range(size)]
         self.requests = [self._request(number, choice) for number, choice in enumerate(choices)]
         self.talks = [self._talk(number) for number in range(max(1, size // 4))]
 
-    def draw(self, chance: random.Random) -> Asked | Talk:
+    def draw(self, chance: random.Random) -> PooledRequest | Talk:
         """Return a request or a conversation."""
         return chance.choice(self.talks if chance.random() < 0.2 else self.requests)
 
-    def _words(self, least: int, most: int) -> str:
-        return " ".join(self.chance.choices(WORDS, k=self.chance.randint(least, most)))
+    def _phrase(self, least: int, most: int) -> str:
+        return " ".join(self.chance.choices(VOCABULARY, k=self.chance.randint(least, most)))
 
     def _strategy(self, number: int) -> dict[str, Any]:
         kinds = [{}, *({"strategy": name} for name in STRATEGIES)]
@@ -126,15 +128,15 @@ class Pool:
     def _prompt(self) -> str | list:
         chance, kind = self.chance, self.chance.random()
         if kind < 0.3:
-            return f"{chance.choice(self.beginnings)} {self._words(1, 8)}"
+            return f"{chance.choice(self.beginnings)} {self._phrase(1, 8)}"
         if kind < 0.45:  # a long one, as tokens, whose number is then known
             length = chance.randint(self.context // 3, self.context - 80)
             return [chance.randint(3, 290) for _ in range(length)]
         if kind < 0.55:
-            return [self._words(1, 12) for _ in range(chance.randint(2, 3))]
-        return self._words(1, 20)
+            return [self._phrase(1, 12) for _ in range(chance.randint(2, 3))]
+        return self._phrase(1, 20)
 
-    def _request(self, number: int, choice: dict[str, Any]) -> Asked:
+    def _request(self, number: int, choice: dict[str, Any]) -> PooledRequest:
         chance = self.chance
         most = 0 if number == 7 else chance.choice((1, 4, 16, 16, 32, 48, 64))
         fields = {"prompt": self._prompt(), "max_tokens": most, **choice, **self._sampling()}
@@ -146,9 +148,9 @@ class Pool:
             fields["echo"] = True
         if set(choice) <= {"strategy"} and choice.get("strategy") not in ("fixed", "early_exit"):
             fields |= {"logprobs": chance.randint(0, 3)} if chance.random() < 0.2 else {}
-        return asked(COMPLETIONS, **fields)
+        return pooled(COMPLETIONS, **fields)
 
     def _talk(self, number: int) -> Talk:
-        users = tuple(self._words(2, 15) for _ in range(self.chance.randint(2, MOST_TURNS)))
+        users = tuple(self._phrase(2, 15) for _ in range(self.chance.randint(2, MOST_TURNS)))
         fields = {"max_tokens": self.chance.choice((8, 24, 40)), **self._sampling()}
         return Talk(users, json.dumps(fields | self._strategy(number)))

@@ -9,6 +9,7 @@ import psutil
 
 from lab.reliability.soak.client import Client
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.reading.text_file import split_lines
 
 ADDRESS = "http://127.0.0.1:"
 PREFIX = "megatron_sorted_"
@@ -24,7 +25,7 @@ def write_keys(path: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Usage:
+class ProcessUsage:
     """What a process uses.
 
     Attributes:
@@ -43,7 +44,7 @@ class Served:
     Args:
         command: The command that serves.
         log: The log.
-        environment: Its environment.
+        environment: Environment of the process.
 
     Attributes:
         pid: The process that serves, which may be a child of the one that was started.
@@ -91,13 +92,13 @@ class Served:
         client = Client(self.port, {"Authorization": f"Bearer {key}"})
         return (await client.get("/v1/models")).last["data"][0]["id"]
 
-    def usage(self) -> Usage:
+    def usage(self) -> ProcessUsage:
         """Return what the process uses now."""
         folder = Path(f"/proc/{self.pid}")
-        lines = folder.joinpath("status").read_text().splitlines()
+        lines = split_lines(folder.joinpath("status").read_text())
         values = {name: value.split() for name, _, value in (one.partition(":") for one in lines)}
         files = len(list(folder.joinpath("fd").iterdir()))
-        return Usage(int(values["VmRSS"][0]) / 1024, files, int(values["Threads"][0]))
+        return ProcessUsage(int(values["VmRSS"][0]) / 1024, files, int(values["Threads"][0]))
 
 
 def _listener(port: int) -> int | None:
@@ -122,7 +123,7 @@ async def read_counts(client: Client) -> dict[str, float]:
     if answer.status != 200:
         raise PlatformError(f"/metrics: status {answer.status}: {answer.message}")
     counts = {}
-    for line in answer.last["text"].splitlines():
+    for line in split_lines(answer.last["text"]):
         name, _, value = line.rpartition(" ")
         if name.startswith(PREFIX) and "{" not in name:
             counts[name.removeprefix(PREFIX).removesuffix("_total")] = float(value)

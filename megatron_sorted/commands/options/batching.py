@@ -24,8 +24,7 @@ def add_batching_options(parser: argparse.ArgumentParser) -> None:
         "--cache-memory",
         type=float,
         metavar="GB",
-        help="memory for keys and values of running and kept texts (default: a share of what is "
-        "free)",
+        help="memory for KV caches of running and kept texts (default: half of it)",
     )
     group.add_argument(
         "--max-wait",
@@ -39,22 +38,19 @@ def add_batching_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=DEFAULTS.prefill_tokens,
         metavar="N",
-        help="tokens of prompts that are read between two steps of running texts "
-        "(default: %(default)s)",
+        help="tokens of prompts read between two steps of others (default: %(default)s)",
     )
     group.add_argument(
         "--prefix-caching",
         choices=("on", "off"),
         default="on" if DEFAULTS.prefix_caching else "off",
         metavar="WHEN",
-        help="keep texts, so that later ones with the same beginning start sooner: on, off "
-        "(default: %(default)s)",
+        help="keep texts for others that begin alike: on, off (default: %(default)s)",
     )
     group.add_argument(
         "--share-prefixes",
         action="store_true",
-        help="let all API keys use each other's kept texts; how soon a text starts then tells "
-        "one client what another one has sent",
+        help="API keys use each other's kept texts, which the time of an answer shows",
     )
 
 
