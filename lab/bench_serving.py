@@ -58,9 +58,9 @@ def read_arguments() -> argparse.Namespace:
     add("--clients", type=int, nargs="+", default=[1, 4, 16, 32], help="(1 4 16 32)")
     add("--threads", type=int, default=1, help="of every server (%(default)s)")
     add("--rounds", type=int, default=3, help="(%(default)s)")
-    add("--tokens", type=int, default=64, help="new tokens of a text (%(default)s)")
+    add("--tokens", type=int, default=32, help="new tokens of a text (%(default)s)")
     add("--texts", type=int, default=32, help="of a turn, one a client at least (%(default)s)")
-    add("--turn-seconds", type=float, default=6.0,
+    add("--turn-seconds", type=float, default=4.0,
         help="after which no text of a turn is begun (%(default)s)")  # fmt: skip
     add("--long-tokens", type=int, default=4000, help="of the long prompt (%(default)s)")
     add("--exit-layer", type=int, help="of self-speculation (the server's default)")
@@ -96,7 +96,7 @@ def measure(values: argparse.Namespace, work: Path) -> None:
     }  # fmt: skip
     store = Store(values.output / "benchmarks" / "serving.json", settings)
     contenders = entrants.contenders()
-    store.facts["absent"] = entrants.absent
+    store.facts |= {"absent": entrants.absent, "versions": entrants.versions}
     measurement = Measurement(
         store, servers, entrants.size, values.clients, entrants.prompts, entrants.long,
         values.minutes, contenders,

@@ -58,7 +58,7 @@ def read_arguments() -> argparse.Namespace:
     add("--native", default="auto", help="auto, on or off, as for serve (%(default)s)")
     add("--cache-memory", type=float, default=0.05, help="GB, as for serve (%(default)s)")
     add("--max-wait", type=float, default=60, help="seconds, as for serve (%(default)s)")
-    add("--probe-wait", type=float, default=10, help="longest wait of small requests (%(default)s)")
+    add("--probe-wait", type=float, default=20, help="longest wait of small requests (%(default)s)")
     add("--output", type=Path, default=Path("docs"), help="folder; '' writes none (%(default)s)")
     return parser.parse_args()
 

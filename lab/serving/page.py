@@ -31,7 +31,7 @@ HOW = (
     "*same*: texts equal to those that our `full` writes alone, one request at a time, with the "
     "same kind of weights (Q8_0: int8). llama.cpp and vLLM compute in another order; such texts "
     "may differ from ours after a near tie.",
-    "*ours before*: version 0.12.0, which writes one request after another.",
+    "*ours before*: the version below, which writes one request after another.",
 )
 
 
@@ -175,7 +175,7 @@ def prefix_lines(rows: Sequence[Row]) -> list[str]:
     heads = ["contender", *(f"turn {turn} [ms]" for turn in dict.fromkeys(turns))]
     return [
         "## Turns of a conversation", "",
-        "Time to the first token of a turn; *same*: answers equal to those of the first row.", "",
+        "Time to the first token of a turn; *same*: answers equal in all contenders.", "",
         *table([*heads, f"tokens kept at turn {last}", "same"], cells),
     ]  # fmt: skip
 

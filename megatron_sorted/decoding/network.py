@@ -38,6 +38,7 @@ class Network:
         graphs: Whether forward passes take the tokens' positions from the device, so that they can
             be recorded as graphs and replayed.
         make_recorder: Function that makes a recorder of graphs; None if the device has none.
+        joins_steps: Whether torch joins the steps of several caches, see `batching.joining`.
         idle: Caches that are not in use; see `cache.idle.acquire`.
     """
 
@@ -86,7 +87,7 @@ class Network:
         self.num_layers = len(self.layers)
         self.make_recorder = None if self.is_native else graphs_of(self.device)
         self.graphs = self.make_recorder is not None if graphs is None else graphs
-        self.idle: list = []
+        self.joins_steps, self.idle = False, []
         self._whole = None if self.is_native and not keep else model
 
     def resized(self, vocab_size: int) -> "Network":

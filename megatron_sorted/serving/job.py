@@ -29,6 +29,7 @@ class Job:
         on_cancel: Called when the job is cancelled.
         id: Name of the request in logs.
         tenant: Name of the API key's owner: only texts of the same one share kept beginnings.
+        turn: Number of texts that had begun when it came, or when a text of it was last begun.
         waits_since: Time at which it was put into the queue.
         cached_tokens: Number of tokens of the prompts that were kept from earlier texts.
         layers_run: Number of layers that ran for this job, summed over all its tokens.
@@ -47,6 +48,7 @@ class Job:
     on_cancel: Callable[["Job"], None] = lambda _: None
     id: str = ""
     tenant: str = ""
+    turn: int = 0
     waits_since: float = 0.0
     cached_tokens: int = 0
     layers_run: int = 0

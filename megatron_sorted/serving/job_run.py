@@ -45,8 +45,8 @@ class Resources:
 class JobRun:
     """A job that runs.
 
-    The compiled library decodes every text by itself, beside those of other jobs. Where torch
-    decodes, the texts of a job are one batch: what torch computes depends on the batch.
+    Every text is a task of its own, beside those of other jobs. Where torch decodes and its steps
+    cannot be joined, the texts of a job are one batch: what it computes depends on the batch.
 
     Args:
         resources: What it runs with.
@@ -113,9 +113,9 @@ class JobRun:
         """Add the tasks that write the texts."""
         job, network = self.job, self.generator.network
         draft = self.generator.draft_for(self.strategy)
-        is_native = network.is_native
+        is_joined = self.engine.is_joined
         groups = [[row] for row in range(len(job.prompts))]
-        for rows in groups if is_native else [list(range(len(job.prompts)))]:
+        for rows in groups if is_joined else [list(range(len(job.prompts)))]:
             request = GenerationRequest(
                 [list(job.prompts[row]) for row in rows],
                 self.strategy,
@@ -125,7 +125,7 @@ class JobRun:
                 rows[0],
             )
             check_request(request, network, draft)
-            sizes = sizes_of(network, request, draft, shared=is_native)
+            sizes = sizes_of(network, request, draft, shared=is_joined)
             task = Task(
                 sizes,
                 lambda task, request=request, sizes=sizes: self.generator.writing(
@@ -198,7 +198,7 @@ class JobRun:
         network, depth = self.generator.network, self.generator.network.num_layers
         prompt, added = list(self.job.prompts[row]), self.tokens[row]
         request = GenerationRequest([[*prompt, *added]], max_new_tokens=0)
-        sizes = sizes_of(network, request, None, shared=network.is_native)
+        sizes = sizes_of(network, request, None, shared=self.engine.is_joined)
 
         def start(_: Task) -> Generator[ForwardPass | Any, Tensor, None]:
             state = DecodingState(network, 1, sizes.capacity, [*sizes.stops, depth])

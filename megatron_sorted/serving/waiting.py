@@ -37,11 +37,12 @@ class WaitingJobs:
         """Return the owners of jobs."""
         return list(self._jobs)
 
-    def next(self, tenant: str) -> Job | None:
-        """Take an owner's first job; None without one."""
+    def next(self, tenant: str, before: float) -> Job | None:
+        """Take an owner's first job if its turn comes before another one; None without one."""
         job = next(iter(self._jobs.get(tenant, ())), None)
-        if job is not None:
-            self.remove(job)
+        if job is None or job.turn >= before:
+            return None
+        self.remove(job)
         return job
 
     def remove(self, job: Job) -> bool:

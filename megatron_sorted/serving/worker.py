@@ -1,5 +1,6 @@
 """The one thread that owns the model: requests join the texts that are being written, and leave."""
 
+import math
 import threading
 import time
 import traceback
@@ -55,7 +56,7 @@ class GenerationWorker:
         self.changed = threading.Condition()
         self.runs: list[JobRun] = []
         self.learning: dict[JobRun, tuple[str, int]] = {}
-        self.turns: dict[str, int] = {}
+        self.turn, self.turns = 0, {}
         self.accepts_jobs, self.seconds_per_job = True, 1.0
         self.last_end = time.perf_counter()
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -74,6 +75,7 @@ class GenerationWorker:
                 self.counts.requests_refused += 1
                 raise self._busy(f"{MAX_WAITING} requests wait already")
             job.on_cancel = self._drop
+            job.turn = self.turn
             if not job.cancelled.is_set():
                 self.waiting.add(job)
                 self.changed.notify()
@@ -140,8 +142,10 @@ class GenerationWorker:
             self.resources.draft_lengths = DraftLengths(
                 network, self.generator.draft, lambda: len(self.engine.running)
             )
-        while self._take_jobs():
+        while True:
             try:
+                if not self._take_jobs():
+                    break
                 self.engine.round()
             except Exception as error:  # a defect: the next jobs may succeed
                 traceback.print_exception(error)
@@ -199,21 +203,30 @@ class GenerationWorker:
         """
         if len(self.engine.running) >= self.options.max_num_seqs:
             return False
-        begun = {run.job.tenant: run for run in reversed(self.runs) if run.waiting}
+        begun = [run for run in self.runs if run.waiting]
         with self.changed:
-            tenants = [*begun, *self.waiting.tenants()]
+            tenants = [*(run.job.tenant for run in begun), *self.waiting.tenants()]
             if not tenants:
                 return False
             tenant = min(tenants, key=lambda one: self.turns.get(one, 0))
-            job = None if tenant in begun else self.waiting.next(tenant)
-        run = begun.get(tenant) or self._begin(job)
+            run = min(
+                (run for run in begun if run.job.tenant == tenant),
+                key=lambda run: run.job.turn,
+                default=None,
+            )
+            job = self.waiting.next(tenant, math.inf if run is None else run.job.turn)
+        if job is not None:
+            run = self._begin(job)
         if run is not None and run.waiting:
             try:
                 if not run.begin():
                     return False
             except Exception as error:
                 run.fail(error)
-        self.turns[tenant] = max(self.turns.values(), default=0) + 1
+        self.turn += 1
+        self.turns[tenant] = self.turn
+        if run is not None:
+            run.job.turn = self.turn
         return True
 
     def _begin(self, job: Job) -> JobRun | None:

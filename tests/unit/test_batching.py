@@ -87,9 +87,7 @@ def test_every_text_is_the_one_written_alone(family, kind):
         texts = tokens_of(job)
         if job.cancelled.is_set():
             continue
-        groups = [(0, job.prompts)]
-        if kind != "torch":
-            groups = [(row, [prompt]) for row, prompt in enumerate(job.prompts)]
+        groups = [(row, [prompt]) for row, prompt in enumerate(job.prompts)]
         limits = Limits(job.max_new_tokens)
         for row, group in groups:
             if row:  # the noise of a row is another one

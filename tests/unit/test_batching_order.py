@@ -124,15 +124,36 @@ def test_nothing_is_left_of_a_request_whose_client_has_left(is_read):
 
 
 @needs_native
-def test_a_request_of_many_texts_holds_up_no_other_owner():
+@pytest.mark.parametrize("owner", ["a", "b"], ids=["same owner", "another owner"])
+def test_a_request_of_many_texts_holds_up_no_other(owner):
     _, network = plain_network("llama")
     options = BatchingOptions(max_num_seqs=2, prefix_caching=False)
     worker = GenerationWorker(TextGenerator(network, Letters()), options=options)
     order = []
-    many = job_of(prompts((5,), 100) * 40, 4, None, "a", lambda: order.append("a"))
-    one = job_of(prompts((6,), 100), 4, None, "b", lambda: order.append("b"))
+    many = job_of(prompts((5,), 100) * 40, 4, None, "a", lambda: order.append("many"))
+    one = job_of(prompts((6,), 100), 4, None, owner, lambda: order.append("one"))
     submit_together(worker, many, one)
     list(many.results())
     list(one.results())
-    assert order.index("b") < 80, "b's turn comes after one text of a, not after all 40"
+    assert order.index("one") < 80, "its turn comes after some texts of the other, not after all 40"
+    assert worker.close(PATIENCE)
+
+
+def test_a_fault_at_the_end_of_a_text_ends_no_other(monkeypatch):
+    """The model's thread survives whatever happens while a request that was left is removed."""
+    _, network = plain_network("llama")
+    options = BatchingOptions(prefill_tokens=1)
+    worker = GenerationWorker(TextGenerator(network, Letters()), options=options)
+    left = worker.submit(job_of(prompts((200,), 100), 50))
+    while worker.counts.rounds < 3:
+        time.sleep(0.001)
+
+    def fail(*_) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(worker.engine.prefixes, "keep", fail)
+    left.cancel()
+    other = worker.submit(job_of(prompts((3,), 100), 2))
+    assert other.outputs.get(timeout=10).added.tokens
     assert worker.close(PATIENCE)

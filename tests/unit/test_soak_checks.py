@@ -119,6 +119,11 @@ def test_a_client_that_leaves_early_may_be_counted_or_not(name):
     assert faulty(seen(outcomes=outcomes, after=after)) == []
 
 
+def test_kept_texts_may_fill_their_budget():
+    after = seen().after | {"cache_bytes_kept": 50e6}
+    assert faulty(seen(after=after, settled=ProcessUsage(150.0, 10, 5))) == []
+
+
 def test_a_traceback_and_counts_that_are_not_exact_are_reported():
     assert len(faulty(seen(), log="Traceback (most recent call last):")) == 1
     stayed = seen(outcomes=seen().outcomes[:1])

@@ -18,6 +18,8 @@ STRATEGIES = ("full", "fixed", "early_exit", "self_speculative", "sorted_specula
 CONFIDENCES = (0.05, 0.2, 0.5, 0.9)
 STOPS = ("a", "th", "e ", ".", "\n", "猫", "the cat")
 MOST_TURNS = 4
+NO_TOKENS, MANY_TEXTS = 7, 11
+"""Numbers of the request for no tokens, and of one for more texts than are written at once."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,12 @@ class Pool:
 
     def _request(self, number: int, choice: dict[str, Any]) -> PooledRequest:
         chance = self.chance
-        most = 0 if number == 7 else chance.choice((1, 4, 16, 16, 32, 48, 64))
+        most = 0 if number == NO_TOKENS else chance.choice((1, 4, 16, 16, 32, 48, 64))
         fields = {"prompt": self._prompt(), "max_tokens": most, **choice, **self._sampling()}
         if chance.random() < 0.2:
             fields["n"] = chance.randint(2, 4)
+        if number == MANY_TEXTS:
+            fields |= {"prompt": [self._phrase(1, 5) for _ in range(16)], "n": 8, "max_tokens": 16}
         if chance.random() < 0.3:
             fields["stop"] = chance.sample(STOPS, chance.randint(1, 3))
         if chance.random() < 0.1 and isinstance(fields["prompt"], str):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_sorted.decoding.batching.joining import join_steps
 from megatron_sorted.decoding.batching.options import BatchingCounts, BatchingOptions
 from megatron_sorted.decoding.batching.prefixes import (
     MIN_TOKENS,
@@ -45,6 +46,8 @@ class Engine:
         clock: Returns the time in seconds, to share it out.
 
     Attributes:
+        is_joined: Whether every text can be a task of its own, whose steps are joined with those
+            of others.
         running: The tasks that have begun, in order.
     """
 
@@ -57,6 +60,7 @@ class Engine:
     ):
         self.network, self.options, self.counts, self.clock = network, options, counts, clock
         self.running: list[Task] = []
+        self.is_joined = network.is_native or join_steps(network)
         self.prefixes = PrefixCache(options.share_prefixes)
         self.budget = options.cache_bytes or _default_budget(network)
         counts.cache_bytes_budget = self.budget
@@ -156,8 +160,12 @@ class Engine:
         groups: dict[int, list[tuple[Task, int]]] = {}
         for task, piece in self._choose():
             groups.setdefault(id(task.pending.state.network), []).append((task, piece))
-        for group in groups.values():
+        for members in groups.values():
+            # the end of one task may be that of others, such as texts of the same request
+            group = [one for one in members if one[0].pending is not None]
             for (task, _), logits in zip(group, self._run(group), strict=True):
+                if task.pending is None:
+                    continue
                 if isinstance(logits, BaseException):
                     self.end(task, logits)
                 elif logits is not None:
@@ -177,12 +185,14 @@ class Engine:
         self.running.remove(task)
         self.counts.layers_run += task.num_layers
         keeps = self.options.prefix_caching and task.prompt is not None and error is None
-        if keeps and task.states and task.states[0].tree is None:
-            self.prefixes.keep(task.states, task.tenant, task.num_prompt)
-            while self.prefixes.num_bytes > self.budget and self.prefixes.evict():
-                pass
-        task.close()
-        task.ended(error)
+        try:
+            if keeps and task.states and task.states[0].tree is None:
+                self.prefixes.keep(task.states, task.tenant, task.num_prompt)
+                while self.prefixes.num_bytes > self.budget and self.prefixes.evict():
+                    pass
+        finally:
+            task.close()
+            task.ended(error)
 
     def _choose(self) -> list[tuple[Task, int]]:
         """Return the tasks that have a pass in this round, and the tokens it may process."""
@@ -213,6 +223,8 @@ class Engine:
 
     def _run(self, group: Sequence[tuple[Task, int]]) -> list[Tensor | BaseException | None]:
         """Return the logits of the passes of a network; None of those that are not complete."""
+        if not group:
+            return []
         passes = [task.pending for task, _ in group]
         pieces = [piece for _, piece in group]
         began = self.clock()

@@ -31,9 +31,19 @@ class ExitReadout:
     block: Layer | None = None
     adapter: nn.Module | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., v] of hidden states [..., h] after the block, if there is one."""
-        return self.head(self.norm(hidden))
+    def logits(self, hidden: Tensor, rows: int | None = None) -> Tensor:
+        """Return the logits [..., v] of hidden states [..., h] after the block, if there is one.
+
+        Args:
+            hidden: The hidden states.
+            rows: Number of rows of every product, see `Matrix`.
+        """
+        return self.head(self.norm(hidden), rows)
+
+    @property
+    def has_plain_products(self) -> bool:
+        """Return whether all its products are a `Matrix`'s."""
+        return isinstance(self.norm, RmsNorm) and self.adapter is None
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,11 @@ class EagerWeights:
         size = sum(map(num_bytes, distinct_parameters(model, exits))) + matrices.num_packed_bytes
         embedding = model.get_input_embeddings().weight
         return cls(layers, readouts, embedding, model.model.rotary_emb, size)
+
+    @property
+    def has_plain_products(self) -> bool:
+        """Return whether all products are a `Matrix`'s, so that steps of texts can be joined."""
+        return all(readout.has_plain_products for readout in self.readouts.values())
 
     @property
     def dtype(self) -> torch.dtype:

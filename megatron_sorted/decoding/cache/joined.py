@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.memory import Fill
+from megatron_sorted.decoding.cache.memory import STEP_ROWS, Fill
 from megatron_sorted.decoding.cache.segment import LayerSegment
 from megatron_sorted.decoding.cache.state import DecodingState
 
@@ -86,7 +86,16 @@ def run_joined(passes: Sequence[ForwardPass], pieces: Sequence[int]) -> Joined:
             lagging = [max(end, filled) for end, filled in zip(ends, segment.filled, strict=True)]
             count = sum(end - filled for end, filled in zip(lagging, segment.filled, strict=True))
             if count:
-                groups.setdefault(key, []).append(Fill(state.memory, segment, lagging, state.tree))
+                is_step = (
+                    state.network.joins_steps
+                    and state.num_rows == 1
+                    and state.tree is None
+                    and segment.filled[0] > 0
+                    and state.lengths[0] - segment.filled[0] <= STEP_ROWS
+                )
+                groups.setdefault(key, []).append(
+                    Fill(state.memory, segment, lagging, state.tree, is_step)
+                )
                 num_layers[index] += count * len(segment.layers)
             complete[index] &= lagging == state.lengths
     if groups:
@@ -94,9 +103,10 @@ def run_joined(passes: Sequence[ForwardPass], pieces: Sequence[int]) -> Joined:
         memory.fill_all([groups[key] for key in sorted(groups)])
     logits: list[Tensor | None] = [None] * len(passes)
     done = [index for index, is_complete in enumerate(complete) if is_complete]
+    joins = bool(passes) and passes[0].state.network.joins_steps
     for depth in sorted({passes[index].depth for index in done}):
         here = [index for index in done if passes[index].depth == depth]
         wanted = [(passes[index].state.memory, passes[index].slots_bn) for index in here]
-        for index, part in zip(here, wanted[0][0].logits_all(depth, wanted), strict=True):
+        for index, part in zip(here, wanted[0][0].logits_all(depth, wanted, joins), strict=True):
             logits[index] = part
     return Joined(logits, num_layers)

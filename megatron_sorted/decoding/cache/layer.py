@@ -5,6 +5,7 @@ operation. So tensors stay two-dimensional where they can, and are changed in pl
 the layer's own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,18 +89,43 @@ class Layer:
             places: Places of the tokens.
             cache: Keys and values of the layer.
         """
+        return self.run(hidden_th, [(places, cache)])
+
+    def run(
+        self, hidden_th: Tensor, texts: Sequence[tuple[Places, KVCache]], rows: int | None = None
+    ) -> Tensor:
+        """Return the new tokens' hidden state after the layer, and write the caches of all texts.
+
+        Args:
+            hidden_th: Hidden states of the tokens, text by text; behind them there may be rows
+                without a meaning.
+            texts: Places of the tokens of each text, and its keys and values of the layer.
+            rows: Number of rows of every product, see `Matrix`.
+        """
+        qkv = self.qkv(self.first_norm(hidden_th), rows)
+        attended, first = [], 0
+        for places, cache in texts:
+            last = first + places.num_tokens if len(texts) > 1 or rows else qkv.size(0)
+            attended.append(self._attend(qkv[first:last], places, cache))
+            first = last
+        if first < qkv.size(0):
+            attended.append(qkv.new_zeros(qkv.size(0) - first, attended[0].size(1)))
+        attended_tn = attended[0] if len(attended) == 1 else torch.cat(attended)
+        hidden_th = self.out.added(attended_tn, hidden_th, rows)
+        gate_up = self.gate_up(self.second_norm(hidden_th), rows)
+        if self.swiglu is not None:
+            return self.down.added(self.swiglu(gate_up), hidden_th, rows)
+        gate, up = gate_up.chunk(2, -1)
+        return self.down.added(self.activation(gate).mul_(up), hidden_th, rows)
+
+    def _attend(self, qkv: Tensor, places: Places, cache: KVCache) -> Tensor:
+        """Return the attention of the tokens of a cache, whose keys and values it writes."""
         n, heads, groups, size = places.num_tokens, self.num_heads, self.num_groups, self.head_size
-        qkv = self.qkv(self.first_norm(hidden_th)).view(-1, n, heads + 2 * groups, 2, size // 2)
+        qkv = qkv.view(-1, n, heads + 2 * groups, 2, size // 2)
         self._rotate(qkv.narrow(2, 0, heads + groups), places)
         queries, new = qkv.view(-1, n, heads + 2 * groups, size).split((heads, 2 * groups), 2)
         cache.write(places, new.view(-1, n, 2, groups, size))
-        attended = places.attend(queries, cache.both, self.window)
-        hidden_th = self.out.added(attended, hidden_th)
-        gate_up = self.gate_up(self.second_norm(hidden_th))
-        if self.swiglu is not None:
-            return self.down.added(self.swiglu(gate_up), hidden_th)
-        gate, up = gate_up.chunk(2, -1)
-        return self.down.added(self.activation(gate).mul_(up), hidden_th)
+        return places.attend(queries, cache.both, self.window)
 
     def _rotate(self, qk_bnm2f: Tensor, places: Places) -> None:
         """Norm queries and keys, if the model does, and rotate their two halves in place."""

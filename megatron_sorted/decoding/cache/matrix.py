@@ -45,17 +45,25 @@ class Matrix:
             self.packed is not None,
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the product, [..., in] -> [..., out]."""
+    def __call__(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """Return the product, [..., in] -> [..., out].
+
+        Args:
+            x: The factor.
+            rows: Number of rows of each product of a two-dimensional factor that has a multiple
+                of them, so that no row depends on how many there are; None: all at once.
+        """
+        if rows is not None:
+            return torch.cat([self(block) for block in x.split(rows)])
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         return self._multiply(x, self.packed, self.bias, "none", [], "")
 
-    def added(self, x_ti: Tensor, to_to: Tensor) -> Tensor:
+    def added(self, x_ti: Tensor, to_to: Tensor, rows: int | None = None) -> Tensor:
         """Return the product of a two-dimensional tensor, added to another one."""
-        if self.packed is None and self.bias is None:
+        if self.packed is None and self.bias is None and rows is None:
             return torch.addmm(to_to, x_ti, self.weight.t())
-        return to_to + self(x_ti)
+        return to_to + self(x_ti, rows)
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -37,12 +37,15 @@ class Fill:
         segment: The segment, one of the cache's.
         ends: End of the slots to fill, by row.
         tree: Draft tree behind the texts; None without one.
+        is_step: Whether a cache of one row has a few tokens that follow others, which may be
+            joined with those of other caches.
     """
 
     memory: "BatchCache"
     segment: LayerSegment
     ends: Sequence[int]
     tree: DraftTree | None
+    is_step: bool = False
 
 
 class BatchCache:
@@ -189,20 +192,47 @@ class BatchCache:
     def fill_all(cls, groups: Sequence[Sequence[Fill]]) -> None:
         """Run segments on tokens of many caches of a network.
 
-        Every cache has a pass of its own here, with the products that it has alone: torch rounds
-        products of other numbers of rows otherwise.
+        torch rounds a product of another number of rows otherwise. Steps are joined in products
+        that always have `STEP_ROWS` rows; every other fill is a pass of its own.
 
         Args:
             groups: For each segment, from shallow to deep, the caches that need it.
         """
         for group in groups:
+            steps = [fill for fill in group if fill.is_step]
+            if steps:
+                run_steps(steps)
             for fill in group:
-                fill.memory.fill(fill.segment, fill.ends, fill.tree)
+                if not fill.is_step:
+                    fill.memory.fill(fill.segment, fill.ends, fill.tree)
 
     @classmethod
-    def logits_all(cls, depth: int, wanted: Sequence[tuple["BatchCache", Tensor]]) -> list[Tensor]:
-        """Return the logits of the exit at ``depth`` in slots [b, n] of many caches."""
-        return [memory.logits(depth, slots_bn) for memory, slots_bn in wanted]
+    def logits_all(
+        cls, depth: int, wanted: Sequence[tuple["BatchCache", Tensor]], joins: bool = False
+    ) -> list[Tensor]:
+        """Return the logits of the exit at ``depth`` in slots [b, n] of many caches.
+
+        Args:
+            depth: The exit's depth.
+            wanted: The caches and their slots.
+            joins: Whether to join those with few slots as steps are joined.
+        """
+        logits = {
+            index: memory.logits(depth, slots_bn)
+            for index, (memory, slots_bn) in enumerate(wanted)
+            if not joins or memory.num_rows > 1 or slots_bn.size(1) > STEP_ROWS
+        }
+        few = [index for index in range(len(wanted)) if index not in logits]
+        if few:
+            hidden = []
+            for memory, slots_bn in (wanted[index] for index in few):
+                hidden_bch = (memory.blocks.get(depth) or memory.segments[depth]).hidden_bch
+                hidden.append(hidden_bch[0, slots_bn[0]])
+            readout = wanted[0][0].readouts[depth]
+            rows_tv = readout.logits(padded_rows(torch.cat(hidden)), STEP_ROWS)
+            parts = rows_tv.split([*map(len, hidden), rows_tv.size(0) - sum(map(len, hidden))])
+            logits |= {index: part[None] for index, part in zip(few, parts, strict=False)}
+        return [logits[index] for index in range(len(wanted))]
 
     def run(self, segment: LayerSegment, at: tuple, places: Places) -> None:
         """Run the layers of a segment on the tokens in the slots ``at``."""
@@ -305,3 +335,36 @@ class BatchCache:
             self.run(segment, (places.rows_b1, slots), places)
 
         self.passes((segment, n, span), work)
+
+
+STEP_ROWS = 8
+"""Number of rows of every product of joined steps: no row then depends on how many there are."""
+
+
+def padded_rows(rows_th: Tensor) -> Tensor:
+    """Return rows with zeros behind them, up to a multiple of `STEP_ROWS`."""
+    return F.pad(rows_th, (0, 0, 0, -rows_th.size(0) % STEP_ROWS))
+
+
+def run_steps(fills: Sequence[Fill]) -> None:
+    """Run a segment on a few tokens of each of many caches of one row, in joined products."""
+    hidden, texts = [], []
+    for fill in fills:
+        memory, segment = fill.memory, fill.segment
+        first, end = segment.filled[0], fill.ends[0]
+        at = slice(first, end)
+        hidden.append(
+            F.embedding(memory.tokens_bc[0, at], memory.embedding)
+            if segment.source == 0
+            else memory.segments[segment.source].hidden_bch[0, at]
+        )
+        cos, sin = (halves(table[None, at]) for table in (memory.cos_cd, memory.sin_cd))
+        texts.append(Places(cos, sin, end, first))
+    hidden_th = padded_rows(torch.cat(hidden))
+    for number, layer in enumerate(fills[0].segment.layers):
+        caches = [fill.segment.caches[number] for fill in fills]
+        hidden_th = layer.run(hidden_th, list(zip(texts, caches, strict=True)), STEP_ROWS)
+    done = hidden_th.split([*map(len, hidden), hidden_th.size(0) - sum(map(len, hidden))])
+    for fill, rows in zip(fills, done, strict=False):
+        fill.segment.hidden_bch[0, fill.segment.filled[0] : fill.ends[0]] = rows
+        fill.segment.filled = list(fill.ends)

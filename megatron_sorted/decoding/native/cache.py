@@ -70,7 +70,9 @@ class NativeCache(BatchCache):
         self.fill_all([[Fill(self, segment, ends, tree)]])
 
     @classmethod
-    def logits_all(cls, depth: int, wanted: Sequence[tuple["NativeCache", Tensor]]) -> list[Tensor]:
+    def logits_all(
+        cls, depth: int, wanted: Sequence[tuple["NativeCache", Tensor]], joins: bool = True
+    ) -> list[Tensor]:
         """Return the logits of the exit at ``depth`` in slots of many caches."""
         readout, addresses = wanted[0][0].readouts[depth], []
         for memory, slots_bn in wanted:
