@@ -17,7 +17,9 @@ from megatron_sorted.decoding.strategies import (
 )
 from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.decoding.texts import Limits
+from megatron_sorted.serving.answers import BusyError
 from megatron_sorted.serving.job import Job
+from megatron_sorted.serving.job_run import JobRun
 from megatron_sorted.serving.worker import GenerationWorker
 from tests.support.decoding import needs_native, plain_network, prompts
 from tests.unit.test_decoding_text_generator import Letters
@@ -184,3 +186,33 @@ def test_a_text_that_fails_ends_those_of_its_request_and_no_other(monkeypatch):
     assert sum(len(piece.added.tokens) for piece in other.results()) == 20
     assert worker.close(PATIENCE)
     assert worker.counts.texts_running == 0 and worker.counts.requests_failed == 1
+
+
+@needs_native
+def test_a_prompt_that_is_read_for_another_text_counts_as_kept():
+    _, network = plain_network("llama")
+    worker = GenerationWorker(TextGenerator(network, Letters()))
+    jobs = [job_of(prompts((100,), 100), 5) for _ in range(2)]
+    submit_together(worker, *jobs)
+    for job in jobs:
+        list(job.results())
+    assert worker.close(PATIENCE)
+    assert sorted(job.cached_tokens >= 99 for job in jobs) == [False, True]
+    assert worker.counts.cached_tokens == sum(job.cached_tokens for job in jobs)
+    assert jobs[0].layers_run > 10 * jobs[1].layers_run
+
+
+def test_a_stop_reaches_a_request_that_is_just_taken_from_the_queue(monkeypatch):
+    _, network = plain_network("llama")
+    worker = GenerationWorker(TextGenerator(network, Letters()))
+
+    class Stopped(JobRun):
+        def __init__(self, *arguments) -> None:
+            worker.stop()
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("megatron_sorted.serving.worker.JobRun", Stopped)
+    job = worker.submit(job_of(prompts((5,), 100), 200))
+    with pytest.raises(BusyError):
+        list(job.results())
+    assert worker.close(PATIENCE)
