@@ -196,6 +196,13 @@ def test_a_conversation_goes_on_with_its_earlier_turns(page, address):
 
 
 def test_stop_ends_the_text_here_and_in_the_server(page, address):
+    def cancelled() -> int:
+        with urllib.request.urlopen(f"{address}metrics", timeout=60) as answer:
+            metrics = answer.read().decode()
+        name = "megatron_sorted_requests_cancelled_total"
+        return int(float(re.search(rf"^{name} (\S+)$", metrics, re.MULTILINE)[1]))
+
+    before = cancelled()
     open_page(page, address, prompt="a", mode="completion", how="full", max_tokens=LENGTH, run="")
     for end in (lambda: page.click("#stop"), lambda: page.type("[name=seed]", ESCAPE)):
         page.until("document.querySelectorAll('[data-depth]').length > 3")
@@ -207,17 +214,11 @@ def test_stop_ends_the_text_here_and_in_the_server(page, address):
     page.click("#stop")
     ended(page)
 
-    def cancelled() -> int:
-        with urllib.request.urlopen(f"{address}metrics", timeout=60) as answer:
-            metrics = answer.read().decode()
-        name = "megatron_sorted_requests_cancelled_total"
-        return int(float(re.search(rf"^{name} (\S+)$", metrics, re.MULTILINE)[1]))
-
     for _ in range(100):
-        if cancelled() == 3:
+        if cancelled() == before + 3:
             break
         ask(address, "completions", prompt="a", max_tokens=8)
-    assert cancelled() == 3
+    assert cancelled() == before + 3
 
 
 def test_errors_are_shown_as_the_server_writes_them(page, address):
@@ -236,6 +237,40 @@ def test_errors_are_shown_as_the_server_writes_them(page, address):
     page.type("[name=max_tokens]", "3")
     page.click("#write")
     page.until("$('status').textContent === 'Complete. 3 tokens.' && !$('error').textContent")
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "error"),
+    [
+        ("data: [DONE]\n\n", "Complete. 2 tokens.", ""),
+        ('data: {"error": {"message": "it stops"}}\n\n', "Failed. 2 tokens.", "it stops"),
+        ("data: ", "Failed. 2 tokens.", "The connection ended before the text did."),
+    ],
+    ids=["whole", "error", "early end"],
+)
+def test_a_stream_comes_in_any_pieces_and_may_fail(page, address, end, status, error):
+    open_page(page, address, prompt="a", mode="completion")
+    events = [
+        {"choices": [{"parts": [[text, depth]]}]} for text, depth in (("猫\n\n", 1), ("b", 4))
+    ]
+    stream = "".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
+    page.run(
+        """
+        const bytes = new TextEncoder().encode(arguments[0]);
+        window.fetch = async () => new Response(new ReadableStream({
+          start(controller) {
+            for (const byte of bytes) controller.enqueue(new Uint8Array([byte]));
+            controller.close();
+          },
+        }));
+        """,
+        stream + end,
+    )
+    page.click("#write")
+    assert ended(page) == status
+    assert page.run("return $('error').textContent") == error
+    assert page.run(SPANS) == [["猫\n\n", 1, "depth 1 of 4"], ["b", 4, "depth 4 of 4"]]
+    assert page.run("return [$('write').disabled, $('stop').disabled]") == [False, True]
 
 
 def test_every_control_has_a_name_and_a_phone_needs_no_sideways_scrolling(page, address):

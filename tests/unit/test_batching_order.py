@@ -161,6 +161,33 @@ def test_a_fault_at_the_end_of_a_text_ends_no_other(monkeypatch):
     assert worker.close(PATIENCE)
 
 
+def test_a_text_that_fails_ends_those_of_its_request_and_no_other(monkeypatch):
+    _, network = plain_network("llama")
+    writer = TextGenerator(network, Letters())
+    worker = GenerationWorker(writer)
+    original, calls = writer.limits, []
+
+    def limits(count: int, stop: list[str]) -> Limits:
+        def ends(tokens: list[int]) -> str:
+            calls.append(len(tokens))
+            if len(calls) == 5:
+                raise ValueError("a tokenizer that fails")
+            return ""
+
+        made = original(count, stop)
+        return Limits(count, made.end_ids, tuple(stop), ends) if stop else made
+
+    monkeypatch.setattr(writer, "limits", limits)
+    several = Job(prompts((5, 6, 7), 100), Full(), SamplingParameters(), 20, ["never"])
+    other = job_of(prompts((8,), 100), 20)
+    submit_together(worker, several, other)
+    with pytest.raises(ValueError, match="a tokenizer that fails"):
+        list(several.results())
+    assert sum(len(piece.added.tokens) for piece in other.results()) == 20
+    assert worker.close(PATIENCE)
+    assert worker.counts.texts_running == 0 and worker.counts.requests_failed == 1
+
+
 @needs_native
 def test_a_prompt_that_is_read_for_another_text_counts_as_kept():
     _, network = plain_network("llama")
@@ -189,30 +216,3 @@ def test_a_stop_reaches_a_request_that_is_just_taken_from_the_queue(monkeypatch)
     with pytest.raises(BusyError):
         list(job.results())
     assert worker.close(PATIENCE)
-
-
-def test_a_text_that_fails_ends_those_of_its_request_and_no_other(monkeypatch):
-    _, network = plain_network("llama")
-    writer = TextGenerator(network, Letters())
-    worker = GenerationWorker(writer)
-    original, calls = writer.limits, []
-
-    def limits(count: int, stop: list[str]) -> Limits:
-        def ends(tokens: list[int]) -> str:
-            calls.append(len(tokens))
-            if len(calls) == 5:
-                raise ValueError("a tokenizer that fails")
-            return ""
-
-        made = original(count, stop)
-        return Limits(count, made.end_ids, tuple(stop), ends) if stop else made
-
-    monkeypatch.setattr(writer, "limits", limits)
-    several = Job(prompts((5, 6, 7), 100), Full(), SamplingParameters(), 20, ["never"])
-    other = job_of(prompts((8,), 100), 20)
-    submit_together(worker, several, other)
-    with pytest.raises(ValueError, match="a tokenizer that fails"):
-        list(several.results())
-    assert sum(len(piece.added.tokens) for piece in other.results()) == 20
-    assert worker.close(PATIENCE)
-    assert worker.counts.texts_running == 0 and worker.counts.requests_failed == 1

@@ -188,8 +188,9 @@ def test_the_log_goes_to_standard_error_with_times_in_utc(capfd, monkeypatch):
     assert re.fullmatch(r"[0-9-]{10}T[0-9:]{8}\.\d{3}Z", moment) and printed.out == ""
 
 
-def test_a_log_that_nobody_reads_delays_no_client():
+def test_a_log_that_nobody_reads_delays_no_client(capfd):
     reader, writer = os.pipe()
+    os.set_blocking(writer, False)  # a write that would wait is an error here
     with open(reader, "rb", 0) as read_end, open(writer, "w") as stream:
         handler = ReadyStreamHandler(stream)
         line = logging.LogRecord("a", logging.INFO, "", 0, "x" * 400, None, None)
@@ -202,6 +203,7 @@ def test_a_log_that_nobody_reads_delays_no_client():
         handler.emit(line)
         assert len(read_end.read(1 << 20)) == 401
     handler.emit(line)  # the stream is closed
+    assert capfd.readouterr().err == "", "logging prints errors of writing"
 
 
 def test_without_the_log_nothing_is_printed(capfd):
