@@ -39,6 +39,8 @@ from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.files import write_text_atomically
 
 STOP_SECONDS = 20
+CACHE_GIGABYTES = 0.05
+"""Memory for texts of the small model: so little that it is always full."""
 
 
 def read_arguments() -> argparse.Namespace:
@@ -56,7 +58,7 @@ def read_arguments() -> argparse.Namespace:
     add("--depths", type=int, nargs="+", help="exits to use (default: those of the model)")
     add("--dtype", default="float32", help="kind of weights (%(default)s)")
     add("--native", default="auto", help="auto, on or off, as for serve (%(default)s)")
-    add("--cache-memory", type=float, default=0.05, help="GB, as for serve (%(default)s)")
+    add("--cache-memory", type=float, help="GB, as for serve (0.05 for the small model)")
     add("--max-wait", type=float, default=60, help="seconds, as for serve (%(default)s)")
     add("--probe-wait", type=float, default=20, help="longest wait of small requests (%(default)s)")
     add("--output", type=Path, default=Path("docs"), help="folder; '' writes none (%(default)s)")
@@ -71,8 +73,8 @@ def serve_command(values: argparse.Namespace, model: Path, keys: Path) -> list[s
         *(["--depths", *depths] if depths else []),
         *("--device", "cpu", "--dtype", values.dtype, "--native", values.native),
         *("--generation-config", "none", "--api-key-file", f"{keys}"),
-        *("--cache-memory", f"{values.cache_memory}", "--max-wait", f"{values.max_wait}"),
-        "--no-request-log",
+        *(["--cache-memory", f"{values.cache_memory}"] if values.cache_memory else []),
+        *("--max-wait", f"{values.max_wait}", "--no-request-log"),
     ]
 
 
@@ -85,8 +87,11 @@ def main() -> int:
 
 def soak(values: argparse.Namespace, folder: Path) -> int:
     """Soak a server in a folder; return 0 if all checks hold."""
-    model = values.model or write_soaked_model(folder)
-    values.depths = values.depths or (None if values.model else list(DEPTHS))
+    model = values.model
+    if model is None:
+        model = write_soaked_model(folder)
+        values.depths = values.depths or list(DEPTHS)
+        values.cache_memory = values.cache_memory or CACHE_GIGABYTES
     generator = open_generator(values, model)
     keys = write_keys(folder / "keys")
     command = serve_command(values, model, folder / "keys")
