@@ -62,6 +62,7 @@ def read_arguments() -> argparse.Namespace:
     add("--max-wait", type=float, default=60, help="seconds, as for serve (%(default)s)")
     add("--probe-wait", type=float, default=20, help="longest wait of small requests (%(default)s)")
     add("--output", type=Path, default=Path("docs"), help="folder; '' writes none (%(default)s)")
+    add("options", nargs="*", help="more options of serve, after --")
     return parser.parse_args()
 
 
@@ -75,6 +76,7 @@ def serve_command(values: argparse.Namespace, model: Path, keys: Path) -> list[s
         *("--generation-config", "none", "--api-key-file", f"{keys}"),
         *(["--cache-memory", f"{values.cache_memory}"] if values.cache_memory else []),
         *("--max-wait", f"{values.max_wait}", "--no-request-log"),
+        *values.options,
     ]
 
 
