@@ -29,7 +29,7 @@ from megatron_sorted.decoding.tuning.tuned_options import LEARNED_FILE
 from megatron_sorted.errors import SettingsError
 
 MAX_SHUTDOWN_SECONDS = 86400
-SWITCH_SECONDS = 0.001
+SWITCH_SECONDS, READY_SECONDS = 0.001, 5
 DESCRIPTION = """\
 Serve a nested model under OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models.
 The page / tries it in a browser, /metrics is for Prometheus, /health for load balancers.
@@ -170,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # the model's thread waits less for Python's lock, which it gives up in every pass
     sys.setswitchinterval(SWITCH_SECONDS)
     worker = GenerationWorker(generator, adaptation, options=values.batching)
+    while not worker.is_ready.wait(READY_SECONDS):
+        print("[measuring what drafts cost at each load]", flush=True)
     serve(
         make_app(worker, name, strategy_for, defaults, keys),
         worker,

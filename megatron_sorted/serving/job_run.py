@@ -142,7 +142,6 @@ class JobRun:
     def _prepare(self, task: Task, batch: DecodingBatch) -> None:
         """Prepare a batch before its first pass: what is kept of its prompt, its draft length."""
         self.engine.begun(task, batch)
-        self.job.cached_tokens += task.num_cached
         lengths = self.resources.draft_lengths
         if lengths is not None and isinstance(self.strategy, SPECULATIVE):
             batch.draft_length, _ = lengths.of(self.strategy)
@@ -166,12 +165,12 @@ class JobRun:
         else:
             self.unsent.append(piece)
 
-    def _end_of_task(self, error: BaseException | None) -> None:
-        """Record the end of the task that ended now, and do what comes next."""
-        for task in [task for task in self.begun if task.passes is None]:
-            self.begun.remove(task)
-            self.seconds += task.seconds
-            self.job.layers_run += task.num_layers
+    def _end_of_task(self, task: Task, error: BaseException | None) -> None:
+        """Record the end of a task, and do what comes next."""
+        self.begun.remove(task)
+        self.seconds += task.seconds
+        self.job.layers_run += task.num_layers
+        self.job.cached_tokens += task.num_cached
         if error is not None:
             self.fail(error)
         elif not self.is_over:

@@ -37,6 +37,7 @@ class GenerationWorker:
 
     Attributes:
         counts: Counts since the start, for monitoring.
+        is_ready: Set when the first job can begin; before, costs are measured.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class GenerationWorker:
         self.runs: list[JobRun] = []
         self.learning: dict[JobRun, tuple[str, int]] = {}
         self.turn, self.turns = 0, {}
+        self.starting: list[Job] = []
+        self.is_ready = threading.Event()
         self.accepts_jobs, self.seconds_per_job = True, 1.0
         self.last_end = time.perf_counter()
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -88,7 +91,7 @@ class GenerationWorker:
         """End running and waiting jobs with a `BusyError`, and accept no more."""
         with self.changed:
             self.accepts_jobs = False
-            jobs = [*(run.job for run in self.runs), *self.waiting.all()]
+            jobs = [*self.starting, *(run.job for run in self.runs), *self.waiting.all()]
         for job in jobs:
             job.put(BusyError(STOPPING))
             job.cancel()
@@ -137,11 +140,11 @@ class GenerationWorker:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        network = self.generator.network
-        if self.options.drafts_by_load and network.is_native and len(network.depths) > 1:
-            self.resources.draft_lengths = DraftLengths(
-                network, self.generator.draft, lambda: len(self.engine.running)
-            )
+        try:
+            self._measure()
+        except Exception as error:  # texts are the same without it
+            traceback.print_exception(error)
+        self.is_ready.set()
         while True:
             try:
                 if not self._take_jobs():
@@ -155,6 +158,15 @@ class GenerationWorker:
                 self.adaptation.save(JOBS_PER_SAVE)
         if self.adaptation is not None:
             self.adaptation.save()
+
+    def _measure(self) -> None:
+        """Measure what drafts cost at each load, where passes are joined whatever their length."""
+        network, draft = self.generator.network, self.generator.draft
+        can_draft = draft is not None or len(network.depths) > 1
+        if self.options.drafts_by_load and network.is_native and can_draft:
+            self.resources.draft_lengths = DraftLengths(
+                network, draft, lambda: len(self.engine.running)
+            )
 
     def _take_jobs(self) -> bool:
         """Begin jobs while there is room, and end cancelled ones; return whether there are any.
@@ -215,6 +227,7 @@ class GenerationWorker:
                 default=None,
             )
             job = self.waiting.next(tenant, math.inf if run is None else run.job.turn)
+            self.starting = [] if job is None else [job]
         if job is not None:
             run = self._begin(job)
         if run is not None and run.waiting:
@@ -260,6 +273,7 @@ class GenerationWorker:
             self.learning[run] = learning
         with self.changed:
             self.runs.append(run)
+            self.starting = []
         return run
 
     def _learn(self, run: JobRun, error: BaseException | None) -> None:

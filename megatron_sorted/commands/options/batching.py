@@ -24,7 +24,7 @@ def add_batching_options(parser: argparse.ArgumentParser) -> None:
         "--cache-memory",
         type=float,
         metavar="GB",
-        help="memory for KV caches of running and kept texts (default: half of it)",
+        help="memory for running and kept texts (default: half of what is free)",
     )
     group.add_argument(
         "--max-wait",

@@ -17,9 +17,9 @@ from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.strategies import Strategy, draft_depths
 from megatron_sorted.decoding.tuning.costs import measure_costs
 
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of tokens of a pass that are measured."""
-ROUNDS = 3
+ROUNDS = 2
 PRIOR, PRIOR_WEIGHT = 0.75, 8.0
 """Share of drafted tokens that is accepted, before anything is known, and the tokens it counts."""
 MEMORY = 0.995

@@ -192,7 +192,7 @@ class Engine:
                     pass
         finally:
             task.close()
-            task.ended(error)
+            task.ended(task, error)
 
     def _choose(self) -> list[tuple[Task, int]]:
         """Return the tasks that have a pass in this round, and the tokens it may process."""

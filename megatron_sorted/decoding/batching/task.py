@@ -36,13 +36,13 @@ class Task:
         seconds: Time that was used for it: its share of joined passes, and its own steps.
         num_layers: Number of layers that ran for it, summed over its tokens.
         num_cached: Number of tokens of its prompt that were kept already.
-        ended: Called with None or an error when it is over.
+        ended: Called with the task, and None or an error, when it is over.
     """
 
     sizes: Sizes
     start: Callable[["Task"], Passes]
     emit: Callable[[Any], None]
-    ended: Callable[[BaseException | None], None]
+    ended: Callable[["Task", BaseException | None], None]
     tenant: str = ""
     prompt: list[int] | None = None
     passes: Passes | None = None
