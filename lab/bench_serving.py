@@ -58,7 +58,7 @@ def read_arguments() -> argparse.Namespace:
     add("--clients", type=int, nargs="+", default=[1, 4, 16, 32], help="(1 4 16 32)")
     add("--threads", type=int, default=1, help="of every server (%(default)s)")
     add("--rounds", type=int, default=3, help="(%(default)s)")
-    add("--tokens", type=int, default=32, help="new tokens of a text (%(default)s)")
+    add("--tokens", type=int, default=64, help="new tokens of a text (%(default)s)")
     add("--texts", type=int, default=32, help="of a turn, one a client at least (%(default)s)")
     add("--turn-seconds", type=float, default=4.0,
         help="after which no text of a turn is begun (%(default)s)")  # fmt: skip

@@ -121,7 +121,7 @@ class Measurement:
             with self.servers.turn_of(contender.launch) as server:
                 return work(server)
         except PlatformError as error:
-            absent[contender.name] = str(error)
+            absent[contender.name] = str(error).rpartition("\n")[2]  # of a log, its last line
             print(f"{contender.name} is left out: {error}", file=sys.stderr, flush=True)
             self.store.write()
             return None

@@ -1,5 +1,6 @@
 """The page of the servers' measurement."""
 
+import re
 import statistics
 import textwrap
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from lab.serving.parts import LONG_PROMPT, PREFIXES, THROUGHPUT
 from lab.serving.rows import rows_of
 from megatron_sorted.reporting.markdown import facts, table
 
+PATH = re.compile(r"/\S*/")
+"""The folders of a path, of which the page shows the last part."""
 WANTED_GROWTH, FEW, MANY = 4.0, 1, 16
 HOW = (
     "Every client waits for its text and then asks for the next one, over HTTP, with events as "
@@ -198,7 +201,9 @@ def page(rows: Sequence[Row], stored: dict[str, Any], settings: dict, command: s
     lines += throughput_lines(rows_of(rows, match=THROUGHPUT))
     lines += long_prompt_lines(rows_of(rows, match=LONG_PROMPT), settings)
     lines += prefix_lines(rows_of(rows, match=PREFIXES))
-    absent = [f"{name} did not take part: {why}" for name, why in stored["absent"].items()]
+    absent = [
+        f"{name} did not take part: {PATH.sub('', why)}" for name, why in stored["absent"].items()
+    ]
     lines += ["## How it is measured", ""]
     for text in (*HOW, *absent):
         one_line = " ".join(text.split())

@@ -278,7 +278,8 @@ def test_page_and_picture(tmp_path):
         row("ours float32 full", 10, 0, 5, match=PREFIXES, first=1.5, texts=1, same=1),
         row("ours, kept", 10, 0, 5, match=PREFIXES, texts=1, same=1, cached=1234),
     ]
-    text = page(rows, {"absent": {"vLLM": "no wheel."}, "commits": ["abc"]}, page_settings(), "c")
+    facts = {"absent": {"vLLM": "/some/where/python: no wheel."}, "commits": ["abc"]}
+    text = page(rows, facts, page_settings(), "c")
     assert "| ours float32 full | 150.0 (100.0 to 200.0) | 675.0 (450.0 to 900.0) |" in text
     assert "**ours float32 full: 4.50 (wanted: 4; met)**; x: 1.00" in " ".join(text.split())
     assert "| x | 300.0 | 300.0 |" in text  # per second of processor time
@@ -286,7 +287,7 @@ def test_page_and_picture(tmp_path):
     assert "| x | 8 of 8 | 8 of 8 |" in text
     assert "4,000 tokens" in text and "| ours float32 full | 0.04 | 0.75 | 0.25 |" in text
     assert "| ours, kept |  |  |  | 250 | 1234 | 1 of 1 |" in text
-    assert "- vLLM did not take part: no wheel." in text
+    assert "- vLLM did not take part: python: no wheel." in text
     assert max(map(len, text.split("\n## How")[0].split("\n![")[0].splitlines())) <= 100
     draw(rows, tmp_path / "serving.png")
     assert (tmp_path / "serving.png").stat().st_size > 5000
