@@ -216,3 +216,18 @@ def test_a_stop_reaches_a_request_that_is_just_taken_from_the_queue(monkeypatch)
     with pytest.raises(BusyError):
         list(job.results())
     assert worker.close(PATIENCE)
+
+
+@needs_native
+def test_a_prompt_that_is_read_for_another_owner_is_read_again():
+    """How soon a text begins would tell one owner what another one has sent."""
+    _, network = plain_network("llama")
+    options = BatchingOptions(prefill_tokens=4)
+    worker = GenerationWorker(TextGenerator(network, Letters()), options=options)
+    [prompt] = prompts((100,), 100)
+    jobs = [job_of([prompt], 3, tenant=tenant) for tenant in ("a", "b")]
+    submit_together(worker, *jobs)
+    for job in jobs:
+        list(job.results())
+    assert [job.cached_tokens for job in jobs] == [0, 0]
+    assert worker.close(PATIENCE)
