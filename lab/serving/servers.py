@@ -146,13 +146,11 @@ class Servers:
 
     @contextlib.contextmanager
     def turn_of(self, launch: Launch) -> Iterator[Server]:
-        """Yield a server, started at its first turn, while the others are frozen.
+        """Yield a server, started at its first turn and frozen after each.
 
         Raises:
             PlatformError: It cannot be started.
         """
-        for server in self.running.values():
-            server.freeze()
         if launch not in self.running:
             self.running[launch] = Server(launch, self.logs)
         server = self.running[launch]

@@ -74,6 +74,7 @@ def test_servers_without_tokens_get_the_text():
     body = Completions({"strategy": "full"}, as_text=True).body(Prompt("hi\n", [1, 2]), 5)
     assert body == {"prompt": "hi\n", "max_tokens": 5, "temperature": 0, "stream": True,
                     "strategy": "full"}  # fmt: skip
+    assert LlamaCompletions(str).body(Prompt("", [1]), 5)["ignore_eos"] is True
 
 
 def test_refusals_name_status_and_answer():
@@ -237,6 +238,20 @@ def test_rounds_rotate_continue_and_leave_out_who_fails(tmp_path):
     assert "broken did not take part" in text
 
 
+def test_texts_are_compared_with_ours_whoever_begins(tmp_path):
+    """The texts written alone are those of our `full`."""
+    other = contender("other", LLAMA, dialect=LlamaCompletions(lambda ids: "another text"))
+    servers = Servers(tmp_path)
+    try:
+        compared = measurement(tmp_path / "s.json", servers, [other, contender()])
+        compared.contenders = {THROUGHPUT: [other, contender()]}
+        compared.run(1, lambda: None)
+    finally:
+        servers.keep_only(set())
+    same = {(row["name"], row["same"] == row["texts"]) for row in compared.store.rows}
+    assert same == {("other", False), ("ours float32 full", True)}
+
+
 def test_no_round_is_begun_without_time(tmp_path, capsys):
     """What was measured is kept, and what is missing is printed."""
     servers = Servers(tmp_path)
@@ -308,12 +323,14 @@ def test_the_copy_has_no_end_and_a_longer_context(tmp_path):
     """No file of the copy names an end token; weights are links, the model is left as it was."""
     model = write_model(tmp_path / "tiny")
     (model / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
+    (model / "prompt_form.json").write_text('{"name": "plain", "ends": [{"id": 2}]}')
     kept = (model / "config.json").read_bytes()
     copy = copy_model(model, tmp_path / "work", 512)
     assert copy == copy_model(model, tmp_path / "work", 512) and copy.name == "tiny-512"
     config = json.loads((copy / "config.json").read_text())
     assert config["eos_token_id"] is None and config["max_position_embeddings"] == 512
     assert "eos_token" not in json.loads((copy / "tokenizer_config.json").read_text())
+    assert json.loads((copy / "prompt_form.json").read_text()) == {"name": "plain", "ends": []}
     assert os.readlink(copy / "model.safetensors") == str((model / "model.safetensors").resolve())
     assert (model / "config.json").read_bytes() == kept
     assert copy_model(model, tmp_path / "work", 8).name == "tiny-64"
