@@ -6,7 +6,9 @@ from collections.abc import Callable
 import pytest
 
 pytest.importorskip("fastapi", reason="serving is an extra")
+from megatron_sorted.decoding.batching import engine as engine_module
 from megatron_sorted.decoding.batching.options import BatchingOptions
+from megatron_sorted.decoding.cache.joined import ForwardPass, Joined, run_joined
 from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.strategies import (
     EarlyExit,
@@ -230,4 +232,40 @@ def test_a_prompt_that_is_read_for_another_owner_is_read_again():
     for job in jobs:
         list(job.results())
     assert [job.cached_tokens for job in jobs] == [0, 0]
+    assert worker.close(PATIENCE)
+
+
+def test_a_short_prompt_behind_a_long_one_is_read_beside_it(monkeypatch):
+    """And all prompts together have no more tokens in a round than the option says."""
+    _, network = plain_network("llama")
+    options = BatchingOptions(prefill_tokens=6, prefix_caching=False)
+    worker = GenerationWorker(TextGenerator(network, Letters()), options=options)
+    order, read = [], []
+
+    def run(passes: list[ForwardPass], pieces: list[int]) -> Joined:
+        before = [one.num_missing for one in passes]
+        joined = run_joined(passes, pieces)
+        reading = [
+            min(missing, piece)
+            for missing, piece in zip(before, pieces, strict=True)
+            if missing > 1
+        ]
+        if len(reading) < len(passes):  # beside a text that is being written
+            read.append(sum(reading))
+        return joined
+
+    monkeypatch.setattr(engine_module, "run_joined", run)
+    stream = job_of(prompts((2,), 100), 150, notify=lambda: order.append("stream"))
+    worker.submit(stream)
+    while not order:
+        time.sleep(0.001)
+    jobs = [
+        job_of(prompts((size,), 100), 1, notify=lambda size=size: order.append(size))
+        for size in (240, 200, 30)
+    ]
+    submit_together(worker, *jobs)
+    for job in (stream, *jobs):
+        list(job.results())
+    assert order.index(30) < order.index(200) < order.index(240)
+    assert max(read) == (6 if network.is_native else 240)
     assert worker.close(PATIENCE)
