@@ -20,11 +20,12 @@ WRITTEN = Written((("one two", "stop"),), 2, {"4": 2})
 USAGE = {"completion_tokens": 2, "prompt_tokens": 1, "depths": {"4": 2}}
 ALONE = SimpleNamespace(of=lambda _: WRITTEN, written={REQUEST: WRITTEN})
 BAD = BadRequest("bad", b"", 400, "is wrong")
+STREAM = {"content-type": "text/event-stream; charset=utf-8"}
 IDLE = ProcessUsage(100.0, 10, 5)
 
 
 def finished(**more) -> Answer:
-    answer = Answer(200, {0: "one two"}, {0: "stop"}, USAGE, "", 0.5, 1.0, True, True)
+    answer = Answer(200, {0: "one two"}, {0: "stop"}, USAGE, "", 0.5, 1.0, True, True, STREAM)
     return replace(answer, **more)
 
 

@@ -62,6 +62,11 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     last: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_stream(self) -> bool:
+        """Return whether it was sent piece by piece."""
+        return self.headers.get("content-type", "").startswith("text/event-stream")
+
     def add(self, event: Mapping[str, Any]) -> None:
         """Add a whole response, or an event of a stream."""
         self.last = event
