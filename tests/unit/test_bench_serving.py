@@ -150,10 +150,17 @@ def test_turns_repeat_all_earlier_turns():
     assert [row["case"] for row in rows] == [1, 2] and rows[0]["match"] == PREFIXES
 
 
-def test_only_one_server_runs_at_a_time(tmp_path):
+@pytest.fixture
+def servers(tmp_path):
+    """Yield servers that end with the test."""
+    started = Servers(tmp_path)
+    yield started
+    started.keep_only(set())
+
+
+def test_only_one_server_runs_at_a_time(servers):
     """The others are halted; all of them end."""
     other = Launch("other", STAND_IN.command, STAND_IN.folder)
-    servers = Servers(tmp_path)
 
     def is_halted(launch):
         """Return whether a process halts, which the kernel may do a moment after the signal."""
