@@ -203,6 +203,7 @@ class GenerationWorker:
                 if not run.has_begun and self.waiting.is_overdue(run.job):
                     run.close()
                     self.runs.remove(run)
+                    self.learning.pop(run, None)
                     late.append(run.job)
         for job in late:
             self.counts.requests_refused += 1
@@ -245,6 +246,7 @@ class GenerationWorker:
     def _begin(self, job: Job) -> JobRun | None:
         """Begin a job; return it unless it is over already."""
         if job.cancelled.is_set():
+            self.counts.requests_cancelled += 1
             job.put(None)
             return None
         strategy, learning = job.strategy, None
