@@ -6,6 +6,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import threading
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,8 @@ def start(monkeypatch, capsys):
     class Worker:
         def __init__(self, generator, adaptation=None, options=None):
             self.generator, self.adaptation, self.options = generator, adaptation, options
+            self.is_ready = threading.Event()
+            self.is_ready.set()
 
     from megatron_sorted.decoding.text_generator import TextGenerator
     from megatron_sorted.serving import api, request_log

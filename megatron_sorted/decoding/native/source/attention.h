@@ -10,8 +10,8 @@ struct Cache {
     void *keys, *values;
 };
 
-// The memory of a text in a segment, and the draft tree behind it. Texts of a pass may lie anywhere,
-// each with a capacity of its own.
+// The memory of a text in a segment, and the draft tree behind it. Texts of a pass may lie
+// anywhere, each with a capacity of its own.
 struct Text {
     const int64_t *tokens; // [capacity]
     const float *source;   // [capacity][hidden_size], or null: the embedding of the tokens
