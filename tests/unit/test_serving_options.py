@@ -120,6 +120,9 @@ def start(monkeypatch, capsys):
         api, "make_app", lambda *given: seen.update(keys=given[-1], name=given[1]) or given
     )
 
+    plain_network()  # a first start says that it compiles the library
+    capsys.readouterr()
+
     def run(*arguments: str):
         with pytest.raises(Served):
             command.main(["model", "--port", "0", *arguments])
