@@ -119,6 +119,17 @@ def sizes_of(
     )
 
 
+def sizes_that_fit(network: Network, request: GenerationRequest, draft: Network | None) -> Sizes:
+    """Return the memory that texts need.
+
+    Raises:
+        MemoryExhaustedError: The host has less.
+    """
+    sizes = sizes_of(network, request, draft)
+    check_cache_memory(network, sizes.num_rows, sizes.capacity, sizes.stops, sizes.draft_bytes)
+    return sizes
+
+
 def start_batch(
     network: Network, request: GenerationRequest, draft: Network | None, sizes: Sizes | None = None
 ) -> DecodingBatch:
@@ -223,8 +234,7 @@ def stream(
     if request.max_new_tokens < 1:
         return
     with as_memory_error():
-        sizes = sizes_of(network, request, draft)
-        check_cache_memory(network, len(prompts), sizes.capacity, sizes.stops, sizes.draft_bytes)
+        sizes = sizes_that_fit(network, request, draft)
         batch = start_batch(network, request, draft, sizes)
         yield from run_passes(write_batch(batch, request, limits))
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.capacity import as_memory_error, check_cache_memory
+from megatron_sorted.decoding.cache.capacity import as_memory_error
 from megatron_sorted.decoding.cache.joined import ForwardPass
 from megatron_sorted.decoding.generate import (
     Sizes,
     check_request,
     run_passes,
-    sizes_of,
+    sizes_that_fit,
     start_batch,
     write_batch,
 )
@@ -162,14 +162,12 @@ class TextGenerator:
         request = GenerationRequest(
             prompts, strategy or Full(), sampling or SamplingParameters(), max_new_tokens, stop
         )
-        draft = self.draft_for(request.strategy)
+        sizes = None
         with as_memory_error():
             if prompts and max_new_tokens > 0:
-                sizes = sizes_of(self.network, request, draft)
-                check_cache_memory(
-                    self.network, len(prompts), sizes.capacity, sizes.stops, sizes.draft_bytes
-                )
-            yield from run_passes(self.writing(request))
+                draft = self.draft_for(request.strategy)
+                sizes = sizes_that_fit(self.network, request, draft)
+            yield from run_passes(self.writing(request, sizes))
 
     def writing(
         self,

@@ -144,7 +144,7 @@ class JobRun:
         self.engine.begun(task, batch)
         lengths = self.resources.draft_lengths
         if lengths is not None and isinstance(self.strategy, SPECULATIVE):
-            batch.draft_length, _ = lengths.of(self.strategy)
+            batch.draft_length = lengths.choice(self.strategy)
 
     def _put(self, piece: StreamedText) -> None:
         """Record a new part of a text, and send it unless scores come first."""
@@ -154,8 +154,8 @@ class JobRun:
         self.counts.generated_tokens += len(added.tokens)
         self.counts.drafted_tokens += added.num_drafted
         self.counts.accepted_tokens += added.num_accepted
-        if self.resources.draft_lengths is not None and added.num_drafted:
-            self.resources.draft_lengths.of(self.strategy)[1](added.num_drafted, added.num_accepted)
+        if self.resources.draft_lengths is not None:
+            self.resources.draft_lengths.add(self.strategy, added.num_drafted, added.num_accepted)
         if self.job.cancelled.is_set():
             self.close()
         if self.is_over:

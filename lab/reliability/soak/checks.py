@@ -133,7 +133,7 @@ def check_waits(seen: Seen, bounds: Bounds) -> Check:
         ("streams", seen.outcomes, bounds.wait_seconds),
         ("small streams", seen.probes, bounds.probe_seconds),
     ):
-        # a whole answer comes when its last text is written, which says nothing about its wait
+        # an answer that is not streamed arrives with its last text, so its time is no waiting time
         stayed = [
             one
             for one in outcomes

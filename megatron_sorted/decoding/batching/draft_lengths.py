@@ -70,8 +70,12 @@ class DraftLengths:
         )
         self.accepted: dict[Strategy, Acceptance] = {}
 
-    def of(self, strategy: Strategy) -> tuple[Callable[[int], int], Callable[[int, int], None]]:
-        """Return the choice of a strategy's draft length, and what counts its steps."""
+    def add(self, strategy: Strategy, num_drafted: int, num_accepted: int) -> None:
+        """Count a step of a strategy."""
+        self.accepted.setdefault(strategy, Acceptance()).add(num_drafted, num_accepted)
+
+    def choice(self, strategy: Strategy) -> Callable[[int], int]:
+        """Return the function from the draft length that a strategy wants to the one that pays."""
         acceptance = self.accepted.setdefault(strategy, Acceptance())
         last: tuple[tuple[int, int, float], int] | None = None
 
@@ -83,7 +87,7 @@ class DraftLengths:
                 last = key, self.best(strategy, *key)
             return last[1]
 
-        return choose, acceptance.add
+        return choose
 
     def best(self, strategy: Strategy, wanted: int, num_texts: int, share: float) -> int:
         """Return the draft length, at most ``wanted``, with the most tokens a second."""

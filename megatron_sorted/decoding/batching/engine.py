@@ -21,7 +21,12 @@ from megatron_sorted.decoding.batching.prefixes import (
     copy_beginning,
 )
 from megatron_sorted.decoding.batching.task import Task
-from megatron_sorted.decoding.cache.capacity import as_memory_error, free_host_bytes
+from megatron_sorted.decoding.cache.capacity import (
+    REMEDY,
+    as_memory_error,
+    free_host_bytes,
+    memory_error,
+)
 from megatron_sorted.decoding.cache.joined import run_joined
 from megatron_sorted.decoding.cache.state import PART, DecodingState
 from megatron_sorted.decoding.network import Network
@@ -75,8 +80,7 @@ class Engine:
             raise MemoryExhaustedError(
                 f"out of memory: {task.sizes.num_rows} texts of {task.sizes.capacity} tokens need "
                 f"{task.num_bytes / 1e9:.3f} GB of KV cache, more than the server's "
-                f"{self.budget / 1e9:.3f} GB (--cache-memory). Shorten prompts, or ask for fewer "
-                "new tokens or texts at once."
+                f"{self.budget / 1e9:.3f} GB (--cache-memory). {REMEDY}"
             )
 
     def begin(self, task: Task) -> bool:
@@ -98,10 +102,11 @@ class Engine:
         if free is not None and task.num_bytes > free:
             if self.running:
                 return False
-            raise MemoryExhaustedError(
-                f"out of memory: {task.sizes.num_rows} texts of {task.sizes.capacity} tokens need "
-                f"{task.num_bytes / 1e9:.3f} GB of KV cache, {free / 1e9:.3f} GB are free. Shorten "
-                "prompts, or ask for fewer new tokens or texts at once."
+            raise memory_error(
+                task.sizes.num_rows,
+                task.sizes.capacity,
+                task.num_bytes,
+                f"{free / 1e9:.2f} GB are free",
             )
         self.running.append(task)
         return True

@@ -85,10 +85,22 @@ def check_cache_memory(
         return
     needed, free = bytes_needed(network, num_rows, capacity, stops) + more_bytes, free_host_bytes()
     if free is not None and needed > free:
-        raise MemoryExhaustedError(
-            f"out of memory: {num_rows} texts of {capacity} tokens need {needed / 1e9:.2f} GB of "
-            f"KV cache, {free / 1e9:.2f} GB are free. {REMEDY}"
-        )
+        raise memory_error(num_rows, capacity, needed, f"{free / 1e9:.2f} GB are free")
+
+
+def memory_error(num_rows: int, capacity: int, needed: int, there: str) -> MemoryExhaustedError:
+    """Build the error of texts that do not fit.
+
+    Args:
+        num_rows: Number of texts.
+        capacity: Number of cache slots of each text.
+        needed: Bytes that they need.
+        there: What there is instead, in words.
+    """
+    return MemoryExhaustedError(
+        f"out of memory: {num_rows} texts of {capacity} tokens need {needed / 1e9:.2f} GB of "
+        f"KV cache, {there}. {REMEDY}"
+    )
 
 
 @contextmanager
