@@ -129,6 +129,21 @@ def test_a_conversation_is_read_once_and_only_by_its_owner():
     assert worker.close(PATIENCE)
 
 
+@needs_native
+def test_a_shallow_text_does_not_replace_the_deeper_one_that_it_continues():
+    _, network = plain_network("llama")
+    worker = GenerationWorker(TextGenerator(network, Letters()))
+    [text] = prompts((100,), 100)
+    cached = []
+    for strategy in (Full(), Fixed(1), Full()):
+        job = Job([list(text)], strategy, SamplingParameters(), 10, [])
+        [new] = tokens_of(worker.submit(job))
+        cached.append(job.cached_tokens)
+        text += [*new, 7]
+    assert cached[1] >= 109 and 100 <= cached[2] < 115, "all layers have read the first text"
+    assert worker.close(PATIENCE)
+
+
 def test_a_long_prompt_holds_up_no_text():
     """Between two steps of a text at most the pieces of a round are read, the prompt of all not."""
     _, network = plain_network("llama")

@@ -80,7 +80,7 @@ class PrefixCache:
         return best, longest
 
     def keep(self, states: Sequence[DecodingState], tenant: str, num_prompt: int) -> None:
-        """Keep a text of one row; what it continues is dropped."""
+        """Keep a text of one row; what it continues is dropped, unless deeper layers read it."""
         state = states[0]
         length = state.lengths[0]
         tokens = state.tokens_bc[0, :length].cpu().numpy().copy()
@@ -89,11 +89,17 @@ class PrefixCache:
             if (
                 kept.tenant == tenant
                 and size <= length
+                and max(kept.states[0].segments) <= max(state.segments)
                 and common_length(kept.tokens, tokens) == size
             ):
                 self._drop(kept)
-        # pages behind the last token were never touched, and take no memory
-        size = sum(bytes_needed(one.network, 1, length, list(one.segments)) for one in states)
+        size = sum(
+            # the library touches no page behind the last token, and such pages take no memory
+            bytes_needed(
+                one.network, 1, length if one.network.is_native else one.capacity, [*one.segments]
+            )
+            for one in states
+        )
         kept = Kept(tokens, list(states), tenant, num_prompt, size)
         self._kept[id(kept)] = kept
         self.num_bytes += size
