@@ -211,7 +211,7 @@ def test_memory_is_bounded_by_the_budget():
     tokens_of(probe.submit(one))
     assert probe.close(PATIENCE)
     size = probe.engine.prefixes.num_bytes * 2
-    worker = GenerationWorker(writer, options=BatchingOptions(cache_bytes=2 * size))
+    worker = GenerationWorker(writer, options=BatchingOptions(cache_bytes=2 * size - 1))
     seen = []
     jobs = [
         Job(prompts((30,), 100, seed), Full(), SamplingParameters(), 30, []) for seed in range(9)
@@ -229,6 +229,21 @@ def test_memory_is_bounded_by_the_budget():
             worker.submit(Job(prompts((200,), 100), Full(), SamplingParameters(), 50, [])).results()
         )
     assert worker.close(PATIENCE)
+
+
+def test_a_kept_text_takes_no_more_memory_than_its_tokens_need():
+    _, network = plain_network("llama")
+    worker = GenerationWorker(TextGenerator(network, Letters()))
+    prompt = prompts((30,), 100)
+    first = tokens_of(worker.submit(Job(prompt, Full(), SamplingParameters(), 1, [])))[0]
+    # a text that may have 220 new tokens, and stops at the first
+    stop = [Letters().decode(first)]
+    tokens_of(worker.submit(Job(prompt, Full(), SamplingParameters(), 220, stop)))
+    assert worker.close(PATIENCE)
+    (kept,) = worker.engine.prefixes._kept.values()
+    (state,) = kept.states
+    assert worker.engine.prefixes.num_bytes == state.memory.num_bytes
+    assert state.capacity == 64 and len(kept.tokens) == 31
 
 
 @needs_native

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_sorted.decoding.cache.capacity import bytes_needed
-from megatron_sorted.decoding.cache.state import PART, DecodingState
+from megatron_sorted.decoding.cache.state import PART, DecodingState, num_slots
 
 MIN_TOKENS = 16
 """Shortest common beginning that is worth a copy."""
@@ -93,14 +93,9 @@ class PrefixCache:
                 and common_length(kept.tokens, tokens) == size
             ):
                 self._drop(kept)
-        size = sum(
-            # the library touches no page behind the last token, and such pages take no memory
-            bytes_needed(
-                one.network, 1, length if one.network.is_native else one.capacity, [*one.segments]
-            )
-            for one in states
-        )
-        kept = Kept(tokens, list(states), tenant, num_prompt, size)
+        states = [shortened(one) for one in states]
+        size = sum(bytes_needed(one.network, 1, one.capacity, [*one.segments]) for one in states)
+        kept = Kept(tokens, states, tenant, num_prompt, size)
         self._kept[id(kept)] = kept
         self.num_bytes += size
         while len(self._kept) > MAX_KEPT:
@@ -128,6 +123,17 @@ def common_length(one: np.ndarray, other: np.ndarray) -> int:
     size = min(len(one), len(other))
     differ = one[:size] != other[:size]
     return int(differ.argmax()) if differ.any() else size
+
+
+def shortened(state: DecodingState) -> DecodingState:
+    """Return a copy of a text of one row in as little memory as it needs, or the text itself."""
+    length = state.lengths[0]
+    if num_slots(length) >= state.capacity or state.network.graphs:
+        return state
+    copy = DecodingState(state.network, 1, length, [*state.segments])
+    copy.append(state.tokens_bc[:, :length])
+    copy_beginning(state, copy, length)
+    return copy
 
 
 def copy_beginning(source: DecodingState, target: DecodingState, length: int) -> None:
