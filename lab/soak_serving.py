@@ -39,6 +39,8 @@ from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.files import write_text_atomically
 
 STOP_SECONDS = 20
+PATIENCE = 900
+"""Longest time for an answer in seconds: a request of 128 texts has 128 turns among the others."""
 CACHE_GIGABYTES = 0.05
 """Memory for texts of the small model: so little that it is always full."""
 
@@ -141,7 +143,7 @@ async def run_phases(
     context = network.max_positions
     pool = Pool(random.Random(values.seed), values.pool, name, network.depths, context)
     bad = bad_requests(name, network.depths, context)
-    load = Load(served, pool, bad, keys, values.clients, values.max_wait + 60, values.pause)
+    load = Load(served, pool, bad, keys, values.clients, PATIENCE, values.pause)
     print(f"every request once, by {values.clients} clients", flush=True)
     phases = {"Every request once": await load.each_once()}
     print(f"requests at random for {values.seconds:g} s", flush=True)
