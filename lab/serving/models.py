@@ -26,7 +26,8 @@ WITHOUT_END = {
 def copy_model(model: Path, folder: Path, context: int) -> Path:
     """Return a copy of a model without end tokens and with at least this context.
 
-    All servers then write the same number of tokens. The weights are links.
+    All servers then write the same number of tokens, and show a token that would have ended a text
+    like any other. The weights are links.
 
     Args:
         model: Hugging Face directory.
@@ -35,10 +36,19 @@ def copy_model(model: Path, folder: Path, context: int) -> Path:
     """
     config = read_json_object(model / "config.json")
     context = max(context, config.get("max_position_embeddings") or 0)
+    names = model / "tokenizer_config.json"
+    end = read_json_object(names).get("eos_token") if names.is_file() else None
+    end = end.get("content") if isinstance(end, dict) else end
     target = folder / f"{model.resolve().name}-{context}"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for file in model.iterdir():
+        if file.name == "tokenizer.json":
+            tokenizer = read_json_object(file)
+            for token in tokenizer.get("added_tokens", []):
+                token["special"] &= token["content"] != end
+            write_text_atomically(target / file.name, json.dumps(tokenizer))
+            continue
         if file.name not in WITHOUT_END:
             os.symlink(file.resolve(), target / file.name)
             continue

@@ -331,12 +331,16 @@ def test_the_copy_has_no_end_and_a_longer_context(tmp_path):
     model = write_model(tmp_path / "tiny")
     (model / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
     (model / "prompt_form.json").write_text('{"name": "plain", "ends": [{"id": 2}]}')
+    tokens = [{"content": "<s>", "special": True}, {"content": "</s>", "special": True}]
+    (model / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
     kept = (model / "config.json").read_bytes()
     copy = copy_model(model, tmp_path / "work", 512)
     assert copy == copy_model(model, tmp_path / "work", 512) and copy.name == "tiny-512"
     config = json.loads((copy / "config.json").read_text())
     assert config["eos_token_id"] is None and config["max_position_embeddings"] == 512
     assert "eos_token" not in json.loads((copy / "tokenizer_config.json").read_text())
+    tokens = json.loads((copy / "tokenizer.json").read_text())["added_tokens"]
+    assert [one["special"] for one in tokens] == [True, False]
     assert json.loads((copy / "prompt_form.json").read_text()) == {"name": "plain", "ends": []}
     assert os.readlink(copy / "model.safetensors") == str((model / "model.safetensors").resolve())
     assert (model / "config.json").read_bytes() == kept
