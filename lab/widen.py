@@ -77,7 +77,7 @@ def widened(name: str, tensor: torch.Tensor, factor: int, tied: bool) -> torch.T
     the norms before the heads are divided instead, and no head is.
 
     Args:
-        name: Its name in the directory.
+        name: Name in the directory.
         tensor: The tensor of the narrow model.
         factor: Number of copies.
         tied: Whether the model's head is its embedding.
@@ -94,7 +94,7 @@ def widened(name: str, tensor: torch.Tensor, factor: int, tied: bool) -> torch.T
         return tensor.repeat(factor, factor) / factor
     if module == "embed_tokens" or (module == "lm_head" and tied):
         return tensor.repeat(1, factor)
-    if module in ("lm_head", "down"):  # a head; an exit adapter's way to its rank
+    if module in ("lm_head", "down"):  # a head; the first matrix of an exit adapter
         return tensor.repeat(1, factor) / factor
     if module == "up":
         return tensor.repeat(factor, 1)
