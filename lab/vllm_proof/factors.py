@@ -38,7 +38,7 @@ class Factor:
 
     name: str
     engine: Mapping[str, Any] = field(default_factory=dict)
-    options: EngineOptions | None = EngineOptions("self_speculative", (2,), num_draft_tokens=4)
+    options: EngineOptions | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     shared: bool = False
     arrivals: int = 0
@@ -107,7 +107,7 @@ def factors(depths: Sequence[int], layer_bytes: int) -> list[Factor]:
             evidence="aborted", counts=False,
         ),
         Factor("tensor parallel 2", {"tensor_parallel_size": 2}, drafted(second)),
-        Factor("vLLM alone and in batches", options=None),
+        Factor("vLLM alone and in batches"),
     ]  # fmt: skip
 
 

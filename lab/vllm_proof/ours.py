@@ -95,9 +95,7 @@ def later_pairs_expected(
     first_share = {tuple(row): share for row, share in ones}
     twos = continued([row for row, _ in ones])
     expected: dict[tuple[int, int], float] = {}
-    second_share = {
-        tuple(row): first_share[tuple(row[:-1])] * share for row, share in twos
-    }
+    second_share = {tuple(row): first_share[tuple(row[:-1])] * share for row, share in twos}
     for row, share in continued([row for row, _ in twos]):
         pair = row[-2], row[-1]
         expected[pair] = expected.get(pair, 0.0) + second_share[tuple(row[:-1])] * share

@@ -81,13 +81,21 @@ class Engine:
         self.description: dict[str, Any] | None = None
         self.engine: Any = None
 
-    def of(self, description: dict[str, Any]) -> Any:
-        """Return the engine of a description, started unless it is there."""
+    def of(self, description: dict[str, Any], keep_tensors: bool) -> Any:
+        """Return the engine of a description, started unless it is there.
+
+        Args:
+            description: Arguments of vLLM's ``LLM``.
+            keep_tensors: Whether weights are to stay tensors, whose bytes can be counted: on CPUs
+                vLLM packs them for oneDNN into memory that Python does not see.
+        """
         if description == self.description:
             return self.engine
         self.close()
-        from vllm import LLM
+        from vllm import LLM, _custom_ops
 
+        if keep_tensors:
+            _custom_ops._supports_onednn = False
         self.before = living_bytes()
         start = time.perf_counter()
         self.engine = LLM(**{**COMMON, **description}).llm_engine
@@ -112,6 +120,7 @@ def living_bytes() -> int:
     """Return the bytes of all tensors of this process; memory that several share counts once."""
     import torch
 
+    gc.unfreeze()  # vLLM freezes what it has made at its start
     gc.collect()
     sizes = {}
     for thing in gc.get_objects():
@@ -187,7 +196,7 @@ def write_texts(engine: Any, job: dict[str, Any]) -> list[Any]:
 
 def run(job: dict[str, Any], engines: Engine) -> dict[str, Any]:
     """Return what a job asks for: texts, what the scheduler did, and bytes."""
-    engine = engines.of(job["engine"])
+    engine = engines.of(job["engine"], bool(job.get("memory")))
     if job.get("forget"):  # texts that earlier jobs have left in the cache of prefixes
         engine.reset_prefix_cache()
     engines.watch.reset()
@@ -200,6 +209,7 @@ def run(job: dict[str, Any], engines: Engine) -> dict[str, Any]:
         events[int(name[1:].split("-")[0])] += pairs
     answer = {
         "texts": [list(one.outputs[0].token_ids) for one in outputs],
+        "strings": [one.outputs[0].text for one in outputs],
         "ends": [one.outputs[0].finish_reason for one in outputs],
         "events": events,
         "cached": sum(one.num_cached_tokens or 0 for one in outputs),
