@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sorted.confidence import MEASURES
 from megatron_sorted.conversion.hugging_face.families import DTYPES
 from megatron_sorted.decoding.native import CHOICES
-from megatron_sorted.decoding.strategies import MEASURES, STRATEGIES, SamplingParameters
+from megatron_sorted.decoding.strategies import STRATEGIES, SamplingParameters
 from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE, tuned_dtype
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.reading.shown import printable

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_sorted.confidence import MAX_DRAFT_TOKENS, MEASURES
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.serving.vllm.exits import Exits, read_exits_of
 
@@ -13,9 +14,7 @@ KEY = "megatron_sorted"
 """The key of our options in vLLM's --additional-config."""
 STRATEGIES = ("full", "fixed", "self_speculative", "sorted_speculative")
 """Decoding strategies, named as in ``decoding/strategies.py``; vLLM has no tree, no early exit."""
-MEASURES = ("probability", "margin", "entropy")
 WORKER = "megatron_sorted.serving.vllm.worker.NestedWorker"
-MAX_DRAFT_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,9 @@ class EngineOptions:
         """
         known = {one.name: one.type for one in fields(cls)}
         if not isinstance(values, Mapping):
-            raise SettingsError(f"{KEY}: {values!r} is no object. Give {{...}} with {_keys(known)}.")
+            raise SettingsError(
+                f"{KEY}: {values!r} is no object. Give {{...}} with {_keys(known)}."
+            )
         for key in values:
             _require(key in known, f"{KEY}: {key!r} is no option. Use {_keys(known)}.")
         try:

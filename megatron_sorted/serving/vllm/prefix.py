@@ -6,33 +6,42 @@ from megatron_sorted.serving.vllm.readout import Readout
 
 
 class NestedPrefix(nn.Module):
-    """A target model's embedding and first layers, with an exit's readout.
+    """A target's embedding and layers between two exits, with the readout of the deeper one.
 
-    The modules are the target's, kept where torch does not count them, so this module has no
-    parameters. Its attention layers write keys and values into the target's own cache.
+    The modules are the target's, kept where torch does not count them. So this module has no
+    parameters of the target, and its layers write keys and values into the target's own cache.
 
     Args:
         target: The target model.
+        first: Number of layers below; with 0 the prefix begins with the embedding.
+        depth: The depth of the exit.
         readout: What reads the hidden state after the layers.
     """
 
-    def __init__(self, target: nn.Module, readout: Readout):
+    def __init__(self, target: nn.Module, first: int, depth: int, readout: Readout):
         super().__init__()
-        self._target, self._readout = (target,), readout
-        self.layers = list(target.model.layers[: readout.depth])
+        self.embed, self.layers = target.embed_input_ids, list(target.model.layers[first:depth])
+        self.readout = readout
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None
     ) -> Tensor:
-        """Return the normed hidden states [n, h] after the layers.
+        """Return the normed hidden states [n, h] of tokens [n].
 
         Collective: tensor parallel, as the target's own layers.
         """
-        hidden, residual = self._target[0].embed_input_ids(input_ids), None
+        return self.readout.norm(self.run_layers(self.embed(input_ids), positions))
+
+    def run_layers(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Return the hidden states [n, h] after the layers; the given ones may be overwritten.
+
+        Collective: tensor parallel, as the target's own layers.
+        """
+        residual = None
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, residual)
-        return self._readout.norm(hidden, residual)
+        return hidden + residual
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
+    def compute_logits(self, normed: Tensor) -> Tensor:
         """Return the logits [n, v]. Collective: tensor parallel."""
-        return self._readout.logits(hidden)
+        return self.readout.logits(normed)

@@ -4,28 +4,35 @@ import torch
 from torch import Tensor, nn
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from megatron_sorted.serving.vllm.metadata import queries
+from megatron_sorted.serving.vllm.options import EngineOptions
 from megatron_sorted.serving.vllm.prefix import NestedPrefix
-from megatron_sorted.serving.vllm.readout import Readout
+from megatron_sorted.serving.vllm.readout import readout_at
 
 
 class NestedProposer(DraftModelProposer):
     """vLLM's draft-model proposer, with the target's first layers as the draft model.
 
     The draft needs no pass over the prompt and nothing is repaired after a rejection: drafted
-    tokens write keys and values into the slots that vLLM reserves behind each text, the slots where
-    verification writes the same layers' keys and values again.
-
-    Attributes:
-        depths: Depths of the exits that draft.
+    tokens write keys and values into the slots that vLLM reserves behind each text, and
+    verification writes those of the same layers and tokens there again.
     """
 
-    depths: tuple[int, ...]
+    def __init__(self, vllm_config, device: torch.device, runner, options: EngineOptions):
+        super().__init__(vllm_config, device, runner)
+        self.options = options
 
     def load_model(self, target_model: nn.Module) -> None:
-        """Take the target's modules; nothing is loaded."""
-        [depth] = self.depths
-        self.model = NestedPrefix(target_model, Readout(depth, target_model))
-        self._draft_attn_layer_names = attention_names(target_model, depth)
+        """Take the target's modules; only what an exit has of its own is loaded."""
+        self.segments, first = [], 0
+        for depth in self.options.depths:
+            readout = readout_at(target_model, depth)
+            self.segments.append(NestedPrefix(target_model, first, depth, readout))
+            first = depth
+        self.model = self.segments[0]
+        self._draft_attn_layer_names = {
+            layer.self_attn.attn.layer_name for segment in self.segments for layer in segment.layers
+        }
 
     def set_inputs_first_pass(
         self,
@@ -46,8 +53,8 @@ class NestedProposer(DraftModelProposer):
             next_token_ids: The token [b] that follows them in each text.
             target_positions: Positions [n] of the tokens that were read.
             target_hidden_states: Not used.
-            token_indices_to_sample: Where in n each request's last accepted token is [b]; None: at
-                the end of its tokens.
+            token_indices_to_sample: Where in n each text's last accepted token is [b]; None: at the
+                end of its tokens.
             cad: vLLM's attention metadata of the target's pass.
             num_rejected_tokens_gpu: Not used: the indices account for them.
 
@@ -60,43 +67,35 @@ class NestedProposer(DraftModelProposer):
         batch = cad.batch_size()
         self.input_ids[:batch] = next_token_ids
         self.positions[:batch] = target_positions[last] + 1
-        return batch, self.arange[:batch], self.one_token_each(cad, self.positions[:batch], 1)
+        return batch, self.arange[:batch], self.queries(cad, self.positions[:batch, None])
 
-    def one_token_each(self, cad, positions: Tensor, grown: int):
-        """Return attention metadata of a pass over one token of each request.
+    def queries(self, cad, positions_bq: Tensor):
+        """Return metadata of a pass over tokens of each text; see ``metadata.queries``."""
+        return queries(cad, positions_bq, self.block_size, self.max_model_len)
 
-        Args:
-            cad: Metadata of a pass of the same requests.
-            positions: The tokens' positions [b].
-            grown: How many tokens longer than in ``cad`` the longest text may be.
-        """
-        batch, last = positions.shape[0], self.max_model_len - 1
-        within = positions.clamp(max=last)
-        blocks = cad.block_table_tensor.gather(1, (within // self.block_size)[:, None])[:, 0]
-        slots = blocks.long() * self.block_size + within % self.block_size
-        ends = torch.arange(batch + 1, dtype=torch.int32)
-        upper = cad.seq_lens_cpu_upper_bound
-        return cad.replace(
-            query_start_loc=self.arange[: batch + 1],
-            query_start_loc_cpu=ends,
-            seq_lens=(within + 1).to(cad.seq_lens.dtype),
-            num_actual_tokens=batch,
-            max_query_len=1,
-            max_seq_len=min(cad.max_seq_len + grown, self.max_model_len),
-            slot_mapping=slots,
-            seq_lens_cpu_upper_bound=None if upper is None else upper + grown,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
-        )
-
-    def propose(self, *arguments, num_rejected_tokens_gpu: Tensor | None = None, **more) -> Tensor:
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: Tensor,
+        *arguments,
+        num_rejected_tokens_gpu: Tensor | None = None,
+        common_attn_metadata,
+        **more,
+    ) -> Tensor:
         """Return drafted tokens [b, n].
 
         vLLM's loop would subtract the rejected tokens from lengths that do not hold them.
+
+        Collective: tensor parallel; all ranks draft the same tokens.
         """
-        return super().propose(*arguments, num_rejected_tokens_gpu=None, **more)
-
-
-def attention_names(target: nn.Module, depth: int) -> set[str]:
-    """Return vLLM's names of the attention of the first layers, by which it finds their cache."""
-    return {layer.self_attn.attn.layer_name for layer in target.model.layers[:depth]}
+        if num_speculative_tokens == 0:  # there is no cache of a draft model to keep up
+            rows = common_attn_metadata.batch_size()
+            return torch.empty(rows, 0, dtype=torch.int64, device=self.device)
+        return super().propose(
+            num_speculative_tokens,
+            target_token_ids,
+            *arguments,
+            common_attn_metadata=common_attn_metadata,
+            num_rejected_tokens_gpu=None,
+            **more,
+        )

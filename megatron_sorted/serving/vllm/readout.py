@@ -10,17 +10,22 @@ class Readout:
     """The modules that read the hidden state at an exit.
 
     Attributes:
-        depth: The exit's depth.
-        target: The target model.
+        target: The target model, whose head is used unless the exit has one.
+        norm: The norm, with the exit's parts before it.
+        head: The exit's own output matrix, if any.
     """
 
-    depth: int
     target: nn.Module
+    norm: nn.Module
+    head: nn.Module | None = None
 
-    def norm(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """Return the normed sum of two states [n, h], which vLLM's fused norm may overwrite."""
-        return self.target.model.norm(hidden, residual)[0]
-
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, normed: Tensor) -> Tensor:
         """Return the logits [n, v] of normed states [n, h]. Collective: tensor parallel."""
-        return self.target.compute_logits(hidden)
+        if self.head is None:
+            return self.target.compute_logits(normed)
+        return self.target.logits_processor(self.head, normed)
+
+
+def readout_at(target: nn.Module, depth: int) -> Readout:
+    """Return what reads an exit of a loaded target."""
+    return Readout(target, target.model.norm)
