@@ -71,6 +71,7 @@ class Proof:
             prompts = list(self.prompts[::step])[:count]
             try:
                 self._keep(factor, jobs(factor, self.model, prompts, self.num_tokens))
+                self.store.facts.get("failed", {}).pop(factor.name, None)
             except PlatformError as error:
                 self.store.facts.setdefault("failed", {})[factor.name] = str(error)
                 self.store.write()
@@ -166,7 +167,9 @@ class Proof:
             except PlatformError as error:
                 self.store.facts.setdefault("failed", {})[name] = str(error)
                 self.store.write()
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
                 continue
+            self.store.facts.get("failed", {}).pop(name, None)
             seen: dict[tuple[int, int], int] = {}
             for _, *pair in answer["texts"]:
                 seen[tuple(pair)] = seen.get(tuple(pair), 0) + 1
