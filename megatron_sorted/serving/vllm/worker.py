@@ -12,7 +12,9 @@ class NestedWorker(CPUWorker):
         super().init_device()
         options = EngineOptions.from_json(self.vllm_config.additional_config[KEY])
         if options.drafts:
-            proposer = SortedProposer if options.strategy == "sorted_speculative" else NestedProposer
+            proposer = (
+                SortedProposer if options.strategy == "sorted_speculative" else NestedProposer
+            )
             self.model_runner.drafter = proposer(
                 self.vllm_config, self.device, self.model_runner, options
             )
