@@ -19,16 +19,17 @@ MARGIN = 1.03
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Median seconds of an engine's steps by batch size.
+    """Seconds of an engine's steps by batch size.
 
     Attributes:
         plain: Seconds of a step without drafts, by batch size.
-        drafting: Seconds that drafting adds to a step, by batch size and number of drafted tokens.
-        verifying: Seconds of a step that verifies drafts and drafts nothing, in the same way.
+        drafting: Seconds that one drafted token of each text adds to a step, by batch size.
+        verifying: Seconds of a step that verifies drafts and drafts nothing, by batch size and
+            number of drafted tokens.
     """
 
     plain: Mapping[int, float]
-    drafting: Mapping[int, Mapping[int, float]]
+    drafting: Mapping[int, float]
     verifying: Mapping[int, Mapping[int, float]]
 
     @property
@@ -39,7 +40,7 @@ class StepCosts:
     @property
     def lengths(self) -> list[int]:
         """Return the draft lengths that were measured, increasing."""
-        return sorted(self.drafting[self.sizes[0]])
+        return sorted(self.verifying[self.sizes[0]])
 
     def seconds(self, batch: int, length: int) -> float:
         """Return the seconds of a step that drafts and verifies ``length`` tokens of each text.
@@ -60,7 +61,7 @@ class StepCosts:
     def _measured(self, batch: int, length: int) -> float:
         if not length:
             return self.plain[batch]
-        return self.drafting[batch][length] + self.verifying[batch][length]
+        return length * self.drafting[batch] + self.verifying[batch][length]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the costs as JSON values, one row for each batch size."""
@@ -68,7 +69,7 @@ class StepCosts:
             {
                 "batch_size": size,
                 "plain": self.plain[size],
-                "drafting": {str(n): value for n, value in self.drafting[size].items()},
+                "drafting": self.drafting[size],
                 "verifying": {str(n): value for n, value in self.verifying[size].items()},
             }
             for size in self.sizes
@@ -114,19 +115,24 @@ def draft_schedule(costs: StepCosts, acceptance: float) -> tuple[tuple[int, int,
 def schedule_lines(
     costs: StepCosts, acceptance: float, schedule: Sequence[Sequence[int]]
 ) -> list[str]:
-    """Return the measured steps as a table: milliseconds, and the forecast speed of each length."""
+    """Return the measured steps as a table: milliseconds, and the forecast speed of each length.
+
+    The speed is relative to plain decoding.
+    """
     lengths = costs.lengths
     lines = [
-        f"{'texts at once':>13} {'plain ms':>9}"
-        + "".join(f" {f'draft {n}':>9} {f'verify {n}':>9} {'speed':>6}" for n in lengths)
+        f"{'texts at once':>13} {'plain ms':>9} {'draft ms':>9}"
+        + "".join(f" {f'verify {n}':>9} {'speed':>6}" for n in lengths)
         + "  drafted tokens"
     ]
     for size in costs.sizes:
         cells = "".join(
-            f" {1000 * costs.drafting[size][n]:9.2f} {1000 * costs.verifying[size][n]:9.2f} "
-            f"{speed_up(costs, acceptance, size, n):5.2f}x"
+            f" {1000 * costs.verifying[size][n]:9.2f} {speed_up(costs, acceptance, size, n):5.2f}x"
             for n in lengths
         )
         chosen = next(n for first, last, n in schedule if first <= size <= last)
-        lines.append(f"{size:13} {1000 * costs.plain[size]:9.2f}{cells}  {chosen}")
+        lines.append(
+            f"{size:13} {1000 * costs.plain[size]:9.2f} {1000 * costs.drafting[size]:9.2f}{cells}"
+            f"  {chosen}"
+        )
     return lines

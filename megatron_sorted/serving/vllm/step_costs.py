@@ -2,7 +2,8 @@
 
 A step that drafts and one that verifies follow each other: the scheduler is told, step by step, how
 many tokens to draft. So a drafting pass is what a step of drafts takes more than a plain one, and
-a verification is a step of its own, with all that vLLM does around them.
+a verification is a step of its own, with all that vLLM does around them. Other programs can only
+add to a step's time, so the lower quartile of many times is taken.
 """
 
 import random
@@ -20,9 +21,9 @@ from megatron_sorted.serving.vllm.draft_schedule import StepCosts
 CONTEXT = 128
 """Number of tokens of a text before the steps that are measured."""
 LEAST_CONTEXT = 8
-ROUNDS, LEAST_ROUNDS = 7, 3
-MAX_SECONDS = 30.0
-"""Time for one batch size, after which no further round is begun."""
+MAX_ROUNDS, LEAST_ROUNDS = 9, 3
+MAX_SECONDS = 15.0
+"""Time for one batch, after which no further round is begun."""
 
 
 def batch_sizes(most: int) -> list[int]:
@@ -34,6 +35,15 @@ def batch_sizes(most: int) -> list[int]:
     return sorted({*(1 << power for power in range(most.bit_length())), most})
 
 
+def lower_quartile(values: Sequence[float]) -> float:
+    """Return the value that a quarter of the values do not exceed.
+
+    >>> lower_quartile([9.0, 1.0, 2.0, 3.0, 4.0])
+    2.0
+    """
+    return sorted(values)[(len(values) - 1) // 4]
+
+
 class StepClock:
     """An engine in this process whose steps are timed.
 
@@ -43,6 +53,7 @@ class StepClock:
 
     Attributes:
         context: Number of tokens of a text before the steps that are measured.
+        rounds: Number of rounds that a text has room for.
 
     Raises:
         SettingsError: The model's texts are too short to measure anything.
@@ -58,13 +69,15 @@ class StepClock:
         self.lengths = list(lengths)
         model = self.engine.model_config
         self.vocab_size = model.get_vocab_size()
-        steps = (1 + ROUNDS) * (1 + sum(length + 2 for length in lengths)) + max(lengths) + 2
-        self.context = min(CONTEXT, model.max_model_len - steps)
-        if self.context < LEAST_CONTEXT:
+        longest, a_round = model.max_model_len, 1 + sum(length + 2 for length in lengths)
+        spare = max(lengths) + 2  # drafts are not made right before the longest text
+        self.context = max(LEAST_CONTEXT, min(CONTEXT, longest // 4))
+        self.rounds = min(MAX_ROUNDS, (longest - self.context - spare) // a_round - 1)
+        if self.rounds < LEAST_ROUNDS:
+            least = LEAST_CONTEXT + spare + (1 + LEAST_ROUNDS) * a_round
             raise SettingsError(
-                f"--max-model-len {model.max_model_len}: measuring drafts of up to {max(lengths)} "
-                f"tokens takes texts of {steps + LEAST_CONTEXT}. Raise it, or lower "
-                "--num-draft-tokens."
+                f"--max-model-len {longest}: measuring drafts of up to {max(lengths)} tokens takes "
+                f"texts of {4 * least // 3}. Raise it, or lower --num-draft-tokens."
             )
 
     def close(self) -> None:
@@ -72,31 +85,34 @@ class StepClock:
         self.engine.engine_core.shutdown()
 
     def measure(self, sizes: Sequence[int], report: Callable[[str], None]) -> StepCosts:
-        """Return the median seconds of steps for each batch size that fits into the cache.
+        """Return the seconds of steps for each batch size that fits into the cache.
 
-        Every round measures all lengths, in another order, so that a noisy machine is as noisy for
-        all; a first round warms up.
+        The sizes are measured upwards and downwards, and in every round all lengths in another
+        order, so that a noisy machine is as noisy for all; a first round warms up.
 
         Raises:
             PlatformError: Not even one text fits, or vLLM drafted another number of tokens.
         """
-        plain, drafting, verifying = {}, {}, {}
-        for size in sizes:
+        times: dict[int, dict[tuple[str, int], list[float]]] = {}
+        fitting = list(sizes)
+        for size in [*sizes, *reversed(sizes)]:
+            if size not in fitting:
+                continue
             names = self._start(size)
             if len(self.scheduler.running) < size:
-                self._end(names)
                 report(f"the cache holds fewer than {size} texts: larger batches are not measured")
-                break
-            report(f"measuring steps of {size} text{'s' if size > 1 else ''} ...")
-            times = self._rounds()
+                fitting = [one for one in fitting if one < size]
+            else:
+                report(f"measuring steps of {size} text{'s' if size > 1 else ''} ...")
+                self._rounds(times.setdefault(size, {}))
             self._end(names)
-            medians = {key: statistics.median(row) for key, row in times.items()}
-            plain[size] = medians["plain", 0]
-            # a noisy difference may fall below 0
-            drafting[size] = {
-                n: max(0.0, medians["draft", n] - medians["plain", 0]) for n in self.lengths
-            }
-            verifying[size] = {n: medians["verify", n] for n in self.lengths}
+        plain, drafting, verifying = {}, {}, {}
+        for size in fitting:
+            typical = {key: lower_quartile(row) for key, row in times[size].items()}
+            plain[size] = typical["plain", 0]
+            more = [(typical["draft", n] - plain[size]) / n for n in self.lengths]
+            drafting[size] = max(0.0, statistics.median(more))  # noise may make it less than 0
+            verifying[size] = {n: typical["verify", n] for n in self.lengths}
         if not plain:
             raise PlatformError(
                 "vLLM's cache holds no text of the length that is measured. Give it more memory: "
@@ -129,18 +145,16 @@ class StepClock:
         self.engine.abort_request(names)
         self.engine.step()
 
-    def _rounds(self) -> dict[tuple[str, int], list[float]]:
-        """Return the seconds of every step of a batch by kind and number of drafted tokens."""
-        times: dict[tuple[str, int], list[float]] = {}
+    def _rounds(self, times: dict[tuple[str, int], list[float]]) -> None:
+        """Add the seconds of steps of the running texts, by kind and number of drafted tokens."""
         order, began = random.Random(0), time.perf_counter()
-        for done in range(1 + ROUNDS):
+        for done in range(1 + self.rounds):
             if done > LEAST_ROUNDS and time.perf_counter() - began > MAX_SECONDS:
                 break
             for length in order.sample([0, *self.lengths], 1 + len(self.lengths)):
                 for key, seconds in self._steps(length):
                     if done:
                         times.setdefault(key, []).append(seconds)
-        return times
 
     def _steps(self, length: int) -> list[tuple[tuple[str, int], float]]:
         """Return the seconds of a plain step, or of one that drafts and one that verifies."""
