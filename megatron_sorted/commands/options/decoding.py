@@ -80,7 +80,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DECODED_DTYPES,
         metavar="KIND",
-        help=f"{', '.join(DECODED_DTYPES)} (default: as tuned, else float32); int8 on CPUs",
+        help=f"{', '.join(DECODED_DTYPES)} (CPUs) (default: as tuned, else float32)",
     )
     group.add_argument(
         "--device", help="cpu, or torch's name of a device (default: the accelerator)"
@@ -93,8 +93,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=CHOICES,
         default="auto",
         metavar="WHEN",
-        help="decode on CPUs by a compiled library: auto (unless it cannot), on, off "
-        "(default: %(default)s)",
+        help="decode on CPUs by a compiled library: auto, on, off (default: %(default)s)",
     )
 
 

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor, nn
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from megatron_sorted.serving.vllm.exits import Exits
 from megatron_sorted.serving.vllm.metadata import queries
 from megatron_sorted.serving.vllm.options import EngineOptions
+from megatron_sorted.serving.vllm.parts import read_parts
 from megatron_sorted.serving.vllm.prefix import NestedPrefix
-from megatron_sorted.serving.vllm.readout import readout_at
+from megatron_sorted.serving.vllm.readout import readout_of
 
 
 class NestedProposer(DraftModelProposer):
@@ -18,15 +20,18 @@ class NestedProposer(DraftModelProposer):
     verification writes those of the same layers and tokens there again.
     """
 
-    def __init__(self, vllm_config, device: torch.device, runner, options: EngineOptions):
+    def __init__(
+        self, vllm_config, device: torch.device, runner, options: EngineOptions, exits: Exits
+    ):
         super().__init__(vllm_config, device, runner)
-        self.options = options
+        self.options, self.exits = options, exits
 
     def load_model(self, target_model: nn.Module) -> None:
         """Take the target's modules; only what an exit has of its own is loaded."""
         self.segments, first = [], 0
         for depth in self.options.depths:
-            readout = readout_at(target_model, depth)
+            parts = read_parts(self.exits, depth)
+            readout = readout_of(target_model, parts, self.vllm_config)
             self.segments.append(NestedPrefix(target_model, first, depth, readout))
             first = depth
         self.model = self.segments[0]

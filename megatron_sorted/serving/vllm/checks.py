@@ -1,0 +1,121 @@
+"""What is checked when vLLM starts, before any weights are loaded."""
+
+import inspect
+
+import vllm
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+from megatron_sorted.errors import PlatformError, SettingsError
+from megatron_sorted.platform.supported import VLLM, VLLM_END, VLLM_TESTED, shown
+from megatron_sorted.serving.vllm.options import EngineOptions
+
+HOOKS = {
+    "propose": (
+        *("num_speculative_tokens", "target_token_ids", "target_positions"),
+        *("target_hidden_states", "next_token_ids", "token_indices_to_sample"),
+        *("common_attn_metadata", "sampling_metadata", "mm_embed_inputs"),
+        *("num_rejected_tokens_gpu", "slot_mappings"),
+    ),
+    "set_inputs_first_pass": (
+        *("target_token_ids", "next_token_ids", "target_positions", "target_hidden_states"),
+        *("token_indices_to_sample", "cad", "num_rejected_tokens_gpu"),
+    ),
+    "load_model": ("target_model",),
+    "build_per_group_and_layer_attn_metadata": ("common_attn_metadata", "draft_index"),
+}
+"""{method of vLLM's proposer that is replaced or called: its parameters}."""
+INSTEAD = (
+    "Without the plug-in, extract an exit (megatron-sorted extract MODEL DIRECTORY --depth K) and "
+    'let vLLM draft with it: --speculative-config \'{"method": "draft_model", "model": DIRECTORY, '
+    '"num_speculative_tokens": 4}\'.'
+)
+
+
+def check_version(version: str = vllm.__version__) -> None:
+    """Check that this vLLM is supported; report a version that was not tested.
+
+    Raises:
+        PlatformError: It is older or newer than those that are supported.
+    """
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    if not VLLM <= numbers < VLLM_END:
+        raise PlatformError(
+            f"vLLM {version}: the plug-in supports {shown(VLLM)} and newer ones before "
+            f"{shown(VLLM_END)}. Install vLLM {VLLM_TESTED[-1]}. {INSTEAD}"
+        )
+    if version.split("+")[0] not in VLLM_TESTED:
+        init_logger("vllm.megatron_sorted").warning(
+            "vLLM %s: the plug-in was tested with %s.", version, " and ".join(VLLM_TESTED)
+        )
+
+
+def check_hooks(proposer: type = DraftModelProposer) -> None:
+    """Check that the methods of vLLM's proposer take what the plug-in expects.
+
+    Raises:
+        PlatformError: One has other parameters.
+    """
+    for name, expected in HOOKS.items():
+        parameters = tuple(inspect.signature(getattr(proposer, name, int)).parameters)
+        if parameters != ("self", *expected):
+            raise PlatformError(
+                f"vLLM {vllm.__version__}: {proposer.__name__}.{name} takes "
+                f"{', '.join(parameters)}; the plug-in expects self, {', '.join(expected)}. "
+                f"Install vLLM {VLLM_TESTED[-1]}. {INSTEAD}"
+            )
+
+
+def check_config(config: VllmConfig, options: EngineOptions) -> None:
+    """Check that vLLM's settings and the plug-in's fit.
+
+    Raises:
+        SettingsError: They do not.
+    """
+    parallel, model = config.parallel_config, config.model_config
+    speculation = config.speculative_config
+    if not options.drafts:
+        return
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    for holds, message in (
+        (
+            speculation is not None and speculation.method == "draft_model",
+            f"strategy {options.strategy}: vLLM was started without the --speculative-config that "
+            "it needs. Give all options that megatron-sorted serve --engine vllm prints.",
+        ),
+        (
+            parallel.pipeline_parallel_size == 1,
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: drafts are made on the "
+            "last stage, which does not hold the first layers. Use 1 and tensor parallelism.",
+        ),
+        (
+            not config.use_v2_model_runner,
+            "VLLM_USE_V2_MODEL_RUNNER: the plug-in is not tested on vLLM's model runner V2. Set it "
+            f"to 0. {INSTEAD}",
+        ),
+        (
+            len(kinds) < 2,
+            f"layer_types of config.json: exits draft where all layers attend alike, and these are "
+            f"{', '.join(sorted(kinds))}. {INSTEAD}",
+        ),
+        (
+            config.lora_config is None,
+            "--enable-lora: drafted tokens would take other texts' adapters. Leave it out, or "
+            "merge the adapter into the model.",
+        ),
+        (
+            options.strategy != "sorted_speculative"
+            or not config.scheduler_config.async_scheduling,
+            "--async-scheduling: drafts of several lengths reach the scheduler after a step. Give "
+            "--no-async-scheduling.",
+        ),
+        (
+            options.strategy != "sorted_speculative"
+            or getattr(speculation, "draft_sample_method", "greedy") != "probabilistic",
+            "draft_sample_method probabilistic: sorted_speculative drafts the likeliest token. "
+            "Leave it out.",
+        ),
+    ):
+        if not holds:
+            raise SettingsError(message)
