@@ -68,7 +68,8 @@ def sampling_lines(rows: Sequence[Row], version: str) -> list[str]:
         "## Samples", "",
         *wrapped(
             "Pairs of the second and the third token after one prompt, temperature "
-            f"{TEMPERATURE:g}, the {TOP_K} likeliest tokens, against the probabilities of transformers' own model "
+            f"{TEMPERATURE:g}, the {TOP_K} likeliest tokens, against the probabilities that "
+            "transformers' own model gives them "
             "(chi-square; pairs expected fewer than 5 times together). *impossible*: pairs that "
             "have probability 0."
         ),
