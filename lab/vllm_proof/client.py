@@ -54,7 +54,7 @@ class VllmProcess:
             time.sleep(0.02)
         answer = json.loads(line)
         if "error" in answer:
-            raise PlatformError(f"vLLM: {answer['error'][:LAST_PART]} See {self.log}.")
+            raise PlatformError(f"vLLM: {answer['error'][:LAST_PART]} Its log says more.")
         return answer
 
     def stop(self) -> None:

@@ -8,7 +8,16 @@ from lab.contests.rounds import Row
 from lab.contests.summary import names_of
 from lab.results.pages import page_head
 from lab.serving.rows import rows_of
-from lab.vllm_proof.parts import MEMORY, PLAIN, PLUG_IN, SAMPLING, STOCK, TEMPERATURE, TOP_K
+from lab.vllm_proof.parts import (
+    LEAST_P,
+    MEMORY,
+    PLAIN,
+    PLUG_IN,
+    SAMPLING,
+    STOCK,
+    TEMPERATURE,
+    TOP_K,
+)
 from megatron_sorted.reporting.markdown import facts, table
 
 HAPPENED = {
@@ -78,11 +87,12 @@ def sampling_lines(rows: Sequence[Row], version: str) -> list[str]:
             cells,
         ),
     ]  # fmt: skip
-    if any(row["name"] == STOCK and row["p"] < 1e-3 for row in own):
+    if any(row["name"].startswith(STOCK) and row["p"] < LEAST_P for row in own):
         lines += wrapped(
             f"A fault of vLLM {version} itself, reproduced without the plug-in: on CPUs its own "
             "draft model samples wrongly at every temperature above 0 (temperature and top-k of "
-            "drafted positions are memory that nothing has written; vllm issue 55005)."
+            "drafted positions are memory that nothing has written; vllm issue 55005). The plug-in "
+            "repairs it at its start."
         )
     return lines
 
@@ -149,7 +159,8 @@ def page(rows: Sequence[Row], stored: dict[str, Any], settings: dict, command: s
     lines += sampling_lines(rows, settings["vllm"])
     lines += memory_lines(rows)
     for name, why in stored.get("failed", {}).items():
-        lines += wrapped(f"{name} did not run: {why}")
+        whose = ", a fault of its own that the plug-in repairs" * name.startswith(STOCK)
+        lines += wrapped(f"{name} did not run{whose}: {why}")
     threads = settings["threads"]
     lines += [
         f"- model: {settings['model']}; vLLM {settings['vllm']}; new tokens of a text: "

@@ -199,6 +199,8 @@ def run(job: dict[str, Any], engines: Engine) -> dict[str, Any]:
     engine = engines.of(job["engine"], bool(job.get("memory")))
     if job.get("forget"):  # texts that earlier jobs have left in the cache of prefixes
         engine.reset_prefix_cache()
+    if job.get("mend_empty"):
+        mend_empty()
     engines.watch.reset()
     used, began = time.process_time(), time.perf_counter()
     outputs = write_texts(engine, job)
@@ -221,6 +223,16 @@ def run(job: dict[str, Any], engines: Engine) -> dict[str, Any]:
         answer["memory"] = engine.collective_rpc(memory_of)[0]
         answer["memory"]["living"] = living_bytes() - engines.before
     return answer
+
+
+def mend_empty() -> None:
+    """Let vLLM verify steps without drafts where a text asks for top-k, which ends it on CPUs."""
+    from vllm.v1.sample import rejection_sampler
+
+    own = rejection_sampler.apply_top_k_top_p
+    rejection_sampler.apply_top_k_top_p = lambda logits, k, p: (
+        own(logits, k, p) if len(logits) else logits
+    )
 
 
 def main() -> None:

@@ -1,9 +1,13 @@
-"""A fault of vLLM on CPUs that makes sampling with any speculation wrong, and its repair.
+"""Two faults of vLLM on CPUs that make sampling with any speculation wrong, and their repair.
 
 Upstream: vllm-project/vllm#55005, open. To verify sampled tokens, the temperature, top-k and top-p
 of a text are repeated for each of its drafted tokens. On CPUs the kernel that does it gets a copy
 of the output, converted to int64 (``utils/cpu_triton_utils.py``, ``_expand_kernel_impl``), and the
 output itself stays uninitialised memory: tokens are sampled at whatever temperature is there.
+
+A step in which no text has a draft to verify, such as the first, ends the engine where a text asks
+for top-k alone: ``v1/sample/ops/topk_topp_sampler.py``, ``apply_top_k_only``, takes the largest of
+no values. (0.32; not known upstream.)
 """
 
 import torch
@@ -50,4 +54,18 @@ def repair() -> bool:
     faulty = is_faulty()
     if faulty:
         setattr(rejection_sampler, NAME, expand)
+    repair_empty()
     return faulty
+
+
+def repair_empty() -> None:
+    """Let verification leave no logits as they are, instead of taking their largest top-k."""
+    constrain = rejection_sampler.apply_top_k_top_p
+    if getattr(constrain, "accepts_none", False):
+        return
+
+    def accepting(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
+        return constrain(logits, k, p) if logits.shape[0] else logits
+
+    accepting.accepts_none = True
+    rejection_sampler.apply_top_k_top_p = accepting
