@@ -14,7 +14,7 @@ from lab.serving.rows import rows_of
 from lab.vllm_proof.client import VllmProcess
 from lab.vllm_proof.factors import ABORTED_AT, BASE, ENGINE, MEBIBYTE, Factor, factors, jobs
 from lab.vllm_proof.ours import later_pairs_expected, margin, our_events, without_empty
-from megatron_sorted.decoding.open_model import open_text_generator
+from megatron_sorted.decoding.network import load_network
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.serving.vllm.options import EngineOptions, engine_arguments
@@ -49,7 +49,7 @@ class Proof:
 
     def __post_init__(self) -> None:
         """Open the model in this process."""
-        self.network = open_text_generator(self.model, dtype=torch.float32).network
+        self.network = load_network(self.model, native="off")
         self.base_model, _ = load_with_exits(self.model, torch.float32)
         config = self.base_model.config
         self.depths = self.network.depths

@@ -16,7 +16,7 @@ from lab.vllm_proof.page import page
 from lab.vllm_proof.parts import MEMORY, PLUG_IN, SAMPLING, STOCK, Proof
 from lab.vllm_proof.worker import Watch
 from megatron_sorted.conversion.hugging_face.nested_exits import load_nested_exits
-from megatron_sorted.decoding.open_model import open_text_generator
+from megatron_sorted.decoding.network import load_network
 from megatron_sorted.serving.vllm.options import EngineOptions
 from tests.support.model_directories import save_model
 
@@ -90,7 +90,7 @@ def proof_of(model, tmp_path, change=lambda job, answer: None):
 
 @pytest.mark.parametrize(("depth", "length"), [(1, 3), (3, 4)])
 def test_our_decoder_s_drafts_are_those_that_transformers_exits_would_make(model, depth, length):
-    network = open_text_generator(model, dtype=torch.float32).network
+    network = load_network(model, native="off")
     exits, prompts = load_nested_exits(model), [[5, 6, 7], [9, 2], [40, 41, 42, 43]]
     texts = [greedy(exits, prompt, 14) for prompt in prompts]
     expected = [
