@@ -130,7 +130,7 @@ def test_parts_that_are_missing_from_the_file(tmp_path, no_weights):
     directory = write_model(tmp_path / "model", own=("norm",))
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "exit_adapter_rank": 8}))
-    with pytest.raises(CheckpointError, match="exit 2 has norm, and .* declares adapter"):
+    with pytest.raises(CheckpointError, match=r"exit 2 has norm, and .* declares adapter"):
         read_parts(read_exits_of(directory), 2)
     (directory / "exits.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="cannot be read"):
