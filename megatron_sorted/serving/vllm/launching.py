@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.errors import SettingsError
+from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.installation import IS_CHECKOUT, ROOT
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.serving.vllm.installed import InstalledVllm
@@ -22,6 +22,7 @@ from megatron_sorted.serving.vllm.options import (
 )
 from megatron_sorted.settings.yaml_file import read_yaml
 
+CONFIG_FILE = "config.json"
 PIPELINE = "--pipeline-parallel-size"
 SHORT = {"-pp": PIPELINE, "-tp": "--tensor-parallel-size", "-sc": "--speculative-config"}
 """Short names of vLLM's options that matter here."""
@@ -75,6 +76,11 @@ def launch(
     Raises:
         SortedError: The model does not support the options, or vLLM's own options contradict them.
     """
+    if not (model / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{shown(model)}: no directory with {CONFIG_FILE}. Give an exported model: "
+            "megatron-sorted convert export CHECKPOINT DIRECTORY."
+        )
     arguments = engine_arguments(model, options)
     check_own(own, arguments)
     model_word, *words = command_line(arguments)
@@ -120,6 +126,11 @@ def check_own(own: Sequence[str], arguments: Mapping[str, Any]) -> None:
             f"{PIPELINE} {shown(stages, 40)}: exits draft with the first layers, which another "
             "stage of the pipeline would hold. Leave it out, and divide the model by "
             "--tensor-parallel-size."
+        )
+    if "--enable-lora" in given and "speculative_config" in arguments:
+        raise SettingsError(
+            "--enable-lora after --: drafted tokens would take other texts' adapters. Leave it "
+            "out, or merge the adapter into the model."
         )
     for name in (*arguments, "speculative_config"):
         flag = "--" + name.replace("_", "-")

@@ -21,8 +21,8 @@ from megatron_sorted.serving.vllm.draft_schedule import StepCosts
 CONTEXT = 128
 """Number of tokens of a text before the steps that are measured."""
 LEAST_CONTEXT = 8
-MAX_ROUNDS, LEAST_ROUNDS = 9, 3
-MAX_SECONDS = 15.0
+SWEEPS, MAX_ROUNDS, LEAST_ROUNDS = 4, 6, 3
+MAX_SECONDS = 10.0
 """Time for one batch, after which no further round is begun."""
 
 
@@ -87,24 +87,25 @@ class StepClock:
     def measure(self, sizes: Sequence[int], report: Callable[[str], None]) -> StepCosts:
         """Return the seconds of steps for each batch size that fits into the cache.
 
-        The sizes are measured upwards and downwards, and in every round all lengths in another
-        order, so that a noisy machine is as noisy for all; a first round warms up.
+        The sizes are measured upwards and downwards in turns, and in every round all lengths in
+        another order, so that a noisy machine is as noisy for all; a first round warms up.
 
         Raises:
             PlatformError: Not even one text fits, or vLLM drafted another number of tokens.
         """
         times: dict[int, dict[tuple[str, int], list[float]]] = {}
         fitting = list(sizes)
-        for size in [*sizes, *reversed(sizes)]:
+        for size in SWEEPS // 2 * [*sizes, *reversed(sizes)]:
             if size not in fitting:
                 continue
-            names = self._start(size)
-            if len(self.scheduler.running) < size:
-                report(f"the cache holds fewer than {size} texts: larger batches are not measured")
-                fitting = [one for one in fitting if one < size]
-            else:
+            if size not in times:
                 report(f"measuring steps of {size} text{'s' if size > 1 else ''} ...")
+            names = self._start(size)
+            if len(self.scheduler.running) == size:
                 self._rounds(times.setdefault(size, {}))
+            if len(self.scheduler.running) < size:  # also those that had to give way
+                report(f"the cache holds fewer than {size} such texts: no more are measured")
+                fitting = [one for one in fitting if one < size]
             self._end(names)
         plain, drafting, verifying = {}, {}, {}
         for size in fitting:
