@@ -58,11 +58,13 @@ def check_hooks(proposer: type = DraftModelProposer) -> None:
         PlatformError: One has other parameters.
     """
     for name, expected in HOOKS.items():
-        parameters = tuple(inspect.signature(getattr(proposer, name, int)).parameters)
+        method = getattr(proposer, name, None)
+        parameters = tuple(inspect.signature(method).parameters) if method else ()
         if parameters != ("self", *expected):
             raise PlatformError(
                 f"vLLM {vllm.__version__}: {proposer.__name__}.{name} takes "
-                f"{', '.join(parameters)}; the plug-in expects self, {', '.join(expected)}. "
+                f"{', '.join(parameters) or 'nothing'}; the plug-in expects self, "
+                f"{', '.join(expected)}. "
                 f"Install vLLM {VLLM_TESTED[-1]}. {INSTEAD}"
             )
 

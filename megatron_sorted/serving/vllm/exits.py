@@ -34,6 +34,7 @@ class Exits:
         block: Whether it has a layer of its own before the norm.
         mlp: Whether it has an MLP of its own there.
         adapter_rank: Rank of its low-rank adapter; 0 without one.
+        layer_types: What config.json calls the attention of each layer; empty if it says nothing.
     """
 
     directory: Path
@@ -44,6 +45,7 @@ class Exits:
     block: bool = False
     mlp: bool = False
     adapter_rank: int = 0
+    layer_types: tuple[str, ...] = ()
 
     @property
     def file(self) -> Path:
@@ -67,6 +69,9 @@ class Exits:
         }
         if self.heads and depth != self.depths[-1]:
             overrides["tie_word_embeddings"] = False
+        if self.layer_types:
+            layers = self.num_layers_at(depth)
+            overrides["layer_types"] = [*self.layer_types, *self.layer_types[-1:]][:layers]
         return overrides
 
 
@@ -108,6 +113,7 @@ def read_exits_of(directory: Path) -> Exits:
         keys["use_exit_block"],
         keys["use_exit_mlp"],
         keys["exit_adapter_rank"],
+        _layer_types(config.get("layer_types"), depths[-1], shown(path)),
     )
     if exits.has_parts_at(depths[0]) and not exits.file.is_file():
         raise CheckpointError(
@@ -115,3 +121,19 @@ def read_exits_of(directory: Path) -> Exits:
             "whole directory."
         )
     return exits
+
+
+def _layer_types(value: object, layers: int, where: str) -> tuple[str, ...]:
+    """Return the kinds of attention of the layers.
+
+    Raises:
+        CheckpointError: It is no list of a name for each layer.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, list) or [type(one) for one in value] != [str] * layers:
+        raise CheckpointError(
+            f"{where}: layer_types is no list of a name for each of the {layers} layers. Correct "
+            "or remove it."
+        )
+    return tuple(value)

@@ -11,6 +11,8 @@ from torch import Tensor
 from vllm.v1.sample import rejection_sampler
 
 NAME = "expand_batch_to_tokens"
+GIVEN = getattr(rejection_sampler, NAME)
+"""vLLM's own function."""
 
 
 def expand(
@@ -35,7 +37,7 @@ def expand(
 
 
 def is_faulty() -> bool:
-    """Return whether vLLM's function gives something else."""
+    """Return whether the function in use gives something else."""
     sizes = torch.tensor([1, 3], dtype=torch.int32)
     given = getattr(rejection_sampler, NAME)
     return any(

@@ -7,12 +7,13 @@ PADDING_SLOT = -1
 """The slot in which vLLM writes nothing."""
 
 
-def queries(cad, positions_bq: Tensor, block_size: int, max_model_len: int):
+def queries(cad, positions_bq: Tensor, longer: int, block_size: int, max_model_len: int):
     """Return metadata of a pass in which every text reads the same number of tokens.
 
     Args:
         cad: Metadata of another pass over the same texts, with their block tables.
         positions_bq: The tokens' positions, consecutive in each text; they end the text.
+        longer: How many tokens longer than in ``cad`` a text may be.
         block_size: Number of tokens in a block of the cache.
         max_model_len: Largest length of a text; a token behind it is not written.
 
@@ -34,9 +35,9 @@ def queries(cad, positions_bq: Tensor, block_size: int, max_model_len: int):
         num_reqs=rows,
         num_actual_tokens=rows * tokens,
         max_query_len=tokens,
-        max_seq_len=min(cad.max_seq_len + 1, max_model_len),
+        max_seq_len=min(cad.max_seq_len + longer, max_model_len),
         slot_mapping=slots.reshape(-1),
-        seq_lens_cpu_upper_bound=None if upper is None else upper + 1,
+        seq_lens_cpu_upper_bound=None if upper is None else upper + longer,
         positions=None,
         is_prefilling=None,
         _num_computed_tokens_cache=None,

@@ -15,12 +15,12 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from megatron_sorted.serving.vllm.exits import read_exits_of
 from megatron_sorted.serving.vllm.options import KEY, EngineOptions, check_options
 from megatron_sorted.serving.vllm.parts import read_parts
-from megatron_sorted.serving.vllm.readout import ExitNorm
+from megatron_sorted.serving.vllm.readout import NormAfterParts
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-class NestedModel:
+class ModelOfExit:
     """What our classes add to vLLM's: the exit's parts instead of what lies above the exit.
 
     ``--hf-overrides`` has given config.json the number of layers of the exit's model.
@@ -61,22 +61,22 @@ class NestedModel:
         }
         loaded = super().load_weights(chain(kept, own.items()))
         if len(own) < len(self.parts):
-            self.model.norm = ExitNorm(self.model.norm, self.parts)
+            self.model.norm = NormAfterParts(self.model.norm, self.parts)
         del self.parts
         return loaded
 
 
-class NestedLlamaForCausalLM(NestedModel, LlamaForCausalLM):
+class NestedLlamaForCausalLM(ModelOfExit, LlamaForCausalLM):
     """Llama at the depth of an exit."""
 
 
-class NestedMistralForCausalLM(NestedModel, MistralForCausalLM):
+class NestedMistralForCausalLM(ModelOfExit, MistralForCausalLM):
     """Mistral at the depth of an exit."""
 
 
-class NestedQwen2ForCausalLM(NestedModel, Qwen2ForCausalLM):
+class NestedQwen2ForCausalLM(ModelOfExit, Qwen2ForCausalLM):
     """Qwen2 at the depth of an exit."""
 
 
-class NestedQwen3ForCausalLM(NestedModel, Qwen3ForCausalLM):
+class NestedQwen3ForCausalLM(ModelOfExit, Qwen3ForCausalLM):
     """Qwen3 at the depth of an exit."""

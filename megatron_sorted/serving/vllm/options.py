@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,15 @@ class EngineOptions:
                 0 <= threshold <= 1,
                 f"thresholds: {threshold} is not in 0..1. Give the confidence that an exit needs.",
             )
+        for row in self.draft_schedule:
+            _require(
+                len(row) == 3,
+                f"draft_schedule: {row} is not a row of three numbers. Give the first and last "
+                "batch size and the number of tokens to draft.",
+            )
         for drafted, low in (
             (self.num_draft_tokens, 1),
-            *((n, 0) for *_, n in self.draft_schedule),
+            *((row[2], 0) for row in self.draft_schedule),
         ):
             _require(
                 low <= drafted <= MAX_DRAFT_TOKENS,
@@ -84,8 +90,8 @@ class EngineOptions:
         return self.strategy in ("self_speculative", "sorted_speculative")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the options as JSON values; `from_json` reads them."""
-        return json.loads(json.dumps(asdict(self)))
+        """Return the options as values that JSON can hold; `from_json` reads them."""
+        return asdict(self)
 
     @classmethod
     def from_json(cls, values: object) -> "EngineOptions":
@@ -94,19 +100,29 @@ class EngineOptions:
         Raises:
             SettingsError: A key is unknown, or a value has another type or is out of range.
         """
-        known = {one.name: one.type for one in fields(cls)}
-        if not isinstance(values, Mapping):
-            raise SettingsError(
-                f"{KEY}: {values!r} is no object. Give {{...}} with {_keys(known)}."
-            )
+        _require(
+            isinstance(values, Mapping),
+            f"--additional-config: {KEY} is {values!r}, not an object with some of "
+            f"{', '.join(_FORMS)}. Give the one that megatron-sorted serve --engine vllm prints.",
+        )
         for key in values:
-            _require(key in known, f"{KEY}: {key!r} is no option. Use {_keys(known)}.")
-        try:
-            return cls(**{key: _typed(key, value) for key, value in values.items()})
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"{KEY}: {error}. Correct --additional-config.") from None
+            _require(
+                key in _FORMS,
+                f"--additional-config: {KEY} has {key!r}, which is no option. Use some of "
+                f"{', '.join(_FORMS)}.",
+            )
+        return cls(**{key: _typed(key, _FORMS[key], value) for key, value in values.items()})
 
 
+# a list for values of one form
+_FORMS: dict[str, Any] = {
+    "strategy": str,
+    "depths": [int],
+    "thresholds": [float],
+    "measure": str,
+    "num_draft_tokens": int,
+    "draft_schedule": [[int]],
+}
 _WANTED = {
     "full": "none",
     "fixed": "one",
@@ -143,8 +159,9 @@ def engine_arguments(model: str | Path, options: EngineOptions) -> dict[str, Any
         "num_speculative_tokens": options.num_draft_tokens,
     }
     if options.draft_schedule:
-        rows = [list(row) for row in options.draft_schedule]
-        arguments["speculative_config"]["num_speculative_tokens_per_batch_size"] = rows
+        arguments["speculative_config"]["num_speculative_tokens_per_batch_size"] = [
+            list(row) for row in options.draft_schedule
+        ]
     if options.strategy == "sorted_speculative":
         # drafts of several lengths reach the scheduler as lists of the host
         arguments["async_scheduling"] = False
@@ -157,14 +174,14 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
     >>> command_line({"model": "m", "worker_cls": "a.B", "async_scheduling": False})
     ['m', '--worker-cls', 'a.B', '--no-async-scheduling']
     """
-    words = [arguments["model"]]
+    line = [arguments["model"]]
     for name, value in arguments.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            line.append(f"--{flag}" if value else f"--no-{flag}")
         elif name != "model":
-            words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
-    return words
+            line += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+    return line
 
 
 def environment(options: EngineOptions) -> dict[str, str]:
@@ -187,6 +204,12 @@ def check_options(options: EngineOptions, exits: Exits) -> None:
             f"{_listed(usable)}.",
         )
         _require(
+            not (options.strategy == "fixed" and exits.block and exits.adapter_rank)
+            or depth == exits.depths[-1],
+            f"depths: exit {depth} of {exits.directory} has an adapter before its block, which no "
+            "layer of vLLM has. Serve it with megatron-sorted serve --strategy fixed.",
+        )
+        _require(
             not (options.drafts and exits.block),
             f"depths: exit {depth} of {exits.directory} has a block of its own, which would need "
             "keys and values of its own for every token. Extract it (megatron-sorted extract "
@@ -195,32 +218,17 @@ def check_options(options: EngineOptions, exits: Exits) -> None:
         )
 
 
-def _typed(key: str, value: object) -> object:
-    if key in ("strategy", "measure"):
-        kind, wanted = str, "a name"
-    elif key == "num_draft_tokens":
-        kind, wanted = int, "a whole number"
-    else:
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise TypeError(f"{key} is {value!r}, not a list")
-        if key == "draft_schedule":
-            rows = [_tuple(row, int, key) for row in value]
-            if any(len(row) != 3 for row in rows):
-                raise TypeError(f"{key} is {value!r}, not a list of three numbers each")
-            return tuple(rows)
-        return _tuple(value, int if key == "depths" else float, key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{key} is {value!r}, not {wanted}")
-    return value
-
-
-def _tuple(values: object, kind: type, key: str) -> tuple:
-    numbers = (int,) if kind is int else (int, float)
-    if not isinstance(values, Sequence) or any(
-        not isinstance(one, numbers) or isinstance(one, bool) for one in values
-    ):
-        raise TypeError(f"{key} is {values!r}, not a list of numbers")
-    return tuple(kind(one) for one in values)
+def _typed(key: str, form: Any, value: object) -> Any:
+    """Return a value of JSON in its form, lists as tuples."""
+    if isinstance(form, list):
+        _require(isinstance(value, list | tuple), f"{key}: {value!r} is not a list. Give one.")
+        return tuple(_typed(key, form[0], one) for one in value)
+    kinds = (int, float) if form is float else form
+    _require(
+        isinstance(value, kinds) and not isinstance(value, bool),
+        f"{key}: {value!r} is not of the kind {form.__name__}. Correct --additional-config.",
+    )
+    return form(value)
 
 
 def _one_of(value: object, names: Sequence[str], what: str) -> None:
@@ -229,10 +237,6 @@ def _one_of(value: object, names: Sequence[str], what: str) -> None:
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _keys(known: Mapping[str, object]) -> str:
-    return ", ".join(known)
 
 
 def _require(holds: bool, message: str) -> None:

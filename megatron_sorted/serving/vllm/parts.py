@@ -35,13 +35,13 @@ def read_parts(exits: Exits, depth: int) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{shown(exits.file)}: cannot be read ({error}). Copy the whole directory."
         ) from error
-    found, wanted = (
+    present, wanted = (
         {name.split(".")[0] for name in tensors},
         {name for name, is_there in declared.items() if is_there},
     )
-    if found != wanted:
+    if present != wanted:
         raise CheckpointError(
-            f"{shown(exits.file)}: exit {depth} has {', '.join(sorted(found)) or 'no parts'}, and "
-            f"config.json declares {', '.join(sorted(wanted))}. Export the model again."
+            f"{shown(exits.file)}: exit {depth} has {', '.join(sorted(present)) or 'no parts'}, "
+            f"and config.json declares {', '.join(sorted(wanted))}. Export the model again."
         )
     return tensors

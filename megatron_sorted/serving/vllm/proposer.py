@@ -72,11 +72,11 @@ class NestedProposer(DraftModelProposer):
         batch = cad.batch_size()
         self.input_ids[:batch] = next_token_ids
         self.positions[:batch] = target_positions[last] + 1
-        return batch, self.arange[:batch], self.queries(cad, self.positions[:batch, None])
+        return batch, self.arange[:batch], self.queries(cad, self.positions[:batch, None], 1)
 
-    def queries(self, cad, positions_bq: Tensor):
+    def queries(self, cad, positions_bq: Tensor, longer: int):
         """Return metadata of a pass over tokens of each text; see ``metadata.queries``."""
-        return queries(cad, positions_bq, self.block_size, self.max_model_len)
+        return queries(cad, positions_bq, longer, self.block_size, self.max_model_len)
 
     def propose(
         self,

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 
-class ExitNorm(nn.Module):
+class NormAfterParts(nn.Module):
     """A norm with an exit's adapter and MLP before it; it takes the place of vLLM's norms.
 
     Every rank computes them whole.
@@ -82,7 +82,7 @@ def readout_of(target: nn.Module, parts: Mapping[str, Tensor], config: VllmConfi
         if "norm.weight" in parts:
             norm = norm_like(norm, parts["norm.weight"])
         if any(name.startswith(("adapter.", "mlp.")) for name in parts):
-            norm = ExitNorm(norm, parts)
+            norm = NormAfterParts(norm, parts)
         if "lm_head.weight" in parts:
             head = _head(target, parts["lm_head.weight"])
     return Readout(target, norm, head)
