@@ -42,10 +42,8 @@ def directory(tmp_path_factory) -> Path:
 
 def test_a_schedule_is_measured_inside_vllm_and_written(directory, capsys):
     own = [*OWN, "--dtype", "float32", "--kv-cache-memory-bytes", str(32 << 20)]
-    tune(
-        [str(directory), "--engine", "vllm", "--num-draft-tokens", "3", "--max-num-seqs", "3"]
-        + ["--", *own]
-    )
+    tuned = [str(directory), "--engine", "vllm", "--num-draft-tokens", "3", "--max-num-seqs", "3"]
+    tune([*tuned, "--", *own])
     path = directory / "decoding.json"
     measured = read_draft_schedule(path, "vllm", 2)
     assert measured["acceptance"] == 0.8 and measured["options"] == own

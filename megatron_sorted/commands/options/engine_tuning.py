@@ -66,7 +66,11 @@ def tune_drafts(values: argparse.Namespace, own: Sequence[str], path: Path) -> N
     Raises:
         SortedError: Something is missing, or the model or an option cannot work.
     """
-    from megatron_sorted.serving.vllm.draft_schedule import draft_schedule, schedule_lines
+    from megatron_sorted.serving.vllm.draft_schedule import (
+        batch_sizes,
+        draft_schedule,
+        schedule_lines,
+    )
     from megatron_sorted.serving.vllm.installed import installed_vllm
     from megatron_sorted.serving.vllm.launching import check_own
     from megatron_sorted.serving.vllm.options import (
@@ -91,7 +95,7 @@ def tune_drafts(values: argparse.Namespace, own: Sequence[str], path: Path) -> N
     # the scheduler is in this process, where it can be told how many tokens to draft
     os.environ.update(environment(options), VLLM_ENABLE_V1_MULTIPROCESSING="0")
     os.environ.update(thread_variables(values.threads, installed.is_for_cpus))
-    from megatron_sorted.serving.vllm.step_costs import StepClock, batch_sizes
+    from megatron_sorted.serving.vllm.step_costs import StepClock
 
     lengths = sorted({length for length in LENGTHS if length < longest} | {longest})
     words = ["--model", *command_line(arguments), "--max-num-seqs", str(most)]

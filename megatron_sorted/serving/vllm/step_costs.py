@@ -16,7 +16,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from megatron_sorted.errors import PlatformError, SettingsError
-from megatron_sorted.serving.vllm.draft_schedule import StepCosts
+from megatron_sorted.serving.vllm.draft_schedule import StepCosts, lower_quartile
 
 CONTEXT = 128
 """Number of tokens of a text before the steps that are measured."""
@@ -24,24 +24,6 @@ LEAST_CONTEXT = 8
 SWEEPS, MAX_ROUNDS, LEAST_ROUNDS = 4, 6, 3
 MAX_SECONDS = 10.0
 """Time for one batch, after which no further round is begun."""
-
-
-def batch_sizes(most: int) -> list[int]:
-    """Return the batch sizes to measure: powers of two, and the largest.
-
-    >>> batch_sizes(12)
-    [1, 2, 4, 8, 12]
-    """
-    return sorted({*(1 << power for power in range(most.bit_length())), most})
-
-
-def lower_quartile(values: Sequence[float]) -> float:
-    """Return the value that a quarter of the values do not exceed.
-
-    >>> lower_quartile([9.0, 1.0, 2.0, 3.0, 4.0])
-    2.0
-    """
-    return sorted(values)[(len(values) - 1) // 4]
 
 
 class StepClock:
