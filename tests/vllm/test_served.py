@@ -72,17 +72,17 @@ def test_texts_too_short_to_measure_are_refused(directory):
 def server(directory, tmp_path) -> Iterator[tuple[subprocess.Popen, str, Path]]:
     """Start a server by the command; yield its process, address and output."""
     port, log = free_port(), tmp_path / "log"
-    words = [sys.executable, "-m", "megatron_sorted", "serve", str(directory), "--engine", "vllm"]
-    words += ["--strategy", "self_speculative", "--exit-layer", "2", "--num-draft-tokens", "3"]
-    words += ["--port", str(port), "--dtype", "float32", "--threads", "1"]
-    words += ["--cache-memory", "0.05", "--max-num-seqs", "4", "--", *OWN]
+    line = [sys.executable, "-m", "megatron_sorted", "serve", str(directory), "--engine", "vllm"]
+    line += ["--strategy", "self_speculative", "--exit-layer", "2", "--num-draft-tokens", "3"]
+    line += ["--port", str(port), "--dtype", "float32", "--threads", "1"]
+    line += ["--cache-memory", "0.05", "--max-num-seqs", "4", "--", *OWN]
     variables = {**os.environ, "MEGATRON_SORTED_API_KEY": KEY}
     # the server decides for itself what the tests set for engines in their own process
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
         variables.pop(name, None)
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            words, env=variables, stdout=output, stderr=output, start_new_session=True
+            line, env=variables, stdout=output, stderr=output, start_new_session=True
         )
     try:
         yield process, f"http://127.0.0.1:{port}", log
@@ -92,7 +92,7 @@ def server(directory, tmp_path) -> Iterator[tuple[subprocess.Popen, str, Path]]:
         process.wait()
 
 
-def asked(address: str, body: dict | None = None, key: str = KEY) -> str:
+def requested(address: str, body: dict | None = None, key: str = KEY) -> str:
     """Return the answer to a request, as text."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     data = None if body is None else json.dumps(body).encode()
@@ -108,7 +108,7 @@ def wait_until_it_answers(process: subprocess.Popen, address: str, log: Path) ->
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text(errors="replace")[-4000:]
         try:
-            asked(f"{address}/health")
+            requested(f"{address}/health")
             return
         except OSError:
             time.sleep(0.5)
@@ -135,23 +135,23 @@ def test_the_command_serves_drafts_and_stops(server, directory):
     wait_until_it_answers(process, address, log)
     prompt, count = [1, 5, 9, 40], 48
     body = {"model": "nested", "prompt": prompt, "max_tokens": count, "temperature": 0}
-    answer = json.loads(asked(f"{address}/v1/completions", {**body, "ignore_eos": True}))
+    answer = json.loads(requested(f"{address}/v1/completions", {**body, "ignore_eos": True}))
     expected = greedy(directory, prompt, count)
     assert answer["choices"][0]["text"] == "".join(f"w{token}" for token in expected)
-    metrics = asked(f"{address}/metrics")
+    metrics = requested(f"{address}/metrics")
     drafted = counted(metrics, "spec_decode_num_draft_tokens")
     accepted = counted(metrics, "spec_decode_num_accepted_tokens")
     assert 0 < accepted <= drafted
     # every step adds a token of the full model's, and the accepted ones before it
     assert accepted + counted(metrics, "spec_decode_num_drafts") >= count - 1
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        asked(f"{address}/v1/completions", body, "another-key-0123456789")
+        requested(f"{address}/v1/completions", body, "another-key-0123456789")
     first = log.read_text(errors="replace").split("\n", 1)[0]
     assert 'VLLM_API_KEY="$MEGATRON_SORTED_API_KEY"' in first and KEY not in first
     process.send_signal(signal.SIGTERM)
     process.wait(STOP_SECONDS)
     with pytest.raises(OSError):
-        asked(f"{address}/health")
+        requested(f"{address}/health")
     # no process of it is left
     end = time.monotonic() + STOP_SECONDS
     while time.monotonic() < end:

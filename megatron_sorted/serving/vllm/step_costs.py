@@ -1,9 +1,9 @@
 """Measured seconds of vLLM's own steps, by batch size and number of drafted tokens.
 
-A step that drafts and one that verifies follow each other: the scheduler is told, step by step, how
-many tokens to draft. So a drafting pass is what a step of drafts takes more than a plain one, and
-a verification is a step of its own, with all that vLLM does around them. Other programs can only
-add to a step's time, so the lower quartile of many times is taken.
+A step that drafts and one that verifies follow each other: the scheduler is given, step by step,
+how many tokens to draft. So a drafting pass is what a step of drafts takes more than a plain one,
+and a verification is a step of its own, with all that vLLM does around them. Other programs can
+only add to a step's time, so the lower quartile of many times is taken.
 """
 
 import random
@@ -46,7 +46,7 @@ class StepClock:
         self.engine = LLMEngine.from_engine_args(
             EngineArgs.from_cli_args(parser.parse_args(list(arguments)))
         )
-        # vLLM has no public way to set the number of drafted tokens of a step
+        # vLLM has no public method that sets the number of drafted tokens of a step
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.lengths = list(lengths)
         model = self.engine.model_config
