@@ -103,6 +103,8 @@ setup(
         "convert": CONVERT,
         "evaluate": EVALUATE,
         "serve": SERVE,
+        # beside vLLM itself, or its build for CPUs; never beside [serve]: it pins an older fastapi
+        "vllm": [f"vllm{SUPPORTED['VLLM_RANGE']}"],
         "monitoring": MONITORING,
         "demo": DEMO,
         "cuda": ["transformer-engine[pytorch]"],

@@ -43,3 +43,5 @@ def shown(version: tuple[int, ...]) -> str:
 
 MEGATRON_CORE_RANGE = f">={shown(MEGATRON_CORE)},<{shown(MEGATRON_CORE_END)}"
 """The supported versions of megatron-core as a requirement of pip."""
+VLLM_RANGE = f">={shown(VLLM)},<{shown(VLLM_END)}"
+"""Likewise of vLLM."""

@@ -41,6 +41,11 @@ def start(arguments: dict) -> None:
     ("options", "more", "message"),
     [
         (SELF, {"speculative_config": None}, "without the --speculative-config that it needs"),
+        (
+            SELF,
+            {"speculative_config": {"use_local_argmax_reduction": True}},
+            "--speculative-config: use_local_argmax_reduction would change",
+        ),
         (SORTED, {"async_scheduling": True}, "--async-scheduling: drafts of several lengths"),
         (SELF, {"enable_lora": True}, "--enable-lora: drafted tokens would take"),
         (SELF, {"additional_config": {}}, "--additional-config: megatron_sorted is None"),
@@ -57,8 +62,11 @@ def start(arguments: dict) -> None:
     ],
 )
 def test_settings_of_vllm_that_do_not_fit(model, no_weights, options, more, message):
+    arguments = engine_arguments(model, options)
+    if more.get("speculative_config"):
+        more = {"speculative_config": arguments["speculative_config"] | more["speculative_config"]}
     with pytest.raises(SettingsError, match=message):
-        start({**engine_arguments(model, options), **more})
+        start({**arguments, **more})
 
 
 def test_pipeline_parallelism_and_the_other_runner(model, monkeypatch):
@@ -70,7 +78,7 @@ def test_pipeline_parallelism_and_the_other_runner(model, monkeypatch):
     config = EngineArgs(**{**ENGINE, **engine_arguments(model, SELF)}).create_engine_config()
     check_config(config, SELF)
     config.parallel_config.pipeline_parallel_size = 2
-    with pytest.raises(SettingsError, match="--pipeline-parallel-size 2: drafts are made on the"):
+    with pytest.raises(SettingsError, match="--pipeline-parallel-size 2: drafts need the first"):
         check_config(config, SELF)
     config.parallel_config.pipeline_parallel_size = 1
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
@@ -130,7 +138,7 @@ def test_parts_that_are_missing_from_the_file(tmp_path, no_weights):
     directory = write_model(tmp_path / "model", own=("norm",))
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "exit_adapter_rank": 8}))
-    with pytest.raises(CheckpointError, match="exit 2 has norm, and .* declares adapter"):
+    with pytest.raises(CheckpointError, match=r"exit 2 has norm, and .* declares adapter"):
         read_parts(read_exits_of(directory), 2)
     (directory / "exits.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -184,6 +184,17 @@ def test_two_ranks_of_tensor_parallelism(llama, options):
     check(llama, options, count=8, most=16, tensor_parallel_size=2)
 
 
+def test_the_compiled_model(llama):
+    """Without enforce_eager vLLM compiles the target; what drafts runs its layers one by one."""
+    some = prompts(6)
+    with engine(llama, enforce_eager=False) as (llm, _):
+        plain = generate(llm, some)
+    for options in (SELF[1], SORTED[0]):
+        with engine(llama, options, enforce_eager=False) as (llm, counts):
+            assert generate(llm, some) == plain
+        assert counts.accepted
+
+
 def test_nothing_is_held_twice(llama):
     """Parameters and cache are those of vLLM without the plug-in, byte for byte."""
     sizes = []

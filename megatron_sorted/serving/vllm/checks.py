@@ -31,6 +31,9 @@ INSTEAD = (
     'let vLLM draft with it: --speculative-config \'{"method": "draft_model", "model": DIRECTORY, '
     '"num_speculative_tokens": 4}\'.'
 )
+SPLITS = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
+UNKNOWN = ("parallel_drafting", "use_heterogeneous_vocab", "use_local_argmax_reduction")
+"""Options of --speculative-config that are not for a model that drafts for itself."""
 
 
 def check_version(version: str = vllm.__version__) -> None:
@@ -75,21 +78,29 @@ def check_config(config: VllmConfig, options: EngineOptions) -> None:
     Raises:
         SettingsError: They do not.
     """
-    parallel, model = config.parallel_config, config.model_config
-    speculation = config.speculative_config
     if not options.drafts:
         return
-    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    speculation, model = config.speculative_config, config.model_config
+    kinds = {*(getattr(model.hf_text_config, "layer_types", None) or ())}
+    split = _above_one(config.parallel_config, SPLITS)
+    is_sorted = options.strategy == "sorted_speculative"
     for holds, message in (
         (
-            speculation is not None and speculation.method == "draft_model",
+            speculation is not None
+            and speculation.method == "draft_model"
+            and speculation.model == model.model,
             f"strategy {options.strategy}: vLLM was started without the --speculative-config that "
             "it needs. Give all options that megatron-sorted serve --engine vllm prints.",
         ),
         (
-            parallel.pipeline_parallel_size == 1,
-            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: drafts are made on the "
-            "last stage, which does not hold the first layers. Use 1 and tensor parallelism.",
+            not split,
+            f"--{split}: drafts need the first layers and every text's whole cache, which are not "
+            "on the rank that drafts. Use 1, and tensor parallelism.",
+        ),
+        (
+            not (changed := [name for name in UNKNOWN if getattr(speculation, name, False)]),
+            f"--speculative-config: {', '.join(changed)} would change how vLLM drafts. Leave it "
+            "out.",
         ),
         (
             not config.use_v2_model_runner,
@@ -98,7 +109,7 @@ def check_config(config: VllmConfig, options: EngineOptions) -> None:
         ),
         (
             len(kinds) < 2,
-            f"layer_types of config.json: exits draft where all layers attend alike, and these are "
+            "layer_types of config.json: exits draft where all layers attend alike, and these are "
             f"{', '.join(sorted(kinds))}. {INSTEAD}",
         ),
         (
@@ -107,17 +118,23 @@ def check_config(config: VllmConfig, options: EngineOptions) -> None:
             "merge the adapter into the model.",
         ),
         (
-            options.strategy != "sorted_speculative"
-            or not config.scheduler_config.async_scheduling,
+            not (is_sorted and config.scheduler_config.async_scheduling),
             "--async-scheduling: drafts of several lengths reach the scheduler after a step. Give "
             "--no-async-scheduling.",
         ),
         (
-            options.strategy != "sorted_speculative"
-            or getattr(speculation, "draft_sample_method", "greedy") != "probabilistic",
+            not (is_sorted and getattr(speculation, "draft_sample_method", "") == "probabilistic"),
             "draft_sample_method probabilistic: sorted_speculative drafts the likeliest token. "
             "Leave it out.",
         ),
     ):
         if not holds:
             raise SettingsError(message)
+
+
+def _above_one(parallel, names: tuple[str, ...]) -> str:
+    """Return the first of these sizes that is above 1, as an option; an empty text for none."""
+    for name in names:
+        if (size := getattr(parallel, name, 1)) > 1:
+            return f"{name.replace('_', '-')} {size}"
+    return ""
