@@ -29,7 +29,7 @@ from megatron_sorted.commands.options.engine import (
     check_engine,
     given_options,
     open_launch,
-    split_words,
+    split_line,
 )
 from megatron_sorted.commands.options.models import check_directories
 from megatron_sorted.commands.parser import Parser
@@ -108,12 +108,12 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         metavar="FILE",
         help=f"file of --adapt, one per server (default: MODEL/{LEARNED_FILE})",
     )
-    words, own = split_words(arguments)
-    values = parser.parse_args(words)
+    line, own = split_line(arguments)
+    values = parser.parse_args(line)
     check_engine(values.engine, own)
     if values.print and values.engine == "own":
         raise SettingsError("--print: it prints another engine's command. Add --engine vllm.")
-    values.given, values.engine_words = given_options(parser, words), own
+    values.given, values.own = given_options(parser, line), own
     values.batching = batching_options(values)
     if values.adapt_file is not None and not values.adapt:
         raise SettingsError(
@@ -141,10 +141,10 @@ def serve_by_engine(values: argparse.Namespace) -> None:
         SortedError: The engine is missing, or the model or an option cannot work with it.
     """
     check_directories(values.model)
-    started = open_launch(values.model, values.given, values.engine_words)
+    started = open_launch(values.model, values.given, values.own)
     print(started, flush=True)
     if not values.print:
-        os.execvpe(started.words[0], started.words, started.environment(os.environ))
+        os.execvpe(started.line[0], started.line, started.environment(os.environ))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

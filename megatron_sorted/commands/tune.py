@@ -19,7 +19,7 @@ from megatron_sorted.commands.options.engine import (
     add_engine_option,
     check_engine,
     given_options,
-    split_words,
+    split_line,
 )
 from megatron_sorted.commands.options.engine_tuning import (
     add_engine_tuning_options,
@@ -79,13 +79,13 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     group = parser.add_argument_group("inside another engine; its own options follow --")
     add_engine_option(group, "what is tuned (default: %(default)s)")
     add_engine_tuning_options(group)
-    words, own = split_words(arguments)
-    values = parser.parse_args(words)
-    values.engine_words = own
+    line, own = split_line(arguments)
+    values = parser.parse_args(line)
+    values.own = own
     check_engine(values.engine, own)
     check_engine_tuning(values)
     if values.engine != "own":
-        for name in given_options(parser, words):
+        for name in given_options(parser, line):
             if name not in OF_ENGINE:
                 raise SettingsError(
                     f"--{name.replace('_', '-')}: it has no effect with --engine {values.engine}. "
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = values.output or values.model / TUNED_FILE
     read_tuned_options(path)  # refuses a damaged file before anything is measured
     if values.engine != "own":
-        return tune_drafts(values, values.engine_words, path)
+        return tune_drafts(values, values.own, path)
     texts = read_prompts(values.prompt_file, values.questions, values.num_prompts)
     from megatron_sorted.benchmark.trials import encode_prompts
     from megatron_sorted.decoding.texts import Limits

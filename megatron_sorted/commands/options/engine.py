@@ -53,22 +53,22 @@ def add_engine_option(group: argparse._ArgumentGroup, purpose: str) -> None:
     )
 
 
-def split_words(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+def split_line(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """Return a command line's words before and after the first ``--``.
 
-    >>> split_words(["model", "--engine", "vllm", "--", "-tp", "8"])
+    >>> split_line(["model", "--engine", "vllm", "--", "-tp", "8"])
     (['model', '--engine', 'vllm'], ['-tp', '8'])
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    end = words.index("--") if "--" in words else len(words)
-    return words[:end], words[end + 1 :]
+    line = list(sys.argv[1:] if arguments is None else arguments)
+    end = line.index("--") if "--" in line else len(line)
+    return line[:end], line[end + 1 :]
 
 
-def given_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+def given_options(parser: argparse.ArgumentParser, line: Sequence[str]) -> dict[str, Any]:
     """Return the options that a command line gives, without those that keep their defaults."""
     unset = object()
     empty = argparse.Namespace(**{action.dest: unset for action in parser._actions})
-    values = vars(parser.parse_args(words, empty))
+    values = vars(parser.parse_args(line, empty))
     return {name: value for name, value in values.items() if value is not unset}
 
 
@@ -104,30 +104,30 @@ def check_usable(given: Mapping[str, Any]) -> None:
         )
 
 
-def engine_words(model: Path, given: Mapping[str, Any]) -> list[str]:
+def vllm_options(model: Path, given: Mapping[str, Any]) -> list[str]:
     """Return vLLM's options for those of our server that it has too.
 
     Defaults that matter to clients are our server's: the model's name, and that only this machine
     can connect.
     """
-    words = ["--host", given.get("host", "127.0.0.1"), "--port", str(given.get("port", 8000))]
-    words += ["--served-model-name", given.get("served_name") or model.resolve().name]
+    line = ["--host", given.get("host", "127.0.0.1"), "--port", str(given.get("port", 8000))]
+    line += ["--served-model-name", given.get("served_name") or model.resolve().name]
     for name, flag in (
         ("max_num_seqs", "--max-num-seqs"),
         ("dtype", "--dtype"),
         ("tokenizer", "--tokenizer"),
     ):
         if name in given:
-            words += [flag, str(given[name])]
+            line += [flag, str(given[name])]
     if "cache_memory" in given:
-        words += ["--kv-cache-memory-bytes", str(round(given["cache_memory"] * GIGABYTE))]
+        line += ["--kv-cache-memory-bytes", str(round(given["cache_memory"] * GIGABYTE))]
     if "shutdown_timeout" in given:
-        words += ["--shutdown-timeout", str(round(given["shutdown_timeout"]))]
+        line += ["--shutdown-timeout", str(round(given["shutdown_timeout"]))]
     if given.get("generation_config") == "none":
-        words += ["--generation-config", "vllm"]
+        line += ["--generation-config", "vllm"]
     if "prefix_caching" in given:
-        words.append(f"--{'' if given['prefix_caching'] == 'on' else 'no-'}enable-prefix-caching")
-    return words
+        line.append(f"--{'' if given['prefix_caching'] == 'on' else 'no-'}enable-prefix-caching")
+    return line
 
 
 def engine_options(model: Path, given: Mapping[str, Any]) -> "EngineOptions":
@@ -150,23 +150,23 @@ def engine_options(model: Path, given: Mapping[str, Any]) -> "EngineOptions":
             "fixed, self_speculative or sorted_speculative, or serve without --engine."
         )
     options = dict(tuned.get("strategies", {}).get(name, {}))
-    asked = {
+    requested = {
         option: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
         for option in ("depth", "strategy_depths", "thresholds", "measure", "num_draft_tokens")
         if (value := given.get(option)) is not None
     }
-    if "strategy_depths" in asked:
-        asked["depths"] = asked.pop("strategy_depths")
-        if "thresholds" not in asked and name == "sorted_speculative":
-            asked["thresholds"] = [0.5] * len(asked["depths"])
+    if "strategy_depths" in requested:
+        requested["depths"] = requested.pop("strategy_depths")
+        if "thresholds" not in requested and name == "sorted_speculative":
+            requested["thresholds"] = [0.5] * len(requested["depths"])
     known = STRATEGIES[name].__dataclass_fields__
-    for option in asked:
+    for option in requested:
         if option not in known:
             raise SettingsError(
                 f"--strategy {name} does not take {option.replace('_', ' ')}; it takes "
                 f"{', '.join(sorted(known)) or 'nothing'}. Leave it out, or use another strategy."
             )
-    options |= asked
+    options |= requested
     if name != "full" and "depth" not in options and "depths" not in options:
         option = "--exit-layers and --thresholds" if "depths" in known else "--exit-layer"
         raise SettingsError(
@@ -177,7 +177,7 @@ def engine_options(model: Path, given: Mapping[str, Any]) -> "EngineOptions":
         options["depths"] = [options.pop("depth")]
     schedule = (
         read_draft_schedule(path, "vllm", options["depths"][0]).get("schedule", ())
-        if name == "self_speculative" and "num_draft_tokens" not in asked
+        if name == "self_speculative" and "num_draft_tokens" not in requested
         else ()
     )
     options.pop("seed", None)
@@ -231,7 +231,7 @@ def open_launch(
     if options.strategy != "full" and (note := installed.check_version()):
         print(f"note: {note}", file=sys.stderr)
     installed.check_device()
-    started = launch(installed, model, options, engine_words(model, given), own, current)
+    started = launch(installed, model, options, vllm_options(model, given), own, current)
     started.variables.update(thread_variables(given.get("threads"), installed.is_for_cpus))
     if KEY_VARIABLE in current and VLLM_KEY_VARIABLE not in current and "--api-key" not in own:
         if "," in current[KEY_VARIABLE]:
@@ -262,7 +262,7 @@ def thread_variables(threads: int | None, is_for_cpus: bool) -> dict[str, str]:
 def _note_memory(is_for_cpus: bool, started: "Launch") -> None:
     """Print how much memory vLLM takes on a CPU where nothing limits it."""
     limits = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
-    has_limit = any(word.startswith(limits) for word in started.words)
+    has_limit = any(word.startswith(limits) for word in started.line)
     if is_for_cpus and not has_limit and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         print(
             "note: vLLM takes 92 % of the memory for its cache, and does not start where that much "

@@ -17,7 +17,7 @@ from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.reading.shown import shown
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Numbers of drafted tokens that are measured, up to the longest one that is asked for."""
+"""Numbers of drafted tokens that are measured, up to the longest one that is requested."""
 MAX_LENGTH, MAX_TEXTS = 16, 1024
 
 
@@ -66,7 +66,11 @@ def tune_drafts(values: argparse.Namespace, own: Sequence[str], path: Path) -> N
     Raises:
         SortedError: Something is missing, or the model or an option cannot work.
     """
-    from megatron_sorted.serving.vllm.draft_schedule import draft_schedule, schedule_lines
+    from megatron_sorted.serving.vllm.draft_schedule import (
+        batch_sizes,
+        draft_schedule,
+        schedule_lines,
+    )
     from megatron_sorted.serving.vllm.installed import installed_vllm
     from megatron_sorted.serving.vllm.launching import check_own
     from megatron_sorted.serving.vllm.options import (
@@ -88,14 +92,14 @@ def tune_drafts(values: argparse.Namespace, own: Sequence[str], path: Path) -> N
     if note := installed.check_version():
         print(f"note: {note}", file=sys.stderr)
     installed.check_device()
-    # the scheduler is in this process, where it can be told how many tokens to draft
+    # the scheduler is in this process, where its number of draft tokens can be set
     os.environ.update(environment(options), VLLM_ENABLE_V1_MULTIPROCESSING="0")
     os.environ.update(thread_variables(values.threads, installed.is_for_cpus))
-    from megatron_sorted.serving.vllm.step_costs import StepClock, batch_sizes
+    from megatron_sorted.serving.vllm.step_costs import StepClock
 
     lengths = sorted({length for length in LENGTHS if length < longest} | {longest})
-    words = ["--model", *command_line(arguments), "--max-num-seqs", str(most)]
-    clock = StepClock([*words, "--no-async-scheduling", *own], lengths)
+    line = ["--model", *command_line(arguments), "--max-num-seqs", str(most)]
+    clock = StepClock([*line, "--no-async-scheduling", *own], lengths)
     try:
         costs = clock.measure(batch_sizes(most), lambda line: print(line, flush=True))
     finally:
@@ -116,15 +120,15 @@ def tune_drafts(values: argparse.Namespace, own: Sequence[str], path: Path) -> N
     print(f"written: {path}")
 
 
-def drafting_exit(model: Path, asked: int | None) -> int:
-    """Return the exit that drafts: the one asked for, else the tuned one.
+def drafting_exit(model: Path, requested: int | None) -> int:
+    """Return the exit that drafts: the requested one, else the tuned one.
 
     Raises:
         SettingsError: decoding.json names none.
     """
     path = model / TUNED_FILE
     tuned = read_tuned_options(path).get("strategies", {}).get("self_speculative", {})
-    depth = asked if asked is not None else tuned.get("depth")
+    depth = requested if requested is not None else tuned.get("depth")
     if depth is None:
         raise SettingsError(
             f"{shown(path)}: it names no exit that drafts. Give --exit-layer, or tune the model "

@@ -17,6 +17,24 @@ MARGIN = 1.03
 """How many times as fast as plain decoding a draft must be to be chosen: above measured noise."""
 
 
+def batch_sizes(most: int) -> list[int]:
+    """Return the batch sizes to measure: powers of two, and the largest.
+
+    >>> batch_sizes(12)
+    [1, 2, 4, 8, 12]
+    """
+    return sorted({*(1 << power for power in range(most.bit_length())), most})
+
+
+def lower_quartile(values: Sequence[float]) -> float:
+    """Return the value that a quarter of the values do not exceed.
+
+    >>> lower_quartile([9.0, 1.0, 2.0, 3.0, 4.0])
+    2.0
+    """
+    return sorted(values)[(len(values) - 1) // 4]
+
+
 @dataclass(frozen=True)
 class StepCosts:
     """Seconds of an engine's steps by batch size.

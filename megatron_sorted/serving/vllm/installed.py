@@ -28,7 +28,7 @@ class InstalledVllm:
 
     Attributes:
         distribution: One of ``DISTRIBUTIONS``.
-        version: Its version as written.
+        version: The version as written.
     """
 
     distribution: str

@@ -1,6 +1,6 @@
 """The command line that starts vLLM on a nested model, with vLLM's own options checked first.
 
-vLLM itself is not imported: it takes half a minute to start, and a mistake is to be told at once.
+vLLM itself is not imported: it takes half a minute, and a mistake is reported at once.
 """
 
 import os
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.errors import SettingsError
+from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.installation import IS_CHECKOUT, ROOT
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.serving.vllm.installed import InstalledVllm
@@ -22,6 +22,7 @@ from megatron_sorted.serving.vllm.options import (
 )
 from megatron_sorted.settings.yaml_file import read_yaml
 
+CONFIG_FILE = "config.json"
 PIPELINE = "--pipeline-parallel-size"
 SHORT = {"-pp": PIPELINE, "-tp": "--tensor-parallel-size", "-sc": "--speculative-config"}
 """Short names of vLLM's options that matter here."""
@@ -32,12 +33,12 @@ class Launch:
     """A command and the variables that it needs beside those of the environment.
 
     Attributes:
-        words: The command.
+        line: The command.
         variables: The variables, {name: value}.
         hidden: Variables whose value is not printed, {name: the variable that holds it}.
     """
 
-    words: list[str]
+    line: list[str]
     variables: dict[str, str]
     hidden: dict[str, str]
 
@@ -46,7 +47,7 @@ class Launch:
         shown_values = {name: shlex.quote(value) for name, value in self.variables.items()}
         shown_values |= {name: f'"${source}"' for name, source in self.hidden.items()}
         variables = [f"{name}={value}" for name, value in shown_values.items()]
-        return " ".join([*variables, shlex.join(self.words)])
+        return " ".join([*variables, shlex.join(self.line)])
 
     def environment(self, current: Mapping[str, str]) -> dict[str, str]:
         """Return the environment of the command."""
@@ -75,9 +76,14 @@ def launch(
     Raises:
         SortedError: The model does not support the options, or vLLM's own options contradict them.
     """
+    if not (model / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{shown(model)}: no directory with {CONFIG_FILE}. Give an exported model: "
+            "megatron-sorted convert export CHECKPOINT DIRECTORY."
+        )
     arguments = engine_arguments(model, options)
     check_own(own, arguments)
-    model_word, *words = command_line(arguments)
+    model_word, *line = command_line(arguments)
     variables = environment(options)
     if IS_CHECKOUT:  # vLLM's processes import the plug-in
         paths = [path for path in current.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -85,7 +91,7 @@ def launch(
             variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])
     variables |= _plug_ins(options, current)
     given = set(_flags(own))
-    start = [*installed.start, model_word, *_without(ours, given), *words, *own]
+    start = [*installed.start, model_word, *_without(ours, given), *line, *own]
     return Launch(start, variables, {})
 
 
@@ -121,6 +127,11 @@ def check_own(own: Sequence[str], arguments: Mapping[str, Any]) -> None:
             "stage of the pipeline would hold. Leave it out, and divide the model by "
             "--tensor-parallel-size."
         )
+    if "--enable-lora" in given and "speculative_config" in arguments:
+        raise SettingsError(
+            "--enable-lora after --: drafted tokens would take other texts' adapters. Leave it "
+            "out, or merge the adapter into the model."
+        )
     for name in (*arguments, "speculative_config"):
         flag = "--" + name.replace("_", "-")
         if flag in given and name != "model":
@@ -134,8 +145,8 @@ def check_own(own: Sequence[str], arguments: Mapping[str, Any]) -> None:
             )
 
 
-def _flags(words: Sequence[str]) -> dict[str, str]:
-    """Return the options among words by vLLM's full names, with their values.
+def _flags(line: Sequence[str]) -> dict[str, str]:
+    """Return the options on a line by vLLM's full names, with their values.
 
     vLLM takes ``--a-b c``, ``--a_b c``, ``--a-b=c``, parts of an object (``--a.key c``), and the
     beginning of a name that no other option shares.
@@ -144,34 +155,34 @@ def _flags(words: Sequence[str]) -> dict[str, str]:
     {'--pipeline-parallel-size': '2', '--tensor-parallel-size': '4', '--hf-overrides': '1'}
     """
     flags = {}
-    for place, word in enumerate(words):
+    for place, word in enumerate(line):
         if not word.startswith("-") or len(word) < 2:
             continue
         name, is_joined, value = word.partition("=")
         name = SHORT.get(name, name.partition(".")[0].replace("_", "-"))
         if PIPELINE.startswith(name) and len(name) > len("--p"):
             name = PIPELINE
-        following = words[place + 1] if place + 1 < len(words) else ""
+        following = line[place + 1] if place + 1 < len(line) else ""
         flags[name] = value if is_joined else following
     return flags
 
 
-def _config_file(words: Sequence[str]) -> dict[str, str]:
+def _config_file(line: Sequence[str]) -> dict[str, str]:
     """Return the options of the YAML file that ``--config`` names; none without one."""
-    name = _flags(words).get("--config")
+    name = _flags(line).get("--config")
     if name is None:
         return {}
     return {f"--{entry.key.replace('_', '-')}": str(entry.value) for entry in read_yaml(name)}
 
 
-def _without(words: Sequence[str], given: set[str]) -> list[str]:
-    """Return the options among words, each with at most one value, that are not ``given``.
+def _without(line: Sequence[str], given: set[str]) -> list[str]:
+    """Return the options on a line, each with at most one value, that are not ``given``.
 
     >>> _without(["--host", "127.0.0.1", "--port", "8000", "--no-x"], {"--host"})
     ['--port', '8000', '--no-x']
     """
     kept, keeps = [], True
-    for word in words:
+    for word in line:
         if word.startswith("--"):
             keeps = word not in given
         if keeps:

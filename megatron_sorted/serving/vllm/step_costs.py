@@ -1,9 +1,9 @@
 """Measured seconds of vLLM's own steps, by batch size and number of drafted tokens.
 
-A step that drafts and one that verifies follow each other: the scheduler is told, step by step, how
-many tokens to draft. So a drafting pass is what a step of drafts takes more than a plain one, and
-a verification is a step of its own, with all that vLLM does around them. Other programs can only
-add to a step's time, so the lower quartile of many times is taken.
+A step that drafts and one that verifies follow each other: the scheduler is given, step by step,
+how many tokens to draft. So a drafting pass is what a step of drafts takes more than a plain one,
+and a verification is a step of its own, with all that vLLM does around them. Other programs can
+only add to a step's time, so the lower quartile of many times is taken.
 """
 
 import random
@@ -16,32 +16,14 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from megatron_sorted.errors import PlatformError, SettingsError
-from megatron_sorted.serving.vllm.draft_schedule import StepCosts
+from megatron_sorted.serving.vllm.draft_schedule import StepCosts, lower_quartile
 
 CONTEXT = 128
 """Number of tokens of a text before the steps that are measured."""
 LEAST_CONTEXT = 8
-MAX_ROUNDS, LEAST_ROUNDS = 9, 3
-MAX_SECONDS = 15.0
+SWEEPS, MAX_ROUNDS, LEAST_ROUNDS = 4, 6, 3
+MAX_SECONDS = 10.0
 """Time for one batch, after which no further round is begun."""
-
-
-def batch_sizes(most: int) -> list[int]:
-    """Return the batch sizes to measure: powers of two, and the largest.
-
-    >>> batch_sizes(12)
-    [1, 2, 4, 8, 12]
-    """
-    return sorted({*(1 << power for power in range(most.bit_length())), most})
-
-
-def lower_quartile(values: Sequence[float]) -> float:
-    """Return the value that a quarter of the values do not exceed.
-
-    >>> lower_quartile([9.0, 1.0, 2.0, 3.0, 4.0])
-    2.0
-    """
-    return sorted(values)[(len(values) - 1) // 4]
 
 
 class StepClock:
@@ -64,7 +46,7 @@ class StepClock:
         self.engine = LLMEngine.from_engine_args(
             EngineArgs.from_cli_args(parser.parse_args(list(arguments)))
         )
-        # vLLM has no public way to set the number of drafted tokens of a step
+        # vLLM has no public method that sets the number of drafted tokens of a step
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.lengths = list(lengths)
         model = self.engine.model_config
@@ -87,24 +69,25 @@ class StepClock:
     def measure(self, sizes: Sequence[int], report: Callable[[str], None]) -> StepCosts:
         """Return the seconds of steps for each batch size that fits into the cache.
 
-        The sizes are measured upwards and downwards, and in every round all lengths in another
-        order, so that a noisy machine is as noisy for all; a first round warms up.
+        The sizes are measured upwards and downwards in turns, and in every round all lengths in
+        another order, so that a noisy machine is as noisy for all; a first round warms up.
 
         Raises:
             PlatformError: Not even one text fits, or vLLM drafted another number of tokens.
         """
         times: dict[int, dict[tuple[str, int], list[float]]] = {}
         fitting = list(sizes)
-        for size in [*sizes, *reversed(sizes)]:
+        for size in SWEEPS // 2 * [*sizes, *reversed(sizes)]:
             if size not in fitting:
                 continue
-            names = self._start(size)
-            if len(self.scheduler.running) < size:
-                report(f"the cache holds fewer than {size} texts: larger batches are not measured")
-                fitting = [one for one in fitting if one < size]
-            else:
+            if size not in times:
                 report(f"measuring steps of {size} text{'s' if size > 1 else ''} ...")
+            names = self._start(size)
+            if len(self.scheduler.running) == size:
                 self._rounds(times.setdefault(size, {}))
+            if len(self.scheduler.running) < size:  # also those that had to give way
+                report(f"the cache holds fewer than {size} such texts: no more are measured")
+                fitting = [one for one in fitting if one < size]
             self._end(names)
         plain, drafting, verifying = {}, {}, {}
         for size in fitting:
