@@ -81,5 +81,9 @@ def _contender(
     launch = Launch(
         name.replace(",", ""), tuple(map(str, command)), setting.model, tuple(variables.items())
     )
-    fields = {"model": "model", "ignore_eos": True, "stream_options": {"include_usage": True}}
+    fields = {
+        "model": "model", "ignore_eos": True, "stream_options": {"include_usage": True},
+        # the copy has no end token, so that our server writes it as text
+        "skip_special_tokens": False, "spaces_between_special_tokens": False,
+    }  # fmt: skip
     return Contender(name, engine, "float32", strategy, launch, Completions(fields))
