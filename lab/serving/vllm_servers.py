@@ -8,6 +8,7 @@ from lab.contests.gguf import extract
 from lab.serving.contenders import FULL, SPECULATIVE, Contender, Setting
 from lab.serving.dialects import Completions
 from lab.serving.servers import Launch
+from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE, read_draft_schedule
 from megatron_sorted.installation import ROOT
 
 VLLM, PLUG_IN = "vLLM", "vLLM + plug-in"
@@ -60,6 +61,15 @@ def vllm_contenders(
         )
     ]
     return found
+
+
+def schedule_text(model: Path, depth: int) -> str:
+    """Return how many tokens an exit drafts at each number of texts, as the model's tuning says."""
+    rows = read_draft_schedule(model / TUNED_FILE, "vllm", depth).get("schedule", ())
+    return (
+        ", ".join(f"{first} to {last} texts {length} tokens" for first, last, length in rows)
+        or "not tuned"
+    )
 
 
 def _common(setting: Setting) -> list[object]:

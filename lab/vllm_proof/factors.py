@@ -33,6 +33,7 @@ class Factor:
         arrivals: Steps between two arrivals; 0: all at once.
         aborts: Whether some requests are ended from outside.
         evidence: Count of the answer that must be above 0, or the factor was not there.
+        least: Least number of prompts that show it.
         counts: Whether our decoder's drafts are compared: it neither preempts nor aborts.
     """
 
@@ -44,6 +45,7 @@ class Factor:
     arrivals: int = 0
     aborts: bool = False
     evidence: str | None = None
+    least: int = 0
     counts: bool = True
 
 
@@ -82,7 +84,7 @@ def factors(depths: Sequence[int], layer_bytes: int) -> list[Factor]:
             ),
         ),
         Factor("one request at once", {"max_num_seqs": 1}, drafted(second)),
-        Factor("32 requests at once", {"max_num_seqs": 32}, drafted(second)),
+        Factor("32 requests at once", {"max_num_seqs": 32}, drafted(second), least=32),
         Factor(
             "prefix caching", {"enable_prefix_caching": True, "block_size": 32}, drafted(second),
             shared=True, evidence="cached",

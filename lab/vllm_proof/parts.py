@@ -57,19 +57,21 @@ class Proof:
         self.factors = factors(self.depths, pair)
 
     def compare_texts(self, names: Sequence[str] | None, after: Callable[[], None]) -> None:
-        """Compare the texts of every factor that is not kept yet.
+        """Compare the texts of every factor that is not kept yet with so many prompts.
 
         Args:
             names: Names of the factors; None for all.
             after: Called after each.
         """
         for factor in self.factors:
-            if (names and factor.name not in names) or rows_of(self.store.rows, match=factor.name):
+            count = len(self.prompts) if factor.name == BASE else max(self.few, factor.least)
+            kept = rows_of(self.store.rows, match=factor.name)
+            if (names and factor.name not in names) or len(kept) >= count:
                 continue
             print(factor.name, file=sys.stderr, flush=True)
-            count = len(self.prompts) if factor.name == BASE else self.few
             step = len(self.prompts) // count
             prompts = list(self.prompts[::step])[:count]
+            self.store.rows = [row for row in self.store.rows if row["match"] != factor.name]
             try:
                 self._keep(factor, jobs(factor, self.model, prompts, self.num_tokens))
                 self.store.facts.get("failed", {}).pop(factor.name, None)

@@ -11,8 +11,9 @@ from lab.serving.parts import THROUGHPUT
 from lab.serving.picture import draw
 from lab.serving.ratios import ratio_of, target_lines
 from lab.serving.rows import COLUMNS, efficiency, speed
-from lab.serving.vllm_servers import BY_LOAD, PLUG_IN, VLLM, vllm_contenders
+from lab.serving.vllm_servers import BY_LOAD, PLUG_IN, VLLM, schedule_text, vllm_contenders
 from megatron_sorted.conversion.hugging_face.families import read_config
+from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE, write_draft_schedule
 from tests.support.model_directories import save_model
 
 BY_LOAD_NAME = f"{PLUG_IN}, exit 2 {BY_LOAD}"
@@ -49,6 +50,9 @@ def test_all_forms_of_vllm_differ_by_what_drafts_alone(tmp_path):
     assert len({one.name for one in found}) == len({one.launch for one in found}) == 4
     assert len({one.launch.variables for one in found}) == 1
     assert all(one.dialect.fields["skip_special_tokens"] is False for one in found)
+    assert schedule_text(model, 2) == "not tuned"
+    write_draft_schedule(model / TUNED_FILE, "vllm", 2, {"schedule": [[1, 8, 4], [9, 32, 0]]})
+    assert schedule_text(model, 2) == "1 to 8 texts 4 tokens, 9 to 32 texts 0 tokens"
     assert len(vllm_contenders(setting, Path(sys.executable), None, tmp_path, [])) == 1
 
 

@@ -173,6 +173,9 @@ def test_a_factor_that_never_happened_is_reported(model, tmp_path):
     proof = proof_of(model, tmp_path)
     proof.compare_texts(["preemption"], lambda: None)
     assert proof.wrong() == ["preemption: it never happened (preempted is 0)"]
+    proof.few = 3
+    proof.compare_texts(["preemption"], lambda: None)
+    assert [row["prompt"] for row in proof.store.rows] == [0, 1, 2]  # the fewer are replaced
 
 
 def test_of_requests_that_are_ended_the_beginning_is_compared(model, tmp_path):
