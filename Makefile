@@ -21,8 +21,11 @@ NPU_READY := $(NPU_VENV)/.ready
 SELF := $(MAKE)
 # What make test-npu runs.
 NPU_TESTS ?= tests/npu
+VLLM_VENV := .venv-vllm
+# What make test-vllm runs.
+VLLM_TESTS ?= tests/vllm
 
-.PHONY: help setup demo check docs test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron test-versions bench bench-serving contest clean
+.PHONY: help setup demo check docs test test-all test-faults test-gpu test-launch test-npu accept-npu test-vllm test-megatron test-versions bench bench-serving contest clean
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 to 4 minutes on 2 CPU cores)"
@@ -35,6 +38,7 @@ help:
 	@echo "make test-megatron VERSION=0.19.2  unit tests, layouts and checkpoints under another megatron-core"
 	@echo "make test-versions  before a release: those with every row, checkpoints and a fine-tuning under every supported megatron-core (hours)"
 	@echo "make test-npu  the same bodies through torch_npu on simulated Ascend NPUs, under two versions of megatron-core (needs gcc; about four minutes each; VERSION=0.17.1: under that one)"
+	@echo "make test-vllm  the plug-in inside vLLM's build for CPUs, in an environment of its own (about 3 GB; 10 minutes; VERSION=0.28.0: the other tested version)"
 	@echo "make accept-npu  what the first day on real Ascend NPUs must show (accept-npu ON=simulation: a trial without them)"
 	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions, rules for exits, decoding; writes docs/benchmarks/"
 	@echo "make contest  decoding on CPUs beside llama.cpp, built from its sources, and transformers; writes docs/results/contest.md (hours)"
@@ -130,6 +134,13 @@ test-npu: $(NPU_READY)
 	        $(NPU_VENV)-megatron/$$version/bin/python -m pytest -m "not long" $(NPU_TESTS) || exit 1; \
 	done
 
+# by default the newest vLLM that is tested; VLLM_TESTS="tests/vllm/test_texts.py -k preempted" runs a part
+test-vllm: $(READY)
+	@version=$(or $(VERSION),$$($(BIN)/python -c 'from megatron_sorted.platform.supported import VLLM_TESTED; print(VLLM_TESTED[-1])')); \
+	    $(BIN)/python -m lab.vllm.environment $$version $(VLLM_VENV)/$$version > /dev/null && \
+	    echo "$(VLLM_TESTS) under vLLM $$version" && \
+	    VLLM_TESTS_ON=1 $(VLLM_VENV)/$$version/bin/python -m pytest -rs $(PYTEST_OPTIONS) $(VLLM_TESTS)
+
 # on an Ascend host the Python that has torch_npu: make accept-npu PYTHON=...
 ifeq ($(ON),simulation)
 accept-npu: $(NPU_READY)
@@ -157,4 +168,4 @@ bench-serving: $(READY)
 	@$(BIN)/python -m lab.bench_serving $(MODEL) --questions $(QUESTIONS) $(SERVING_OPTIONS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-megatron $(NPU_VENV) $(NPU_VENV)-megatron runs build dist docs/_build docs/reference *.egg-info
+	rm -rf $(VENV) $(VENV)-megatron $(VLLM_VENV) $(NPU_VENV) $(NPU_VENV)-megatron runs build dist docs/_build docs/reference *.egg-info

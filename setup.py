@@ -83,7 +83,10 @@ setup(
         ),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    entry_points={"console_scripts": ["megatron-sorted = megatron_sorted.__main__:main"]},
+    entry_points={
+        "console_scripts": ["megatron-sorted = megatron_sorted.__main__:main"],
+        "vllm.general_plugins": ["megatron_sorted = megatron_sorted.serving.vllm.plugin:register"],
+    },
     cmdclass={"build_py": CleanBuild},
     python_requires=f">={supported('PYTHON')}",
     packages=[*find_packages(include=["megatron_sorted", "megatron_sorted.*"]), *SHIPPED],
@@ -100,6 +103,8 @@ setup(
         "convert": CONVERT,
         "evaluate": EVALUATE,
         "serve": SERVE,
+        # beside vLLM itself, or its build for CPUs; never beside [serve]: it pins an older fastapi
+        "vllm": [f"vllm{SUPPORTED['VLLM_RANGE']}"],
         "monitoring": MONITORING,
         "demo": DEMO,
         "cuda": ["transformer-engine[pytorch]"],

@@ -6,12 +6,16 @@
     python -m lab.bench_serving MODEL --questions FILE --before DIR --llama-cpp FOLDER
         --transformers-python PYTHON --vllm-python PYTHON
                                         beside a checkout of an earlier version, and others
+    python -m lab.bench_serving MODEL --questions FILE --vllm-python PYTHON --plug-in
+        --parts throughput --kinds float32 --clients 1 8 16 32 --page engines
+                                        vLLM alone, with our plug-in, and with an extracted draft
     python -m lab.bench_serving MODEL --questions FILE --quick
                                         tries it in seconds, no useful numbers
 
 MODEL is a Hugging Face directory with exits. transformers needs transformers[serving] in the named
-Python, vLLM its own. Rows are kept after every turn; the same command continues. Writes
-docs/benchmarks/serving.md and serving.json, and docs/images/serving.png.
+Python, vLLM its own; the plug-in drafts by load as ``tune --engine vllm`` has stored it. Rows are
+kept after every turn; the same command continues. Writes docs/benchmarks/serving.md and
+serving.json, and docs/images/serving.png.
 """
 
 from megatron_sorted.command_line import run_main, start_command
@@ -53,6 +57,9 @@ def read_arguments() -> argparse.Namespace:
     add("--transformers-python", type=Path, metavar="PYTHON", help="with transformers[serving]")
     add("--vllm-python", type=Path, metavar="PYTHON", help="with vLLM")
     add("--without-vllm", metavar="REASON", help="why vLLM takes no part, for the page")
+    add("--vllm-options", default="", metavar="WORDS", help="of all its forms, in one argument")
+    add("--plug-in", action="store_true", help="vLLM with our plug-in and a draft model, too")
+    add("--page", default="serving", metavar="NAME", help="of page and picture (%(default)s)")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
     add("--kinds", nargs="+", choices=tuple(LLAMA_KINDS), default=list(LLAMA_KINDS), help="(all)")
     add("--clients", type=int, nargs="+", default=[1, 4, 16, 32], help="(1 4 16 32)")
@@ -76,13 +83,13 @@ def read_arguments() -> argparse.Namespace:
     return values
 
 
-def write_page(store: Store, output: Path) -> None:
+def write_page(store: Store, output: Path, name: str) -> None:
     """Write the page and the picture of all rows."""
     shown = [Path(one).name if Path(one).is_absolute() else one for one in sys.argv[1:]]
     command = shlex.join(["python", "-m", "lab.bench_serving", *shown])
-    text = page(store.rows, store.facts, store.settings, command)
-    write_text_atomically(output / "benchmarks" / "serving.md", text)
-    draw(store.rows, output / "images" / "serving.png")
+    text = page(store.rows, store.facts, store.settings, command, name)
+    write_text_atomically(output / "benchmarks" / f"{name}.md", text)
+    draw(store.rows, output / "images" / f"{name}.png")
 
 
 def measure(values: argparse.Namespace, work: Path) -> None:
@@ -94,7 +101,7 @@ def measure(values: argparse.Namespace, work: Path) -> None:
         "exit_layer": values.exit_layer, "draft_tokens": values.draft_tokens,
         "num_prompts": len(entrants.prompts),
     }  # fmt: skip
-    store = Store(values.output / "benchmarks" / "serving.json", settings)
+    store = Store(values.output / "benchmarks" / f"{values.page}.json", settings)
     contenders = entrants.contenders()
     store.facts |= {"absent": entrants.absent, "versions": entrants.versions}
     measurement = Measurement(
@@ -102,11 +109,11 @@ def measure(values: argparse.Namespace, work: Path) -> None:
         values.minutes, contenders,
     )  # fmt: skip
     try:
-        measurement.run(values.rounds, lambda: write_page(store, values.output))
+        measurement.run(values.rounds, lambda: write_page(store, values.output, values.page))
     finally:
         servers.keep_only(set())
-    write_page(store, values.output)
-    print(f"{values.output / 'benchmarks' / 'serving.md'}")
+    write_page(store, values.output, values.page)
+    print(values.output / "benchmarks" / f"{values.page}.md")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The contenders: our server of two versions, transformers', llama.cpp's, vLLM's."""
+"""The contenders: our server of two versions, transformers', llama.cpp's."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ from lab.serving.dialects import Completions, Dialect, LlamaCompletions
 from lab.serving.servers import Launch
 from megatron_sorted.errors import PlatformError
 
-BEFORE, VLLM = "ours before", "vLLM"
+BEFORE = "ours before"
 FULL, SPECULATIVE = "full", "self_speculative"
 LLAMA_KINDS = {"float32": "F32", "int8": "Q8_0"}
 """Our kind of weights -> llama.cpp's kind of the same precision."""
@@ -136,23 +136,6 @@ def transformers(setting: Setting, python: Path, cached: int) -> Contender:
     )
     dialect = Completions(as_text=True)
     return Contender(TRANSFORMERS, TRANSFORMERS, "float32", FULL, launch, dialect)
-
-
-def vllm(setting: Setting, python: Path) -> Contender:
-    """Return vLLM's server, in float32."""
-    command = [
-        python, "-m", "vllm.entrypoints.openai.api_server", "--model", setting.model,
-        "--served-model-name", "model", "--dtype", "float32", "--host", "127.0.0.1",
-        "--port", "PORT", "--max-model-len", setting.context,
-        "--max-num-seqs", setting.slots, "--no-enable-prefix-caching",
-    ]  # fmt: skip
-    variables = {
-        **setting.variables, "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{setting.threads - 1}" if setting.threads > 1 else "0",
-    }  # fmt: skip
-    launch = Launch(VLLM, _as_text(command), setting.model, tuple(variables.items()))
-    fields = {"model": "model", "ignore_eos": True, "stream_options": {"include_usage": True}}
-    return Contender(VLLM, VLLM, "float32", FULL, launch, Completions(fields))
 
 
 def llama(

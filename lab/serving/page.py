@@ -13,7 +13,8 @@ from lab.contests.summary import Spread, names_of
 from lab.results.pages import page_head
 from lab.serving.contenders import FULL
 from lab.serving.parts import LONG_PROMPT, PREFIXES, THROUGHPUT
-from lab.serving.rows import rows_of
+from lab.serving.ratios import engine_lines
+from lab.serving.rows import efficiency, rows_of, speed
 from megatron_sorted.reporting.markdown import facts, table
 
 PATH = re.compile(r"/\S*/")
@@ -50,16 +51,6 @@ def spread_of(
     return text + f" ({spread.least:.{digits}f} to {spread.most:.{digits}f})" * wide
 
 
-def speed(row: Row) -> float:
-    """Return the tokens a second of a row."""
-    return row["tokens"] / row["seconds"]
-
-
-def efficiency(row: Row) -> float:
-    """Return the tokens a second of processor time."""
-    return row["tokens"] / max(row["cpu_seconds"], 0.01)
-
-
 def latency_text(rows: Sequence[Row]) -> str:
     """Return median and 95 % of the time to the first token, in seconds."""
     first = spread_of(rows, lambda row: row["first"], 2, False)
@@ -85,6 +76,7 @@ def throughput_lines(rows: Sequence[Row]) -> list[str]:
         "## Many clients", "", "Tokens/s:", "",
         *clients_table(rows, lambda own: spread_of(own, speed)),
         *growth_lines(rows),
+        *engine_lines(rows),
         "Tokens/CPU s:", "",
         *clients_table(rows, lambda own: spread_of(own, efficiency, ranged=False)),
         "Seconds to the first token, median / 95 %:", "", *clients_table(rows, latency_text),
@@ -183,7 +175,9 @@ def prefix_lines(rows: Sequence[Row]) -> list[str]:
     ]  # fmt: skip
 
 
-def page(rows: Sequence[Row], stored: dict[str, Any], settings: dict, command: str) -> str:
+def page(
+    rows: Sequence[Row], stored: dict[str, Any], settings: dict, command: str, name: str = "serving"
+) -> str:
     """Return the page.
 
     Args:
@@ -191,13 +185,14 @@ def page(rows: Sequence[Row], stored: dict[str, Any], settings: dict, command: s
         stored: The store's facts.
         settings: The store's settings.
         command: The command that measures again.
+        name: Name of the page's files.
     """
     lines = page_head(
         "Servers with many clients",
         "tokens a second and waiting times of our server beside others on CPUs",
         "[Decoding](../decoding.md)",
     )
-    lines += [f"    {command}", "", "![Tokens a second by clients](../images/serving.png)", ""]
+    lines += [f"    {command}", "", f"![Tokens a second by clients](../images/{name}.png)", ""]
     lines += throughput_lines(rows_of(rows, match=THROUGHPUT))
     lines += long_prompt_lines(rows_of(rows, match=LONG_PROMPT), settings)
     lines += prefix_lines(rows_of(rows, match=PREFIXES))
@@ -223,4 +218,4 @@ def page(rows: Sequence[Row], stored: dict[str, Any], settings: dict, command: s
     ]
     if any(row["engine"] == LLAMA for row in rows):
         lines.append(f"- llama.cpp: of llama-cpp-python {VERSION}, `python -m lab.build_llama_cpp`")
-    return "\n".join([*lines, "- raw rows: [serving.json](serving.json)", ""])
+    return "\n".join([*lines, f"- raw rows: [{name}.json]({name}.json)", ""])

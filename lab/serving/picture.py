@@ -8,17 +8,17 @@ from typing import Any
 from lab.contests.contenders import LLAMA, OURS, TRANSFORMERS
 from lab.contests.rounds import Row
 from lab.contests.summary import names_of
-from lab.serving.contenders import BEFORE, FULL, VLLM
-from lab.serving.page import speed
+from lab.serving.contenders import BEFORE, FULL
 from lab.serving.parts import THROUGHPUT
-from lab.serving.rows import rows_of
+from lab.serving.rows import rows_of, speed
+from lab.serving.vllm_servers import BY_LOAD, PLUG_IN, VLLM
 from megatron_sorted.reporting.drawing import COLOURS, MARKERS, figure_of
 
 STYLES = {
     OURS: COLOURS[2], BEFORE: COLOURS[0], LLAMA: COLOURS[1], TRANSFORMERS: COLOURS[3],
-    VLLM: COLOURS[5],
+    VLLM: COLOURS[5], PLUG_IN: COLOURS[4],
 }  # fmt: skip
-"""Engine -> colour; lines of strategies that speculate are dashed."""
+"""Engine -> colour; lines of strategies that always speculate are dashed."""
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -50,10 +50,10 @@ def _panel(axes: Any, rows: Sequence[Row], kind: str) -> None:
             speeds = [speed(row) for row in rows_of(own, case=case)]
             if speeds:
                 points[case] = statistics.median(speeds)
-        plain = first["strategy"] == FULL
+        solid = first["strategy"] == FULL or first["strategy"].endswith(BY_LOAD)
         axes.plot(
             [cases.index(case) for case in points], points.values(),
-            color=STYLES[first["engine"]], linestyle="-" if plain else "--",
+            color=STYLES[first["engine"]], linestyle="-" if solid else "--",
             marker=MARKERS[list(STYLES).index(first["engine"])], markersize=5,
             label=f"{first['engine']}, {first['strategy'].replace('_', '-')}",
         )  # fmt: skip

@@ -27,3 +27,13 @@ load: The machine's load average before.
 def rows_of(rows: Sequence[Row], **values: Any) -> list[Row]:
     """Return the rows that have these values."""
     return [row for row in rows if all(row[key] == one for key, one in values.items())]
+
+
+def speed(row: Row) -> float:
+    """Return the tokens a second of a row."""
+    return row["tokens"] / row["seconds"]
+
+
+def efficiency(row: Row) -> float:
+    """Return the tokens a second of processor time."""
+    return row["tokens"] / max(row["cpu_seconds"], 0.01)

@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from megatron_sorted.benchmark.trials import FULL, run_all, run_of, share_same
+from megatron_sorted.confidence import CONFIDENCE
 from megatron_sorted.decoding.cache.state import DecodingState
-from megatron_sorted.decoding.sampling import CONFIDENCE
 from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Full, Strategy
 from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.evaluation.documents import EncodedDocument

@@ -5,6 +5,7 @@ Beside OpenAI's fields, requests may have ``depth``, ``confidence``, ``strategy`
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,14 @@ from megatron_sorted.commands.options.decoding import (
     requested_strategy,
     requests_strategy,
 )
+from megatron_sorted.commands.options.engine import (
+    add_engine_option,
+    check_engine,
+    given_options,
+    open_launch,
+    split_line,
+)
+from megatron_sorted.commands.options.models import check_directories
 from megatron_sorted.commands.parser import Parser
 from megatron_sorted.decoding.strategies import STRATEGIES, Strategy
 from megatron_sorted.decoding.tuning.tuned_options import LEARNED_FILE
@@ -32,9 +41,9 @@ MAX_SHUTDOWN_SECONDS = 86400
 SWITCH_SECONDS, READY_SECONDS = 0.001, 5
 DESCRIPTION = """\
 Serve a nested model under OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models.
-The page / tries it in a browser, /metrics is for Prometheus, /health for load balancers.
-By default only this machine can connect. For others, give --host and --api-key-file (or set
-MEGATRON_SORTED_API_KEY), and put a proxy with TLS in front."""
+The page / tries it, /metrics is for Prometheus. By default only this machine can connect. For
+others, give --host and --api-key-file (or set MEGATRON_SORTED_API_KEY), and put a proxy with TLS
+in front. --engine vllm: vLLM serves it, with full, fixed and the two speculative strategies."""
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,12 +52,16 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         "megatron-sorted serve",
         DESCRIPTION,
         "megatron-sorted serve MODEL --strategy sorted_speculative --port 8000",
-        usage="%(prog)s MODEL [options]",
+        usage="%(prog)s MODEL [options] [-- vLLM's own options]",
     )
     add_model_options(parser)
     add_strategy_options(parser)
     add_batching_options(parser)
     group = parser.add_argument_group("server")
+    add_engine_option(group, "what decodes and answers (default: %(default)s)")
+    group.add_argument(
+        "--print", action="store_true", help="print the command that starts vLLM; do not run it"
+    )
     add_generation_config(group)
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
@@ -95,7 +108,12 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         metavar="FILE",
         help=f"file of --adapt, one per server (default: MODEL/{LEARNED_FILE})",
     )
-    values = parser.parse_args(arguments)
+    line, own = split_line(arguments)
+    values = parser.parse_args(line)
+    check_engine(values.engine, own)
+    if values.print and values.engine == "own":
+        raise SettingsError("--print: it prints another engine's command. Add --engine vllm.")
+    values.given, values.own = given_options(parser, line), own
     values.batching = batching_options(values)
     if values.adapt_file is not None and not values.adapt:
         raise SettingsError(
@@ -116,9 +134,24 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     return values
 
 
+def serve_by_engine(values: argparse.Namespace) -> None:
+    """Print the command that starts another engine, and replace this process with it.
+
+    Raises:
+        SortedError: The engine is missing, or the model or an option cannot work with it.
+    """
+    check_directories(values.model)
+    started = open_launch(values.model, values.given, values.own)
+    print(started, flush=True)
+    if not values.print:
+        os.execvpe(started.line[0], started.line, started.environment(os.environ))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until the process is stopped."""
     values = read_arguments(arguments)
+    if values.engine != "own":
+        return serve_by_engine(values)
     import torch
 
     from megatron_sorted.serving.adaptation import open_adaptation

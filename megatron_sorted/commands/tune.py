@@ -15,14 +15,37 @@ from megatron_sorted.commands.options.decoding import (
     check_prompt_options,
     open_generator,
 )
+from megatron_sorted.commands.options.engine import (
+    add_engine_option,
+    check_engine,
+    given_options,
+    split_line,
+)
+from megatron_sorted.commands.options.engine_tuning import (
+    add_engine_tuning_options,
+    check_engine_tuning,
+    tune_drafts,
+)
 from megatron_sorted.commands.options.models import check_directories
 from megatron_sorted.commands.parser import Parser
 from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE, read_tuned_options
+from megatron_sorted.errors import SettingsError
 
 IF_STOPPED = "Nothing was written."
 DESCRIPTION = """\
 Find the fastest decoding options of a model on this machine: measure the quality and cost of every
-exit, and store the best options of every strategy in decoding.json beside the model."""
+exit, and store the best options of every strategy in decoding.json beside the model. With --engine
+vllm, measure the steps of vLLM and store how many tokens an exit drafts there at each load."""
+OF_ENGINE = (
+    "model",
+    "engine",
+    "exit_layer",
+    "num_draft_tokens",
+    "max_num_seqs",
+    "threads",
+    "output",
+)
+"""Options that tuning inside another engine takes."""
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,7 +54,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         "megatron-sorted tune",
         DESCRIPTION,
         "megatron-sorted tune MODEL --prompt-file prompts.txt --least-same 0.99",
-        usage="%(prog)s MODEL (--prompt-file FILE | --questions FILE) [options]",
+        usage="%(prog)s MODEL (--prompt-file FILE | --questions FILE | --engine vllm) [options]",
     )
     add_model_options(parser)
     add_prompt_options(parser, 16)
@@ -53,7 +76,22 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     group.add_argument(
         "--output", type=Path, metavar="FILE", help=f"file to write (default: MODEL/{TUNED_FILE})"
     )
-    values = parser.parse_args(arguments)
+    group = parser.add_argument_group("inside another engine; its own options follow --")
+    add_engine_option(group, "what is tuned (default: %(default)s)")
+    add_engine_tuning_options(group)
+    line, own = split_line(arguments)
+    values = parser.parse_args(line)
+    values.own = own
+    check_engine(values.engine, own)
+    check_engine_tuning(values)
+    if values.engine != "own":
+        for name in given_options(parser, line):
+            if name not in OF_ENGINE:
+                raise SettingsError(
+                    f"--{name.replace('_', '-')}: it has no effect with --engine {values.engine}. "
+                    "Leave it out."
+                )
+        return values
     check_positive(values, "max_new_tokens", "num_prompts")
     check_prompt_options(values)
     return values
@@ -65,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_directories(values.model, values.draft)
     path = values.output or values.model / TUNED_FILE
     read_tuned_options(path)  # refuses a damaged file before anything is measured
+    if values.engine != "own":
+        return tune_drafts(values, values.own, path)
     texts = read_prompts(values.prompt_file, values.questions, values.num_prompts)
     from megatron_sorted.benchmark.trials import encode_prompts
     from megatron_sorted.decoding.texts import Limits

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from megatron_sorted.confidence import MAX_DRAFT_TOKENS, MEASURES
 from megatron_sorted.decoding.native.choice import native_threads, report_once
 from megatron_sorted.decoding.network import Network, draft_key
 from megatron_sorted.decoding.strategies import (
-    MEASURES,
     SPECULATIVE,
     STRATEGIES,
     EarlyExit,
@@ -33,7 +33,6 @@ from megatron_sorted.decoding.tuning.tuned_options import (
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.reading.shown import printable, shown
 
-MAX_DRAFT_TOKENS = 64
 MAX_TREE_TOKENS = 512
 
 

@@ -1,4 +1,4 @@
-"""The choice of the next token, greedy or random, and measures of an exit's confidence in it.
+"""The choice of the next token, greedy or random.
 
 The token at a position is argmax over tokens of log p - log e, with e independent and exponential:
 a sample of p (the exponential race, or Gumbel-max). The noise e depends on seed, row and position
@@ -7,14 +7,13 @@ and often agree (Daliri, Musco and Suresh, arXiv 2408.07978), and the full model
 depend on the draft: speculative decoding returns the text of plain decoding with the same seed.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_sorted.decoding.cache.transfer import to_device
-from megatron_sorted.decoding.strategies import MEASURES, SamplingParameters
+from megatron_sorted.decoding.strategies import SamplingParameters
 
 
 class Sampler:
@@ -124,39 +123,3 @@ def keep_likely(logits: Tensor, top_k: int | None, top_p: float | None) -> Tenso
             torch.zeros_like(dropped).scatter(-1, tokens, dropped), float("-inf")
         )
     return logits
-
-
-def highest_probability(logits: Tensor) -> Tensor:
-    """Return the probability of the most likely token.
-
-    Source: CALM (Schuster et al., arXiv 2207.07061), Sorted LLaMA, S2D.
-    """
-    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
-
-
-def margin(logits: Tensor) -> Tensor:
-    """Return the difference of the two highest probabilities.
-
-    Source: CALM (arXiv 2207.07061, section 3.1).
-    """
-    two = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
-    return two[..., 0] - two[..., 1]
-
-
-def certainty(logits: Tensor) -> Tensor:
-    """Return 1 - entropy / log(vocabulary): 1 for one certain token, 0 if all are equally likely.
-
-    Source: BranchyNet (arXiv 1709.01686), which uses the entropy itself.
-    """
-    log_p = logits.log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).nan_to_num().sum(-1)
-    return 1 - entropy / math.log(logits.size(-1))
-
-
-CONFIDENCE: dict[str, Callable[[Tensor], Tensor]] = dict(
-    zip(MEASURES, (highest_probability, margin, certainty), strict=True)
-)
-"""An exit's confidence in its next token, by name of the measure: logits [..., v] -> [...] in 0..1.
-
-A token exits where its confidence is above the exit's threshold.
-"""

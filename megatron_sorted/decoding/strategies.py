@@ -4,9 +4,6 @@ from dataclasses import dataclass
 
 from megatron_sorted.errors import SettingsError
 
-MEASURES = ("probability", "margin", "entropy")
-"""Names of the measures of an exit's confidence; `sampling.CONFIDENCE` computes them."""
-
 
 @dataclass(frozen=True)
 class SamplingParameters:

@@ -24,6 +24,10 @@ MEGATRON_CORE, MEGATRON_CORE_END = (0, 16, 1), (0, 20)
 """The oldest megatron-core, and the first version after the newest one."""
 MEGATRON_CORE_TESTED = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 """The versions that `make test-versions` runs, oldest first."""
+VLLM, VLLM_END = (0, 28), (0, 33)
+"""The oldest vLLM for the plug-in, and the first version after the newest one."""
+VLLM_TESTED = ("0.28.0", "0.32.0")
+"""The versions that `make test-vllm` runs, oldest first."""
 LAST_FOR_OLDER_MEGATRON = "0.10.0"
 """The last release of this program that ran on megatron-core 0.12.1 to 0.15."""
 
@@ -39,3 +43,5 @@ def shown(version: tuple[int, ...]) -> str:
 
 MEGATRON_CORE_RANGE = f">={shown(MEGATRON_CORE)},<{shown(MEGATRON_CORE_END)}"
 """The supported versions of megatron-core as a requirement of pip."""
+VLLM_RANGE = f">={shown(VLLM)},<{shown(VLLM_END)}"
+"""Likewise of vLLM."""

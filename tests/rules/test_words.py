@@ -17,8 +17,10 @@ DEVICE_FILES = (
     "lab/accept_npu.py",
     "lab/acceptance/",
     "megatron_sorted/doctor/devices/",
+    "megatron_sorted/serving/vllm/worker.py",
 )
-"""Files that may name devices: they implement one, let a user choose one, or judge some."""
+"""Files that may name devices: they implement one, let a user choose one, judge some, or
+subclass what another program has for each."""
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 MACHINE_PATH = re.compile(r"(?<![\w.~$}-])/" + r"work(?![\w-])")
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from megatron_sorted.confidence import CONFIDENCE
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.generate import generate
-from megatron_sorted.decoding.sampling import CONFIDENCE
 from megatron_sorted.decoding.speculation.steps import run_step
 from megatron_sorted.decoding.strategies import (
     EarlyExit,

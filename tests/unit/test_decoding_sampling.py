@@ -11,15 +11,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megatron_sorted.decoding.sampling import (
-    Sampler,
-    certainty,
-    gumbel,
-    highest_probability,
-    keep_likely,
-    margin,
-    penalise,
-)
+from megatron_sorted.confidence import certainty, highest_probability, margin
+from megatron_sorted.decoding.sampling import Sampler, gumbel, keep_likely, penalise
 from megatron_sorted.decoding.strategies import SamplingParameters
 from megatron_sorted.errors import SettingsError
 

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_sorted.confidence import CONFIDENCE
 from megatron_sorted.decoding import sampling as sampling_module
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.generate import generate, stream
-from megatron_sorted.decoding.sampling import CONFIDENCE, gumbel
+from megatron_sorted.decoding.sampling import gumbel
 from megatron_sorted.decoding.speculation.steps import first_confident
 from megatron_sorted.decoding.strategies import (
     EarlyExit,

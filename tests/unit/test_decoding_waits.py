@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from megatron_sorted.confidence import CONFIDENCE
 from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
 from megatron_sorted.decoding import generate as generate_module
 from megatron_sorted.decoding import sampling as sampling_module
 from megatron_sorted.decoding.cache import transfer
 from megatron_sorted.decoding.generate import make_step
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.sampling import CONFIDENCE
 from megatron_sorted.decoding.strategies import (
     EarlyExit,
     Fixed,

@@ -50,7 +50,7 @@ def add_batching_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--share-prefixes",
         action="store_true",
-        help="API keys use each other's kept texts, which the time of an answer shows",
+        help="API keys use each other's kept texts, which times of answers show",
     )
 
 

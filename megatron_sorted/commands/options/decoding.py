@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sorted.confidence import MEASURES
 from megatron_sorted.conversion.hugging_face.families import DTYPES
 from megatron_sorted.decoding.native import CHOICES
-from megatron_sorted.decoding.strategies import MEASURES, STRATEGIES, SamplingParameters
+from megatron_sorted.decoding.strategies import STRATEGIES, SamplingParameters
 from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE, tuned_dtype
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.reading.shown import printable
@@ -79,7 +80,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DECODED_DTYPES,
         metavar="KIND",
-        help=f"{', '.join(DECODED_DTYPES)} (default: as tuned, else float32); int8 on CPUs",
+        help=f"{', '.join(DECODED_DTYPES)} (CPUs) (default: as tuned, else float32)",
     )
     group.add_argument(
         "--device", help="cpu, or torch's name of a device (default: the accelerator)"
@@ -92,8 +93,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=CHOICES,
         default="auto",
         metavar="WHEN",
-        help="decode on CPUs by a compiled library: auto (unless it cannot), on, off "
-        "(default: %(default)s)",
+        help="decode on CPUs by a compiled library: auto, on, off (default: %(default)s)",
     )
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_sorted.confidence import CONFIDENCE
 from megatron_sorted.decoding.cache.joined import ForwardPass
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.sampling import CONFIDENCE, Sampler
+from megatron_sorted.decoding.sampling import Sampler
 
 
 @dataclass

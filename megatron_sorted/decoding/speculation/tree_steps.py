@@ -5,10 +5,10 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
+from megatron_sorted.confidence import CONFIDENCE
 from megatron_sorted.decoding.cache.joined import ForwardPass
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
-from megatron_sorted.decoding.sampling import CONFIDENCE
 from megatron_sorted.decoding.speculation.steps import (
     Chain,
     DecodingBatch,

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_sorted.confidence import CONFIDENCE
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.sampling import CONFIDENCE, Sampler
+from megatron_sorted.decoding.sampling import Sampler
 from megatron_sorted.decoding.speculation.steps import Chain, DecodingBatch, OneToken
 from megatron_sorted.decoding.strategies import SamplingParameters
 from megatron_sorted.decoding.texts import Limits, Text, apply_limits

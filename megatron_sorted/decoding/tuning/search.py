@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_sorted.decoding.sampling import CONFIDENCE
+from megatron_sorted.confidence import CONFIDENCE
 from megatron_sorted.decoding.strategies import (
     EarlyExit,
     Full,

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_sorted.confidence import CONFIDENCE
 from megatron_sorted.decoding.cache.state import DecodingState
 from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.sampling import CONFIDENCE, Sampler
+from megatron_sorted.decoding.sampling import Sampler
 from megatron_sorted.decoding.speculation.steps import stops_of
 from megatron_sorted.decoding.strategies import Full, SamplingParameters
 from megatron_sorted.decoding.texts import Limits

@@ -2,6 +2,7 @@
 
 The file has a part for the model alone, and one for each other model that may draft for it. A part
 holds what was measured last, and under ``others`` what was measured with other kinds of weights.
+Under ``engines`` it has the draft lengths that were measured inside other engines.
 """
 
 import json
@@ -23,6 +24,8 @@ TUNED_FILE = "decoding.json"
 LEARNED_FILE = "decoding_bandit.json"
 """File beside the model with what a server learned about the speed of strategies."""
 FORMAT = 1
+MAX_SCHEDULED = 64
+"""Largest number of draft tokens that a schedule may name."""
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 """Kinds of weights that a file may name."""
 
@@ -73,6 +76,28 @@ def tuned_dtype(path: Path) -> str | None:
     return _read(path).get("dtype")
 
 
+def read_draft_schedule(path: Path, engine: str, depth: int) -> dict:
+    """Return what was measured of drafts by an exit inside another engine; {} if nothing was.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    return _read(path).get("engines", {}).get(engine, {}).get(str(depth), {})
+
+
+def write_draft_schedule(path: Path, engine: str, depth: int, measured: dict) -> None:
+    """Write what was measured of drafts by an exit inside another engine; keep all the rest.
+
+    Raises:
+        DataError: The existing file is damaged.
+    """
+    whole = _read(path)
+    engines = whole.pop("engines", {})
+    engines[engine] = {**engines.get(engine, {}), str(depth): measured}
+    whole = {"format": FORMAT, **whole, "engines": engines}
+    write_text_atomically(path, json.dumps(whole, indent=2) + "\n")
+
+
 def weights_of(tuned: Mapping[str, Any]) -> WeightsInUse | None:
     """Return the weights with which options were measured; None if the file does not say."""
     kind = tuned.get("dtype", tuned.get("machine", {}).get("dtype"))
@@ -88,7 +113,7 @@ def write_tuned_options(path: Path, tuned: dict, key: str | None = None) -> None
         DataError: The existing file is damaged.
     """
     whole = _read(path)
-    drafts = whole.pop("drafts", {})
+    drafts, engines = whole.pop("drafts", {}), whole.pop("engines", {})
     if key is None:
         whole = {"format": FORMAT, **_joined(whole, tuned)}
     else:
@@ -96,6 +121,8 @@ def write_tuned_options(path: Path, tuned: dict, key: str | None = None) -> None
         whole = {"format": FORMAT, **whole}
     if drafts:
         whole["drafts"] = drafts
+    if engines:
+        whole["engines"] = engines
     write_text_atomically(path, json.dumps(whole, indent=2) + "\n")
 
 
@@ -120,7 +147,12 @@ def _read(path: Path) -> dict:
         if "drafts" in whole:
             whole["drafts"] = {key: rename_keys(part) for key, part in whole["drafts"].items()}
         drafts = whole.get("drafts", {})
-        parts = [*([whole] if "strategies" in whole or not drafts else []), *drafts.values()]
+        engines = whole.get("engines", {})
+        for depths in engines.values():
+            for measured in depths.values():
+                _check_draft_schedule(measured)
+        has_alone = "strategies" in whole or not (drafts or engines)
+        parts = [*([whole] if has_alone else []), *drafts.values()]
         for part in parts:
             _check(part)
             for name, other in part.get("others", {}).items():
@@ -163,6 +195,24 @@ def _check(part: Mapping[str, Any]) -> None:
         for option, value in options.items():
             if not _is(value, known[option]):
                 raise ValueError(f"{option} of {name} is {value!r}")
+
+
+def _check_draft_schedule(measured: Mapping[str, Any]) -> None:
+    """Check what was measured of an exit's drafts inside another engine.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: It is damaged.
+    """
+    next_size = 1
+    for row in measured["schedule"]:
+        if not _is(row, tuple[int, ...]) or len(row) != 3:
+            raise ValueError(f"a row of its schedule is {row!r}")
+        first, last, length = row
+        if first != next_size or last < first or not 0 <= length <= MAX_SCHEDULED:
+            raise ValueError(f"a row of its schedule is {row!r}")
+        next_size = last + 1
+    if next_size == 1:
+        raise ValueError("its schedule is empty")
 
 
 def _is(value: Any, kind: type | types.GenericAlias) -> bool:

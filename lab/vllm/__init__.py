@@ -1,0 +1,1 @@
+"""Environments for vLLM's build for CPUs, whose packages do not fit beside those of the trainer."""

@@ -1,0 +1,93 @@
+"""A model served at the depth of an exit is that exit's model, without the weights above."""
+
+import pytest
+import torch
+
+from megatron_sorted.conversion.hugging_face.nested_exits import load_nested_exits
+from megatron_sorted.serving.vllm.options import EngineOptions
+from tests.vllm.engine import engine, frozen, generate, plain_texts, runner_of
+from tests.vllm.models import extract_by_hand, prompts, write_model
+
+
+def parameter_bytes(llm) -> int:
+    """Return the bytes of an engine's parameters."""
+    return sum(parameter.nbytes for parameter in {*runner_of(llm).model.parameters()})
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "depth"),
+    [
+        ("llama", (), 1),
+        ("llama", (), 3),
+        ("llama", (), 4),
+        ("mistral", (), 2),
+        ("qwen2", (), 2),
+        ("qwen3", (), 2),
+        ("llama", ("norm", "lm_head"), 2),
+        ("qwen2", ("norm", "lm_head"), 2),
+        ("qwen3", ("norm", "block"), 2),
+        ("llama", ("block",), 1),
+    ],
+)
+def test_texts_and_bytes_are_those_of_the_extracted_model(tmp_path, family, own, depth):
+    directory = write_model(tmp_path / "model", family, own)
+    extracted = extract_by_hand(directory, tmp_path / "extracted", depth, own)
+    some = prompts(12)
+    with engine(extracted) as (llm, _):
+        wanted, size = generate(llm, some), parameter_bytes(llm)
+    with engine(directory, EngineOptions("fixed", (depth,))) as (llm, _):
+        assert generate(llm, some) == wanted
+        assert parameter_bytes(llm) == size
+    if depth < 4:
+        assert wanted != plain_texts(directory, frozen(some))
+
+
+@pytest.mark.parametrize(
+    "own", [("adapter",), ("norm", "mlp"), ("norm", "adapter", "mlp")], ids=str
+)
+def test_exits_that_no_ordinary_model_computes(tmp_path, own):
+    """An adapter or MLP of an exit: compared with the directory's own program."""
+    directory, depth, some = write_model(tmp_path / "model", "llama", own), 2, prompts(6)
+    with engine(directory, EngineOptions("fixed", (depth,))) as (llm, _):
+        texts = generate(llm, some, 16)
+    model = load_nested_exits(directory)
+    for prompt, text in zip(some, texts, strict=True):
+        assert model.generate(torch.tensor([prompt]), depth, 16)[0, len(prompt) :].tolist() == text
+
+
+def test_two_ranks_serve_a_depth(tmp_path):
+    directory = write_model(tmp_path / "model", "llama", ("norm", "lm_head", "adapter"))
+    some, texts = prompts(6), []
+    for ranks in (1, 2):
+        with engine(directory, EngineOptions("fixed", (2,)), tensor_parallel_size=ranks) as (
+            llm,
+            _,
+        ):
+            texts.append(generate(llm, some, 16))
+    assert texts[0] == texts[1]
+
+
+def test_files_of_layers_above_are_not_opened(tmp_path):
+    """The files of the upper layers are damaged, and the depth below them is served."""
+    from vllm.model_executor.model_loader import weight_utils
+
+    directory = write_model(tmp_path / "model", max_shard_size=150_000)
+    if not hasattr(weight_utils, "filter_safetensors_files_by_weight_name"):
+        pytest.skip("this vLLM opens every file")
+    whole = plain_texts(directory, frozen(prompts(4)), 8)
+    damaged = 0
+    for path in directory.glob("model-*.safetensors"):
+        names = _names(path)
+        if all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in names):
+            path.write_bytes(b"damaged")
+            damaged += 1
+    assert damaged
+    with engine(directory, EngineOptions("fixed", (2,))) as (llm, _):
+        assert generate(llm, prompts(4), 8) != whole
+
+
+def _names(path):
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as stream:
+        return list(stream.keys())
