@@ -108,6 +108,20 @@ def test_the_schedule_is_used_unless_a_length_is_given(model, vllm, capsys):
     assert "--speculative-config" not in line and "drafts never pay in vLLM" in notes
 
 
+def test_what_was_measured_in_vllm_wins_over_our_own_decoder(model, vllm, capsys):
+    path = model / "decoding.json"
+    path.write_text(json.dumps({**TUNED, "best": "full"}))
+    assert "--speculative-config" not in printed(capsys, model)[0]
+    measured = {"schedule": [[1, 4, 2]]}
+    write_draft_schedule(path, "vllm", 1, {**measured, "date": "2026-12-01T04:00:00+00:00"})
+    write_draft_schedule(path, "vllm", 2, {**measured, "date": "2026-12-01T03:00:00+00:00"})
+    for given in ([], ["--strategy", "self_speculative"]):
+        line, _ = printed(capsys, model, *given)
+        options = json.loads(words_of(line)["--additional-config"])["megatron_sorted"]
+        assert options["depths"] == [1] and options["draft_schedule"] == [[1, 4, 2]]
+    assert "--speculative-config" not in printed(capsys, model, "--strategy", "full")[0]
+
+
 def test_a_depth_and_the_full_model(model, vllm, capsys):
     line, _ = printed(capsys, model, "--strategy", "fixed", "--exit-layer", 2)
     overrides = json.loads(words_of(line)["--hf-overrides"])

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -169,7 +170,7 @@ def expected_counts(
         options: How exits draft.
         most: The number of tokens that were requested. The first one comes from the prompt's pass.
     """
-    model, drafted, accepted, length = load_nested_exits(directory), 0, 0, 1
+    model, drafted, accepted, length = reference(directory), 0, 0, 1
     while length < most:
         draft = draft_by_hand(model, prompt + text[:length], options)
         same = 0
@@ -177,6 +178,12 @@ def expected_counts(
             same += 1
         drafted, accepted, length = drafted + len(draft), accepted + same, length + same + 1
     return drafted, accepted
+
+
+@cache
+def reference(directory: Path) -> NestedExits:
+    """Return a model with its exits as transformers runs them."""
+    return load_nested_exits(directory)
 
 
 def draft_by_hand(model: NestedExits, known: list[int], options: EngineOptions) -> list[int]:

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from megatron_sorted.conversion.hugging_face.nested_exits import load_nested_exits
 from megatron_sorted.serving.vllm.options import EngineOptions
 from tests.vllm.engine import engine, frozen, generate, plain_texts, runner_of
-from tests.vllm.models import extract_by_hand, prompts, write_model
+from tests.vllm.models import extract_by_hand, prompts, reference, write_model
 
 
 def parameter_bytes(llm) -> int:
@@ -50,7 +49,7 @@ def test_exits_that_no_ordinary_model_computes(tmp_path, own):
     directory, depth, some = write_model(tmp_path / "model", "llama", own), 2, prompts(6)
     with engine(directory, EngineOptions("fixed", (depth,))) as (llm, _):
         texts = generate(llm, some, 16)
-    model = load_nested_exits(directory)
+    model = reference(directory)
     for prompt, text in zip(some, texts, strict=True):
         assert model.generate(torch.tensor([prompt]), depth, 16)[0, len(prompt) :].tolist() == text
 

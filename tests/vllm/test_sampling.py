@@ -5,10 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron_sorted.conversion.hugging_face.nested_exits import load_nested_exits
 from megatron_sorted.serving.vllm.options import EngineOptions
 from tests.vllm.engine import engine, generate
-from tests.vllm.models import VOCABULARY, extract_by_hand, write_model
+from tests.vllm.models import VOCABULARY, extract_by_hand, reference, write_model
 
 PROMPT, SAMPLES = [3, 17, 42, 8], 3000
 TEMPERATURE = 0.7
@@ -30,7 +29,7 @@ def pairs(llm, **sampling) -> Counter:
 
 def exact_pairs(directory) -> torch.Tensor:
     """Return the probability [v, v] of each pair of second and third tokens, by transformers."""
-    model = load_nested_exits(directory)
+    model = reference(directory)
 
     def next_tokens(texts: list[list[int]]) -> torch.Tensor:
         with torch.inference_mode():

@@ -32,20 +32,26 @@ def check(directory, options, count=20, most=32, **more):
     return counts
 
 
-@pytest.mark.parametrize("options", ALL, ids=str)
-def test_texts_are_those_of_vllm_and_drafts_those_of_transformers(llama, options):
-    some, most = prompts(20), 24
-    with engine(llama, options) as (llm, counts):
+def check_by_hand(directory, options, count=8, most=16):
+    """Check texts against vLLM's own, and what is drafted and accepted against transformers."""
+    some = prompts(count)
+    with engine(directory, options) as (llm, counts):
         texts = generate(llm, some, most)
-    longer = plain_texts(llama, frozen(some), most + options.num_draft_tokens + 1)
+    longer = plain_texts(directory, frozen(some), most + options.num_draft_tokens + 1)
     assert texts == [text[:most] for text in longer]
     by_hand = [
-        expected_counts(llama, prompt, text, options, most)
+        expected_counts(directory, prompt, text, options, most)
         for prompt, text in zip(some, longer, strict=True)
     ]
     drafted, accepted = (sum(column) for column in zip(*by_hand, strict=True))
     assert (counts.drafted, counts.accepted) == (drafted, accepted)
     assert 0 < accepted < drafted
+    return counts
+
+
+@pytest.mark.parametrize("options", ALL, ids=str)
+def test_texts_are_those_of_vllm_and_drafts_those_of_transformers(llama, options):
+    counts = check_by_hand(llama, options)
     if options.strategy == "sorted_speculative":
         assert len({*counts.lengths}) > 1, "drafts of one length only"
 
@@ -62,27 +68,20 @@ def test_every_family(tmp_path, family, options):
     check(write_model(tmp_path / family, family), options)
 
 
-@pytest.mark.parametrize("options", [SELF[1], SORTED[0]], ids=str)
 @pytest.mark.parametrize(
-    "own", [("norm",), ("norm", "lm_head"), ("norm", "lm_head", "adapter", "mlp")], ids=str
+    ("family", "own", "options"),
+    [
+        ("llama", ("norm",), SELF[1]),
+        ("llama", ("norm", "lm_head"), SORTED[0]),
+        ("qwen2", ("norm", "lm_head"), SELF[1]),
+        ("llama", ("norm", "lm_head", "adapter", "mlp"), SELF[1]),
+        ("qwen3", ("adapter", "mlp"), SORTED[0]),
+    ],
 )
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_exits_with_parts_of_their_own_draft_what_transformers_drafts(
     tmp_path, family, own, options
 ):
-    directory, some, most = write_model(tmp_path / "model", family, own), prompts(8), 16
-    longer = plain_texts(directory, frozen(some), most + options.num_draft_tokens + 1)
-    with engine(directory, options) as (llm, counts):
-        texts = generate(llm, some, most)
-    assert texts == [text[:most] for text in longer]
-    by_hand = [
-        expected_counts(directory, prompt, text, options, most)
-        for prompt, text in zip(some, longer, strict=True)
-    ]
-    assert (counts.drafted, counts.accepted) == tuple(
-        sum(column) for column in zip(*by_hand, strict=True)
-    )
-    assert counts.drafted
+    check_by_hand(write_model(tmp_path / "model", family, own), options, count=5)
 
 
 @pytest.mark.parametrize("options", [SELF[1], SORTED[0]], ids=str)

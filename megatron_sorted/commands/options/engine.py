@@ -12,6 +12,7 @@ from megatron_sorted.decoding.tuning.tuned_options import (
     TUNED_FILE,
     read_draft_schedule,
     read_tuned_options,
+    scheduled_exit,
 )
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.reading.shown import shown
@@ -133,7 +134,8 @@ def vllm_options(model: Path, given: Mapping[str, Any]) -> list[str]:
 def engine_options(model: Path, given: Mapping[str, Any]) -> "EngineOptions":
     """Return how vLLM decodes: by the command line, else decoding.json, else the full model.
 
-    Draft lengths by load come from ``tune --engine vllm``, unless a length is given.
+    Where ``tune --engine vllm`` has measured an exit, that one drafts, by its schedule unless a
+    length is given.
 
     Raises:
         SettingsError: The strategy is not one that vLLM can run, or has no such option.
@@ -143,13 +145,18 @@ def engine_options(model: Path, given: Mapping[str, Any]) -> "EngineOptions":
 
     path = model / TUNED_FILE
     tuned = read_tuned_options(path)
-    name = given.get("strategy") or _tuned_strategy(tuned, path)
+    scheduled = scheduled_exit(path, "vllm")
+    name = given.get("strategy") or (
+        _tuned_strategy(tuned, path) if scheduled is None else "self_speculative"
+    )
     if name in ("early_exit", "tree"):
         raise SettingsError(
             f"--strategy {name}: vLLM runs every row of a batch through the same layers. Use full, "
             "fixed, self_speculative or sorted_speculative, or serve without --engine."
         )
     options = dict(tuned.get("strategies", {}).get(name, {}))
+    if name == "self_speculative" and scheduled is not None:
+        options["depth"] = scheduled  # measured in vLLM itself
     requested = {
         option: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
         for option in ("depth", "strategy_depths", "thresholds", "measure", "num_draft_tokens")

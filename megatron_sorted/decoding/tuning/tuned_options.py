@@ -85,6 +85,17 @@ def read_draft_schedule(path: Path, engine: str, depth: int) -> dict:
     return _read(path).get("engines", {}).get(engine, {}).get(str(depth), {})
 
 
+def scheduled_exit(path: Path, engine: str) -> int | None:
+    """Return the exit whose drafts were measured last inside another engine; None if none was.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    measured = _read(path).get("engines", {}).get(engine, {})
+    newest = max(measured, key=lambda depth: measured[depth].get("date", ""), default=None)
+    return None if newest is None else int(newest)
+
+
 def write_draft_schedule(path: Path, engine: str, depth: int, measured: dict) -> None:
     """Write what was measured of drafts by an exit inside another engine; keep all the rest.
 
@@ -149,7 +160,8 @@ def _read(path: Path) -> dict:
         drafts = whole.get("drafts", {})
         engines = whole.get("engines", {})
         for depths in engines.values():
-            for measured in depths.values():
+            for depth, measured in depths.items():
+                int(depth)
                 _check_draft_schedule(measured)
         has_alone = "strategies" in whole or not (drafts or engines)
         parts = [*([whole] if has_alone else []), *drafts.values()]
@@ -203,6 +215,8 @@ def _check_draft_schedule(measured: Mapping[str, Any]) -> None:
     Raises:
         ValueError, TypeError, KeyError, AttributeError: It is damaged.
     """
+    if not isinstance(measured.get("date", ""), str):
+        raise ValueError(f"its date is {measured['date']!r}")
     next_size = 1
     for row in measured["schedule"]:
         if not _is(row, tuple[int, ...]) or len(row) != 3:
