@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sorted.commands.options.gguf import add_gguf_options, convert_to_gguf
+from megatron_sorted.commands.options.gguf import add_gguf_options
 from megatron_sorted.commands.options.models import check_directories
 from megatron_sorted.commands.parser import Parser
 from megatron_sorted.conversion.hugging_face.families import DTYPES
@@ -173,6 +173,45 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if values.first is None or values.second is None:
         parser.error(f"{values.verb} needs two directories")
     return values
+
+
+def convert_to_gguf(values: argparse.Namespace) -> None:
+    """Write files for llama.cpp, and print the command that serves them."""
+    from megatron_sorted.conversion.open_model import open_model
+    from megatron_sorted.conversion.report import describe
+    from megatron_sorted.conversion.verifying.comparison import TOLERANCE
+    from megatron_sorted.llama_cpp.conversion import GgufConversion, GgufOptions
+    from megatron_sorted.llama_cpp.limits import notes_on
+    from megatron_sorted.llama_cpp.programs import find_llama_cpp
+
+    began = time.monotonic()
+    found = find_llama_cpp(values.llama_cpp)
+    model = open_model(values.first, values.ckpt_step, values.vocab_size, values.lora_rank_used)
+    print(describe(model), flush=True)
+    tolerance = TOLERANCE if values.tolerance is None else values.tolerance
+    options = GgufOptions(
+        values.types, values.depth, values.overwrite, not values.no_verify, tolerance,
+        values.threads,
+    )  # fmt: skip
+    conversion = GgufConversion(values.first, model, values.second, options)
+    for line in notes_on(model.settings, conversion.types):
+        print(f"note: {line}")
+    if found.converter is None:
+        print("llama.cpp's converter was not found. Where it is (LLAMA_CPP: its folder), these do:")
+        print("\n".join(conversion.manual_commands(values.first)))
+    written = conversion.run(found, lambda line: print(line, flush=True))
+    state = "tensors verified"
+    if written.check is not None:
+        print(f"\n{written.check.table()}\n")
+        for note in written.check.notes:
+            print(f"note: {note}")
+        state = "tensors and next tokens verified"
+    elif not values.no_verify:
+        state += "; next tokens were not compared, since llama-server was not found"
+    for file in written.files:
+        print(file.line())
+    print(f"\ndrafts by {written.settings.origin}:\n{written.command}\n")
+    print(f"wrote {values.second}, {state} ({time.monotonic() - began:.1f} s)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

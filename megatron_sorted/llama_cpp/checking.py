@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.errors import CheckpointError, PlatformError
+from megatron_sorted.llama_cpp.gguf_file import GgufFile
 from megatron_sorted.llama_cpp.next_tokens import (
     Agreement,
     beginnings,
@@ -16,6 +17,7 @@ from megatron_sorted.llama_cpp.server import LlamaServer, ServedModel
 from megatron_sorted.llama_cpp.writing import BASE, WrittenFile
 from megatron_sorted.text.prompt_form import PromptForm
 
+TOKENIZER_MODEL = "tokenizer.ggml.model"
 CONTEXT = 128
 """Longest text of the comparison, in tokens."""
 CACHES = {BASE: "f32"}
@@ -38,6 +40,14 @@ class Check:
         """Return the rows as text."""
         head = f"{'exit':>5}  {'type':>8}  llama.cpp's next tokens that are transformers'"
         return "\n".join([head, *(one.line() for one in self.agreements)])
+
+
+def puts_blank(path: Path) -> bool:
+    """Return whether llama.cpp puts a blank before a text, as a file says."""
+    metadata = GgufFile(path).metadata
+    return bool(
+        metadata.get("tokenizer.ggml.add_space_prefix", metadata[TOKENIZER_MODEL] == "llama")
+    )
 
 
 def check_files(
@@ -69,14 +79,19 @@ def check_files(
         say(f"exit @{file.depth}: {file.kind} under llama-server")
         cache = CACHES.get(file.kind, "f16")
         try:
-            server = LlamaServer(ServedModel(program, file.path, threads, CONTEXT, cache=cache))
+            served = ServedModel(program, file.path, threads, CONTEXT, cache=cache, flash="off")
+            server = LlamaServer(served)
         except PlatformError as error:
             if file.kind == BASE:
                 raise
             check.notes.append(f"{file.path.name}: not run: {error}")
             continue
         try:
-            problems = vocabulary_problems(server, model, form) if number == 0 else []
+            problems = (
+                vocabulary_problems(server, model, form, puts_blank(file.path))
+                if number == 0
+                else []
+            )
             agreement = compare_next_tokens(server, model, file.depth, file.kind, prompts)
         except PlatformError as error:
             if file.kind == BASE:

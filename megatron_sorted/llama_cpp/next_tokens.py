@@ -14,6 +14,7 @@ from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.conversion.verifying.comparison import TEXT, TOLERANCE, text_tokens
 from megatron_sorted.conversion.verifying.transformers_states import transformers_exits
 from megatron_sorted.llama_cpp.server import LlamaServer
+from megatron_sorted.llama_cpp.source_directory import BLANK
 from megatron_sorted.text.prompt_form import PromptForm
 
 PROMPT_LENGTHS = (8, 24, 56)
@@ -156,13 +157,24 @@ def judge(
 
 
 def vocabulary_problems(
-    server: LlamaServer, model: OpenModel, form: PromptForm | None
+    server: LlamaServer, model: OpenModel, form: PromptForm | None, puts_blank: bool
 ) -> list[str]:
-    """Return a sentence for each text, or conversation, that llama.cpp reads as other tokens."""
+    """Return a sentence for each text, or conversation, that llama.cpp reads as other tokens.
+
+    Args:
+        server: A running server.
+        model: The model.
+        form: The prompt template that came with it.
+        puts_blank: Whether the server puts a blank before texts; otherwise they are sent with one,
+            where the tokenizer puts it.
+    """
     tokenizer, problems = model.open_tokenizer(), []
     for text in [part for part in TEXT.split("\n") if part]:
-        problems += _other_tokens(f"the text {text[:40]!r}", server.tokens_of(text),
-                                  tokenizer.encode_prompt(text))  # fmt: skip
+        starts = tokenizer.token_text(tokenizer.encode(text)[0]).startswith(BLANK)
+        sent = f" {text}" if starts and not puts_blank else text
+        problems += _other_tokens(
+            f"the text {text[:40]!r}", server.tokens_of(sent), tokenizer.encode_prompt(text)
+        )
     if form is not None and form.is_conversation:
         rendered = server.rendered(CONVERSATION)
         found = _other_tokens(

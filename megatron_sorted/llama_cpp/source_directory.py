@@ -22,8 +22,11 @@ from megatron_sorted.conversion.writing import WriteOptions
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.llama_cpp.limits import context_length
 from megatron_sorted.reading.json_text import read_optional_object
+from megatron_sorted.text.tokenizer.files import PIECES
 from megatron_sorted.text.tokenizer.template_files import CONFIG as TOKENIZER_CONFIG
 
+BLANK = "\u2581"
+"""How sentencepiece writes a blank."""
 OWN_MODULE = {"AutoTokenizer": [None, f"{MODULE.removesuffix('.py')}.{CLASS}"]}
 """The only entry of a tokenizer's auto_map that stays: it names a module that is written here."""
 
@@ -43,6 +46,22 @@ def end_ids(network: NetworkOrigin) -> tuple[int, ...]:
     ends = trained_ends(model, form_of(model))
     own = () if tokenizer is None or tokenizer.eos_id is None else (tokenizer.eos_id,)
     return tuple(dict.fromkeys([*ends, *own]))
+
+
+def puts_blank_before(network: NetworkOrigin) -> bool:
+    """Return whether a sentencepiece tokenizer puts a blank before a text, or a conversation.
+
+    llama.cpp puts one before every text and after every control token, or never does
+    (tokenizer.ggml.add_space_prefix). Here it depends on the place: none after a control token. A
+    model with a template was trained on conversations, so their beginning decides.
+    """
+    tokenizer, form = network.model.open_tokenizer(), form_of(network.model)
+    probe, begin = "How", form and form.is_conversation and form.begin
+    if begin:
+        probe = f"{begin.text}{probe}"
+    ids = tokenizer.encode_rendered(probe)
+    first = next((one for one in ids if one not in tokenizer.special_ids), ids[-1])
+    return tokenizer.token_text(first).startswith(BLANK)
 
 
 def write_vocabulary(network: NetworkOrigin, directory: Path) -> None:
@@ -82,9 +101,9 @@ def _make_harmless(network: NetworkOrigin, directory: Path, config: dict[str, An
             path.unlink()
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
     settings = read_optional_object(directory / TOKENIZER_CONFIG)
-    if not settings:
-        return
     module = settings.pop("auto_map", None)
+    if (directory / PIECES).is_file():
+        settings["add_prefix_space"] = puts_blank_before(network)
     tokenizer, ends = network.model.open_tokenizer(), end_ids(network)
     if tokenizer is not None and ends and tokenizer.eos_id != ends[0]:
         settings.pop("eos_token", None)  # the one of config.json counts

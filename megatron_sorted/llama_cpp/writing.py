@@ -1,5 +1,6 @@
 """GGUF files of a nested model: written by llama.cpp's converter, verified, and then published."""
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -58,6 +59,17 @@ class WrittenFile:
     num_equal: int
     num_tensors: int
     stored: str
+
+    def moved_to(self, folder: Path) -> "WrittenFile":
+        """Return the same under its name in another folder."""
+        return dataclasses.replace(self, path=folder / self.path.name)
+
+    def line(self) -> str:
+        """Return a line about it."""
+        return (
+            f"wrote {self.path}: {self.num_bytes / 1e6:,.1f} MB, {self.num_equal} of "
+            f"{self.num_tensors} tensors equal bit for bit; {self.stored}"
+        )
 
 
 def file_name(name: str, depth: int, num_layers: int, kind: str) -> str:
