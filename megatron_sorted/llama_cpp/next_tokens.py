@@ -115,16 +115,19 @@ def compare_next_tokens(
         depth: The exit of the file.
         kind: Type of the file's weights.
         prompts: Prompts in tokens.
-        most_tokens: Number of new tokens of each; fewer where the text ends.
+        most_tokens: Number of new tokens of each.
     """
     agreement = Agreement(depth, kind)
     longest = model.settings.max_position_embeddings or 1 << 62
     for prompt in prompts:
-        count = min(most_tokens, longest - len(prompt))
-        written = server.complete(prompt, count, ignore_eos=False).tokens
-        if not written:
-            continue
-        judge(agreement, logits_of(model, [*prompt, *written[:-1]], depth), prompt, written)
+        text, end = list(prompt), min(len(prompt) + most_tokens, longest)
+        while len(text) < end:  # behind an end token the text is continued anew
+            tokens = server.complete(text, end - len(text), ignore_eos=False).tokens
+            if not tokens:
+                break
+            text += tokens
+        written = text[len(prompt) :]
+        judge(agreement, logits_of(model, text[:-1], depth), prompt, written)
     return agreement
 
 
