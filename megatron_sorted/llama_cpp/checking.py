@@ -87,11 +87,8 @@ def check_files(
             check.notes.append(f"{file.path.name}: not run: {error}")
             continue
         try:
-            problems = (
-                vocabulary_problems(server, model, form, puts_blank(file.path))
-                if number == 0
-                else []
-            )
+            if number == 0:
+                _refuse(file, vocabulary_problems(server, model, form, puts_blank(file.path)))
             agreement = compare_next_tokens(server, model, file.depth, file.kind, prompts)
         except PlatformError as error:
             if file.kind == BASE:
@@ -102,11 +99,14 @@ def check_files(
             server.stop()
         check.agreements.append(agreement)
         if file.kind == BASE:
-            problems += agreement.problems(tolerance)
-        if problems:
-            more = " ..." if len(problems) > 3 else ""
-            raise CheckpointError(
-                f"{file.path.name}: llama.cpp does not compute this model, so nothing was written. "
-                f"{'; '.join(problems[:3])}{more}. --no-verify writes it nevertheless."
-            )
+            _refuse(file, agreement.problems(tolerance))
     return check
+
+
+def _refuse(file: WrittenFile, problems: Sequence[str]) -> None:
+    if problems:
+        more = " ..." if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{file.path.name}: llama.cpp does not compute this model, so nothing was written. "
+            f"{'; '.join(problems[:3])}{more}. --no-verify writes it nevertheless."
+        )

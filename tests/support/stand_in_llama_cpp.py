@@ -11,8 +11,7 @@ from pathlib import Path
 CONVERTER = """\
 import argparse, json, struct, sys
 from pathlib import Path
-import torch
-from safetensors import safe_open
+from safetensors.numpy import load_file
 
 FAULT = "{fault}"
 parser = argparse.ArgumentParser()
@@ -30,9 +29,8 @@ if FAULT == "vocabulary" and values.vocab_only:
     sys.exit("NotImplementedError: BPE pre-tokenizer was not recognized")
 tensors = dict()
 for path in [] if values.vocab_only else values.source.glob("*.safetensors"):
-    with safe_open(path, "pt") as file:
-        for name in file.keys():
-            tensors[name] = file.get_tensor(name).float()
+    for name, tensor in load_file(path).items():
+        tensors[name] = tensor.astype("float32")
 if FAULT == "fails" and tensors:
     values.outfile.write_bytes(b"GGUF")
     for number in range(30):
@@ -93,7 +91,7 @@ for name, tensor in tensors.items():
     shape = list(tensor.shape)[::-1]
     header += text(name_of(name)) + struct.pack(f"<I{{len(shape)}}Q", len(shape), *shape)
     header += struct.pack("<IQ", 0, len(data))
-    data += tensor.contiguous().numpy().tobytes()
+    data += tensor.tobytes()
     data += bytes(-len(data) % 32)
 values.outfile.write_bytes(header + bytes(-len(header) % 32) + data)
 """

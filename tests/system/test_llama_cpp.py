@@ -153,7 +153,7 @@ def test_real_llama_cpp(family, models, tmp_path, capsys):
     """llama.cpp's own programs: every exit's next tokens in float32 are transformers'."""
     real()
     target = tmp_path / "out"
-    run(models[family], target, "--type", "f32", "bf16", "q8_0", "--overwrite")
+    run(models[family], target, "--type", "f32", "bf16", "q8_0", "--threads", 1)
     printed = capsys.readouterr().out
     assert "tensors and next tokens verified" in printed
     for depth in (1, 3):
@@ -170,7 +170,7 @@ def test_real_llama_cpp_with_parts_of_exits(kind, tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(DEFAULTS, "vocab_size", VOCAB_SIZE)
     save_nested(tmp_path / kind, "llama", kind, norms=True, heads=True)
     write_tokenizer(tmp_path / kind)
-    run(tmp_path / kind, tmp_path / "out", "--type", "f32")
+    run(tmp_path / kind, tmp_path / "out", "--type", "f32", "--threads", 1)
     printed = capsys.readouterr().out
     assert "tensors and next tokens verified" in printed and "others" not in printed
 
@@ -180,14 +180,14 @@ def test_real_measurement(models, tmp_path, monkeypatch):
     """lab.bench_llama_cpp writes its page: drafts are accepted, and texts are those without."""
     real()
     files, questions = tmp_path / "files", tmp_path / "questions.jsonl"
-    run(models["llama"], files, "--type", "f32", "bf16")
+    run(models["llama"], files, "--type", "f32", "bf16", "--threads", 1)
     lines = [
         json.dumps({"question_id": n, "category": "qa", "turns": [f"Who is {n}?"]})
         for n in range(4)
     ]
     questions.write_text("\n".join(lines))
     arguments = ["bench_llama_cpp", models["llama"], "--files", files, "--questions", questions,
-                 "--kinds", "f32", "bf16", "--tokens", 8, "--rounds", 2, "--per-group", 2,
+                 "--kinds", "f32", "bf16", "--tokens", 8, "--rounds", 2, "--threads", 1, "--per-group", 2,
                  "--output", tmp_path]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(one) for one in arguments])
     bench_llama_cpp.main()
