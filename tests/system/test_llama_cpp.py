@@ -186,9 +186,11 @@ def test_real_measurement(models, tmp_path, monkeypatch):
         for n in range(4)
     ]
     questions.write_text("\n".join(lines))
-    arguments = ["bench_llama_cpp", models["llama"], "--files", files, "--questions", questions,
-                 "--kinds", "f32", "bf16", "--tokens", 8, "--rounds", 2, "--threads", 1, "--per-group", 2,
-                 "--output", tmp_path]  # fmt: skip
+    arguments = [
+        "bench_llama_cpp", models["llama"], "--files", files, "--questions", questions,
+        "--kinds", "f32", "bf16", "--tokens", 8, "--rounds", 2, "--threads", 1, "--per-group", 2,
+        "--output", tmp_path,
+    ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(one) for one in arguments])
     bench_llama_cpp.main()
     rows = json.loads((tmp_path / "llama_cpp.json").read_text())["rows"]
