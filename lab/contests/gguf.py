@@ -77,8 +77,8 @@ def write_file(model: Path, depth: int, kind: str, target: Path, build: LlamaPro
         os.symlink(file.absolute(), source / file.name)
     options = GgufOptions([kind.lower()], [depth], verify=False)
     conversion = GgufConversion(source, open_model(source), work / "files", options)
-    found = LlamaCpp(build.sources / CONVERTER, build.programs / QUANTISER)
-    [written] = conversion.run(found, lambda line: None).files
+    programs = LlamaCpp(build.sources / CONVERTER, build.programs / QUANTISER)
+    [written] = conversion.run(programs, lambda line: None).files
     written.path.rename(target)
     shutil.rmtree(work)
     return target

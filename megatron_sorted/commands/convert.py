@@ -185,7 +185,7 @@ def convert_to_gguf(values: argparse.Namespace) -> None:
     from megatron_sorted.llama_cpp.programs import find_llama_cpp
 
     began = time.monotonic()
-    found = find_llama_cpp(values.llama_cpp)
+    programs = find_llama_cpp(values.llama_cpp)
     model = open_model(values.first, values.ckpt_step, values.vocab_size, values.lora_rank_used)
     print(describe(model), flush=True)
     tolerance = TOLERANCE if values.tolerance is None else values.tolerance
@@ -196,10 +196,10 @@ def convert_to_gguf(values: argparse.Namespace) -> None:
     conversion = GgufConversion(values.first, model, values.second, options)
     for line in notes_on(model.settings, conversion.types):
         print(f"note: {line}")
-    if found.converter is None:
+    if programs.converter is None:
         print("llama.cpp's converter was not found. Where it is (LLAMA_CPP: its folder), these do:")
         print("\n".join(conversion.manual_commands(values.first)))
-    written = conversion.run(found, lambda line: print(line, flush=True))
+    written = conversion.run(programs, lambda line: print(line, flush=True))
     state = "tensors verified"
     if written.check is not None:
         print(f"\n{written.check.table()}\n")

@@ -57,7 +57,7 @@ def check_files(
     form: PromptForm | None,
     tolerance: float,
     threads: int,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Check:
     """Run every file, and judge what it writes; float32 must be the model's, but for near ties.
 
@@ -68,7 +68,7 @@ def check_files(
         form: The prompt template that came with it.
         tolerance: Largest error of a logit, relative to the largest one.
         threads: Number of threads.
-        say: Called with a line before each file.
+        log: Called with a line before each file.
 
     Raises:
         CheckpointError: A float32 file writes other tokens, or texts become other tokens.
@@ -76,7 +76,7 @@ def check_files(
     """
     check, prompts = Check(), beginnings(model)
     for number, file in enumerate(files):
-        say(f"exit @{file.depth}: {file.kind} under llama-server")
+        log(f"exit @{file.depth}: {file.kind} under llama-server")
         cache = CACHES.get(file.kind, "f16")
         try:
             served = ServedModel(program, file.path, threads, CONTEXT, cache=cache, flash="off")

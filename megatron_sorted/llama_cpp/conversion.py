@@ -21,7 +21,7 @@ from megatron_sorted.llama_cpp.writing import (
     BASE,
     CONVERTED,
     GgufWriter,
-    Say,
+    Log,
     WrittenFile,
     bytes_needed,
     check_programs,
@@ -97,29 +97,29 @@ class GgufConversion:
         self.num_bytes = bytes_needed(self.networks, model.settings.vocab_size, self.types)
         check_destination(destination, options.overwrite, self.num_bytes, model.directory)
 
-    def run(self, found: LlamaCpp, say: Say) -> GgufResult:
+    def run(self, programs: LlamaCpp, log: Log) -> GgufResult:
         """Write the files; all of them appear under their names, verified, or none does.
 
         Args:
-            found: llama.cpp's programs.
-            say: Called with a line before each slow step.
+            programs: llama.cpp's programs.
+            log: Called with a line before each slow step.
 
         Raises:
             PlatformError: A program is missing or failed.
             CheckpointError: A file is not the model, or cannot be written.
         """
-        check_programs(found, self.types)
-        options, server = self.options, found.server if self.options.verify else None
+        check_programs(programs, self.types)
+        options, server = self.options, programs.server if self.options.verify else None
         model, layers, files, check = self.model, self.model.settings.num_layers, [], None
         with staged_directory(
             self.destination, options.overwrite, self.num_bytes, model.directory
         ) as staged:
-            writer = GgufWriter(found, staged, self.name, say)
+            writer = GgufWriter(programs, staged, self.name, log)
             writer.try_vocabulary(next(iter(self.networks.values())))
             for depth, network in self.networks.items():
                 files += writer.write(network, depth, layers, self.types, server is not None)
             if server is not None:
-                check = self._check(server, files, writer.work / "nested", say)
+                check = self._check(server, files, writer.work / "nested", log)
             for file in files:
                 if file.kind not in self.types:
                     file.path.unlink()
@@ -154,7 +154,7 @@ class GgufConversion:
         layers = self.model.settings.num_layers
         return self.destination / file_name(self.name, depth, layers, kind)
 
-    def _check(self, server: Path, files: Sequence[WrittenFile], folder: Path, say: Say) -> Check:
+    def _check(self, server: Path, files: Sequence[WrittenFile], folder: Path, log: Log) -> Check:
         nested = self.model
         if nested.kind != "hugging_face":
             export_model(nested, folder, WriteOptions(verify=False))
@@ -162,7 +162,7 @@ class GgufConversion:
         first = sorted(files, key=lambda file: file.kind != BASE)
         threads = self.options.threads or os.cpu_count() or 1
         return check_files(
-            server, first, nested, form_of(nested), self.options.tolerance, threads, say
+            server, first, nested, form_of(nested), self.options.tolerance, threads, log
         )
 
     def _serve_command(self, files: Sequence[WrittenFile]) -> str:

@@ -40,7 +40,7 @@ def draft_settings(model: Path, exits: Sequence[int]) -> DraftSettings:
     """Return the settings that decoding.json names for a model, else defaults.
 
     A strategy with several exits becomes its first one: llama.cpp has one model that drafts, and
-    a draft of ours goes on with a deeper exit where the first is not sure.
+    a draft of ours continues with a deeper exit where the first is not sure.
 
     Args:
         model: The model's directory.

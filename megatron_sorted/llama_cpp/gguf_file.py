@@ -40,9 +40,9 @@ class GgufTensor:
     """Where a tensor lies.
 
     Attributes:
-        shape: Its shape as torch writes it, the slowest axis first.
+        shape: Sizes of the axes as torch writes it, the slowest axis first.
         kind: Name of its type.
-        offset: Its first byte within the file.
+        offset: First byte within the file.
         num_bytes: Number of its bytes.
     """
 
@@ -57,8 +57,8 @@ class GgufFile:
 
     Attributes:
         path: The file.
-        metadata: Its values by name.
-        tensors: Its tensors by name.
+        metadata: Values by name.
+        tensors: Tensors by name.
 
     Raises:
         DataError: It is no GGUF file, or is damaged or short.
@@ -113,13 +113,13 @@ class _Header:
         for _ in range(num_values):
             name = self._text()
             metadata[name] = self._value(self._number("I"))
-        found = [self._tensor() for _ in range(num_tensors)]
+        listed = [self._tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
             raise ValueError(f"its alignment is {alignment}")
         begin = -(-self.stream.tell() // alignment) * alignment
         tensors = {}
-        for name, shape, kind, offset in found:
+        for name, shape, kind, offset in listed:
             if kind not in KINDS:
                 raise ValueError(f"{name} is of the unknown type {kind}")
             kind_name, block, block_bytes = KINDS[kind]

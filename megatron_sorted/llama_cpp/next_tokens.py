@@ -31,7 +31,7 @@ class Difference:
     """A token that transformers would not have written.
 
     Attributes:
-        position: Its position in the text.
+        position: Place in the text.
         written, best: The token, and the most likely one.
         margin: How far its logit is below that of the most likely one.
         largest: The largest absolute logit there.
@@ -78,12 +78,12 @@ class Agreement:
     def line(self) -> str:
         """Return the row of the table that a user reads."""
         ties = [one for one in self.differences if one.is_near_tie()]
-        told = f"{self.num_same} of {self.num_tokens}"
+        shown = f"{self.num_same} of {self.num_tokens}"
         if ties:
-            told += f", {len(ties)} near ties (margins {_margins(ties)})"
+            shown += f", {len(ties)} near ties (margins {_margins(ties)})"
         if others := [one for one in self.differences if not one.is_near_tie()]:
-            told += f", {len(others)} others (margins {_margins(others)})"
-        return f"{'@' + str(self.depth):>5}  {self.kind:>8}  {told}"
+            shown += f", {len(others)} others (margins {_margins(others)})"
+        return f"{'@' + str(self.depth):>5}  {self.kind:>8}  {shown}"
 
 
 def _margins(differences: Sequence[Difference]) -> str:
@@ -94,7 +94,7 @@ def _margins(differences: Sequence[Difference]) -> str:
 def beginnings(model: OpenModel) -> list[list[int]]:
     """Return the prompts that every file continues: beginnings of the text of verifications."""
     tokens = text_tokens(model)[0].tolist()
-    return [tokens[:length] for length in PROMPT_LENGTHS if length <= len(tokens) // 2] or [
+    return [tokens[:length] for length in PROMPT_LENGTHS if length < len(tokens)] or [
         tokens[: max(1, len(tokens) // 2)]
     ]
 
@@ -180,12 +180,12 @@ def vocabulary_problems(
         )
     if form is not None and form.is_conversation:
         rendered = server.rendered(CONVERSATION)
-        found = _other_tokens(
+        others = _other_tokens(
             "a conversation",
             server.tokens_of(rendered),  # bos too, where the vocabulary asks for it
             tokenizer.encode_rendered(form.render(CONVERSATION)),
         )
-        problems += [f"{one}; it is rendered as {rendered[:160]!r}" for one in found]
+        problems += [f"{one}; it is rendered as {rendered[:160]!r}" for one in others]
     return problems
 
 

@@ -53,13 +53,13 @@ def find_llama_cpp(folder: Path | None = None) -> LlamaCpp:
     """
     named = folder or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
     if named is not None:
-        found = _in_folder(named)
-        if found == LlamaCpp():
+        programs = _in_folder(named)
+        if programs == LlamaCpp():
             raise PlatformError(
                 f"{'--llama-cpp' if folder else VARIABLE}: {named} holds neither {CONVERTER} nor a "
                 f"build. Name a clone of llama.cpp, or the folder into which it was built."
             )
-        return found
+        return programs
     default = _in_folder(default_folder())
     on_path = {name: shutil.which(name) for name in (CONVERTER, QUANTISER, SERVER)}
     return LlamaCpp(

@@ -141,7 +141,7 @@ class LlamaServer:
         """Return the greedy continuation of a prompt.
 
         Args:
-            prompt: Its tokens.
+            prompt: Tokens to continue.
             num_tokens: Number of new tokens.
             ignore_eos: Whether tokens that end a text are never written.
 

@@ -83,11 +83,11 @@ def compare_tensors(network: NetworkOrigin, family: str, file: GgufFile) -> tupl
         if name not in file.tensors:
             problems.append(f"{name} is missing")
             continue
-        found = file.tensors[name]
-        if found.shape != tuple(tensor.shape):
-            problems.append(f"{name} has the shape {list(found.shape)}, not {list(tensor.shape)}")
-        elif found.kind in DTYPES:
-            if same_bits(tensor.to(DTYPES[found.kind]).contiguous(), file.read(name)):
+        stored = file.tensors[name]
+        if stored.shape != tuple(tensor.shape):
+            problems.append(f"{name} has the shape {list(stored.shape)}, not {list(tensor.shape)}")
+        elif stored.kind in DTYPES:
+            if same_bits(tensor.to(DTYPES[stored.kind]).contiguous(), file.read(name)):
                 num_equal += 1
             else:
                 problems.append(f"{name} has other numbers")

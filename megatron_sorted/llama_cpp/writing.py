@@ -35,7 +35,7 @@ REMEDY = (
     "llama.cpp's converter cannot take this model. Its tokenizer must be one that llama.cpp knows: "
     "a sentencepiece file, or a tokenizer.json of a model in its list."
 )
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class WrittenFile:
     Attributes:
         depth: Number of the nested model's layers in it.
         kind: Type of its weights.
-        path: Its path.
-        num_bytes: Its size.
+        path: The file.
+        num_bytes: Size of the file.
         num_equal: Number of tensors that are the model's, bit for bit.
         num_tensors: Number of all its tensors.
         stored: How its matrices are stored, such as "Q4_K: 60, Q6_K: 10".
@@ -84,7 +84,7 @@ def file_name(name: str, depth: int, num_layers: int, kind: str) -> str:
 def bytes_needed(
     networks: Mapping[int, NetworkOrigin], vocab_size: int, types: Sequence[str]
 ) -> int:
-    """Return about how many bytes the files, and those on the way to them, take on the disk."""
+    """Return about how many bytes the files, and those in between, take on the disk."""
     kept, most = 0.0, 0.0
     for network in networks.values():
         settings = network.settings
@@ -94,14 +94,14 @@ def bytes_needed(
     return int(kept + most)
 
 
-def check_programs(found: LlamaCpp, types: Sequence[str]) -> None:
+def check_programs(programs: LlamaCpp, types: Sequence[str]) -> None:
     """Check that the programs for these types were found.
 
     Raises:
         PlatformError: One was not.
     """
-    missing = [] if found.converter else [CONVERTER]
-    missing += [QUANTISER] if not found.quantiser and set(types) - set(CONVERTED) else []
+    missing = [] if programs.converter else [CONVERTER]
+    missing += [QUANTISER] if not programs.quantiser and set(types) - set(CONVERTED) else []
     if missing:
         raise PlatformError(
             f"{' and '.join(missing)}: not found on this machine, so nothing was converted. Name "
@@ -113,14 +113,14 @@ class GgufWriter:
     """The writer of all files of one model into one folder.
 
     Args:
-        found: llama.cpp's programs.
+        programs: llama.cpp's programs.
         folder: An existing folder for the files, and for what is removed again.
         name: The model's name, for file names.
-        say: Called with a line before each slow step.
+        log: Called with a line before each slow step.
     """
 
-    def __init__(self, found: LlamaCpp, folder: Path, name: str, say: Say = lambda line: None):
-        self.found, self.folder, self.name, self.say = found, folder, name, say
+    def __init__(self, programs: LlamaCpp, folder: Path, name: str, log: Log = lambda line: None):
+        self.programs, self.folder, self.name, self.log = programs, folder, name, log
         self.work = folder / ".work"
         self.variables = converter_variables(self.work / "modules")
 
@@ -143,7 +143,7 @@ class GgufWriter:
 
         Args:
             network: The sub-model.
-            depth: Its depth in the nested model.
+            depth: Depth in the nested model.
             num_layers: Layers of the nested model.
             types: The types.
             keep_base: Whether a file in float32 is needed, whatever the types; it is the last one.
@@ -153,18 +153,18 @@ class GgufWriter:
             PlatformError: A program failed.
         """
         source = self.work / f"source_{depth}"
-        self.say(f"exit @{depth}: writing it for the converter")
+        self.log(f"exit @{depth}: writing it for the converter")
         write_source(network, source)
         wanted = [*types, *([BASE] if keep_base and BASE not in types else [])]
         paths = {
             kind: self.folder / file_name(self.name, depth, num_layers, kind) for kind in wanted
         }
         base = paths.get(BASE, self.work / f"base_{depth}.gguf")
-        quantised = [kind for kind in wanted if kind != BASE and self.found.quantiser]
+        quantised = [kind for kind in wanted if kind != BASE and self.programs.quantiser]
         if quantised or BASE in wanted:
             self._convert(source, base, "--outtype", BASE)
         for kind in wanted:
-            self.say(f"exit @{depth}: {kind}")
+            self.log(f"exit @{depth}: {kind}")
             if kind in quantised:
                 self._quantise(base, paths[kind], kind)
             elif kind != BASE:
@@ -179,7 +179,7 @@ class GgufWriter:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _convert(self, source: Path, target: Path, *options: str) -> None:
-        command = [sys.executable, self.found.converter, source, "--outfile", target, *options]
+        command = [sys.executable, self.programs.converter, source, "--outfile", target, *options]
         run_program(
             [*command, "--model-name", self.name],
             self.variables,
@@ -187,7 +187,7 @@ class GgufWriter:
         )
 
     def _quantise(self, base: Path, target: Path, kind: str) -> None:
-        command = [self.found.quantiser, base, target, kind.upper(), os.cpu_count() or 1]
+        command = [self.programs.quantiser, base, target, kind.upper(), os.cpu_count() or 1]
         run_program(command)
 
     def _judge(self, network: NetworkOrigin, depth: int, kind: str, path: Path) -> WrittenFile:

@@ -141,10 +141,10 @@ def test_a_server_that_reads_other_tokens(models, tmp_path):
 
 def real() -> Path:
     """Return llama.cpp's server; skip the test where it is missing."""
-    found = find_llama_cpp()
-    if None in (found.converter, found.quantiser, found.server):
+    programs = find_llama_cpp()
+    if None in (programs.converter, programs.quantiser, programs.server):
         pytest.skip("llama.cpp is not installed: python -m lab.build_llama_cpp")
-    return found.server
+    return programs.server
 
 
 @pytest.mark.faults

@@ -36,7 +36,7 @@ def change_config(directory: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_programs_are_found_by_option_variable_and_path(tmp_path, monkeypatch):
+def test_programs_come_from_option_variable_and_path(tmp_path, monkeypatch):
     """A named folder counts alone; without one, PATH and the cache of the lab's build."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
@@ -58,9 +58,9 @@ def test_programs_are_found_by_option_variable_and_path(tmp_path, monkeypatch):
     shutil.copytree(one, sources)
     (build / "build_without_amx").mkdir()
     (sources / "build" / "bin").rename(build / "build_without_amx" / "bin")
-    found = find_llama_cpp()
-    assert found.converter == sources / "convert_hf_to_gguf.py"
-    assert found.quantiser == build / "build_without_amx" / "bin" / "llama-quantize"
+    programs = find_llama_cpp()
+    assert programs.converter == sources / "convert_hf_to_gguf.py"
+    assert programs.quantiser == build / "build_without_amx" / "bin" / "llama-quantize"
     monkeypatch.setenv("PATH", str(one / "build" / "bin"))
     assert find_llama_cpp().quantiser == expected.quantiser
 
@@ -117,8 +117,8 @@ def test_settings_of_drafts(best, strategies, expected, tmp_path):
     if strategies:
         tuned = {"format": 1, "best": best, "strategies": {"full": {}, **strategies}}
         (tmp_path / "decoding.json").write_text(json.dumps(tuned))
-    found = draft_settings(tmp_path, (1, 2, 4))
-    assert (found.depth, found.num_draft_tokens, found.least_confidence) == expected
+    settings = draft_settings(tmp_path, (1, 2, 4))
+    assert (settings.depth, settings.num_draft_tokens, settings.least_confidence) == expected
     assert draft_settings(tmp_path, (4,)).depth is None
     (tmp_path / "decoding.json").write_text("{")
     with pytest.raises(DataError, match="tune again"):
