@@ -8,6 +8,7 @@ Each file here is a command (``python -m lab.NAME``). Each folder holds what com
     native_speed
                                     measure: benchmarks/, decoding/
     build_llama_cpp, contest        compare decoders of others with ours: contests/
+    bench_llama_cpp                 llama.cpp with and without an extracted draft: llama_cpp/
     bench_serving, serving_clients  compare servers of others with ours, run their clients: serving/
     prove_decoding, kill_test, accept_npu
                                     prove: decoding/, reliability/, acceptance/

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.llama_cpp.programs import default_folder
 
 VERSION = "0.3.36"
 """Version of llama-cpp-python."""
@@ -57,11 +58,6 @@ class LlamaPrograms:
     sources: Path
     programs: Path
     programs_for_batches: Path
-
-
-def default_folder() -> Path:
-    """Return the folder of builds in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_cpp_contest"
 
 
 def has_amx(cpu_information: str | None = None) -> bool:

@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from lab.contests.server import Completion, LlamaServer
 from lab.decoding.overhead import exact_length
 from megatron_sorted.decoding.generate import generate
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.strategies import Strategy
 from megatron_sorted.decoding.texts import Limits
+from megatron_sorted.llama_cpp.server import Completion, LlamaServer
 
 OURS, BY_TORCH, TRANSFORMERS, LLAMA = "ours", "ours by torch", "transformers", "llama.cpp"
 """Engines."""

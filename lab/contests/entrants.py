@@ -24,13 +24,13 @@ from lab.contests.contenders import (
     packed_bytes,
     weights_read,
 )
-from lab.contests.gguf import KINDS, bytes_a_token, convert, extract, quantise
-from lab.contests.server import LlamaServer, ServedModel
+from lab.contests.gguf import KINDS, bytes_a_token, write_file
 from megatron_sorted.decoding.network import Network, load_network
 from megatron_sorted.decoding.strategies import SPECULATIVE, STRATEGIES, Full, Strategy
 from megatron_sorted.decoding.texts import Limits
 from megatron_sorted.decoding.tuning.tune import Tuning
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.llama_cpp.server import LlamaServer, ServedModel
 
 OUR_KINDS = ("float32", "bfloat16", "int8")
 LOSSLESS = tuple(strategy.name for strategy in SPECULATIVE)
@@ -56,9 +56,8 @@ class Peer:
 
     def file(self, model: Path, depth: int, kind: str) -> Path:
         """Return the GGUF file of a model's first layers, made unless it is there."""
-        place = self.folder / f"{model.resolve().name}-{depth}"
-        plain = extract(model, depth, place)
-        return quantise(convert(plain, place.with_suffix(".gguf"), self.build), kind, self.build)
+        target = self.folder / f"{model.resolve().name}-{depth}-{kind}.gguf"
+        return write_file(model, depth, kind, target, self.build)
 
 
 class Entrants:
@@ -129,7 +128,7 @@ class Entrants:
             draft = None if draft_depth is None else self.peer.file(self.model, draft_depth, kind)
             name = f"llama.cpp {kind}" + (", draft" if draft else "")
             name += f", {slots} slots" if slots > 1 else ""
-            size = bytes_a_token(file, self.peer.build)
+            size = bytes_a_token(file)
             served = ServedModel(
                 self.peer.build.programs / "llama-server", file, self.threads, self.peer.context,
                 slots, "f32" if kind == "F32" else "f16", draft, self.peer.num_draft_tokens,

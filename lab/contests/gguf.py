@@ -1,4 +1,4 @@
-"""Models of the contest in llama.cpp's format, by its own converter and quantiser.
+"""Models of the contest in llama.cpp's format, as ``megatron-sorted convert gguf`` writes them.
 
 Prompts and texts of the contest are token ids, so the files have a stand-in vocabulary.
 """
@@ -6,14 +6,13 @@ Prompts and texts of the contest are token ids, so the files have a stand-in voc
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from lab.build_llama_cpp import LlamaPrograms
-from megatron_sorted.errors import PlatformError
-from megatron_sorted.files import write_text_atomically
+from megatron_sorted.conversion.open_model import open_model
+from megatron_sorted.llama_cpp.conversion import GgufConversion, GgufOptions
+from megatron_sorted.llama_cpp.gguf_file import GgufFile
+from megatron_sorted.llama_cpp.programs import CONVERTER, QUANTISER, LlamaCpp
 from megatron_sorted.reading.json_text import read_json_object
 
 KINDS = ("F32", "BF16", "Q8_0", "Q4_K_M")
@@ -22,14 +21,6 @@ BYTE_TOKENS = 256
 END = 0
 """Token that ends a text in the stand-in vocabulary: the one for unknown text, which no trained
 model writes. llama.cpp never chooses it (ignore_eos), so that all texts have the same length."""
-COUNT = """\
-import json, sys
-from gguf import GGUFReader
-sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(sys.argv[1]).tensors}
-if "output.weight" in sizes:  # the embedding's rows are looked up; a tied one is the head
-    del sizes["token_embd.weight"]
-print(json.dumps(sum(sizes.values())))
-"""
 
 
 def stand_in_vocabulary(size: int) -> bytes:
@@ -59,93 +50,46 @@ def stand_in_vocabulary(size: int) -> bytes:
     return model.SerializeToString()
 
 
-def extract(model: Path, depth: int, target: Path) -> Path:
-    """Return an ordinary Hugging Face directory of a model's first layers, in float32.
-
-    Raises:
-        PlatformError: The command failed.
-    """
-    if not (target / "config.json").is_file():
-        _run(
-            [sys.executable, "-m", "megatron_sorted", "extract", model, target, "--depth", depth,
-             "--dtype", "float32", "--overwrite", "--no-verify"]
-        )  # fmt: skip
-    return target
-
-
-def convert(directory: Path, target: Path, build: LlamaPrograms) -> Path:
-    """Write an ordinary Hugging Face directory as a GGUF file in float32, unless it is there.
+def write_file(model: Path, depth: int, kind: str, target: Path, build: LlamaPrograms) -> Path:
+    """Return a GGUF file of a model's first layers, with the stand-in vocabulary; write it once.
 
     Args:
-        directory: The directory.
+        model: Hugging Face directory.
+        depth: Number of layers.
+        kind: One of ``KINDS``.
         target: The file.
-        build: The build of llama.cpp, whose converter runs in this Python.
+        build: The build of llama.cpp.
 
     Raises:
-        PlatformError: The converter failed.
+        PlatformError: A program of llama.cpp failed.
     """
     if target.is_file():
         return target
-    source = target.with_suffix(".source")
-    shutil.rmtree(source, ignore_errors=True)
-    source.mkdir(parents=True)
-    config = read_json_object(directory / "config.json")
+    work = target.with_suffix(".work")
+    shutil.rmtree(work, ignore_errors=True)
+    (work / target.stem).mkdir(parents=True)
+    config = read_json_object(model / "config.json")
     config |= {"bos_token_id": 1, "eos_token_id": END, "pad_token_id": END}
+    source = work / target.stem
     (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (source / "tokenizer.model").write_bytes(stand_in_vocabulary(config["vocab_size"]))
-    for file in directory.glob("*.safetensors*"):
+    for file in model.glob("*.safetensors*"):
         os.symlink(file.absolute(), source / file.name)
-    partial = target.with_suffix(".partial")
-    converter = build.sources / "convert_hf_to_gguf.py"
-    _run([sys.executable, converter, source, "--outfile", partial, "--outtype", "f32"])
-    shutil.rmtree(source)
-    partial.rename(target)
+    options = GgufOptions([kind.lower()], [depth], verify=False)
+    conversion = GgufConversion(source, open_model(source), work / "files", options)
+    programs = LlamaCpp(build.sources / CONVERTER, build.programs / QUANTISER)
+    [written] = conversion.run(programs, lambda line: None).files
+    written.path.rename(target)
+    shutil.rmtree(work)
     return target
 
 
-def quantise(source: Path, kind: str, build: LlamaPrograms) -> Path:
-    """Return a float32 file in another kind of weights, written unless it is there.
-
-    Raises:
-        PlatformError: llama-quantize failed.
-    """
-    if kind == "F32":
-        return source
-    target = source.with_name(f"{source.stem}-{kind}.gguf")
-    if not target.is_file():
-        partial = target.with_suffix(".partial")
-        _run([build.programs / "llama-quantize", source, partial, kind, "1"])
-        partial.rename(target)
-    return target
-
-
-def bytes_a_token(file: Path, build: LlamaPrograms) -> int:
+def bytes_a_token(file: Path) -> int:
     """Return the bytes of the weights that a token reads: all but an embedding that is no head.
 
     Raises:
-        PlatformError: The file cannot be read.
+        DataError: The file cannot be read.
     """
-    cached = file.with_suffix(".bytes.json")
-    if not cached.is_file():
-        package = str(build.sources / "gguf-py")
-        printed = _run([sys.executable, "-c", COUNT, file], {"PYTHONPATH": package})
-        write_text_atomically(cached, printed.strip().splitlines()[-1])
-    return json.loads(cached.read_text(encoding="utf-8"))
-
-
-def _run(command: Sequence[object], variables: dict[str, str] | None = None) -> str:
-    """Run a program and return its standard output."""
-    arguments = [str(word) for word in command]
-    done = subprocess.run(
-        arguments,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **(variables or {})},
-        check=False,
-    )
-    if done.returncode:
-        raise PlatformError(
-            f"{' '.join(arguments)}: it ended with status {done.returncode}. Correct what it says: "
-            f"{(done.stdout + done.stderr).strip()[-800:]}"
-        )
-    return done.stdout
+    tensors = GgufFile(file).tensors
+    skipped = "token_embd.weight" if "output.weight" in tensors else None  # a tied one is the head
+    return sum(tensor.num_bytes for name, tensor in tensors.items() if name != skipped)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from lab.contests.contenders import LLAMA, OURS, TRANSFORMERS
 from lab.contests.entrants import Peer
-from lab.contests.server import ServedModel
 from lab.serving.dialects import Completions, Dialect, LlamaCompletions
 from lab.serving.servers import Launch
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.llama_cpp.server import ServedModel
 
 BEFORE = "ours before"
 FULL, SPECULATIVE = "full", "self_speculative"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sorted.commands.options.gguf import add_gguf_options
 from megatron_sorted.commands.options.models import check_directories
 from megatron_sorted.commands.parser import Parser
 from megatron_sorted.conversion.hugging_face.families import DTYPES
@@ -41,6 +42,12 @@ VERBS = {
         "ADAPTER",
         "Write the low-rank adapters of a checkpoint in the format of peft.",
         "runs/llama my-adapter --base-model NAME",
+    ),
+    "gguf": (
+        "MODEL",
+        "DESTINATION",
+        "Write files for llama.cpp, one for each exit, by llama.cpp's own converter.",
+        "my-llama my-llama-gguf --type q8_0 --llama-cpp llama.cpp",
     ),
 }
 """Verb -> its two directories, its description, and the arguments of an example."""
@@ -106,6 +113,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                 metavar="X",
                 help="largest difference of logits, relative (default: 1e-4)",
             )
+        if verb not in ("export-adapter", "gguf"):
             command.add_argument(
                 "--report",
                 type=Path,
@@ -116,10 +124,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument(
                 "--overwrite", action="store_true", help="replace the destination if it exists"
             )
-        if verb in ("import", "export"):
+        if verb in ("import", "export", "gguf"):
             command.add_argument(
                 "--no-verify", action="store_true", help="do not compare the result with the source"
             )
+        if verb in ("import", "export"):
             for axis in ("tensor", "pipeline"):
                 command.add_argument(
                     f"--target-{axis}-parallel-size", type=int, help=argparse.SUPPRESS
@@ -156,17 +165,62 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="Hugging Face model that the adapters were trained on",
     )
+    add_gguf_options(commands["gguf"])
     values = parser.parse_args(arguments)
     values.first, values.second = values.first or values.load_dir, values.second or values.save_dir
+    if values.verb == "gguf" and values.first is not None and values.second is None:
+        values.second = Path(f"{values.first.resolve().name}-gguf")
     if values.first is None or values.second is None:
         parser.error(f"{values.verb} needs two directories")
     return values
+
+
+def convert_to_gguf(values: argparse.Namespace) -> None:
+    """Write files for llama.cpp, and print the command that serves them."""
+    from megatron_sorted.conversion.open_model import open_model
+    from megatron_sorted.conversion.report import describe
+    from megatron_sorted.conversion.verifying.comparison import TOLERANCE
+    from megatron_sorted.llama_cpp.conversion import GgufConversion, GgufOptions
+    from megatron_sorted.llama_cpp.limits import notes_on
+    from megatron_sorted.llama_cpp.programs import find_llama_cpp
+
+    began = time.monotonic()
+    programs = find_llama_cpp(values.llama_cpp)
+    model = open_model(values.first, values.ckpt_step, values.vocab_size, values.lora_rank_used)
+    print(describe(model), flush=True)
+    tolerance = TOLERANCE if values.tolerance is None else values.tolerance
+    options = GgufOptions(
+        values.types, values.depth, values.overwrite, not values.no_verify, tolerance,
+        values.threads,
+    )  # fmt: skip
+    conversion = GgufConversion(values.first, model, values.second, options)
+    for line in notes_on(model.settings, conversion.types):
+        print(f"note: {line}")
+    if programs.converter is None:
+        print("llama.cpp's converter was not found. Where it is (LLAMA_CPP: its folder), these do:")
+        print("\n".join(conversion.manual_commands(values.first)))
+    written = conversion.run(programs, lambda line: print(line, flush=True))
+    state = "tensors verified"
+    if written.check is not None:
+        print(f"\n{written.check.table()}\n")
+        for note in written.check.notes:
+            print(f"note: {note}")
+        state = "tensors and next tokens verified"
+    elif not values.no_verify:
+        state += "; next tokens were not compared, since llama-server was not found"
+    for file in written.files:
+        print(file.line())
+    print(f"\ndrafts by {written.settings.origin}:\n{written.command}\n")
+    print(f"wrote {values.second}, {state} ({time.monotonic() - began:.1f} s)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert or compare, and print the result."""
     values = parse(arguments)
     check_directories(values.first, values.second if values.verb == "verify" else None)
+    if values.verb == "gguf":
+        convert_to_gguf(values)
+        return
     from megatron_sorted.conversion.exporting import export_model
     from megatron_sorted.conversion.hugging_face.peft_adapter import export_adapter
     from megatron_sorted.conversion.importing import import_model

@@ -68,8 +68,7 @@ def export_model(
     dtype_name = dtype or str(model.dtype_of(model.pairs[0])).removeprefix("torch.")
     config = config_of_settings(settings, dtype_name, model.config)
     _add_token_ids(config, model)
-    prompt_form = form_of(model)
-    end_ids = trained_ends(model, prompt_form)
+    trained_ends(model, form_of(model))  # what is wrong with them is said before anything is read
     model_tensors, exit_tensors = (
         {
             name: TensorInfo(shape, cast or model.dtype_of(origins[pair.ours]))
@@ -96,17 +95,28 @@ def export_model(
                 count((exit_tensors if pair.is_own_exit else model_tensors)[name].num_bytes)
         for writer in writers.values():
             writer.close()
-        write_config(staged, config)
-        _write_small_files(staged, model.files, config)
-        notes = write_for_transformers(staged)
-        if prompt_form is not None:
-            notes += write_form(staged, prompt_form)
-            write_generation_config(staged, config, end_ids)
+        notes = write_descriptions(staged, model, config)
         for name, text in more_files.items():
             (staged / name).write_text(text, encoding="utf-8")
         return ConversionResult(
             writing.verify_written(network, staged, total, destination), tuple(notes)
         )
+
+
+def write_descriptions(directory: Path, model: OpenModel, config: Mapping[str, Any]) -> list[str]:
+    """Write all files of a directory but the weights; return lines about tokenizer and template.
+
+    Raises:
+        DataError: The tokenizer or the prompt template cannot be used.
+    """
+    form = form_of(model)
+    write_config(directory, config)
+    _write_small_files(directory, model.files, config)
+    notes = write_for_transformers(directory)
+    if form is not None:
+        notes += write_form(directory, form)
+        write_generation_config(directory, config, trained_ends(model, form))
+    return notes
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ def continuation(prompt: list[int], count: int) -> list[int]:
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Answer /health and /completion."""
+    """Answer /health, /completion, and every text of /tokenize with three tokens."""
 
     options: argparse.Namespace
 
@@ -40,6 +40,8 @@ class Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Continue a prompt."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            return self._send(200, {"tokens": [1, 4, 5]})
         prompt, count = body["prompt"], body["n_predict"]
         if not all(isinstance(token, int) for token in prompt) or not body["ignore_eos"]:
             return self._send(400, {"error": {"message": "prompt: token ids are expected"}})

@@ -25,7 +25,7 @@ def test_whole_contest(tmp_path, monkeypatch):
     folder = tmp_path / "llama"
     stand_in_build(folder)
     monkeypatch.setattr(entrants.Peer, "file", lambda self, model, depth, kind: folder / "m.gguf")
-    monkeypatch.setattr(entrants, "bytes_a_token", lambda file, build: 1000)
+    monkeypatch.setattr(entrants, "bytes_a_token", lambda file: 1000)
     arguments = ["contest", "--quick", "--llama-cpp", str(folder), "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     contest.main()

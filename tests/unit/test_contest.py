@@ -14,9 +14,9 @@ from lab.contests.memory import MemoryReader
 from lab.contests.page import goal_lines, group_lines, page
 from lab.contests.picture import draw
 from lab.contests.rounds import Match, Store, play, speed_of
-from lab.contests.server import Completion, LlamaServer, ServedModel
 from lab.contests.summary import GOALS, Spread, fastest, ratio, speeds, verdict_of, verdicts
 from megatron_sorted.errors import DataError, PlatformError, SettingsError
+from megatron_sorted.llama_cpp.server import Completion, LlamaServer, ServedModel
 from tests.support.decoding import needs_native
 from tests.support.stand_in_llama_server import write_program
 

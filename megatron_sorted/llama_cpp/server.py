@@ -1,4 +1,4 @@
-"""A llama-server of the contest: started, asked for tokens, and stopped; it is idle in between."""
+"""A llama-server of this machine: started, asked, and stopped; it is idle in between."""
 
 import http.client
 import json
@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ class ServedModel:
         cache: Type of keys and values.
         draft: GGUF file of a model that drafts; None without one.
         num_draft_tokens: Most tokens of a draft.
+        least_confidence: Probability below which a draft ends, 0 to 1.
+        flash: Flash attention, llama.cpp's "auto", "on" or "off". On CPUs it is used and errs by a
+            few hundredths of a logit, also where keys and values are float32.
     """
 
     program: Path
@@ -42,6 +46,8 @@ class ServedModel:
     cache: str = "f16"
     draft: Path | None = None
     num_draft_tokens: int = 4
+    least_confidence: float = 0.0
+    flash: str = "auto"
 
     def command(self, port: int) -> list[str]:
         """Return the command that serves on a port of this machine."""
@@ -50,6 +56,7 @@ class ServedModel:
             "--threads", self.threads, "--threads-batch", self.threads,
             "--ctx-size", self.context * self.slots, "--parallel", self.slots,
             "--cache-type-k", self.cache, "--cache-type-v", self.cache,
+            "--flash-attn", self.flash,
             # an idle server must not use the processor, and no prompt may be remembered
             "--poll", 0, "--no-cache-prompt", "--cache-ram", 0, "--ctx-checkpoints", 0,
             "--fit", "off", "--no-ui", "--no-slots", "--offline", "--log-verbosity", 1,
@@ -57,7 +64,8 @@ class ServedModel:
         if self.draft is not None:
             arguments += [
                 "--model-draft", self.draft, "--spec-type", "draft-simple",
-                "--spec-draft-n-max", self.num_draft_tokens, "--threads-draft", self.threads,
+                "--spec-draft-n-max", self.num_draft_tokens,
+                "--spec-draft-p-min", self.least_confidence, "--threads-draft", self.threads,
                 "--cache-type-k-draft", self.cache, "--cache-type-v-draft", self.cache,
             ]  # fmt: skip
         return [str(word) for word in arguments]
@@ -73,6 +81,7 @@ class Completion:
         prompt_seconds, seconds: The server's seconds for the prompt, and for what came after it.
         num_steps: Number of tokens that it counts for the latter.
         num_drafted, num_accepted: Numbers of drafted and accepted tokens.
+        is_ended: Whether the text ended by itself.
     """
 
     tokens: list[int]
@@ -82,6 +91,7 @@ class Completion:
     num_steps: float
     num_drafted: int
     num_accepted: int
+    is_ended: bool = False
 
     @classmethod
     def of(cls, answer: dict) -> "Completion":
@@ -96,6 +106,7 @@ class Completion:
             times["predicted_per_second"] * seconds,
             times.get("draft_n", 0),
             times.get("draft_n_accepted", 0),
+            answer.get("stop_type") == "eos",
         )
 
 
@@ -126,26 +137,50 @@ class LlamaServer:
             self.stop()
             raise
 
-    def complete(self, prompt: list[int], num_tokens: int) -> Completion:
-        """Return the greedy continuation of a prompt by this number of tokens.
+    def complete(self, prompt: list[int], num_tokens: int, ignore_eos: bool = True) -> Completion:
+        """Return the greedy continuation of a prompt.
+
+        Args:
+            prompt: Tokens to continue.
+            num_tokens: Number of new tokens.
+            ignore_eos: Whether tokens that end a text are never written.
 
         Raises:
             PlatformError: The server has ended, or refuses.
         """
-        status, answer = self._ask(
-            "POST",
+        answer = self._post(
             "/completion",
             {
                 "prompt": prompt, "n_predict": num_tokens, "temperature": 0, "top_k": 1,
-                "samplers": ["top_k"], "ignore_eos": True, "return_tokens": True,
+                "samplers": ["top_k"], "ignore_eos": ignore_eos, "return_tokens": True,
                 "cache_prompt": False,
             },
         )  # fmt: skip
+        return Completion.of(answer)
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Return the tokens of a text, as the server reads a prompt.
+
+        Raises:
+            PlatformError: The server has ended, or refuses.
+        """
+        return self._post("/tokenize", {"content": text, "add_special": True})["tokens"]
+
+    def rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return a conversation as the file's chat template renders it.
+
+        Raises:
+            PlatformError: The server has ended, or refuses.
+        """
+        return self._post("/apply-template", {"messages": list(messages)})["prompt"]
+
+    def _post(self, path: str, body: dict) -> dict:
+        status, answer = self._ask("POST", path, body)
         if status != http.client.OK:
             raise PlatformError(
                 f"llama-server: status {status}: {json.dumps(answer)[:LAST_PART]}. See {self.log}."
             )
-        return Completion.of(answer)
+        return answer
 
     def complete_all(self, prompts: list[list[int]], num_tokens: int) -> list[Completion]:
         """Return the continuations of prompts that are sent at once."""

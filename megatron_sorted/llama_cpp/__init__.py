@@ -1,0 +1,1 @@
+"""Files for llama.cpp: written by its own converter, compared with the model, and served by it."""
