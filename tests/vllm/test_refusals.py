@@ -46,7 +46,6 @@ def start(arguments: dict) -> None:
             {"speculative_config": {"use_local_argmax_reduction": True}},
             "--speculative-config: use_local_argmax_reduction would change",
         ),
-        (SORTED, {"async_scheduling": True}, "--async-scheduling: drafts of several lengths"),
         (SELF, {"enable_lora": True}, "--enable-lora: drafted tokens would take"),
         (SELF, {"additional_config": {}}, "--additional-config: megatron_sorted is None"),
         (
@@ -69,8 +68,8 @@ def test_settings_of_vllm_that_do_not_fit(model, no_weights, options, more, mess
         start({**arguments, **more})
 
 
-def test_pipeline_parallelism_and_the_other_runner(model, monkeypatch):
-    """By the configuration alone: neither starts on two CPU cores."""
+def test_what_does_not_start_in_this_process(model, monkeypatch):
+    """By the configuration alone: pipeline stages, asynchronous scheduling, the other runner."""
     from vllm.engine.arg_utils import EngineArgs
 
     from megatron_sorted.serving.vllm.checks import check_config
@@ -81,6 +80,10 @@ def test_pipeline_parallelism_and_the_other_runner(model, monkeypatch):
     with pytest.raises(SettingsError, match="--pipeline-parallel-size 2: drafts need the first"):
         check_config(config, SELF)
     config.parallel_config.pipeline_parallel_size = 1
+    config.scheduler_config.async_scheduling = True
+    check_config(config, SELF)
+    with pytest.raises(SettingsError, match="--async-scheduling: drafts of several lengths"):
+        check_config(config, SORTED)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(SettingsError, match="VLLM_USE_V2_MODEL_RUNNER: the plug-in is not tested"):
         check_config(config, SELF)

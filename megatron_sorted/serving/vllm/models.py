@@ -62,6 +62,7 @@ class ModelOfExit:
         loaded = super().load_weights(chain(kept, own.items()))
         if len(own) < len(self.parts):
             self.model.norm = NormAfterParts(self.model.norm, self.parts)
+            loaded |= {name for name, _ in self.model.norm.named_parameters("model.norm")}
         del self.parts
         return loaded
 
