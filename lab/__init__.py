@@ -10,7 +10,8 @@ Each file here is a command (``python -m lab.NAME``). Each folder holds what com
     build_llama_cpp, contest        compare decoders of others with ours: contests/
     bench_llama_cpp                 llama.cpp with and without an extracted draft: llama_cpp/
     bench_serving, serving_clients  compare servers of others with ours, run their clients: serving/
-    prove_decoding, kill_test, accept_npu
-                                    prove: decoding/, reliability/, acceptance/
+    prove_decoding, prove_vllm, kill_test, accept_npu
+                                    prove: decoding/, vllm_proof/, reliability/, acceptance/
+    widen                           writes a wider model of the same function, for measurements
     megatron_versions               test under every supported megatron-core: versions/
 """

@@ -15,6 +15,7 @@ from lab.serving.contenders import FULL
 from lab.serving.parts import LONG_PROMPT, PREFIXES, THROUGHPUT
 from lab.serving.ratios import engine_lines
 from lab.serving.rows import efficiency, rows_of, speed
+from lab.serving.vllm_servers import PLUG_IN, VLLM
 from megatron_sorted.reporting.markdown import facts, table
 
 PATH = re.compile(r"/\S*/")
@@ -36,6 +37,10 @@ HOW = (
     "same kind of weights (Q8_0: int8). llama.cpp and vLLM compute in another order; such texts "
     "may differ from ours after a near tie.",
     "*ours before*: the version below, which writes one request after another.",
+)
+VLLM_HOW = (
+    "vLLM is three processes (API, engine, worker), whose processor time counts together. Its "
+    "options are its defaults but for those that all servers share and those of the command above.",
 )
 
 
@@ -187,10 +192,11 @@ def page(
         command: The command that measures again.
         name: Name of the page's files.
     """
+    has_plug_in = bool(rows_of(rows, engine=PLUG_IN))
     lines = page_head(
-        "Servers with many clients",
+        f"{VLLM} with our plug-in, by load" if has_plug_in else "Servers with many clients",
         "tokens a second and waiting times of our server beside others on CPUs",
-        "[Decoding](../decoding.md)",
+        "[Other engines](../engines.md)" if has_plug_in else "[Decoding](../decoding.md)",
     )
     lines += [f"    {command}", "", f"![Tokens a second by clients](../images/{name}.png)", ""]
     lines += throughput_lines(rows_of(rows, match=THROUGHPUT))
@@ -200,7 +206,7 @@ def page(
         f"{name} did not take part: {PATH.sub('', why)}" for name, why in stored["absent"].items()
     ]
     lines += ["## How it is measured", ""]
-    for text in (*HOW, *absent):
+    for text in (*HOW, *VLLM_HOW * bool(rows_of(rows, engine=VLLM)), *absent):
         one_line = " ".join(text.split())
         lines.append(
             textwrap.fill(one_line, 100, initial_indent="- ", subsequent_indent="  ",

@@ -36,7 +36,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
         figure.legend(
-            handles.values(), handles.keys(), frameon=False, ncols=3, loc="outside lower center"
+            handles.values(),
+            handles.keys(),
+            frameon=False,
+            ncols=min(len(kinds) + 1, 3),
+            loc="outside lower center",
         )
 
 

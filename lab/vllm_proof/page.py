@@ -141,7 +141,7 @@ def page(rows: Sequence[Row], stored: dict[str, Any], settings: dict, command: s
     lines = page_head(
         f"{PLUG_IN} beside {PLAIN}",
         "whether the plug-in changes a text, and what it costs in memory",
-        "[Decoding](../decoding.md)",
+        "[Other engines](../engines.md)",
     )
     texts = [row for row in rows if row["match"] not in (SAMPLING, MEMORY)]
     lines += [f"    {command}", ""]
