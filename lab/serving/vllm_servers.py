@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.contests.gguf import extract
 from lab.serving.contenders import FULL, SPECULATIVE, Contender, Setting
 from lab.serving.dialects import Completions
 from lab.serving.servers import Launch
+from megatron_sorted.commands.extract import main as extract
 from megatron_sorted.decoding.tuning.tuned_options import TUNED_FILE, read_draft_schedule
 from megatron_sorted.installation import ROOT
 
@@ -30,19 +30,22 @@ def vllm_contenders(
         options: vLLM's own options of all forms.
     """
     length = str(setting.draft_tokens)
-    words = [*_common(setting), *options]
+    own = [*_common(setting), *options]
     plain = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", setting.model,
-        "--served-model-name", "model", "--host", "127.0.0.1", "--port", "PORT", *words,
+        "--served-model-name", "model", "--host", "127.0.0.1", "--port", "PORT", *own,
     ]  # fmt: skip
-    found = [_contender(setting, VLLM, FULL, plain)]
+    contenders = [_contender(setting, VLLM, FULL, plain)]
     if depth is None:
-        return found
-    draft = extract(setting.model, depth, work / f"{setting.model.name}-{depth}")
+        return contenders
+    draft = work / f"{setting.model.name}-{depth}"
+    if not (draft / "config.json").is_file():
+        extract([f"{setting.model}", f"{draft}", "--depth", f"{depth}", "--dtype", "float32",
+                 "--overwrite", "--no-verify"])  # fmt: skip
     config = {
         "method": "draft_model", "model": str(draft), "num_speculative_tokens": int(length)
     }  # fmt: skip
-    found.append(
+    contenders.append(
         _contender(
             setting, VLLM, f"draft model, {length} tokens",
             [*plain, "--speculative-config", json.dumps(config)],
@@ -53,14 +56,14 @@ def vllm_contenders(
         "--strategy", SPECULATIVE, "--exit-layer", depth, "--served-name", "model",
         "--threads", setting.threads, "--port", "PORT",
     ]  # fmt: skip
-    found += [
-        _contender(setting, PLUG_IN, strategy, [*ours, *more, "--", *words])
+    contenders += [
+        _contender(setting, PLUG_IN, strategy, [*ours, *more, "--", *own])
         for strategy, more in (
             (f"exit {depth} drafts, {length} tokens", ["--num-draft-tokens", length]),
             (f"exit {depth} {BY_LOAD}", []),
         )
     ]
-    return found
+    return contenders
 
 
 def schedule_text(model: Path, depth: int) -> str:

@@ -10,7 +10,6 @@ and torchcodec are left out: those of PyPI are built for another torch, and text
 """
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from megatron_sorted.command_line import run_main
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.supported import VLLM_TESTED
+from megatron_sorted.reading.json_text import parse_json
 
 CONSTRAINTS = Path(__file__).parent / "constraints.txt"
 PROJECT = Path(__file__).parents[2]
@@ -69,7 +69,9 @@ def python_with(version: str, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     _pip(python, "--no-deps", f"{PACKAGE}=={version}")
-    stated = json.loads(subprocess.check_output([python, "-c", READ_REQUIREMENTS], text=True))
+    stated = parse_json(
+        subprocess.check_output([python, "-c", READ_REQUIREMENTS], text=True), "requirements"
+    )
     pinned = ["-c", CONSTRAINTS] if version == VLLM_TESTED[-1] else []
     _pip(python, *pinned, *requirements_of(stated), "pytest")
     _pip(python, "--no-deps", "--no-build-isolation", "-e", PROJECT)

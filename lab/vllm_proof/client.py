@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.reading.json_text import parse_json
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB_SECONDS = 3600.0
@@ -52,7 +53,7 @@ class VllmProcess:
                     f"{self.python} ended, or wrote nothing. Its log: {self._last_part()}"
                 )
             time.sleep(0.02)
-        answer = json.loads(line)
+        answer = parse_json(line, "answer of vLLM")
         if "error" in answer:
             raise PlatformError(f"vLLM: {answer['error'][:LAST_PART]} Its log says more.")
         return answer

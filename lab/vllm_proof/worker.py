@@ -2,7 +2,7 @@
 
     python -m lab.vllm_proof.worker ANSWERS      jobs as JSON lines on standard input
 
-It imports nothing but vLLM, torch and the standard library: vLLM pins other versions of packages
+It imports vLLM, torch and light modules of the project alone: vLLM pins other versions of packages
 than the project. The engine stays in this process, so that one engine after another starts in less
 than a second, and its scheduler can be watched. Answers are JSON lines in the file ANSWERS.
 """
@@ -13,6 +13,8 @@ import os
 import sys
 import time
 from typing import Any
+
+from megatron_sorted.reading.json_text import parse_json
 
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -129,7 +131,7 @@ def living_bytes() -> int:
                 storage = thing.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
         except (ReferenceError, RuntimeError, NotImplementedError):
-            continue  # a proxy whose object is gone; a tensor without memory
+            continue  # a proxy whose object was freed; a tensor without memory
     return sum(sizes.values())
 
 
@@ -243,7 +245,7 @@ def main() -> None:
     with open(sys.argv[1], "w", encoding="utf-8") as answers:
         for line in sys.stdin:
             try:
-                answer = run(json.loads(line), engines)
+                answer = run(parse_json(line, "job"), engines)
             except Exception as error:  # the other side decides what it means
                 engines.close()
                 answer = {"error": f"{type(error).__name__}: {error}"}

@@ -66,11 +66,11 @@ def refused(error: type, *arguments: object) -> str:
     return str(failure.value)
 
 
-def words_of(line: str) -> dict[str, str]:
+def options_in(line: str) -> dict[str, str]:
     """Return the options of a printed command, {name: value}."""
-    words = shlex.split(line)
+    arguments = shlex.split(line)
     return {
         word: following
-        for word, following in zip(words, [*words[1:], ""], strict=True)
+        for word, following in zip(arguments, [*arguments[1:], ""], strict=True)
         if word.startswith("--") or "=" in word
     }

@@ -15,7 +15,7 @@ import pytest
 from megatron_sorted.commands.serve import main as serve
 from megatron_sorted.decoding.tuning.tuned_options import write_draft_schedule
 from tests.support.commands import ROOT, environment
-from tests.support.vllm_records import TUNED, installation, nested_directory, printed, words_of
+from tests.support.vllm_records import TUNED, installation, nested_directory, options_in, printed
 
 
 @pytest.fixture
@@ -65,11 +65,11 @@ def test_the_command_is_exact(model, vllm, capsys, monkeypatch):
 
 def test_settings_come_from_decoding_json(model, vllm, capsys):
     (model / "decoding.json").write_text(json.dumps(TUNED))
-    given = json.loads(words_of(printed(capsys, model)[0])["--additional-config"])
+    given = json.loads(options_in(printed(capsys, model)[0])["--additional-config"])
     assert given["megatron_sorted"]["depths"] == [2]
     assert given["megatron_sorted"]["num_draft_tokens"] == 3
     line, _ = printed(capsys, model, "--strategy", "sorted_speculative")
-    given = json.loads(words_of(line)["--additional-config"])["megatron_sorted"]
+    given = json.loads(options_in(line)["--additional-config"])["megatron_sorted"]
     assert (given["depths"], given["thresholds"]) == ([1, 2], [0.7, 0.4])
     assert (given["num_draft_tokens"], given["measure"]) == (6, "margin")
     assert "--no-async-scheduling" in line
@@ -84,7 +84,7 @@ def test_settings_come_from_decoding_json(model, vllm, capsys):
         "--measure",
         "entropy",
     )
-    given = json.loads(words_of(line)["--additional-config"])["megatron_sorted"]
+    given = json.loads(options_in(line)["--additional-config"])["megatron_sorted"]
     assert (given["depths"], given["thresholds"], given["measure"]) == ([1], [0.5], "entropy")
 
 
@@ -93,11 +93,11 @@ def test_the_schedule_is_used_unless_a_length_is_given(model, vllm, capsys):
     path.write_text(json.dumps(TUNED))
     rows = [[1, 4, 5], [5, 8, 0]]
     write_draft_schedule(path, "vllm", 2, {"schedule": rows})
-    speculation = json.loads(words_of(printed(capsys, model)[0])["--speculative-config"])
+    speculation = json.loads(options_in(printed(capsys, model)[0])["--speculative-config"])
     assert speculation["num_speculative_tokens"] == 5
     assert speculation["num_speculative_tokens_per_batch_size"] == rows
     line, _ = printed(capsys, model, "--num-draft-tokens", 2)
-    speculation = json.loads(words_of(line)["--speculative-config"])
+    speculation = json.loads(options_in(line)["--speculative-config"])
     assert speculation["num_speculative_tokens"] == 2
     assert "num_speculative_tokens_per_batch_size" not in speculation
     # another exit has no schedule
@@ -117,14 +117,14 @@ def test_what_was_measured_in_vllm_wins_over_our_own_decoder(model, vllm, capsys
     write_draft_schedule(path, "vllm", 2, {**measured, "date": "2026-12-01T03:00:00+00:00"})
     for given in ([], ["--strategy", "self_speculative"]):
         line, _ = printed(capsys, model, *given)
-        options = json.loads(words_of(line)["--additional-config"])["megatron_sorted"]
+        options = json.loads(options_in(line)["--additional-config"])["megatron_sorted"]
         assert options["depths"] == [1] and options["draft_schedule"] == [[1, 4, 2]]
     assert "--speculative-config" not in printed(capsys, model, "--strategy", "full")[0]
 
 
 def test_a_depth_and_the_full_model(model, vllm, capsys):
     line, _ = printed(capsys, model, "--strategy", "fixed", "--exit-layer", 2)
-    overrides = json.loads(words_of(line)["--hf-overrides"])
+    overrides = json.loads(options_in(line)["--hf-overrides"])
     assert overrides["num_hidden_layers"] == 2 and "--speculative-config" not in line
     line, _ = printed(capsys, model, "--strategy", "full")
     assert "--worker-cls" not in line and "VLLM_USE_V2" not in line
@@ -137,7 +137,7 @@ def test_options_of_our_server_that_vllm_has(model, vllm, capsys):
     given += ["--dtype", "bfloat16", "--shutdown-timeout", "3", "--prefix-caching", "off"]
     given += ["--generation-config", "none", "--tokenizer", "t", "--threads", "2"]
     line, _ = printed(capsys, model, *given)
-    options = words_of(line)
+    options = options_in(line)
     assert options["--host"] == "0.0.0.0" and options["--port"] == "1"
     assert options["--served-model-name"] == "m" and options["--max-num-seqs"] == "32"
     assert options["--dtype"] == "bfloat16" and options["--shutdown-timeout"] == "3"
