@@ -92,3 +92,20 @@ def test_files_of_layers_above_are_not_read(tmp_path, monkeypatch):
         if not name.startswith(("model.layers.2.", "model.layers.3."))
     }
     assert {Path(file).name for file in read} == needed < {*index.values()}
+
+
+def test_heads_of_exits_are_not_taken_for_the_head_of_a_tied_model(tmp_path):
+    """vLLM alone unties such a model and computes with a head that it never loads."""
+    directory = write_model(tmp_path / "model", "qwen2", ("norm", "lm_head"))
+    some = prompts(6)
+    wanted = [
+        reference(directory).generate(torch.tensor([one]), 4, 12)[0, len(one) :].tolist()
+        for one in some
+    ]
+    for options in (
+        EngineOptions(),
+        EngineOptions("fixed", (4,)),
+        EngineOptions("self_speculative", (2,)),
+    ):
+        with engine(directory, options) as (llm, _):
+            assert generate(llm, some, 12) == wanted

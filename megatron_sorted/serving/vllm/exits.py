@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_sorted.conversion.hugging_face.exit_keys import exits_of_config
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.reading.json_text import read_json_object, read_optional_object
 from megatron_sorted.reading.shown import shown
 
 EXITS_FILE = "exits.safetensors"
@@ -51,6 +51,18 @@ class Exits:
     def file(self) -> Path:
         """Return the file with the exits' own parts."""
         return self.directory / EXITS_FILE
+
+    @property
+    def has_full_head(self) -> bool:
+        """Return whether the full model's own files have an output matrix.
+
+        Such a directory always has an index.
+
+        Raises:
+            DataError: The index is damaged.
+        """
+        index = read_optional_object(self.directory / "model.safetensors.index.json")
+        return "lm_head.weight" in index.get("weight_map", {})
 
     def has_parts_at(self, depth: int) -> bool:
         """Return whether an exit has anything of its own; the full model never has."""

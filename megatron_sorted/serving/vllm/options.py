@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_sorted.confidence import MAX_DRAFT_TOKENS, MEASURES
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.serving.vllm.exits import Exits, read_exits_of
+from megatron_sorted.serving.vllm.exits import EXITS_FILE, Exits, read_exits_of
 
 KEY = "megatron_sorted"
 """The key of our options in vLLM's --additional-config."""
@@ -145,13 +145,15 @@ def engine_arguments(model: str | Path, options: EngineOptions) -> dict[str, Any
         SettingsError: The model does not support the options.
     """
     arguments: dict[str, Any] = {"model": str(model)}
-    if options.strategy == "full":
+    # with such a file beside it the worker sets right what vLLM takes the model's head to be
+    if options.strategy == "full" and not (Path(model) / EXITS_FILE).is_file():
         return arguments
     exits = read_exits_of(Path(model))
     check_options(options, exits)
     arguments |= {"worker_cls": WORKER, "additional_config": {KEY: options.to_json()}}
-    if not options.drafts:
+    if options.strategy == "fixed":
         arguments["hf_overrides"] = exits.overrides_at(options.depths[0])
+    if not options.drafts:
         return arguments
     arguments["speculative_config"] = {
         "method": "draft_model",
