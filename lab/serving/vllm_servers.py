@@ -30,19 +30,19 @@ def vllm_contenders(
         options: vLLM's own options of all forms.
     """
     length = str(setting.draft_tokens)
-    words = [*_common(setting), *options]
+    arguments = [*_common(setting), *options]
     plain = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", setting.model,
-        "--served-model-name", "model", "--host", "127.0.0.1", "--port", "PORT", *words,
+        "--served-model-name", "model", "--host", "127.0.0.1", "--port", "PORT", *arguments,
     ]  # fmt: skip
-    found = [_contender(setting, VLLM, FULL, plain)]
+    contenders = [_contender(setting, VLLM, FULL, plain)]
     if depth is None:
-        return found
+        return contenders
     draft = extract(setting.model, depth, work / f"{setting.model.name}-{depth}")
     config = {
         "method": "draft_model", "model": str(draft), "num_speculative_tokens": int(length)
     }  # fmt: skip
-    found.append(
+    contenders.append(
         _contender(
             setting, VLLM, f"draft model, {length} tokens",
             [*plain, "--speculative-config", json.dumps(config)],
@@ -53,14 +53,14 @@ def vllm_contenders(
         "--strategy", SPECULATIVE, "--exit-layer", depth, "--served-name", "model",
         "--threads", setting.threads, "--port", "PORT",
     ]  # fmt: skip
-    found += [
-        _contender(setting, PLUG_IN, strategy, [*ours, *more, "--", *words])
+    contenders += [
+        _contender(setting, PLUG_IN, strategy, [*ours, *more, "--", *arguments])
         for strategy, more in (
             (f"exit {depth} drafts, {length} tokens", ["--num-draft-tokens", length]),
             (f"exit {depth} {BY_LOAD}", []),
         )
     ]
-    return found
+    return contenders
 
 
 def schedule_text(model: Path, depth: int) -> str:

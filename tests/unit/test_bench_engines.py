@@ -34,9 +34,9 @@ def test_all_forms_of_vllm_differ_by_what_drafts_alone(tmp_path):
     model = tmp_path / "model"
     save_model(model, "llama", True, exit_layer_indices=[1, 2, 4])
     setting = Setting(model, 1, 32, 256, draft_tokens=3)
-    found = vllm_contenders(setting, Path(sys.executable), 2, tmp_path, ["--enforce-eager"])
-    assert [one.engine for one in found] == [VLLM, VLLM, PLUG_IN, PLUG_IN]
-    plain, draft, fixed, by_load = (list(one.launch.command) for one in found)
+    contenders = vllm_contenders(setting, Path(sys.executable), 2, tmp_path, ["--enforce-eager"])
+    assert [one.engine for one in contenders] == [VLLM, VLLM, PLUG_IN, PLUG_IN]
+    plain, draft, fixed, by_load = (list(one.launch.command) for one in contenders)
     assert draft[: len(plain)] == plain and plain[-1] == "--enforce-eager"
     config = json.loads(draft[draft.index("--speculative-config") + 1])
     assert config["num_speculative_tokens"] == 3
@@ -47,16 +47,16 @@ def test_all_forms_of_vllm_differ_by_what_drafts_alone(tmp_path):
         assert plain[-len(own) :] == own  # vLLM's own options are the same
     assert fixed[fixed.index("--num-draft-tokens") + 1] == "3"
     assert "--num-draft-tokens" not in by_load  # as tuned
-    assert len({one.name for one in found}) == len({one.launch for one in found}) == 4
-    assert len({one.launch.variables for one in found}) == 1
-    assert all(one.dialect.fields["skip_special_tokens"] is False for one in found)
+    assert len({one.name for one in contenders}) == len({one.launch for one in contenders}) == 4
+    assert len({one.launch.variables for one in contenders}) == 1
+    assert all(one.dialect.fields["skip_special_tokens"] is False for one in contenders)
     assert schedule_text(model, 2) == "not tuned"
     write_draft_schedule(model / TUNED_FILE, "vllm", 2, {"schedule": [[1, 8, 4], [9, 32, 0]]})
     assert schedule_text(model, 2) == "1 to 8 texts 4 tokens, 9 to 32 texts 0 tokens"
     assert len(vllm_contenders(setting, Path(sys.executable), None, tmp_path, [])) == 1
 
 
-def test_ratios_are_taken_within_rounds_and_say_whether_the_aim_is_met(tmp_path):
+def test_ratios_are_taken_within_rounds_and_compared_with_the_aim(tmp_path):
     rows = [
         row(f"{OURS}, {SPECULATIVE}", 1, 0, 120),
         *(row(VLLM, case, number, tokens)

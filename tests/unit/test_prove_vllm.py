@@ -119,8 +119,10 @@ def test_probabilities_of_later_pairs_sum_over_the_first_token(model):
             for third, three in likeliest([*prompt, first, second]):
                 pair = second, third
                 expected[pair] = expected.get(pair, 0) + one * two * three
-    found = later_pairs_expected(model, prompt, 0.7, top_k)
-    assert found == pytest.approx(expected, abs=1e-6) and sum(found.values()) == pytest.approx(1)
+    computed = later_pairs_expected(model, prompt, 0.7, top_k)
+    assert computed == pytest.approx(expected, abs=1e-6) and sum(
+        computed.values()
+    ) == pytest.approx(1)
 
 
 def test_equal_texts_and_drafts_pass_and_the_same_command_continues(model, tmp_path):
