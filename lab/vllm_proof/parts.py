@@ -57,7 +57,7 @@ class Proof:
         self.factors = factors(self.depths, pair)
 
     def compare_texts(self, names: Sequence[str] | None, after: Callable[[], None]) -> None:
-        """Compare the texts of every factor that is not kept yet with this many prompts.
+        """Compare the texts of every factor that has too few rows.
 
         Args:
             names: Names of the factors; None for all.

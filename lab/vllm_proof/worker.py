@@ -131,7 +131,7 @@ def living_bytes() -> int:
                 storage = thing.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
         except (ReferenceError, RuntimeError, NotImplementedError):
-            continue  # a proxy whose object was freed; a tensor without memory
+            continue  # a proxy of a removed object; a tensor without memory
     return sum(sizes.values())
 
 
