@@ -19,19 +19,21 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lab.contests.models import question_prompts
 from lab.llama_cpp.page import page
-from lab.llama_cpp.turns import PLAIN, Files, agreement_of, served_models, take_turns
+from lab.llama_cpp.turns import PLAIN, Files, Row, agreement_of, served_models, take_turns
 from megatron_sorted.benchmark.questions import read_questions
 from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.conversion.origins import whole_network
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.files import write_text_atomically
-from megatron_sorted.llama_cpp.draft_settings import draft_settings
+from megatron_sorted.llama_cpp.draft_settings import DraftSettings, draft_settings
+from megatron_sorted.llama_cpp.next_tokens import Agreement
 from megatron_sorted.llama_cpp.programs import SERVER, find_llama_cpp
 from megatron_sorted.llama_cpp.server import LlamaServer
 from megatron_sorted.llama_cpp.source_directory import end_ids
@@ -60,6 +62,21 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_raw(
+    path: Path, rows: list[Row], command: str, draft: DraftSettings,
+    agreements: Mapping[str, Agreement],
+) -> None:  # fmt: skip
+    """Write all rows as JSON, one a line."""
+    head = {
+        "command": command,
+        "draft": dataclasses.asdict(draft),
+        "agreements": {kind: dataclasses.asdict(one) for kind, one in agreements.items()},
+    }
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, f'{json.dumps(head)[:-1]},\n"rows": [\n{lines}\n]}}\n')
+
+
 def main() -> None:
     """Measure, and write the page."""
     values = read_arguments()
@@ -75,6 +92,9 @@ def main() -> None:
     prompts = [prompt for group in groups.values() for prompt in group]
     context = MOST_PROMPT_TOKENS + values.tokens + 64
     rows, texts = [], {}
+    shown = [Path(one).name if Path(one).is_absolute() else one for one in sys.argv[1:]]
+    command = shlex.join(["python", "-m", "lab.bench_llama_cpp", *shown])
+    raw = values.output / "llama_cpp.json"
     with contextlib.ExitStack() as stack:
         served = served_models(program, files, values.kinds, draft, values.threads, context)
         servers = {}
@@ -86,25 +106,15 @@ def main() -> None:
                 servers, prompts, values.tokens, values.rounds, progress.update
             ):
                 rows += new
+                write_raw(raw, rows, command, draft, {})  # a stopped measurement keeps its rounds
     ends = end_ids(whole_network(model))
     agreements = {
         kind: agreement_of(model, layers, kind, prompts, texts[kind, PLAIN], ends)
         for kind in tqdm(values.kinds, "compared with transformers")
     }
-    shown = [Path(one).name if Path(one).is_absolute() else one for one in sys.argv[1:]]
-    command = shlex.join(["python", "-m", "lab.bench_llama_cpp", *shown])
-    raw = values.output / "llama_cpp.json"
     setting = f"{values.threads} threads"
     text = page(rows, files, values.kinds, draft, agreements, command, setting, raw)
-    content = {
-        "command": command,
-        "draft": dataclasses.asdict(draft),
-        "agreements": {kind: dataclasses.asdict(one) for kind, one in agreements.items()},
-    }
-    head = json.dumps(content)[:-1]
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    values.output.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(raw, f'{head},\n"rows": [\n{lines}\n]}}\n')
+    write_raw(raw, rows, command, draft, agreements)
     write_text_atomically(values.output / "llama_cpp.md", text)
     print(text)
 

@@ -68,7 +68,7 @@ def export_model(
     dtype_name = dtype or str(model.dtype_of(model.pairs[0])).removeprefix("torch.")
     config = config_of_settings(settings, dtype_name, model.config)
     _add_token_ids(config, model)
-    trained_ends(model, form_of(model))  # reports what is wrong with them before anything is read
+    trained_ends(model, form_of(model))  # their faults are reported before anything is read
     model_tensors, exit_tensors = (
         {
             name: TensorInfo(shape, cast or model.dtype_of(origins[pair.ours]))
