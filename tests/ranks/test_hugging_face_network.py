@@ -24,6 +24,12 @@ ROPE_SCALING = {
     "rope_scaling_factor": 8.0,
     "rope_scaling_original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN_SCALING = {
+    "rope_scaling_type": "yarn",
+    "rope_scaling_factor": 4.0,
+    "rope_scaling_original_max_position_embeddings": 16,
+}
 # name: (family, changes of its config, changes of our settings); tiny: 4 layers, 4 heads in 2
 # groups, tied
 CASES = {
@@ -70,6 +76,59 @@ CASES = {
             "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0},
         },
         {"rotary_seq_len_interpolation_factor": 2.5, **UNTIED},
+    ),
+    "yarn, factor 4": (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_theta": 10000.0, **YARN},
+        },
+        YARN_SCALING,
+    ),
+    "yarn, factor 16, all parameters": (
+        "Qwen2",
+        {
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                **YARN,
+                "rope_theta": 1000000.0,
+                "factor": 16.0,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+                "truncate": False,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.3,
+            },
+        },
+        {
+            **YARN_SCALING,
+            "add_qkv_bias": True,
+            "norm_epsilon": 1e-6,
+            "rotary_base": 1000000,
+            "rope_scaling_factor": 16.0,
+            "rope_scaling_beta_fast": 4.0,
+            "rope_scaling_beta_slow": 0.5,
+            "rope_scaling_truncate": False,
+            "rope_scaling_mscale": 0.7,
+            "rope_scaling_mscale_all_dim": 0.3,
+            **UNTIED,
+        },
+    ),
+    "dynamic, longer than its context": (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 16,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        },
+        {
+            "rope_scaling_type": "dynamic",
+            "rope_scaling_factor": 4.0,
+            "rope_scaling_original_max_position_embeddings": 16,
+        },
     ),
     "mistral 0.1, sliding window": (
         "Mistral",
@@ -155,6 +214,9 @@ def test_the_logits_depend_on_every_difference_between_the_cases():
         "llama 3.2, tied, scaled": {"use_rope_scaling": False},
         "llama, other numbers of the scaling, base 500000": {"rope_scaling_low_freq_factor": 1.0},
         "llama 2, positions interpolated": {"rotary_seq_len_interpolation_factor": None},
+        "yarn, factor 4": {"rope_scaling_factor": 5.0},
+        "yarn, factor 16, all parameters": {"rope_scaling_mscale": None},
+        "dynamic, longer than its context": {"rope_scaling_factor": 3.0},
         "mistral 0.1, sliding window": {"sliding_window": 8},
         "qwen 3, norms, untied": {"norm_epsilon": 1e-6},
     }
