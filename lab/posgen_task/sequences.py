@@ -59,9 +59,7 @@ def extend(task: str, given: Sequence[int], length: int, modulus: int) -> list[i
     return numbers
 
 
-def draw_beginnings(
-    counts: Sequence[int], modulus: int, seed: int
-) -> list[list[tuple[int, ...]]]:
+def draw_beginnings(counts: Sequence[int], modulus: int, seed: int) -> list[list[tuple[int, ...]]]:
     """Return as many beginnings for each set as it counts; no two of all of them are equal.
 
     Raises:
@@ -76,13 +74,11 @@ def draw_beginnings(
     digits = [
         tuple(number // modulus**place % modulus for place in range(GIVEN)) for number in drawn
     ]
-    return [
-        digits[sum(counts[:place]) : sum(counts[: place + 1])] for place in range(len(counts))
-    ]
+    return [digits[sum(counts[:place]) : sum(counts[: place + 1])] for place in range(len(counts))]
 
 
 def write_sequences(path: Path, sequences: Sequence[Sequence[int]]) -> None:
-    """Write sequences as JSON lines: the given numbers are the instruction, which is not trained."""
+    """Write sequences as JSON lines: given numbers are the instruction, which is not trained."""
     lines = [
         json.dumps(
             {
@@ -134,7 +130,13 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     add("--test", type=int, default=200, help="test sequences (%(default)s)")
     add("--seed", type=int, default=0, help="of the beginnings (%(default)s)")
     values = parser.parse_args(arguments)
-    for name, least in (("modulus", 2), ("length", GIVEN + 1), ("times", 1), ("train", 1), ("test", 1)):
+    for name, least in (
+        ("modulus", 2),
+        ("length", GIVEN + 1),
+        ("times", 1),
+        ("train", 1),
+        ("test", 1),
+    ):
         if getattr(values, name) < least:
             raise SettingsError(
                 f"--{name}: {getattr(values, name)} is not at least {least}. Use {least} or more."
