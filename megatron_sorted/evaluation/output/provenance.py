@@ -43,6 +43,7 @@ def describe(measures: Measures, options: Mapping[str, Any]) -> dict:
             "stride": measures.stride,
             "counted": counted,
             "data": _describe_data(measures),
+            "positions": _describe_positions(measures),
             **options,
         },
     }
@@ -59,6 +60,17 @@ def _describe_data(measures: Measures) -> dict | None:
         "limit": measures.prepared.limit,
         "split": settings.split if settings.data_path else None,
         **document_masks(settings),
+    }
+
+
+def _describe_positions(measures: Measures) -> dict | None:
+    """Return the windows and buckets of losses by position; None without any."""
+    if measures.positions is None:
+        return None
+    return {
+        "length": measures.positions.length,
+        "joined": measures.positions.joined,
+        "buckets": [list(bucket) for bucket in measures.positions.buckets],
     }
 
 

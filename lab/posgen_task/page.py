@@ -1,0 +1,2 @@
+def write_page(*a):
+    raise SystemExit("no page yet")
