@@ -151,6 +151,18 @@ def test_texts_whose_cached_keys_would_become_wrong_are_refused(tmp_path, name, 
     )
 
 
+def test_transformers_itself_decodes_other_logits_with_a_cache_under_dynamic_scaling():
+    """The reason for the refusal: keys in its cache keep the frequencies of a shorter text."""
+    rope, text = CASES["dynamic"], tokens(40)
+    model = make_model("Llama", rope_parameters=dict(rope), max_position_embeddings=20)
+    with torch.no_grad():
+        whole = model(text, use_cache=False).logits[:, -1]
+        model(text[:, :4], use_cache=False)  # forgets the long text
+        first = model(text[:, :39], use_cache=True)
+        last = model(text[:, 39:], past_key_values=first.past_key_values).logits[:, -1]
+    assert (last - whole).abs().max() > 1e-3
+
+
 def test_a_changed_resonance_is_refused(tmp_path):
     save(tmp_path, "yarn x 4", True)
     config = read_config(tmp_path)
