@@ -184,5 +184,9 @@ def test_a_changed_resonance_is_refused(tmp_path):
 
 def test_what_no_config_json_expresses_is_refused(tmp_path):
     _, settings = save(tmp_path, "dynamic", False)
+    assert settings.rope_scaling_original_max_position_embeddings == 192
+    longer = dataclasses.replace(settings, max_position_embeddings=768, seq_length=768)
+    # transformers takes it for the context beyond which the base grows
+    assert config_of_settings(longer, "float32")["max_position_embeddings"] == 192
     with pytest.raises(CheckpointError, match=r"--rope-resonance: together with .* dynamic"):
         config_of_settings(dataclasses.replace(settings, rope_resonance=True), "float32")
