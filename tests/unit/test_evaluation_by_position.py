@@ -117,6 +117,32 @@ def test_every_bucket_is_what_plain_transformers_says(
     assert losses[1] != losses[2] != losses[3]
 
 
+SCALINGS = {
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 16},
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "short_factor": [1.1, 1.2, 1.3, 1.4],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 16,
+        "attention_factor": 1.25,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", list(SCALINGS))
+def test_scaled_positions_beyond_the_original_length_are_those_of_transformers(tmp_path, kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **SCALINGS[kind]}
+    longest = 16 if kind == "dynamic" else 32
+    directory = write_model(tmp_path / kind, rope_parameters=rope, max_position_embeddings=longest)
+    made = documents()
+    measured = measure_by_position(load_nested_model(directory), made, Positions(LENGTH, (16, 24)))
+    tokens = plain_tokens(directory, plain_windows(made, False))
+    for depth in (1, 2, 3):
+        for bucket, inside in zip(measured, (range(1, 17), range(17, 25)), strict=True):
+            nats = [one[2] for one in tokens[depth] if one[1] in inside]
+            assert bucket[depth].loss == pytest.approx(statistics.fmean(nats), abs=1e-5)
+
+
 def test_standard_errors_are_over_documents_or_over_joined_windows(directory):
     made = [one for one in documents() if all(one.counted[1:])]
     positions = Positions(LENGTH, (8, 24))
