@@ -63,7 +63,7 @@ def write_page(plan: PosGenPlan, steps: Sequence[Step], docs: Path) -> tuple[Pat
         *page_head(
             "PosGen: positions beyond the training length",
             "which rotary frequencies let every exit read positions that it never saw",
-            "[Longer contexts](longer_contexts.md)",
+            "[Longer contexts](../longer_contexts.md)",
         ),
         *_wrapped(OPENING),
         *_wrapped(READING),

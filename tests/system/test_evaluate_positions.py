@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from megatron_sorted.commands.options.evaluation import read_arguments
+from megatron_sorted.errors import SettingsError
 from tests.support.commands import run_command
 from tests.support.evaluated import TEXTS, write_model
 
@@ -18,20 +20,14 @@ LENGTH = 32
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with models of 16 positions, two without usable weights, and a text."""
+    """Return a folder with two models of 16 positions, one that cannot be read, and a text."""
     path = tmp_path_factory.mktemp("positions")
     write_model(path / "one", seed=1, max_position_embeddings=16)
     write_model(path / "two", seed=2, max_position_embeddings=16)
-    yarn = {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 2.0,
-        "original_max_position_embeddings": 16,
-    }
-    write_model(path / "scaled", rope_parameters=yarn, max_position_embeddings=32)
     shutil.copytree(path / "one", path / "empty")
-    for name in ("empty", "scaled"):  # errors come before weights are read
-        save_file({"nothing": torch.zeros(1)}, path / name / "model.safetensors")
+    tensors = load_file(path / "one" / "model.safetensors")
+    tensors["nothing"] = tensors.pop("model.norm.weight")  # is noticed when weights are read
+    save_file(tensors, path / "empty" / "model.safetensors")
     (path / "valid.txt").write_text("###".join(TEXTS * 3), encoding="utf-8")
     return path
 
@@ -87,39 +83,29 @@ def test_losses_by_position_of_two_models(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["empty", "--length", 500], "--length: 500 tokens are more than the 59 of the longest"),
-        (["empty", "--length", 5000, "--join-documents"], "--length: 5000 tokens are more than"),
-        (["scaled", "--length", 33], "--length: 33 is more than the 32 tokens that the rotary"),
-        (["empty", "--length", 16, "--position-buckets", 17], "--position-buckets: 17 positions"),
-        (["empty", "--stride", 8], "--stride: 8 with --by-position, whose windows do not overlap"),
-        (["empty", "--seq-length", 8], "--seq-length: 8 with --by-position"),
+        (["--length", 500], "--length: 500 tokens are more than the 59 of the longest document"),
+        (["--position-buckets", 17], "--position-buckets: 17 positions are more than the 16"),
+        (["--stride", 8], "--stride: 8 with --by-position, whose windows do not overlap"),
+        (["--seq-length", 8], "--seq-length: 8 with --by-position, whose windows have a length"),
     ],
 )
 def test_mistakes_are_refused_before_weights_are_read(folder, arguments, message):
-    done = run_command(
-        "tools/evaluate.py",
-        *arguments,
-        "--by-position",
-        "--text",
-        "valid.txt",
-        "--separator",
-        "###",
-        cwd=folder,
-    )
+    options = ("--by-position", "--text", "valid.txt", "--separator", "###")
+    done = run_command("tools/evaluate.py", "empty", *options, *arguments, cwd=folder)
     assert done.returncode == 1 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (["--by-position", "--questions", "x.jsonl"], 1, "no text to measure on. Give --text."),
-        (["--text", "valid.txt", "--length", 9], 1, "--length: applies to losses by position"),
-        (["--text", "valid.txt", "--join-documents"], 1, "--join-documents: applies to losses"),
-        (["--by-position", "--position-buckets", "ten"], 2, "'ten' is no number of positions"),
-        (["--by-position", "--position-buckets", 0], 2, "'0' is no number of positions above 0"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(folder, arguments, status, message):
-    done = run_command("tools/evaluate.py", "one", *arguments, cwd=folder)
-    assert done.returncode == status and message in done.stderr, done.stderr
+def test_options_that_do_not_fit_are_refused(capsys):
+    for arguments, message in (
+        ("--by-position --questions x.jsonl", "--by-position: there is no text to measure on."),
+        ("--text x --length 9", "--length: applies to losses by position"),
+        ("--text x --join-documents", "--join-documents: applies to losses by position"),
+        ("--text x --position-buckets powers", "--position-buckets: applies to losses"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            read_arguments(["model", *arguments.split()])
+    for value in ("ten", "0", "-3"):
+        with pytest.raises(SystemExit):
+            read_arguments(["model", "--text", "x", "--by-position", f"--position-buckets={value}"])
+        assert f"'{value}' is no number of positions above 0" in capsys.readouterr().err
