@@ -100,11 +100,11 @@ class PosGenPlan:
             for read, original in READ.items()
             if original is not None
         }
-        words = [f"{model}:{original}:{new}" for new, (model, original) in copies.items()]
+        arguments = [f"{model}:{original}:{new}" for new, (model, original) in copies.items()]
         return Step(
             f"scale-{task}-{seed}",
             "Write the same weights with YaRN's frequencies",
-            (PYTHON, "-m", "lab.posgen_task.scaled", "--factor", str(TIMES), *words),
+            (PYTHON, "-m", "lab.posgen_task.scaled", "--factor", str(TIMES), *arguments),
             tuple(new / "config.json" for new in copies),
             needs=tuple(f"train-{task}-{trained}-{seed}" for trained in TRAINED),
         )
