@@ -33,11 +33,12 @@ def resonance_divisors(rope: Rope, tokens: int) -> tuple[float, ...]:
     """Return the divisors of the plain frequencies that round wavelengths to whole tokens.
 
     The wavelength of a (scaled) frequency f is 2 pi / f tokens. Wavelengths are computed in fp64:
-    near half a token fp32 could round a long one either way.
+    near half a token fp32 could round a long one either way. The powers of the base are those that
+    are divided, in fp32, so that their rounding error has no effect.
     """
     wavelengths = torch.round(2 * math.pi / _scaled(rope, tokens, torch.float64))
-    divisors = wavelengths / (2 * math.pi * _powers(rope.base, rope.width, torch.float64))
-    return tuple(divisors.tolist())
+    powers = _powers(rope.base, rope.width, torch.float32).double()
+    return tuple((wavelengths / (2 * math.pi * powers)).tolist())
 
 
 def _powers(base: float | Tensor, width: int, dtype: torch.dtype) -> Tensor:

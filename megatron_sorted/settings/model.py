@@ -41,7 +41,9 @@ class ModelSettings:
         None, "Longest sequence the model can be used with; by default --seq-length."
     )
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = setting(
-        "rope", "Position embedding: rotary, learned absolute, or none."
+        "rope",
+        "Position embedding: rotary, learned absolute, or none; yarn means rope with "
+        "--rope-scaling-type yarn, as in Megatron-LM.",
     )
     sliding_window: int | None = setting(
         None,

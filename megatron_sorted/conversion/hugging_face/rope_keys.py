@@ -101,7 +101,7 @@ def _rope(values: Mapping[str, Any], config: Mapping[str, Any], where: str) -> R
         context=context,
         beta_fast=float(values.get("beta_fast") or 32),
         beta_slow=float(values.get("beta_slow") or 1),
-        truncate=values.get("truncate") is not False,
+        truncate=bool(values.get("truncate", True)),
         attention_factor=float(sharper),
     )
 
@@ -238,10 +238,14 @@ def _before_resonance(config: Mapping[str, Any], written: Rope, where: str) -> R
             "no setting expresses them. The model can be evaluated and decoded, but not trained "
             "or imported."
         )
-    if not all(isinstance(value, str) or _is_positive(value) for value in origin.values()):
+    kinds = {"rope_type": str, "truncate": bool}
+    if not all(
+        isinstance(value, kinds[key]) if key in kinds else _is_positive(value)
+        for key, value in origin.items()
+    ):
         raise CheckpointError(
-            f"{where}: {RESONANCE_KEY} is {shown_value(origin)}, with a value that is neither a "
-            "number above 0 nor text. Export the model again."
+            f"{where}: {RESONANCE_KEY} is {shown_value(origin)}, with a value of the wrong kind. "
+            "Export the model again."
         )
     values = {"rope_theta": written.base, "rope_type": "default", **origin}
     rope = _rope(values, config, f"{where}, {RESONANCE_KEY}")
