@@ -19,7 +19,7 @@ import argparse
 from collections.abc import Sequence
 
 from lab.posgen_task.page import write_page
-from lab.posgen_task.plan import READ, TRAINED, PosGenPlan
+from lab.posgen_task.plan import TRAINED, PosGenPlan
 from lab.posgen_task.sequences import TASKS
 from lab.results.steps import Runner
 from lab.results.tool import add_folder_options, open_folders, show_page
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = PosGenPlan(inside, tuple(values.tasks), values.seeds, values.steps, values.modulus)
     if values.quick:
         plan = PosGenPlan(inside, tuple(values.tasks), 1, 2, 5, 40, 4)
-    of_a_seed = len(TRAINED) * len(READ) + 1
+    of_a_seed = len(TRAINED) + 2
     runner = Runner(folder, len(plan.tasks) * (2 + plan.seeds * of_a_seed), values.jobs)
     for task in plan.tasks:
         for step in plan.data_steps(task):
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in range(1, plan.seeds + 1):
         pairs = [(task, trained) for task in plan.tasks for trained in TRAINED]
         runner.run([plan.train_step(*pair, seed) for pair in pairs])
-        runner.run([step for pair in pairs for step in plan.scale_steps(*pair, seed)])
+        runner.run([plan.scale_step(task, seed) for task in plan.tasks])
         runner.run([plan.evaluate_step(task, seed) for task in plan.tasks])
     page, picture = write_page(plan, runner.steps, docs)
     show_page(page, picture, values.quick)

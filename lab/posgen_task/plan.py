@@ -92,28 +92,22 @@ class PosGenPlan:
             (f"prepare-{task}",),
         )
 
-    def scale_steps(self, task: str, trained: str, seed: int) -> list[Step]:
-        """Return the steps that write a trained model again with YaRN's frequencies."""
-        steps = []
-        for read, original in READ.items():
-            if original is None:
-                continue
-            model = self.model(task, trained, read, seed)
-            command = (
-                *(PYTHON, "-m", "lab.posgen_task.scaled"),
-                *(str(self.model(task, trained, "", seed)), str(model)),
-                *f"--factor {TIMES} --original {original}".split(),
-            )
-            steps.append(
-                Step(
-                    f"scale-{task}-{trained}-{original}-{seed}",
-                    "Write the same weights with YaRN's frequencies",
-                    command,
-                    (model / "config.json",),
-                    needs=(f"train-{task}-{trained}-{seed}",),
-                )
-            )
-        return steps
+    def scale_step(self, task: str, seed: int) -> Step:
+        """Return the step that writes the trained models again with YaRN's frequencies."""
+        copies = {
+            self.model(task, trained, read, seed): (self.model(task, trained, "", seed), original)
+            for trained in TRAINED
+            for read, original in READ.items()
+            if original is not None
+        }
+        arguments = [f"{model}:{original}:{new}" for new, (model, original) in copies.items()]
+        return Step(
+            f"scale-{task}-{seed}",
+            "Write the same weights with YaRN's frequencies",
+            (PYTHON, "-m", "lab.posgen_task.scaled", "--factor", str(TIMES), *arguments),
+            tuple(new / "config.json" for new in copies),
+            needs=tuple(f"train-{task}-{trained}-{seed}" for trained in TRAINED),
+        )
 
     def evaluate_step(self, task: str, seed: int) -> Step:
         """Return the measurement of all models of a task and seed by position."""
@@ -128,20 +122,12 @@ class PosGenPlan:
             *f"--length {LENGTH * TIMES} --position-buckets {BUCKET}".split(),
             *("--output", str(output)),
         )
-        needs = [
-            step.name
-            for trained in TRAINED
-            for step in (
-                self.train_step(task, trained, seed),
-                *self.scale_steps(task, trained, seed),
-            )
-        ]
         return Step(
             f"evaluate-{task}-{seed}",
             f"Measure every exit on sequences of {LENGTH * TIMES} numbers",
             command,
             (output / "evaluation.json",),
-            needs=tuple(needs),
+            needs=(f"scale-{task}-{seed}",),
         )
 
     def model(self, task: str, trained: str, read: str, seed: int) -> Path:

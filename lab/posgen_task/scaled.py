@@ -1,6 +1,6 @@
-"""A trained model read with YaRN: the same weights, other rotary frequencies.
+"""Trained models read with YaRN: the same weights, other rotary frequencies.
 
-    python -m lab.posgen_task.scaled MODEL NEW --factor 4 --original 64
+    python -m lab.posgen_task.scaled --factor 4 MODEL:64:NEW ...
 
 PosGen trains with plain (or rounded) frequencies and scales them only where longer sequences are
 read, as the paper's code does.
@@ -55,16 +55,18 @@ def write_scaled(model: Path, new: Path, factor: float, original: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the directory."""
+    """Write the directories."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="Hugging Face directory")
-    parser.add_argument("new", type=Path, help="directory to write")
-    parser.add_argument("--factor", type=float, required=True)
-    parser.add_argument("--original", type=int, required=True, help="context of YaRN's formula")
+    parser.add_argument("--factor", type=float, required=True, help="of YaRN")
+    parser.add_argument(
+        "copies", nargs="+", metavar="MODEL:ORIGINAL:NEW", help="ORIGINAL: YaRN's original context"
+    )
     values = parser.parse_args(arguments)
-    write_scaled(values.model, values.new, values.factor, values.original)
+    for copy in values.copies:
+        model, original, new = copy.split(":")
+        write_scaled(Path(model), Path(new), values.factor, int(original))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def draw_beginnings(counts: Sequence[int], modulus: int, seed: int) -> list[list
     """Return as many beginnings for each set as it counts; no two of all of them are equal.
 
     Raises:
-        SettingsError: There are not so many.
+        SettingsError: There are fewer.
     """
     if sum(counts) > modulus**GIVEN:
         raise SettingsError(
@@ -95,11 +95,11 @@ def write_tokenizer(directory: Path, modulus: int) -> None:
     """Write a tokenizer directory with a token for each number, and bos before a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = [UNKNOWN, BOS, EOS, *map(str, range(modulus))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, UNKNOWN))
+    vocabulary = [UNKNOWN, BOS, EOS, *map(str, range(modulus))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, words.index(BOS))]
+        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary.index(BOS))]
     )
     tokenizer.add_special_tokens([UNKNOWN, BOS, EOS])
     directory.mkdir(parents=True, exist_ok=True)

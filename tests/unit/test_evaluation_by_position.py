@@ -2,19 +2,23 @@
 
 import re
 import statistics
+from argparse import Namespace
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.commands.options.position_checks import check_positions
+from megatron_sorted.errors import DataError, SettingsError, SortedError
 from megatron_sorted.evaluation import held_out
 from megatron_sorted.evaluation.by_position import check_length, measure_by_position
 from megatron_sorted.evaluation.documents import Document, EncodedDocument
+from megatron_sorted.evaluation.evaluate import Subject
 from megatron_sorted.evaluation.nested_model import load_nested_model
 from megatron_sorted.evaluation.positions import Positions, cut_positions
 from megatron_sorted.evaluation.windows import join_documents
+from megatron_sorted.exported.generation_defaults import GenerationDefaults
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from tests.support.evaluated import VOCAB_SIZE, write_model
 
@@ -117,6 +121,32 @@ def test_every_bucket_is_what_plain_transformers_says(
     assert losses[1] != losses[2] != losses[3]
 
 
+SCALINGS = {
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 16},
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "short_factor": [1.1, 1.2, 1.3, 1.4],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 16,
+        "attention_factor": 1.25,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", list(SCALINGS))
+def test_scaled_positions_beyond_the_original_length_are_those_of_transformers(tmp_path, kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **SCALINGS[kind]}
+    longest = 16 if kind == "dynamic" else 32
+    directory = write_model(tmp_path / kind, rope_parameters=rope, max_position_embeddings=longest)
+    made = documents()
+    measured = measure_by_position(load_nested_model(directory), made, Positions(LENGTH, (16, 24)))
+    tokens = plain_tokens(directory, plain_windows(made, False))
+    for depth in (1, 2, 3):
+        for bucket, inside in zip(measured, (range(1, 17), range(17, 25)), strict=True):
+            nats = [one[2] for one in tokens[depth] if one[1] in inside]
+            assert bucket[depth].loss == pytest.approx(statistics.fmean(nats), abs=1e-5)
+
+
 def test_standard_errors_are_over_documents_or_over_joined_windows(directory):
     made = [one for one in documents() if all(one.counted[1:])]
     positions = Positions(LENGTH, (8, 24))
@@ -203,3 +233,33 @@ def test_a_length_that_no_text_has_is_refused(directory):
     check(total - 1, True)
     with pytest.raises(DataError, match=rf"--length: {total} tokens .* {total - 1} of all"):
         check(total, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "message"),
+    [
+        ("yarn", 32, None),
+        ("yarn", 33, "--length: 33 is more than the 32 tokens that the rotary positions of m are"),
+        ("dynamic", 40, None),
+        (None, 40, None),
+        (None, 400, r"--length: 400 tokens are more than the \d+ of the longest document of valid"),
+    ],
+)
+def test_lengths_are_checked_against_the_rotary_positions(tmp_path, kind, length, message):
+    more = {} if kind is None else {"rope_parameters": {"rope_type": kind, **SCALINGS[kind]}}
+    directory = write_model(tmp_path / "m", max_position_embeddings=16, **more)
+    (directory / "model.safetensors").unlink()  # nothing of this needs weights
+    values = Namespace(tokenizer=None, prompt_template=None, append_eos=False)
+    texts = {"valid": [Document({"text": "t" * 150}, "text")]}
+    check = lambda: check_positions(  # noqa: E731
+        values,
+        Positions(length, (length,)),
+        [Subject("m", directory)],
+        [GenerationDefaults()],
+        texts,
+    )
+    if message is None:
+        check()
+    else:
+        with pytest.raises(SortedError, match=message):
+            check()

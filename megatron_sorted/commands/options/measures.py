@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sorted.commands.options.evaluation import DEFAULT_SEQ_LENGTH
+from megatron_sorted.commands.options.position_checks import check_positions
 from megatron_sorted.commands.options.positions import read_positions
 from megatron_sorted.conversion.exporting import DTYPES_BY_NAME
 from megatron_sorted.conversion.hugging_face.families import max_length_of_config, read_config
 from megatron_sorted.conversion.staging import check_destination
 from megatron_sorted.decoding.native.choice import native_kind
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.evaluation.by_position import check_length
 from megatron_sorted.evaluation.documents import read_documents
 from megatron_sorted.evaluation.evaluate import Measures, QuestionSet, Subject
 from megatron_sorted.evaluation.harness import Harness
@@ -144,16 +144,8 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
         name: read_documents(path, values.separator, values.limit)
         for name, path in _by_name(values.text).items()
     }
-    for subject, form in zip(subjects, forms, strict=True) if positions else ():
-        for name, documents in texts.items():
-            check_length(
-                name,
-                documents,
-                open_tokenizer(subject.directory, values.tokenizer),
-                values.append_eos,
-                form.form_in_use(values.prompt_template is not None),
-                positions,
-            )
+    if positions is not None:
+        check_positions(values, positions, subjects, forms, texts)
     harness = Harness(values.tasks, values.tasks_path) if values.tasks else None
     if harness is not None:
         harness.check(allowed)
