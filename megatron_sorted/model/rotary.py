@@ -50,9 +50,10 @@ def make_rotary(settings: Settings, groups: ProcessGroupCollection) -> RotaryEmb
 def set_attention_factor(config: TransformerConfig, rope: Rope | None) -> None:
     """Let the layers of this configuration multiply cos and sin by ``rope.attention_factor``.
 
-    Megatron's attention works the factor out of attributes that Megatron-LM adds to the
-    configuration for YaRN; some versions read them when a layer is built, others in each forward
-    pass. Its fused kernels do not know the factor, so they are switched off beside it.
+    Megatron's attention works the factor out (``_yarn_get_concentration_factor_from_config``) of
+    attributes that Megatron-LM adds to the configuration for YaRN; some versions read them when a
+    layer is built, others in each forward pass. Its fused kernels do not know the factor, so they
+    are switched off beside it.
     """
     if rope is None or rope.attention_factor == 1.0:
         return
