@@ -1,7 +1,7 @@
 """Translation of a config.json into our settings and back.
 
-Together with `config_rules` (rules for values), `exit_keys` and `rope_keys`, the only modules that
-know its keys.
+Together with `config_rules` (rules for values), `exit_keys`, `rope_keys` and `rope_settings`, the
+only modules that know its keys.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from megatron_sorted.conversion.hugging_face.families import (
     family_of_config,
     family_of_settings,
 )
-from megatron_sorted.conversion.hugging_face.rope_keys import (
+from megatron_sorted.conversion.hugging_face.rope_settings import (
     RESONANCE_KEY,
     rope_keys,
     rope_settings_of_config,
