@@ -5,6 +5,7 @@ every depth is measured.
 """
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -296,11 +297,16 @@ def shown(step: Step, recipe: Recipe) -> str:
         for path in step.reads
         if path.is_absolute() and not path.is_relative_to(ROOT)
     }
+    words = list(step.command)
+    for path, name in names.items():
+        words = [word.replace(path, name) for word in words]
+    return wrap_command(words)
+
+
+def wrap_command(words: Sequence[str]) -> str:
+    """Return a command as a code block of Markdown, on lines of readable length."""
     lines = [""]
-    for word in step.command:
-        for path, name in names.items():
-            word = word.replace(path, name)
-        word = shlex.quote(word)
+    for word in map(shlex.quote, words):
         if lines[-1] and len(lines[-1]) + len(word) > 126:
             lines[-1] += " \\"
             lines.append("   ")

@@ -23,6 +23,8 @@ from megatron_sorted.settings.derived import (
     step_coefficients,
 )
 from megatron_sorted.settings.load import settings_from_dict
+from megatron_sorted.settings.rope import RopeSettings
+from megatron_sorted.settings.rope_scaling import Rope, names_scaling, rope_of
 from megatron_sorted.settings.run import Settings
 
 MANIFEST = "manifest.json"
@@ -48,12 +50,6 @@ SHAPE_FIELDS = (
     "position_embedding_type",
     "rotary_base",
     "rotary_percent",
-    "rotary_seq_len_interpolation_factor",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "rope_scaling_low_freq_factor",
-    "rope_scaling_high_freq_factor",
-    "rope_scaling_original_max_position_embeddings",
     "sliding_window",
     "norm_epsilon",
     "untie_embeddings_and_output_weights",
@@ -61,6 +57,15 @@ SHAPE_FIELDS = (
     "vocab_size",
 )
 """Settings that fix the function of the weights; checkpoint and run must agree on them."""
+
+ROPE_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(RopeSettings)
+    if field.name not in ("rotary_base", "rotary_percent")
+)
+"""Settings of rotary scaling. They must agree in what they mean, however it is spelled; a run that
+takes weights only may name another scaling.
+"""
 
 EXIT_OWNED_FIELDS = (
     "use_exit_norm",
@@ -279,7 +284,8 @@ def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
 
     They are the entry "shape" of a manifest.
     """
-    shape = {name: getattr(settings, name) for name in (*SHAPE_FIELDS, *EXIT_OWNED_FIELDS)}
+    names = (*SHAPE_FIELDS, *ROPE_FIELDS, *EXIT_OWNED_FIELDS)
+    shape = {name: getattr(settings, name) for name in names}
     return shape | {
         "ffn_hidden_size": ffn_hidden_size(settings),
         "kv_channels": kv_channels(settings),
@@ -332,8 +338,21 @@ def settings_of_manifest(manifest: Mapping[str, Any], source: str) -> Settings:
     return settings_from_dict({**manifest["settings"], **resolved}, source)
 
 
+def stored_rope(manifest: Mapping[str, Any]) -> Rope | None:
+    """Return the rotary positions of a checkpoint, with the scaling that an older version wrote."""
+    stored = {**manifest.get("settings", {}), **manifest["shape"]}
+    heads = ("hidden_size", "num_attention_heads", "kv_channels", "position_embedding_type")
+    names = (*ROPE_FIELDS, "rotary_base", "rotary_percent", *heads)
+    given = {name: stored[name] for name in names if name in stored}
+    return rope_of(settings_from_dict(given, "the checkpoint's settings"))
+
+
 def check_same_shape(
-    directory: Path, manifest: Mapping[str, Any], settings: Settings, shape: Mapping[str, Any]
+    directory: Path,
+    manifest: Mapping[str, Any],
+    settings: Settings,
+    shape: Mapping[str, Any],
+    weights_only: bool = False,
 ) -> None:
     """Check that the checkpoint holds a network of the run's shape.
 
@@ -342,6 +361,8 @@ def check_same_shape(
         manifest: The checkpoint's manifest.
         settings: The run's settings.
         shape: {field: value} of the run, with defaults resolved (``network_shape``).
+        weights_only: Whether the run takes weights only, so that it may name another scaling of
+            rotary positions.
 
     Raises:
         CheckpointError: Fields differ; the message names them all.
@@ -354,12 +375,21 @@ def check_same_shape(
     if any(getattr(settings, name) for name in EXIT_OWNED_FIELDS):
         names += ("exit_layer_nums",)
     different = [name for name in names if before[name] != now[name]]
-    if different:
-        rows = "; ".join(
-            f"--{name.replace('_', '-')}: {before[name]} in the checkpoint, {now[name]} in this run"
-            for name in different
+    rows = [
+        f"--{name.replace('_', '-')}: {before[name]} in the checkpoint, {now[name]} in this run"
+        for name in different
+    ]
+    scalings = stored_rope(manifest), rope_of(settings)
+    if not different and scalings[0] != scalings[1]:
+        if weights_only and names_scaling(settings):
+            return
+        rows.append(
+            f"--rope-scaling-type and its parameters: {scalings[0]} in the checkpoint, "
+            f"{scalings[1]} in this run (a run that starts from weights alone, as with --finetune, "
+            "may name another)"
         )
+    if rows:
         raise CheckpointError(
-            f"{directory}: made with other sizes. {rows}. "
+            f"{directory}: made with other sizes. {'; '.join(rows)}. "
             "Use the checkpoint's values, or train anew without --load."
         )

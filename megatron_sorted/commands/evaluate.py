@@ -4,6 +4,7 @@ Results are saved as they come, so that an error in the last task loses nothing.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_sorted.commands.options.evaluation import KEPT, plain, read_arguments
 from megatron_sorted.errors import DataError, SortedError
@@ -14,7 +15,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = read_arguments(arguments)
     from megatron_sorted.commands.options.measures import name_subjects, read_measures
     from megatron_sorted.evaluation.evaluate import evaluate
-    from megatron_sorted.evaluation.output.picture import MAX_MODELS, draw
     from megatron_sorted.evaluation.output.provenance import answers_of, describe
     from megatron_sorted.evaluation.output.record import Record
     from megatron_sorted.evaluation.output.results import results_of
@@ -45,17 +45,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = described | results_of(measured, measures)
     print("\n" + write_tables(results))
     record.finish(results, answers_of(measured, measures))
-    written = [values.output / "evaluation.json"]
-    picture = values.output / "evaluation.png"
-    if len(measured) <= MAX_MODELS:
-        draw(results, picture)
-        written.append(picture)
-    else:
-        picture.unlink(missing_ok=True)  # one of an earlier evaluation would show other numbers
-        print(
-            f"\nno picture: {len(measured)} models are more than the {MAX_MODELS} that one can "
-            "distinguish; the tables list them all"
-        )
+    written = [values.output / "evaluation.json", *_draw_pictures(results, values.output)]
     if values.save_heads:
         written.append(values.save_heads)
     print(f"\nwritten: {', '.join(map(str, written))}")
+
+
+def _draw_pictures(results: dict, folder: Path) -> list[Path]:
+    """Write the pictures of what was measured, and return their paths."""
+    from megatron_sorted.evaluation.output.picture import MAX_MODELS, draw, rows_of
+    from megatron_sorted.evaluation.output.position_picture import draw_positions
+
+    num_models, written = len(results["models"]), []
+    for path, draw_one, is_measured in (
+        (folder / "evaluation.png", draw, bool(rows_of(results))),
+        (folder / "positions.png", draw_positions, bool(results["positions"])),
+    ):
+        if is_measured and num_models <= MAX_MODELS:
+            draw_one(results, path)
+            written.append(path)
+        else:
+            path.unlink(missing_ok=True)  # one of an earlier evaluation would show other numbers
+    if num_models > MAX_MODELS:
+        print(
+            f"\nno picture: {num_models} models are more than the {MAX_MODELS} that one can "
+            "distinguish; the tables list them all"
+        )
+    return written

@@ -7,13 +7,14 @@ from typing import Any
 
 from megatron_sorted.checkpoint.candidates import Candidate, find_candidates
 from megatron_sorted.checkpoint.layout import TOKENIZER
-from megatron_sorted.checkpoint.manifest import EXIT_OWNED_FIELDS, settings_of_manifest
+from megatron_sorted.checkpoint.manifest import EXIT_OWNED_FIELDS, ROPE_FIELDS, settings_of_manifest
 from megatron_sorted.conversion.directory_kind import is_hugging_face
 from megatron_sorted.conversion.hugging_face.config_settings import settings_of_config
 from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, read_config
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.model import ModelSettings
+from megatron_sorted.settings.rope import RopeSettings
 from megatron_sorted.settings.run import Settings
 
 EXIT_FIELDS = ("exit_layer_nums", *EXIT_OWNED_FIELDS)
@@ -33,7 +34,10 @@ RUN_FIELDS = (
 def network_fields(settings: Settings) -> dict[str, Any]:
     """Return the settings that define the network, {field name: value}."""
     names = [
-        field.name for field in dataclasses.fields(ModelSettings) if field.name not in RUN_FIELDS
+        field.name
+        for group in (ModelSettings, RopeSettings)
+        for field in dataclasses.fields(group)
+        if field.name not in RUN_FIELDS
     ]
     return {name: getattr(settings, name) for name in (*names, *EXIT_FIELDS)}
 
@@ -51,6 +55,23 @@ def starting_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: The directory holds no model, or one that cannot be trained here.
     """
+    return without_scaling(_of_model(given), given)
+
+
+def without_scaling(network: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a model without its rotary scaling if the user named another type.
+
+    The parameters of one type mean nothing to another. A single parameter, or --rope-resonance,
+    joins those of the model.
+    """
+    names = ("rope_scaling_type", "use_rope_scaling", "rotary_seq_len_interpolation_factor")
+    if all(given.get(name) in (None, False) for name in names):
+        return network
+    return {name: value for name, value in network.items() if name not in ROPE_FIELDS}
+
+
+def _of_model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings of the model that a run starts from."""
     for path in (given.get("load"), given.get("pretrained_checkpoint")):
         if path is None or not Path(path).is_dir():
             continue

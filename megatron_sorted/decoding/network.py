@@ -21,9 +21,7 @@ from megatron_sorted.decoding.native.network import NativeWeights
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.platform.graphs import graphs_of
-
-UNKNOWN_ROTATIONS = ("dynamic", "longrope")
-"""Rotary embeddings that depend on the text's length, so that cached keys would become wrong."""
+from megatron_sorted.settings.rope_scaling import Rope
 
 
 class Network:
@@ -31,7 +29,7 @@ class Network:
 
     Attributes:
         model: The model. If the compiled library runs the network, its matrices are freed and only
-            its config, rotary embedding and generation config are usable; see `whole_model`.
+            its config and generation config are usable; see `whole_model`.
         depths: Depths of its exits, increasing; the last is the full model.
         weights: The weights.
         num_layers: Number of layers.
@@ -64,19 +62,13 @@ class Network:
 
         Raises:
             NativeError: The compiled library cannot run this network; the model is unchanged.
-            SettingsError: The model's family or rotary embedding is not supported.
+            SettingsError: The model's family is not supported.
         """
         config = model.config
         if config.model_type not in FAMILIES:
             raise SettingsError(
                 f"model_type: {config.model_type} is not one of {', '.join(FAMILIES)}. "
                 "Use transformers' own generate."
-            )
-        kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        if kind in UNKNOWN_ROTATIONS:
-            raise SettingsError(
-                f"rope_type: {kind} rotates by the length of the text, which a cache cannot "
-                "follow. Use transformers' own generate."
             )
         self.model, self.depths = model, tuple(sorted(exits))
         self.weights: Weights = (
@@ -136,8 +128,14 @@ class Network:
 
     @property
     def max_positions(self) -> int:
-        """Return the longest sequence that the model's config allows."""
-        return self.model.config.max_position_embeddings
+        """Return the longest sequence that the model's config and a cache of its keys allow."""
+        longest, constant = self.model.config.max_position_embeddings, self.rope.constant_tokens
+        return longest if constant is None else min(longest, constant)
+
+    @property
+    def rope(self) -> Rope:
+        """Return the rotary positions."""
+        return self.weights.rope
 
     @property
     def device(self) -> torch.device:

@@ -138,6 +138,16 @@ class AddedTokens:
     finish: str | None
 
 
+def _why_it_ends(network: Network) -> str:
+    """Return why the context ends where it does, if it is for the rotary positions."""
+    if network.rope.constant_tokens != network.max_positions:
+        return ""
+    return (
+        f", beyond which its rotary positions ({network.rope.kind}) turn all tokens otherwise, so "
+        "that cached keys would be wrong"
+    )
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], network: Network, max_new_tokens: int) -> None:
     """Check that the model can continue all prompts.
 
@@ -155,7 +165,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], network: Network, max_new_to
         if len(prompt) + max_new_tokens > network.max_positions:
             raise DataError(
                 f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones are more than "
-                f"the model's context of {network.max_positions}. Shorten it, or ask for at most "
+                f"the model's context of {network.max_positions}{_why_it_ends(network)}. Shorten "
+                f"it, or ask for at most "
                 f"{max(network.max_positions - len(prompt), 0)}."
             )
         if min(prompt) < 0 or max(prompt) >= network.vocab_size:

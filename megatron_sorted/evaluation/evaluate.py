@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_sorted.evaluation.by_position import measure_by_position
 from megatron_sorted.evaluation.closed_book import (
     Answered,
     Answering,
@@ -30,6 +31,7 @@ from megatron_sorted.evaluation.nested_model import (
     forward_flops_per_token,
     load_nested_model,
 )
+from megatron_sorted.evaluation.positions import Positions
 from megatron_sorted.evaluation.prepared import PreparedData, measure_prepared, open_prepared
 from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.exported.generation_defaults import generation_defaults_of
@@ -86,6 +88,7 @@ class Measures:
         texts, questions: Texts and questions by name, in the order of the tables.
         seq_length, stride: Length of windows of long texts, and the distance of their starts.
         prepared: Prepared data, read as a run's evaluation reads them; None without any.
+        positions: Windows and buckets to measure texts by position; None to measure whole texts.
         depths: Exits to measure; None for those that the model names.
         dtype: Data type of the weights.
         tokenizer: Tokenizer of models without one.
@@ -109,6 +112,7 @@ class Measures:
     seq_length: int
     stride: int
     prepared: PreparedData | None = None
+    positions: Positions | None = None
     depths: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float32
     tokenizer: Path | None = None
@@ -144,6 +148,7 @@ class ModelMeasurements:
         is_baseline: Whether other models are compared with it.
         facts: Facts about the model for the written results.
         texts, prepared: {name: {depth: losses}}.
+        by_position: {name of a text: [{depth: losses} of each bucket]}.
         unknown_tokens: {name of a text: number of unknown tokens}.
         questions: {name: {depth: answers}}.
         cut_prompts: {name of questions: number of truncated prompts}.
@@ -154,6 +159,7 @@ class ModelMeasurements:
     is_baseline: bool
     facts: dict
     texts: dict[str, dict[int, HeldOut]] = field(default_factory=dict)
+    by_position: dict[str, list[dict[int, HeldOut]]] = field(default_factory=dict)
     unknown_tokens: dict[str, int] = field(default_factory=dict)
     prepared: dict[str, dict[int, HeldOut]] = field(default_factory=dict)
     questions: dict[str, dict[int, Answered]] = field(default_factory=dict)
@@ -194,7 +200,7 @@ def _evaluate(
     for line in (*tokenizer.notes, *([surplus] if surplus else [])):
         print(f"note: {printable(line)}", file=sys.stderr)
     form = generation_defaults_of(subject.directory, tokenizer, measures.prompt_template)
-    used = form.prompt_form if form.is_stored or measures.prompt_template is not None else None
+    used = form.form_in_use(measures.prompt_template is not None)
     if measures.bars and measures.has_instructions:
         print(f"{subject.name}: {form.line if used else UNFORMED}", flush=True)
     facts = _facts(model, subject, tokenizer, measures, None)
@@ -235,6 +241,12 @@ def _measure(
     for name, documents in measures.texts.items():
         encoded = encode_documents(documents, tokenizer, measures.append_eos, form)
         check_ids((document.ids for document in encoded), tokenizer, vocab_size, name)
+        if measures.positions is not None:
+            measured.by_position[name] = measure_by_position(
+                model, encoded, measures.positions, measures.batch_tokens, title(name)
+            )
+            keep()
+            continue
         measured.texts[name] = measure_held_out(
             model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name)
         )
@@ -322,6 +334,7 @@ def _facts(
         "model_type": model.model.config.model_type,
         "num_layers": model.num_layers,
         "vocab_size": model.model.config.vocab_size,
+        "max_positions": model.max_positions,
         "tokenizer": type(tokenizer).__name__,
         "exits": exits,
     }

@@ -132,12 +132,12 @@ def train_heads(
             order.shuffle(windows)
             for begin in range(0, len(windows), training.batch_size):
                 with torch.no_grad():
-                    _, labels_n, hidden = read_batch(
+                    read = read_batch(
                         model, documents, windows[begin : begin + training.batch_size]
                     )
                 optimizer.zero_grad()
                 for depth in depths:
-                    loss = _backward(exits[depth], hidden[depth], labels_n)
+                    loss = _backward(exits[depth], read.hidden[depth], read.labels_n)
                     if not math.isfinite(loss):
                         raise TrainingError(
                             f"--train-heads: the loss of exit {depth} of {model.name} is {loss} at "
@@ -147,7 +147,7 @@ def train_heads(
                     nn.utils.clip_grad_norm_(parameters[depth], CLIP_NORM)
                 optimizer.step()
                 schedule.step()
-                num_tokens += len(labels_n)
+                num_tokens += len(read.labels_n)
                 bar.update()
                 losses.end_step(num_steps)
                 latest = " ".join(f"{depth}:{losses.last[depth]:.2f}" for depth in depths)

@@ -1,7 +1,7 @@
 """The loss of every exit on held-out text and its agreement with the last exit, in one pass."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,11 @@ class HeldOut:
         """Return the share of counted tokens on which exit and last exit agree."""
         return float(self.agreed_d.sum() / self.tokens_d.sum())
 
+    @property
+    def accuracy(self) -> float | None:
+        """Return the share of counted tokens that are the most likely one; None if not measured."""
+        return None if self.right_d is None else float(self.right_d.sum() / self.tokens_d.sum())
+
     def bits_per_byte(self, num_bytes: int) -> float:
         """Return total nats / ln 2 / bytes of the counted text."""
         return float(self.nats_d.sum()) / math.log(2) / num_bytes
@@ -76,7 +81,6 @@ def ratio_standard_error(sums_d: Tensor, counts_d: Tensor) -> float | None:
     return math.sqrt(variance) / float(counts_d.sum())
 
 
-@torch.inference_mode()
 def measure_held_out(
     model: NestedModel,
     documents: Sequence[EncodedDocument],
@@ -99,20 +103,55 @@ def measure_held_out(
         {depth: measurements}.
     """
     windows = cut_documents(documents, seq_length, stride or seq_length)
-    batches = batch_windows(windows, batch_tokens)
-    zero = torch.zeros(len(documents), dtype=torch.float64)
-    measured = {depth: HeldOut(zero.clone(), zero.clone(), zero.clone()) for depth in model.depths}
+    return sum_by_group(
+        model,
+        documents,
+        windows,
+        lambda predictions: predictions.document_n,
+        len(documents),
+        batch_tokens,
+        title,
+    )
+
+
+@torch.inference_mode()
+def sum_by_group(
+    model: NestedModel,
+    documents: Sequence[EncodedDocument],
+    windows: Sequence[Window],
+    group_of: Callable[["Predictions"], Tensor],
+    num_groups: int,
+    batch_tokens: int,
+    title: str | None = None,
+) -> dict[int, HeldOut]:
+    """Measure every exit on windows, summed by group of tokens instead of by document.
+
+    Args:
+        model: The model.
+        documents: The documents.
+        windows: The windows of them to read.
+        group_of: Function from the counted tokens of a batch to the group_n of each.
+        num_groups: Number of groups.
+        batch_tokens: Maximum number of tokens of a forward pass, with padding.
+        title: Title of the progress bar; None for no bar.
+
+    Returns:
+        {depth: measurements}, with a group in place of each document.
+    """
+    sums = {depth: torch.zeros(4, num_groups, dtype=torch.float64) for depth in model.depths}
     total = sum(window.num_read for window in windows)
     with tqdm(total=total, desc=title, unit="token", unit_scale=True, disable=title is None) as bar:
-        for batch in batches:
-            document_n, labels_n, hidden = read_batch(model, documents, batch)
-            for depth, part, nats_n, agrees_n, _ in score_exits(model, hidden, labels_n):
-                one, numbers_n = measured[depth], document_n[part]
-                one.nats_d.index_add_(0, numbers_n, nats_n.double())
-                one.agreed_d.index_add_(0, numbers_n, agrees_n.double())
-                one.tokens_d.index_add_(0, numbers_n, torch.ones_like(nats_n.double()))
+        for batch in batch_windows(windows, batch_tokens):
+            read = read_batch(model, documents, batch)
+            group_n = group_of(read)
+            for depth, part, nats_n, agrees_n, right_n in score_exits(
+                model, read.hidden, read.labels_n
+            ):
+                columns = (nats_n, agrees_n, torch.ones_like(nats_n), right_n)
+                sums_4n = torch.stack([column.double() for column in columns])
+                sums[depth].index_add_(1, group_n[part], sums_4n)
             bar.update(sum(window.num_read for window in batch))
-    return measured
+    return {depth: HeldOut(*sums_4g) for depth, sums_4g in sums.items()}
 
 
 def score_exits(
@@ -142,15 +181,29 @@ def score_exits(
             )
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """The counted tokens of a batch of windows, and what predicts them.
+
+    Attributes:
+        document_n: Number of the document of each token.
+        position_n: Number of tokens of its window that stand before it, at least 1.
+        labels_n: The token itself.
+        hidden: {depth: hidden_nh} of the position before it.
+    """
+
+    document_n: Tensor
+    position_n: Tensor
+    labels_n: Tensor
+    hidden: dict[int, Tensor]
+
+
 def read_batch(
     model: NestedModel, documents: Sequence[EncodedDocument], batch: Sequence[Window]
-) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+) -> Predictions:
     """Run one forward pass on windows.
 
     Shorter windows are padded at the right, where causal attention never looks.
-
-    Returns:
-        document_n, labels_n and {depth: hidden_nh} of the counted tokens.
     """
     length = max(window.num_read for window in batch)
     input_ids_bs = torch.tensor(
@@ -160,15 +213,16 @@ def read_batch(
             for window in batch
         ]
     )
-    rows, columns, labels, numbers = [], [], [], []
+    rows, positions, labels, numbers = [], [], [], []
     for row, window in enumerate(batch):
         document = documents[window.document]
         for target in range(window.first_target, window.last + 1):
             if document.counted[target]:
                 rows.append(row)
-                columns.append(target - 1 - window.first)
+                positions.append(target - window.first)
                 labels.append(document.ids[target])
                 numbers.append(window.document)
-    counted = (torch.tensor(rows), torch.tensor(columns))
-    hidden = {depth: one[counted] for depth, one in model.hidden_states(input_ids_bs).items()}
-    return torch.tensor(numbers), torch.tensor(labels), hidden
+    position_n = torch.tensor(positions)
+    read = (torch.tensor(rows), position_n - 1)
+    hidden = {depth: one[read] for depth, one in model.hidden_states(input_ids_bs).items()}
+    return Predictions(torch.tensor(numbers), position_n, torch.tensor(labels), hidden)

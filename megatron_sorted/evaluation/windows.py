@@ -1,4 +1,4 @@
-"""Windows of documents that are longer than a sequence, and batches of windows."""
+"""Windows of documents that are longer than a sequence, joined documents, and batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +49,30 @@ def cut_documents(
         for number, document in enumerate(documents)
         for window in cut_windows(len(document.ids) - 1, seq_length, stride, number)
         if any(document.counted[window.first_target : window.last + 1])
+    ]
+
+
+def cut_whole_windows(documents: Sequence[EncodedDocument], seq_length: int) -> list[Window]:
+    """Return the windows of ``cut_documents`` that do not overlap and have the full length."""
+    return [
+        window
+        for window in cut_documents(documents, seq_length, seq_length)
+        if window.num_read == seq_length
+    ]
+
+
+def join_documents(documents: Sequence[EncodedDocument], seq_length: int) -> list[EncodedDocument]:
+    """Return all documents, one after another, as documents of one whole window each.
+
+    Each begins with the last token of the one before, as windows of a long document do. A rest is
+    left out. The tokens before documents (bos or eos) are read and not counted.
+    """
+    ids = [token for document in documents for token in document.ids]
+    counted = [is_counted for document in documents for is_counted in document.counted]
+    return [
+        EncodedDocument(ids[first:end], [False, *counted[first + 1 : end]])
+        for first in range(0, len(ids) - seq_length, seq_length)
+        for end in (first + seq_length + 1,)
     ]
 
 

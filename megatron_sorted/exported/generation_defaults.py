@@ -49,6 +49,10 @@ class GenerationDefaults:
     is_stored: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    def form_in_use(self, is_chosen: bool) -> PromptForm | None:
+        """Return the template that came with the model or was chosen; None for a guessed one."""
+        return self.prompt_form if self.is_stored or is_chosen else None
+
     def check_rows(self, vocab_size: int) -> None:
         """Check that the vocabulary has every end token; errors: ``prompt_form.check_rows``."""
         if self.prompt_form is not None:

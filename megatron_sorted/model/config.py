@@ -8,6 +8,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.model.rotary import set_attention_factor
 from megatron_sorted.parallel.fsdp import check_torch_can_shard
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.kernels import fused_kernels
@@ -15,6 +16,7 @@ from megatron_sorted.platform.muon import check_muon_is_there
 from megatron_sorted.platform.versions import megatron_version
 from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels
 from megatron_sorted.settings.layout import layers_of_chunks, num_virtual_chunks
+from megatron_sorted.settings.rope_scaling import rope_of
 from megatron_sorted.settings.run import Settings
 
 
@@ -169,7 +171,7 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
             "moe_aux_loss_coeff": settings.moe_aux_loss_coeff * _balance_loss_factor(settings),
             "moe_token_dispatcher_type": settings.moe_token_dispatcher_type,
         }
-    return TransformerConfig(
+    config = TransformerConfig(
         # network
         num_layers=settings.num_layers,
         hidden_size=settings.hidden_size,
@@ -222,3 +224,5 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
         **recompute,
         **experts,
     )
+    set_attention_factor(config, rope_of(settings))
+    return config

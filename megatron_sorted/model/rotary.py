@@ -1,38 +1,41 @@
-"""Rotary position embedding: Megatron's, with a scaling that extends models to longer contexts."""
+"""Rotary position embedding: Megatron's, with the frequencies of `megatron_sorted.rotary`."""
 
 import math
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
 
-from megatron_sorted.settings.derived import kv_channels
+from megatron_sorted.rotary import rotary_frequencies
+from megatron_sorted.settings.rope_scaling import Rope, rope_of
 from megatron_sorted.settings.run import Settings
 
+STEEP = math.exp(10)
+"""A factor for which 0.1 x mscale x ln(factor) + 1 is mscale + 1."""
 
-def stretch_low_frequencies(
-    frequencies: torch.Tensor, factor: float, low: float, high: float, context_tokens: int
-) -> torch.Tensor:
-    """Return rotary frequencies with those that turn little within ``context_tokens`` reduced.
 
-    A frequency that turns less than ``low`` times within the context is divided by ``factor``, one
-    that turns more than ``high`` times stays, and between the two it is interpolated linearly in
-    the number of turns.
+class ScaledRotary(RotaryEmbedding):
+    """Megatron's rotary embedding with the frequencies of a ``Rope``.
 
-    Source: the rotary scaling of Llama 3.1 ("The Llama 3 Herd of Models", arXiv 2407.21783, and
-        ``apply_scaling`` in Meta's llama-models), which transformers calls rope_type "llama3".
-        Megatron-core has it for one choice of the last three numbers only.
-
-    Args:
-        frequencies: Angles per token, in radians.
-        factor: Divisor of the lowest frequencies.
-        low: Turns within the context below which a frequency is divided by ``factor``.
-        high: Turns within the context above which a frequency stays.
-        context_tokens: Length of the context that the model was first trained with.
+    Megatron-core's own YaRN has the same frequencies (a test compares them); it knows no rounded
+    wavelengths, and rotates whole heads only.
     """
-    turns = context_tokens * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1.0 - kept) * frequencies / factor + kept * frequencies
+
+    def __init__(self, rope: Rope, cp_group: torch.distributed.ProcessGroup):
+        super().__init__(rope.width, 1.0, rotary_base=rope.base, cp_group=cp_group)
+        self.rope = rope
+
+    def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        """Return the angles [tokens, width / 2] of a sample of this length; Megatron calls it.
+
+        Dynamic scaling depends on the length: that of the whole sample, whatever documents it
+        packs and however many context parallel ranks share it.
+        """
+        device = self.inv_freq.device
+        positions = torch.arange(max_seq_len, dtype=torch.float32, device=device) + offset
+        frequencies = rotary_frequencies(self.rope, max_seq_len + offset)
+        return torch.outer(positions, frequencies.to(device))
 
 
 def make_rotary(settings: Settings, groups: ProcessGroupCollection) -> RotaryEmbedding | None:
@@ -40,21 +43,21 @@ def make_rotary(settings: Settings, groups: ProcessGroupCollection) -> RotaryEmb
 
     The result is None where positions are embedded by another method.
     """
-    if settings.position_embedding_type != "rope":
-        return None
-    rotary = RotaryEmbedding(
-        kv_channels=kv_channels(settings),
-        rotary_percent=settings.rotary_percent,
-        rotary_base=settings.rotary_base,
-        seq_len_interpolation_factor=settings.rotary_seq_len_interpolation_factor,
-        cp_group=groups.cp,
-    )
-    if settings.use_rope_scaling:
-        rotary.inv_freq = stretch_low_frequencies(
-            rotary.inv_freq,
-            settings.rope_scaling_factor,
-            settings.rope_scaling_low_freq_factor,
-            settings.rope_scaling_high_freq_factor,
-            settings.rope_scaling_original_max_position_embeddings,
-        )
-    return rotary
+    rope = rope_of(settings)
+    return None if rope is None else ScaledRotary(rope, groups.cp)
+
+
+def set_attention_factor(config: TransformerConfig, rope: Rope | None) -> None:
+    """Let the layers of this configuration multiply cos and sin by ``rope.attention_factor``.
+
+    Megatron's attention works the factor out (``_yarn_get_concentration_factor_from_config``) of
+    attributes that Megatron-LM adds to the configuration for YaRN; some versions read them when a
+    layer is built, others in each forward pass. Its fused kernels do not know the factor, so they
+    are switched off beside it.
+    """
+    if rope is None or rope.attention_factor == 1.0:
+        return
+    config.yarn_rotary_scaling_factor = STEEP
+    config.yarn_mscale = rope.attention_factor - 1.0
+    config.yarn_mscale_all_dim = 0.0
+    config.apply_rope_fusion = False

@@ -7,9 +7,10 @@ from dataclasses import fields
 from megatron_sorted.planning.estimate import LOWEST_RATIO, Plan, StagePlan
 from megatron_sorted.planning.search import Proposal
 from megatron_sorted.planning.split import layout_text
-from megatron_sorted.settings.derived import exit_depths
+from megatron_sorted.settings.derived import exit_depths, max_position_embeddings
 from megatron_sorted.settings.field import flag_of
 from megatron_sorted.settings.layout import layers_of_chunks
+from megatron_sorted.settings.rope_scaling import names_scaling, rope_of
 from megatron_sorted.settings.run import Settings
 
 GB = 1e9
@@ -118,6 +119,16 @@ def work_lines(plan: Plan) -> list[str]:
     return columns(head, [row(stage) for stage in plan.stages])
 
 
+def rope_lines(settings: Settings) -> list[str]:
+    """Return a line about scaled rotary positions; none where they are not scaled."""
+    rope = rope_of(settings)
+    if rope is None or not names_scaling(settings):
+        return []
+    return [
+        f"rotary positions: {rope}; texts of up to {max_position_embeddings(settings):,} tokens"
+    ]
+
+
 def plan_lines(
     settings: Settings,
     plan: Plan,
@@ -151,6 +162,7 @@ def plan_lines(
         f"{batch}, {plan.tokens:,} tokens a step",
         f"parameters {plan.parameters:,}; stored with copies and padding "
         f"{plan.stored_parameters:,}; exits {_numbers(exit_depths(settings))}",
+        *rope_lines(settings),
         "",
         "layers",
         *stage_lines(plan),

@@ -13,6 +13,11 @@ NAMES = (
     ("tensor_parallel.random", "_get_cuda_rng_state"),
     ("tensor_parallel.random", "_set_cuda_rng_state"),
     ("models.common.embeddings.rope_utils", "fused_apply_rotary_pos_emb"),
+    ("models.common.embeddings.rotary_pos_embedding", "RotaryEmbedding.get_freqs_non_repeated"),
+    (
+        "models.common.embeddings.yarn_rotary_pos_embedding",
+        "_yarn_get_concentration_factor_from_config",
+    ),
     ("dist_checkpointing.strategies.torch", "_replace_state_dict_keys_with_sharded_keys"),
     (_DISTRIBUTED, "DistributedOptimizer._get_model_param_range_map"),
     (_DISTRIBUTED, "DistributedOptimizer._get_main_param_and_optimizer_states"),

@@ -8,6 +8,7 @@ from megatron_sorted.errors import SettingsError
 from megatron_sorted.settings.field import flag_of
 from megatron_sorted.settings.require import nearest
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.spellings import MEGATRON_NAMES, Given, in_our_names
 from megatron_sorted.settings.values import choices, convert, field_types, is_list, is_optional
 
 SEE_HELP = "See --help for all settings."
@@ -73,6 +74,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for field in fields:
             _add_flag(group, field)
+    group = parser.add_argument_group("Megatron-LM's names of some settings")
+    for theirs, ours in MEGATRON_NAMES.items():
+        _add_flag(group, Settings.__dataclass_fields__[ours], theirs)
     return parser
 
 
@@ -85,7 +89,11 @@ def default_text(field: dataclasses.Field) -> str:
     return text.lower() if text in ("None", "True", "False") else text or "empty"
 
 
-def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+def _add_flag(
+    group: argparse._ArgumentGroup, field: dataclasses.Field, theirs: str | None = None
+) -> None:
+    """Add the flag of a field, or the one of Megatron-LM's name for it."""
+    name = theirs or field.name
     kind = field_types()[field.name]
     element_types = (
         [part for part in get_args(kind) if part is not type(None)]
@@ -94,14 +102,12 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     )
     # argparse reads % as formatting
     text = f"{field.metadata['help']} (default: {default_text(field)})".replace("%", "%%")
-    options: dict[str, Any] = {"dest": field.name, "help": text}
+    if theirs:
+        text = f"The same as {flag_of(field.name)}."
+    options: dict[str, Any] = {"dest": name, "help": text}
     if bool in (kind, *element_types):
-        opposite = (
-            field.name.removeprefix("no_") if field.name.startswith("no_") else f"no_{field.name}"
-        )
-        group.add_argument(
-            flag_of(field.name), flag_of(opposite), action=_Switch, nargs=0, **options
-        )
+        opposite = name.removeprefix("no_") if name.startswith("no_") else f"no_{name}"
+        group.add_argument(flag_of(name), flag_of(opposite), action=_Switch, nargs=0, **options)
         return
     if choices(kind):
         options["metavar"] = "{" + ",".join(choices(kind)) + "}"
@@ -109,7 +115,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
         options["metavar"] = "N" if element_types[0] in (int, float) else "TEXT"
     if is_list(kind):
         options["nargs"] = "*"
-    group.add_argument(flag_of(field.name), **options)
+    group.add_argument(flag_of(name), **options)
 
 
 def known_flags() -> list[str]:
@@ -143,7 +149,6 @@ def parse_flags(argv: list[str]) -> tuple[str | None, bool, dict[str, Any]]:
             "override it."
         )
     print_settings = values.pop("print_settings", False)
-    converted = {
-        name: convert(name, value, flag_of(name), strict=False) for name, value in values.items()
-    }
+    given = in_our_names(Given(name, value, flag_of(name)) for name, value in values.items())
+    converted = {one.name: convert(one.name, one.value, one.source, strict=False) for one in given}
     return (configs[0] if configs else None), print_settings, converted

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.flags import SEE_HELP, field_groups, parse_flags
 from megatron_sorted.settings.require import nearest
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.spellings import MEGATRON_NAMES, Given, in_our_names
 from megatron_sorted.settings.values import convert, field_types
 from megatron_sorted.settings.yaml_file import entries_of, read_settings_text
 
@@ -76,16 +77,24 @@ def _values_of_file(path: str) -> dict[str, Any]:
     for key, value in values_in_comment(text).items():
         name = key.replace("-", "_")
         values[name] = convert(name, value, f"{path}, # {key}", strict=False)
-    for entry in entries_of(path, text):
-        source = f"{path}, line {entry.line}, {entry.key}"
-        name = _field_name(entry.key, source)
-        values[name] = convert(name, entry.value, source, strict=True)
-    return values
+    sources = ((one, f"{path}, line {one.line}, {one.key}") for one in entries_of(path, text))
+    return values | _converted(
+        Given(_known_name(entry.key, source), entry.value, source) for entry, source in sources
+    )
 
 
-def _field_name(key: str, source: str) -> str:
+def _converted(given: Iterable[Given]) -> dict[str, Any]:
+    """Return {field name: value} of settings that have types already."""
+    return {
+        one.name: convert(one.name, one.value, one.source, strict=True)
+        for one in in_our_names(given)
+    }
+
+
+def _known_name(key: str, source: str) -> str:
+    """Return the name of a setting, ours or Megatron-LM's, that is written with dashes or not."""
     name = key.replace("-", "_")
-    if name not in field_types():
+    if name not in field_types() and name not in MEGATRON_NAMES:
         known = [field.replace("_", "-") for field in field_types()]
         raise SettingsError(
             f"{shown(source)}: there is no such setting. "
@@ -108,11 +117,12 @@ def settings_from_dict(values: Mapping[str, Any], source: str = "settings") -> S
     Raises:
         SettingsError: A name is unknown or a value has the wrong type.
     """
-    converted = {}
-    for key, value in values.items():
-        name = _field_name(key, f"{source}, {key}")
-        converted[name] = convert(name, value, f"{source}, {key}", strict=True)
-    return Settings(**converted)
+    return Settings(
+        **_converted(
+            Given(_known_name(key, f"{source}, {key}"), value, f"{source}, {key}")
+            for key, value in values.items()
+        )
+    )
 
 
 def settings_as_yaml(settings: Settings) -> str:

@@ -3,12 +3,11 @@
 The defaults are those of the LLaMA family.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sorted.settings.derived import (
     ffn_hidden_size,
-    kv_channels,
     max_position_embeddings,
     num_query_groups,
 )
@@ -42,33 +41,9 @@ class ModelSettings:
         None, "Longest sequence the model can be used with; by default --seq-length."
     )
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = setting(
-        "rope", "Position embedding: rotary, learned absolute, or none."
-    )
-    rotary_base: int = setting(10000, "Base of the rotary frequencies (theta).")
-    rotary_percent: float = setting(1.0, "Fraction of each head's channels that is rotated.")
-    rotary_seq_len_interpolation_factor: float | None = setting(
-        None,
-        "Number that positions are divided by before rotation (linear position interpolation), to "
-        "extend a model to longer texts.",
-    )
-    use_rope_scaling: bool = setting(
-        False, "Lower the low rotary frequencies as Llama 3.1 and later do, to extend the context."
-    )
-    rope_scaling_factor: float = setting(
-        8.0, "With --use-rope-scaling: divisor of the lowest rotary frequencies."
-    )
-    rope_scaling_low_freq_factor: float = setting(
-        1.0,
-        "With --use-rope-scaling: frequencies with fewer turns than this within the original "
-        "context are divided in full.",
-    )
-    rope_scaling_high_freq_factor: float = setting(
-        4.0,
-        "With --use-rope-scaling: frequencies with more turns than this within the original "
-        "context stay as they are.",
-    )
-    rope_scaling_original_max_position_embeddings: int = setting(
-        8192, "With --use-rope-scaling: the context length that the model was first trained with."
+        "rope",
+        "Position embedding: rotary, learned absolute, or none; yarn means rope with "
+        "--rope-scaling-type yarn, as in Megatron-LM.",
     )
     sliding_window: int | None = setting(
         None,
@@ -175,15 +150,6 @@ def check_model(settings: AllSettings) -> None:
         "--tensor-model-parallel-size",
         "Change one of them.",
     )
-    if settings.position_embedding_type == "rope":
-        rotated = int(kv_channels(settings) * settings.rotary_percent)
-        require(
-            rotated > 0 and rotated % 2 == 0,
-            f"--rotary-percent: {settings.rotary_percent} of {kv_channels(settings)} channels a "
-            f"head are {rotated}; the rotary embedding needs pairs. Change --kv-channels, "
-            "--num-attention-heads or --rotary-percent.",
-        )
-    _check_positions(settings)
     _check_sandwich(settings)
     require(
         settings.sliding_window is None
@@ -213,56 +179,6 @@ def _check_sandwich(settings: AllSettings) -> None:
         not settings.use_sandwich_norm or settings.num_experts is None,
         f"--use-sandwich-norm: not supported with experts (--num-experts {settings.num_experts}). "
         "Leave one of them out.",
-    )
-
-
-def _check_positions(settings: AllSettings) -> None:
-    """Check that at most one method extends the rotary frequencies, and that it is defined."""
-    factor, rope = (
-        settings.rotary_seq_len_interpolation_factor,
-        settings.position_embedding_type == "rope",
-    )
-    for flag, given in (
-        ("--rotary-seq-len-interpolation-factor", factor is not None),
-        ("--use-rope-scaling", settings.use_rope_scaling),
-    ):
-        require(
-            rope or not given,
-            f"{flag}: there are no rotary frequencies with --position-embedding-type "
-            f"{settings.position_embedding_type}. Leave it out.",
-        )
-    require(
-        factor is None or factor >= 1,
-        f"--rotary-seq-len-interpolation-factor: {factor} would shorten the context. Give 1 or "
-        "more.",
-    )
-    if not settings.use_rope_scaling:
-        for field in (
-            field for field in fields(settings) if field.name.startswith("rope_scaling_")
-        ):
-            value = getattr(settings, field.name)
-            require(
-                value == field.default,
-                f"{flag_of(field.name)}: {value} has no effect without --use-rope-scaling. Give "
-                "that as well, or leave it out.",
-            )
-        return
-    require(
-        factor is None,
-        f"--rotary-seq-len-interpolation-factor: {factor} together with --use-rope-scaling, but "
-        "only one of them can extend the context. Give one.",
-    )
-    require(
-        settings.rope_scaling_factor >= 1,
-        f"--rope-scaling-factor: {settings.rope_scaling_factor} would shorten the context. Give 1 "
-        "or more.",
-    )
-    low, high = settings.rope_scaling_low_freq_factor, settings.rope_scaling_high_freq_factor
-    require(
-        low < high,
-        f"--rope-scaling-low-freq-factor: {low} is not below --rope-scaling-high-freq-factor "
-        f"{high}. Frequencies between the two are divided in part; lower the first or raise the "
-        "second.",
     )
 
 

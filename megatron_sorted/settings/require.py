@@ -28,10 +28,11 @@ def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """
     names = list(known)
     continued = [one for one in names if one.startswith(word)]
-    # A lower cutoff advised --no-swiglu for --no-bias-swiglu-fusion: another network.
+    # A lower cutoff advised --no-swiglu for --no-bias-swiglu-fusion, and --no-rope-resonance for
+    # --no-rope-fusion: another network.
     near = (
         continued
         if len(continued) == 1
-        else difflib.get_close_matches(word, names, n=1, cutoff=0.72)
+        else difflib.get_close_matches(word, names, n=1, cutoff=0.75)
     )
     return f"Did you mean {near[0]}?" if near else otherwise

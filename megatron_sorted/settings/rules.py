@@ -18,6 +18,7 @@ from megatron_sorted.settings.monitoring import check_monitoring, check_profile
 from megatron_sorted.settings.muon import check_muon
 from megatron_sorted.settings.parallel import check_data_parallel, check_device
 from megatron_sorted.settings.require import require
+from megatron_sorted.settings.rope import check_rope
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.training import check_training
 
@@ -33,6 +34,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     """
     check_numbers(settings)
     check_model(settings)
+    check_rope(settings)
     check_exit_weighting(settings)
     check_exit_parts(settings)
     check_exits(settings)
@@ -57,7 +59,9 @@ POSITIVE = (
     "num_query_groups", "seq_length", "max_position_embeddings", "rotary_base", "rotary_percent",
     "rotary_seq_len_interpolation_factor", "rope_scaling_factor", "rope_scaling_low_freq_factor",
     "rope_scaling_high_freq_factor", "rope_scaling_original_max_position_embeddings",
-    "sliding_window", "norm_epsilon", "attn_post_norm_scale", "ffn_post_norm_scale",
+    "rope_scaling_beta_fast", "rope_scaling_beta_slow", "rope_scaling_mscale",
+    "rope_scaling_attention_factor", "sliding_window", "norm_epsilon", "attn_post_norm_scale",
+    "ffn_post_norm_scale",
     "make_vocab_size_divisible_by", "vocab_size", "init_method_std", "num_experts",
     "moe_router_topk", "moe_ffn_hidden_size", "num_sampled_exits", "exit_loss_chunk_tokens",
     "lora_alpha", "exit_gradient_balance", "exit_kd_temperature", "exit_kd_top_k", "world_size",
@@ -79,6 +83,7 @@ NOT_NEGATIVE = (
     "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad", "nonfinite_steps_allowed",
     "profile_step_start", "ckpt_step", "exit_adapter_rank", "exit_gradnorm_alpha",
     "exit_simulated_sharpness", "exit_guard_margin", "exit_kd_weight", "lora_rank",
+    "rope_scaling_mscale_all_dim",
 )  # fmt: skip
 BELOW_ONE = (
     "hidden_dropout",

@@ -12,6 +12,7 @@ from megatron_sorted.settings.model import ModelSettings
 from megatron_sorted.settings.monitoring import MonitoringSettings
 from megatron_sorted.settings.muon import MuonSettings
 from megatron_sorted.settings.parallel import ParallelSettings
+from megatron_sorted.settings.rope import RopeSettings
 from megatron_sorted.settings.training import TrainingSettings
 
 
@@ -27,6 +28,7 @@ class Settings(
     ExitPartSettings,
     ExitWeightingSettings,
     ExitSettings,
+    RopeSettings,
     ModelSettings,
 ):
     """Every field of a run. One name per field: dataclass field, ``--flag`` and YAML key."""

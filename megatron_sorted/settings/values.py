@@ -38,6 +38,8 @@ def is_list(kind: Any) -> bool:
 
 def choices(kind: Any) -> tuple[str, ...]:
     """Return the values that a field of this type is limited to; empty if it is not limited."""
+    if is_optional(kind):
+        return tuple(one for part in get_args(kind) for one in choices(part))
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 

@@ -7,6 +7,9 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.support.context_bodies import evaluate, parts_of_batch, train
 from tests.support.gather import join_ranks
@@ -52,6 +55,35 @@ def test_each_rank_takes_its_slices_of_a_batch(layout):
             ],
             copies=len(places) // 2 // len({place[1] for place in places}),
         )
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_angles_of_a_slice_are_those_of_the_whole_scaled_sample(kind):
+    """The context is longer than a slice, so a rank that took its own length would not scale."""
+    config = LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        max_position_embeddings=10,
+        rope_parameters={
+            "rope_type": kind,
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            **({"original_max_position_embeddings": 10} if kind == "yarn" else {}),
+        },
+    )
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, seq_len=torch.tensor(16))
+    plain, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    assert (frequencies / plain - 1).abs().max() > 0.1
+    settings = tiny(
+        **CONTEXT_2,
+        rope_scaling_type=kind,
+        rope_scaling_factor=4.0,
+        rope_scaling_original_max_position_embeddings=10,
+    )
+    reports = run_ranks(2, parts_of_batch, settings)
+    for own, report in zip(SLICES, reports, strict=True):
+        angles = torch.tensor(own).float()[:, None] * frequencies
+        torch.testing.assert_close(report["angles"], torch.cat((angles, angles), 1))
 
 
 def _check_each_position_once(reports: list[dict], copies: int) -> None:

@@ -1,5 +1,7 @@
 """Every exit has the logits of transformers' model of its depth and weights, in every layout."""
 
+import math
+
 import pytest
 import torch
 
@@ -22,6 +24,12 @@ LLAMA3 = {
 ROPE_SCALING = {
     "use_rope_scaling": True,
     "rope_scaling_factor": 8.0,
+    "rope_scaling_original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN_SCALING = {
+    "rope_scaling_type": "yarn",
+    "rope_scaling_factor": 4.0,
     "rope_scaling_original_max_position_embeddings": 16,
 }
 # name: (family, changes of its config, changes of our settings); tiny: 4 layers, 4 heads in 2
@@ -70,6 +78,59 @@ CASES = {
             "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0},
         },
         {"rotary_seq_len_interpolation_factor": 2.5, **UNTIED},
+    ),
+    "yarn, factor 4": (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_theta": 10000.0, **YARN},
+        },
+        YARN_SCALING,
+    ),
+    "yarn, factor 16, all parameters": (
+        "Qwen2",
+        {
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                **YARN,
+                "rope_theta": 1000000.0,
+                "factor": 16.0,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+                "truncate": False,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.3,
+            },
+        },
+        {
+            **YARN_SCALING,
+            "add_qkv_bias": True,
+            "norm_epsilon": 1e-6,
+            "rotary_base": 1000000,
+            "rope_scaling_factor": 16.0,
+            "rope_scaling_beta_fast": 4.0,
+            "rope_scaling_beta_slow": 0.5,
+            "rope_scaling_truncate": False,
+            "rope_scaling_mscale": 0.7,
+            "rope_scaling_mscale_all_dim": 0.3,
+            **UNTIED,
+        },
+    ),
+    "dynamic, longer than its context": (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 16,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        },
+        {
+            "rope_scaling_type": "dynamic",
+            "rope_scaling_factor": 4.0,
+            "rope_scaling_original_max_position_embeddings": 16,
+        },
     ),
     "mistral 0.1, sliding window": (
         "Mistral",
@@ -155,6 +216,9 @@ def test_the_logits_depend_on_every_difference_between_the_cases():
         "llama 3.2, tied, scaled": {"use_rope_scaling": False},
         "llama, other numbers of the scaling, base 500000": {"rope_scaling_low_freq_factor": 1.0},
         "llama 2, positions interpolated": {"rotary_seq_len_interpolation_factor": None},
+        "yarn, factor 4": {"rope_scaling_factor": 5.0},
+        "yarn, factor 16, all parameters": {"rope_scaling_mscale": None},
+        "dynamic, longer than its context": {"rope_scaling_factor": 3.0},
         "mistral 0.1, sliding window": {"sliding_window": 8},
         "qwen 3, norms, untied": {"norm_epsilon": 1e-6},
     }
@@ -215,3 +279,64 @@ def test_gradients_of_all_exits_equal_those_of_transformers(name):
                 got[key][:VOCABULARY] if "embedding" in key or "output_layer" in key else got[key]
             )
             assert (computed - gradient).norm() < 1e-5 * gradient.norm(), f"{key} in {split}"
+
+
+def with_resonance(model):
+    """Return the model with whole wavelengths, as the authors of Resonance RoPE set them."""
+    rotary = model.model.rotary_emb
+    wavelengths = torch.round(2 * math.pi / rotary.inv_freq.double())
+    rotary.inv_freq = (2 * math.pi / wavelengths).float()
+    return model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", ["yarn, factor 4", "yarn, factor 16, all parameters", "llama 3.2, tied, scaled"]
+)
+def test_resonance_on_top_of_a_scaling(name, layout):
+    family, config, ours = CASES[name]
+    world_size, split = LAYOUTS[layout]
+    plain, model = make_model(family, **config), with_resonance(make_model(family, **config))
+    settings = tiny(seq_length=LENGTH, rope_resonance=True, **{**ours, **split})
+    reports = run_ranks(world_size, logits_of_exits, settings, global_weights(model), tokens())
+    got = join_logits(reports, VOCABULARY)
+    expected, unrounded = exit_logits(model, tokens()), exit_logits(plain, tokens())
+    for depth, logits in expected.items():
+        assert (got[depth] - logits).abs().max() < 1e-5 * logits.abs().max()
+        assert (got[depth] - unrounded[depth]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["yarn, factor 4", "llama 2, positions interpolated"])
+def test_packed_documents_with_scaled_rotary_positions(name):
+    """A document within a sample has the logits of the document alone."""
+    family, config, ours = CASES[name]
+    model = with_resonance(make_model(family, **config))
+    settings = tiny(seq_length=LENGTH, rope_resonance=True, **ours)
+    segments = torch.zeros(2, LENGTH, dtype=torch.int32)
+    segments[0, 11:], segments[1, 40:] = 1, 1
+    reports = run_ranks(1, logits_of_exits, settings, global_weights(model), tokens(), segments)
+    got = join_logits(reports, VOCABULARY)
+    for row, begin in ((0, 11), (1, 40)):
+        for start, end in ((0, begin), (begin, LENGTH)):
+            alone = exit_logits(model, tokens()[row : row + 1, start:end])
+            for depth, logits in alone.items():
+                difference = (got[depth][row, start:end] - logits[0]).abs().max()
+                assert difference < 1e-5 * logits.abs().max()
+
+
+def test_documents_packed_under_dynamic_scaling_have_the_frequencies_of_the_whole_sample():
+    name = "dynamic, longer than its context"
+    family, config, ours = CASES[name]
+    model, begin = make_model(family, **config), 30
+    segments = torch.zeros(2, LENGTH, dtype=torch.int32)
+    segments[:, begin:] = 1
+    settings = tiny(seq_length=LENGTH, **ours)
+    reports = run_ranks(1, logits_of_exits, settings, global_weights(model), tokens(), segments)
+    got = join_logits(reports, VOCABULARY)
+    # transformers, given positions that begin anew, would take the longest document's length
+    model(tokens(), use_cache=False)  # it keeps the frequencies of the longest text so far
+    whole = exit_logits(model, tokens()[:, begin:])
+    for depth, logits in whole.items():
+        assert (got[depth][:, begin:] - logits).abs().max() < 1e-5
+    alone = exit_logits(make_model(family, **config), tokens()[:, begin:])
+    assert (got[4][:, begin:] - alone[4]).abs().max() > 1e-3

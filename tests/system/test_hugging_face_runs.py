@@ -1,6 +1,7 @@
 """Runs from one Hugging Face directory to another, without any setting of the network."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 
 from megatron_sorted.checkpoint.manifest import read_manifest
+from megatron_sorted.decoding.cache.state import DecodingState
+from megatron_sorted.decoding.network import load_network
 from megatron_sorted.monitoring.json_lines import read_json_lines
 from tests.support.command_line import pretrain
+from tests.support.commands import run_command
 from tests.support.hugging_face import exit_logits
 from tests.support.model_directories import save_model
 
@@ -257,3 +261,64 @@ def test_a_damaged_directory_is_refused(folder):
     )
     with pytest.raises(AssertionError, match=r"too short: the download did not finish"):
         pretrain(1, folder, *RUN, "--load", "half")
+
+
+def refused(folder: Path, *arguments: object) -> str:
+    """Return the message of a run that is refused."""
+    done = run_command("pretrain_sorted.py", *map(str, arguments), cwd=folder)
+    assert done.returncode in (1, 2), done.stderr
+    return done.stderr
+
+
+LONGER = (
+    *(*RUN, "--load", "origin", "--exit-layer-nums", 2, "--position-embedding-type", "yarn"),
+    *("--yarn-rotary-scaling-factor", 4, "--yarn-original-max-position-embeddings", 8),
+    "--rope-resonance",
+)
+
+
+def test_a_model_continues_with_yarn_and_resonance_and_is_exported_for_plain_transformers(tmp_path):
+    """From a model without scaling, under tensor and pipeline parallelism, to a directory."""
+    from transformers import AutoModelForCausalLM
+
+    save_model(tmp_path / "origin", "llama", tied=True)
+    lines = pretrain(
+        4, tmp_path, *LONGER, *TENSOR_AND_PIPELINE, "--save", "run", "--save-hf", "out"
+    )
+    assert any(line.startswith("wrote out; verified: ") for line in lines)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    rope = config.get("rope_parameters") or config["rope_scaling"]
+    assert rope["rope_type"] == "longrope" and config["rope_resonance"]["rope_type"] == "yarn"
+    assert rope["attention_factor"] == pytest.approx(0.1 * math.log(4) + 1)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    expected = exit_logits(trained, torch.arange(32)[None])
+    network = load_network(tmp_path / "out", native="off")
+    for depth in (2, 4):
+        state = DecodingState(network, 1, 32, (2, 4))
+        state.append(torch.arange(32)[None])
+        state.read(depth)
+        got = state.logits(depth, state.last_slots())[0, 0]
+        assert (got - expected[depth][0, -1]).abs().max() < 1e-5 * expected[depth].abs().max()
+    # the exported model brings its scaling: the first losses are those of its checkpoint
+    more = (*RUN, "--exit-layer-nums", 2)
+    pretrain(1, tmp_path, *more, "--load", "out", "--save", "exported")
+    pretrain(
+        1, tmp_path, *more, "--load", "run", "--use-checkpoint-args", "--finetune", "--save", "same"
+    )
+    losses = [losses_at_first_step(tmp_path, name) for name in ("exported", "same")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_scaling_that_would_be_forgotten_or_cannot_be_exported_is_refused(tmp_path):
+    save_model(tmp_path / "origin", "llama", tied=True)
+    pretrain(1, tmp_path, *LONGER, "--save", "run")
+    network = ("--num-layers", 4, "--hidden-size", 32, "--ffn-hidden-size", 48)
+    network += ("--num-attention-heads", 4, "--vocab-size", 100, "--norm-epsilon", 1e-6)
+    forgotten = (*RUN, *network, "--exit-layer-nums", 2, "--load", "run", "--finetune")
+    failed = refused(tmp_path, *forgotten)
+    assert "yarn x 4 from 8 tokens, attention x 1.1386, resonance in the checkpoint" in failed
+    assert "default in this run" in failed
+    dynamic = ("--rope-scaling-type", "dynamic", "--rope-scaling-factor", 4)
+    dynamic += ("--rope-scaling-original-max-position-embeddings", 8, "--rope-resonance")
+    failed = refused(tmp_path, *RUN, "--load", "origin", *dynamic, "--save", "x", "--save-hf", "y")
+    assert "--save-hf: --rope-resonance: together with --rope-scaling-type dynamic" in failed

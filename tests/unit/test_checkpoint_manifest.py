@@ -8,6 +8,7 @@ import pytest
 
 from megatron_sorted.checkpoint.manifest import (
     MANIFEST,
+    ROPE_FIELDS,
     FileRecord,
     Progress,
     check_same_shape,
@@ -146,9 +147,9 @@ def test_a_field_that_an_older_version_did_not_know_had_its_default(tmp_path):
     old = {
         name: value
         for name, value in shape.items()
-        if not name.startswith(("rope_", "use_rope", "sliding", "norm_eps", "rotary_seq"))
+        if name not in ROPE_FIELDS and not name.startswith(("sliding", "norm_eps"))
     }
-    assert len(shape) - len(old) == 8
+    assert len(shape) - len(old) == len(ROPE_FIELDS) + 2
     manifest = {
         "shape": old,
         "settings": {"norm_epsilon": 1e-6},
@@ -156,19 +157,57 @@ def test_a_field_that_an_older_version_did_not_know_had_its_default(tmp_path):
     check_same_shape(tmp_path, manifest, Settings(), shape)
     for changes, message in (
         ({"sliding_window": 64}, "--sliding-window: None in the checkpoint, 64 in this run"),
-        (
-            {"use_rope_scaling": True},
-            "--use-rope-scaling: False in the checkpoint, True in this run",
-        ),
         ({"norm_epsilon": 1e-5}, "--norm-epsilon: 1e-06 in the checkpoint, 1e-05 in this run"),
-        (
-            {"rotary_seq_len_interpolation_factor": 2.0},
-            "--rotary-seq-len-interpolation-factor: None in the checkpoint, 2.0 in this run",
-        ),
     ):
         with pytest.raises(CheckpointError) as error:
             check_same_shape(tmp_path, manifest, Settings(), {**shape, **changes})
         assert str(error.value).startswith(f"{tmp_path}: made with other sizes. {message}. ")
+
+
+YARN = {
+    "rope_scaling_type": "yarn",
+    "rope_scaling_factor": 4.0,
+    "rope_scaling_original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_named"),
+    [
+        ({"use_rope_scaling": True}, True),
+        ({"rotary_seq_len_interpolation_factor": 2.0}, True),
+        (YARN, True),
+        ({"rope_resonance": True}, True),
+        ({"rope_scaling_type": "default"}, True),
+        ({}, False),
+    ],
+)
+def test_another_rotary_scaling_is_refused_unless_a_run_of_weights_alone_names_it(
+    tmp_path, changes, is_named
+):
+    """The checkpoint is one of 0.13, which wrote factors even where nothing was scaled."""
+    scaled = {"use_rope_scaling": not changes or "rope_scaling_type" in changes}
+    settings = {**scaled, "rope_scaling_factor": 8.0, "rope_scaling_low_freq_factor": 1.0}
+    shape = network_shape(Settings(), 100)
+    old = {name: value for name, value in shape.items() if name not in ROPE_FIELDS}
+    manifest, now = {"shape": old, "settings": settings}, Settings(**changes)
+    was = "llama3 x 8 from 8,192 tokens" if scaled["use_rope_scaling"] else "default"
+    with pytest.raises(CheckpointError) as error:
+        check_same_shape(tmp_path, manifest, now, network_shape(now, 100))
+    assert f"type and its parameters: {was} in the checkpoint, " in str(error.value)
+    assert "--finetune" in str(error.value)
+    arguments = (tmp_path, manifest, now, network_shape(now, 100), True)
+    if is_named:
+        check_same_shape(*arguments)
+    else:  # a run that does not say so would forget the model's scaling
+        with pytest.raises(CheckpointError, match="default in this run"):
+            check_same_shape(*arguments)
+
+
+def test_two_spellings_of_one_rotary_scaling_are_the_same(tmp_path):
+    manifest = {"shape": {}, "settings": {"use_rope_scaling": True}}
+    now = Settings(rope_scaling_type="llama3", rope_scaling_factor=8.0)
+    check_same_shape(tmp_path, manifest, now, {})
 
 
 def test_the_own_hash_is_that_of_plain_json(directory):

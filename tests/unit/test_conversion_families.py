@@ -61,7 +61,7 @@ def test_settings_of_llama_3():
         vocab_size=128256,
         untie_embeddings_and_output_weights=False,
         bf16=True,
-        use_rope_scaling=True,
+        rope_scaling_type="llama3",
         rope_scaling_factor=32.0,
         rope_scaling_low_freq_factor=1.0,
         rope_scaling_high_freq_factor=4.0,
@@ -178,11 +178,68 @@ def test_exits_are_written_to_the_config_and_read_back():
         ({"num_hidden_layers": "16"}, "num_hidden_layers is '16'"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "rotary positions of kind 'yarn' are not supported",
+            "type yarn without original_max_position_embeddings",
         ),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 8192,
+                }
+            },
             "llama3 without low_freq_factor",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "type linear without factor. Fetch the file"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 0.5}},
+            "factor is 0.5 for rotary positions of type dynamic; it would shorten",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "proportional"}, "rope_scaling": None},
+            "rope_type is 'proportional', which is not one of default, linear, llama3, yarn, "
+            "dynamic, longrope. Convert",
+        ),
+        (
+            {"rope_scaling": {"rope_type": ["yarn"]}},
+            r"rope_type is \['yarn'\], which is not one of",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 4096,
+                },
+                "original_max_position_embeddings": 2048,
+            },
+            "original_max_position_embeddings is 2048, and 4096 among the rotary parameters",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
+            "type longrope without original_max_position_embeddings",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 31 + [-1],
+                    "long_factor": [1.0] * 32,
+                    "original_max_position_embeddings": 4096,
+                }
+            },
+            "short_factor is .* where a list of 32 numbers above 0 is needed",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 32,
+                    "long_factor": [1.0] * 32,
+                    "original_max_position_embeddings": 4096,
+                }
+            },
+            "longrope with divisors that this program did not write.* not trained or imported",
         ),
         ({"rope_theta": 10000.5}, "rope_theta 10000.5 is not a whole number"),
         ({"exit_layer_indices": [4, 99]}, "exit_layer_indices .*99 is not a layer"),

@@ -9,6 +9,7 @@ from megatron_sorted.conversion.megatron.arguments import REFUSED, settings_of, 
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.exits import ExitSettings
 from megatron_sorted.settings.model import ModelSettings
+from megatron_sorted.settings.rope import RopeSettings
 
 NEW_FIELDS = {
     "use_rope_scaling",
@@ -98,7 +99,9 @@ def of(**changes) -> dict:
 def test_llama_3_of_megatron_lm():
     assert settings_of(argparse.Namespace(**LLAMA_3)) == settings_of(LLAMA_3) == EXPECTED
     known = {
-        field.name for part in (ModelSettings, ExitSettings) for field in dataclasses.fields(part)
+        field.name
+        for part in (ModelSettings, RopeSettings, ExitSettings)
+        for field in dataclasses.fields(part)
     }
     assert EXPECTED.keys() <= known | NEW_FIELDS
 
@@ -150,6 +153,24 @@ def test_an_old_gpt_without_newer_arguments_has_megatrons_defaults():
                 "rope_scaling_original_max_position_embeddings": 4096,
             },
         ),
+        (
+            {
+                "position_embedding_type": "yarn",
+                "yarn_rotary_scaling_factor": 16.0,
+                "yarn_original_max_position_embeddings": 4096,
+                "yarn_beta_fast": 24.0,
+                "yarn_mscale": None,
+                "yarn_correction_range_round_to_int": False,
+            },
+            {
+                "position_embedding_type": "rope",
+                "rope_scaling_type": "yarn",
+                "rope_scaling_factor": 16.0,
+                "rope_scaling_original_max_position_embeddings": 4096,
+                "rope_scaling_beta_fast": 24.0,
+                "rope_scaling_truncate": False,
+            },
+        ),
         ({"vocab_size": 50257}, {"vocab_size": 50257}),
         ({"scale_depth": 1.0, "num_experts": 0}, {}),
         (
@@ -179,7 +200,11 @@ def test_single_arguments(arguments, expected):
         ({"num_experts": 1}, "num_experts = 1: experts"),
         ({"mtp_num_layers": 1}, "mtp_num_layers = 1"),
         ({"scale_emb": 12.0}, "scale_emb = 12.0"),
-        ({"position_embedding_type": "yarn"}, "position_embedding_type = 'yarn'"),
+        ({"position_embedding_type": "yarn"}, "'yarn': without yarn_rotary_scaling_factor"),
+        (
+            {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0},
+            "'yarn': without yarn_original_max_position_embeddings",
+        ),
         ({"rope_scaling_type": "yarn"}, "rope_scaling_type = 'yarn'"),
         ({"softmax_type": "learnable"}, "softmax_type = 'learnable'"),
         ({"normalization": "ScaleNorm"}, "normalization = 'ScaleNorm'"),

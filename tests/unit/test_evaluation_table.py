@@ -144,3 +144,32 @@ def test_picture(tmp_path):
     )
     draw(results(("one",), questions=False), tmp_path / "b.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_losses_by_position_are_rows_of_buckets_and_columns_of_exits():
+    def numbers(loss, **more):
+        return {"loss": loss, "loss_standard_error": 0.5, "accuracy": 0.25, "tokens": 1200} | more
+
+    minus = {"loss_minus": {"plain": {"value": -0.5, "standard_error": None}}}
+    of_text = {
+        "nested": {"buckets": [{}, {2: numbers(3.0, **minus), 10: numbers(2.0)}]},
+        "plain": {"buckets": [{}, {2: numbers(3.5), 10: numbers(2.25)}]},
+    }
+    positions = {"length": 4096, "joined": False, "buckets": [[1, 1], [2, 4096]]}
+    text = write_tables(
+        {
+            "settings": {"seq_length": 64, "positions": positions},
+            "texts": {},
+            "positions": {"valid": {"models": of_text}},
+            "questions": {},
+            "tasks": {},
+        }
+    )
+    lines = [line.split("  ") for line in text.splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert ["positions", "model", "tokens", "depth 2", "depth 10"] in cells
+    assert ["2-4,096", "nested", "1,200", "3.0000 ± 0.5000", "2.0000 ± 0.5000"] in cells
+    assert ["2-4,096", "nested - plain", "1,200", "-0.5000"] in cells
+    assert ["2-4,096", "plain", "1,200", "25.0%", "25.0%"] in cells
+    assert not any(line[:1] == ["1"] for line in cells)  # no token counts there
+    assert "whole windows of 4,096 tokens of each document" in text and "over documents" in text

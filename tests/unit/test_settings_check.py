@@ -241,7 +241,8 @@ REFUSED = [
         BASE,
         {"rope_scaling_factor": 32.0},
         1,
-        "--rope-scaling-factor: 32.0 has no effect without --use-rope-scaling",
+        "--rope-scaling-factor: 32.0 has no effect with --rope-scaling-type default; it is a "
+        "parameter of linear, llama3, yarn, dynamic.",
     ),
     (
         BASE,

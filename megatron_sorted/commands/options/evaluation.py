@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sorted.commands.options.positions import add_position_options, check_position_options
 from megatron_sorted.commands.parser import Parser, at_least
 from megatron_sorted.conversion.hugging_face.families import DTYPES
 from megatron_sorted.decoding.native import CHOICES
@@ -153,6 +154,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="tokens of one forward pass (default: %(default)s)",
     )
+    add_position_options(parser)
     data = parser.add_argument_group(
         "prepared data, read as in training (also its masks, --[no-]reset-position-ids, ...)"
     )
@@ -288,6 +290,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     values = parser.parse_args(arguments)
     if not (values.text or values.data_path or values.questions or values.tasks):
         raise SettingsError("nothing to measure. Give --text, --data-path, --questions or --tasks.")
+    check_position_options(values)
     if values.tasks:
         check_task_names(values.tasks, values.tasks_path)
     return values

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sorted.commands.options.evaluation import DEFAULT_SEQ_LENGTH
+from megatron_sorted.commands.options.position_checks import check_positions
+from megatron_sorted.commands.options.positions import read_positions
 from megatron_sorted.conversion.exporting import DTYPES_BY_NAME
 from megatron_sorted.conversion.hugging_face.families import max_length_of_config, read_config
 from megatron_sorted.conversion.staging import check_destination
@@ -119,6 +121,7 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
             f"--stride: {values.stride} is more than --seq-length {seq_length}, so tokens would "
             "be left out. Use less."
         )
+    positions = read_positions(values, longest)
     if values.save_heads:
         check_destination(values.save_heads, values.overwrite, 0)
     if values.questions:  # a library that is needed and cannot be used is refused at once
@@ -141,6 +144,8 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
         name: read_documents(path, values.separator, values.limit)
         for name, path in _by_name(values.text).items()
     }
+    if positions is not None:
+        check_positions(values, positions, subjects, forms, texts)
     harness = Harness(values.tasks, values.tasks_path) if values.tasks else None
     if harness is not None:
         harness.check(allowed)
@@ -157,6 +162,7 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
         seq_length,
         values.stride or seq_length,
         prepared,
+        positions,
         tuple(values.depths) if values.depths else None,
         DTYPES_BY_NAME[values.dtype],
         values.tokenizer,

@@ -177,6 +177,10 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             value = (config.get(holder) or {}).get(key)
             if value is not None and not _is_positive(value):
                 raise refuse_value(where, f"{holder}.{key}", value, POSITIVE[1])
+        for key in ("mscale", "mscale_all_dim"):
+            value = (config.get(holder) or {}).get(key)
+            if value is not None and not _is_number(value):
+                raise refuse_value(where, f"{holder}.{key}", value, "a finite number from 0 on")
     rows, padding = config.get("vocab_size"), config.get("pad_token_id")
     # Older files write -1 for "none".
     if rows is not None and padding is not None and not -1 <= padding < rows:

@@ -1,7 +1,7 @@
-"""Translation of a config.json into our settings and back. Needs no torch.
+"""Translation of a config.json into our settings and back.
 
-Together with `config_rules` (rules for values) and `exit_keys`, the only modules that know its
-keys.
+Together with `config_rules` (rules for values), `exit_keys`, `rope_keys` and `rope_settings`, the
+only modules that know its keys.
 """
 
 from collections.abc import Mapping
@@ -23,13 +23,17 @@ from megatron_sorted.conversion.hugging_face.families import (
     family_of_config,
     family_of_settings,
 )
+from megatron_sorted.conversion.hugging_face.rope_settings import (
+    RESONANCE_KEY,
+    rope_keys,
+    rope_settings_of_config,
+    written_max_positions,
+)
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.derived import (
     exit_depths,
     ffn_hidden_size,
     kv_channels,
-    max_position_embeddings,
     num_query_groups,
 )
 from megatron_sorted.settings.run import Settings
@@ -111,61 +115,13 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
             bf16=dtype == "bfloat16",
             fp16=dtype == "float16",
             sliding_window=config.get("sliding_window") if family.slides else None,
-            **_rotary_settings(config, where),
+            **rope_settings_of_config(config, where),
             **exits_of_config(config, where),
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{where}: a value of the wrong kind ({error}). Fetch the file again."
         ) from error
-
-
-def _rotary_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the settings of rotary positions from either format of a config.json.
-
-    transformers 5 writes ``rope_parameters``, earlier versions ``rope_theta`` and ``rope_scaling``.
-    """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if base != int(base):
-        raise CheckpointError(
-            f"{where}: rope_theta {base} is not a whole number, which --rotary-base must be."
-        )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    fields: dict[str, Any] = {
-        "position_embedding_type": "rope",
-        "rotary_base": int(base),
-        "rotary_percent": 1.0,
-    }
-    if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise CheckpointError(
-            f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, "
-            "only 1."
-        )
-    try:
-        if kind == "linear":
-            fields["rotary_seq_len_interpolation_factor"] = float(rope["factor"])
-        elif kind == "llama3":
-            fields |= {
-                "use_rope_scaling": True,
-                "rope_scaling_factor": float(rope["factor"]),
-                "rope_scaling_low_freq_factor": float(rope["low_freq_factor"]),
-                "rope_scaling_high_freq_factor": float(rope["high_freq_factor"]),
-                "rope_scaling_original_max_position_embeddings": int(
-                    rope["original_max_position_embeddings"]
-                ),
-            }
-        elif kind != "default":
-            raise CheckpointError(
-                f"{where}: rotary positions of kind {shown_value(kind)} are not supported; "
-                "default, linear and llama3 are."
-            )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{where}: rotary positions of kind {kind} without {shown(error.args[0], 60)}. Fetch "
-            "the file again."
-        ) from None
-    return fields
 
 
 def config_of_settings(
@@ -190,6 +146,7 @@ def config_of_settings(
             kept.slides or not family.slides
         ):
             family = kept
+    scaling, ours = rope_keys(settings)
     new = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -201,14 +158,15 @@ def config_of_settings(
         "num_key_value_heads": num_query_groups(settings),
         "head_dim": kv_channels(settings),
         "hidden_act": "silu",
-        "max_position_embeddings": max_position_embeddings(settings),
+        "max_position_embeddings": written_max_positions(settings),
         "initializer_range": settings.init_method_std,
         "rms_norm_eps": settings.norm_epsilon,
         "tie_word_embeddings": not settings.untie_embeddings_and_output_weights,
         "attention_dropout": settings.attention_dropout,
         "torch_dtype": dtype,
         "rope_theta": float(settings.rotary_base),
-        "rope_scaling": _rope_scaling(settings),
+        "rope_scaling": scaling,
+        **ours,
     }
     if family.slides:
         new["sliding_window"] = settings.sliding_window
@@ -225,16 +183,6 @@ def config_of_settings(
     return new | keys_of_exits(
         depths, settings.use_exit_norm, settings.untie_exit_output_weights, *parts
     )
-
-
-def _rope_scaling(settings: Settings) -> dict[str, Any] | None:
-    if settings.use_rope_scaling:
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        values = {key: getattr(settings, f"rope_scaling_{key}") for key in keys}
-        return {"rope_type": "llama3", **values}
-    if settings.rotary_seq_len_interpolation_factor is not None:
-        return {"rope_type": "linear", "factor": settings.rotary_seq_len_interpolation_factor}
-    return None
 
 
 def _with_keys_of(origin: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +214,11 @@ def _with_keys_of(origin: Mapping[str, Any], new: dict[str, Any]) -> dict[str, A
         else {"layer_types": ["full_attention"] * new["num_hidden_layers"]}
     )
     return {
-        **{key: value for key, value in origin.items() if key not in NAME_CODE},
+        **{
+            key: value
+            for key, value in origin.items()
+            if key not in NAME_CODE and key != RESONANCE_KEY
+        },
         **new,
         **counted_by_layer,
     }

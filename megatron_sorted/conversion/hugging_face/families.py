@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.conversion.hugging_face.config_rules import is_count, shown_value
+from megatron_sorted.conversion.hugging_face.rope_settings import check_rope_is_exportable
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.json_text import read_json_object
 from megatron_sorted.reading.shown import shown
@@ -159,6 +160,7 @@ def family_of_settings(settings: Settings) -> Family:
     Raises:
         CheckpointError: No family does. The message names the setting that no family supports.
     """
+    check_rope_is_exportable(settings)
     needed = {
         "normalization": "RMSNorm",
         "swiglu": True,

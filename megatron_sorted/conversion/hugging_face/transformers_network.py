@@ -16,6 +16,7 @@ from torch import nn
 
 from megatron_sorted.conversion.hugging_face.config_rules import REMEDY, VALUE_RULES, check_config
 from megatron_sorted.conversion.hugging_face.families import family_of_config
+from megatron_sorted.conversion.hugging_face.rope_keys import rope_of_config
 from megatron_sorted.conversion.tensors.source import TensorSource
 from megatron_sorted.conversion.tensors.table import check_shapes, check_tied
 from megatron_sorted.errors import CheckpointError
@@ -49,6 +50,7 @@ def config_for_transformers(config: Mapping[str, Any], where: str) -> "PreTraine
 
     family = family_of_config(config, where)
     check_config(config, where)
+    rope_of_config({**family.absent, **config}, where)
     transformers_config = CONFIG_MAPPING[family.model_type]
     known = {field.name for field in dataclasses.fields(transformers_config)} | set(OLDER_KEYS)
     values = {

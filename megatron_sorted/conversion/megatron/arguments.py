@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_sorted.conversion.hugging_face.config_rules import is_count
+from megatron_sorted.conversion.megatron.rope_arguments import refuse, rope_scaling
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.reading.shown import shown
 
 REFUSED = {
     "num_experts": "experts",
@@ -84,22 +84,8 @@ DEFAULTS = {
     "make_vocab_size_divisible_by": 128,
     "rotary_base": 10000,
     "rotary_percent": 1.0,
-    "rotary_seq_len_interpolation_factor": None,
 }
 """The values that Megatron-LM had before these arguments existed."""
-LLAMA_3 = {
-    "rope_scaling_factor": 8.0,
-    "rope_scaling_low_freq_factor": 1.0,
-    "rope_scaling_high_freq_factor": 4.0,
-    "rope_scaling_original_max_position_embeddings": 8192,
-}
-"""megatron-core's values under ``--use-rope-scaling``; only the factor is one of its arguments."""
-
-
-def _refuse(name: str, value: Any, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint's arguments say {name} = {shown(repr(value), 60)}: {reason}."
-    )
 
 
 def _position_embedding(arguments: Mapping[str, Any]) -> str:
@@ -110,35 +96,15 @@ def _position_embedding(arguments: Mapping[str, Any]) -> str:
     kind = getattr(kind, "name", kind)  # an enumeration in some versions
     if kind is None:
         kind = "learned_absolute" if arguments.get("add_position_embedding", True) else "none"
+    if kind == "yarn":
+        return "rope"
     if kind not in ("rope", "learned_absolute", "none"):
-        raise _refuse(
-            "position_embedding_type", kind, "only rope, learned_absolute and none can be converted"
+        raise refuse(
+            "position_embedding_type",
+            kind,
+            "only rope, yarn, learned_absolute and none can be converted",
         )
     return kind
-
-
-def _rope_scaling(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of scaled rotary positions; empty without scaling."""
-    kind = arguments.get("rope_scaling_type")  # MindSpeed-LLM
-    if kind not in (None, "llama3"):
-        raise _refuse("rope_scaling_type", kind, "only llama3's scaling can be converted")
-    if not (arguments.get("use_rope_scaling") or kind):
-        return {}
-    scaling = dict(LLAMA_3)
-    if arguments.get("rope_scaling_factor") is not None:
-        scaling["rope_scaling_factor"] = float(arguments["rope_scaling_factor"])
-    if kind:
-        for theirs, ours in (
-            ("low_freq_factor", "rope_scaling_low_freq_factor"),
-            ("high_freq_factor", "rope_scaling_high_freq_factor"),
-            (
-                "rope_scaling_original_max_position_embeddings",
-                "rope_scaling_original_max_position_embeddings",
-            ),
-        ):
-            if arguments.get(theirs) is not None:
-                scaling[ours] = type(LLAMA_3[ours])(arguments[theirs])
-    return {"use_rope_scaling": True, **scaling}
 
 
 def _sliding_window(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +117,7 @@ def _sliding_window(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if window is None or window[0] < 0:
         return {}
     if window[1] != 0:
-        raise _refuse(
+        raise refuse(
             "window_size",
             tuple(window),
             "only windows that look back, (tokens, 0), can be converted",
@@ -166,7 +132,7 @@ def _exits(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not numbers:
         return {}
     if not arguments.get("use_exit_norm"):
-        raise _refuse(
+        raise refuse(
             "exit_layer_nums",
             list(numbers),
             "its exits (EE-LLM, without --use-exit-norm) feed their head without a norm, which "
@@ -176,7 +142,7 @@ def _exits(arguments: Mapping[str, Any]) -> dict[str, Any]:
         sorted(number - 1 if arguments.get("pre_exit") else number for number in numbers)
     )
     if depths[0] < 1:
-        raise _refuse(
+        raise refuse(
             "exit_layer_nums",
             list(numbers),
             "with --pre-exit an exit before layer 1 runs no layer; there is no such sub-model",
@@ -195,7 +161,7 @@ def vocabulary_sizes(
     values = arguments if isinstance(arguments, Mapping) else vars(arguments)
     real, padded = values.get("vocab_size"), values.get("padded_vocab_size")
     if real is not None and padded is not None and real > padded:
-        raise _refuse("vocab_size", real, f"that is more than padded_vocab_size = {padded}")
+        raise refuse("vocab_size", real, f"that is more than padded_vocab_size = {padded}")
     return real, padded
 
 
@@ -215,12 +181,12 @@ def settings_of(arguments: argparse.Namespace | Mapping[str, Any]) -> dict[str, 
     for name, reason in REFUSED.items():
         value = values.get(name)
         if value and not (name.startswith("scale_") and value == 1.0 and value is not True):
-            raise _refuse(name, value, f"{reason} cannot be converted")
+            raise refuse(name, value, f"{reason} cannot be converted")
     if (kind := getattr(values.get("softmax_type"), "name", values.get("softmax_type"))) not in (
         None,
         "vanilla",
     ):
-        raise _refuse("softmax_type", kind, "another softmax cannot be converted")
+        raise refuse("softmax_type", kind, "another softmax cannot be converted")
     missing = [name for name in PLAIN if values.get(name) is None]
     if missing:
         raise CheckpointError(
@@ -230,16 +196,16 @@ def settings_of(arguments: argparse.Namespace | Mapping[str, Any]) -> dict[str, 
     for name in SIZES:
         value = values.get(name)
         if value is not None and not is_count(value):
-            raise _refuse(name, value, "a whole number above 0 is needed")
+            raise refuse(name, value, "a whole number above 0 is needed")
     fields = {name: values[name] for name in PLAIN} | {
         name: values.get(name, default) for name, default in DEFAULTS.items()
     }
     if fields["normalization"] not in ("RMSNorm", "LayerNorm"):
-        raise _refuse(
+        raise refuse(
             "normalization", fields["normalization"], "only RMSNorm and LayerNorm can be converted"
         )
     if fields["rotary_base"] != int(fields["rotary_base"]):
-        raise _refuse("rotary_base", fields["rotary_base"], "only whole numbers can be converted")
+        raise refuse("rotary_base", fields["rotary_base"], "only whole numbers can be converted")
     fields["rotary_base"] = int(fields["rotary_base"])
     grouped = bool(values.get("group_query_attention"))
     fields |= {
@@ -255,7 +221,7 @@ def settings_of(arguments: argparse.Namespace | Mapping[str, Any]) -> dict[str, 
     fields["vocab_size"] = padded if real is None else real
     return {
         **{name: value for name, value in fields.items() if value is not None},
-        **_rope_scaling(values),
+        **rope_scaling(values),
         **_sliding_window(values),
         **_exits(values),
     }

@@ -12,38 +12,24 @@ import torch
 from torch.nn import functional
 
 from megatron_sorted.conversion.verifying.streamed import StreamedExit, multiply
+from megatron_sorted.rotary import rotary_frequencies
 from megatron_sorted.settings.derived import exit_depths, kv_channels, num_query_groups
+from megatron_sorted.settings.rope_scaling import rope_of
 from megatron_sorted.settings.run import Settings
 
 Read = Callable[[str], torch.Tensor]
 
 
-def rotary_frequencies(settings: Settings) -> torch.Tensor:
-    """Return each channel pair's rotation from one position to the next [d / 2], in radians.
-
-    RoPE (Su et al. 2021, arXiv 2104.09864, eq. 15): base ** (-2i / d). Linear interpolation (Chen
-    et al. 2023, arXiv 2306.15595) divides all by a factor. Llama 3.1 divides the slow ones by a
-    factor, leaves the fast ones, and goes from one to the other linearly in the number of turns
-    within the original context (its reference implementation, ``apply_scaling``).
-    """
-    d = kv_channels(settings)
-    frequencies = 1.0 / settings.rotary_base ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
-    if settings.rotary_seq_len_interpolation_factor is not None:
-        return frequencies / settings.rotary_seq_len_interpolation_factor
-    if not settings.use_rope_scaling:
-        return frequencies
-    turns = settings.rope_scaling_original_max_position_embeddings * frequencies / (2 * math.pi)
-    low, high = settings.rope_scaling_low_freq_factor, settings.rope_scaling_high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return keep * frequencies + (1 - keep) * frequencies / settings.rope_scaling_factor
+def _rotation(settings: Settings, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin [s, d] of every position."""
+    rope = rope_of(settings)
+    frequencies = rotary_frequencies(rope, length)
+    angles_sd = (torch.arange(length, dtype=torch.float32)[:, None] * frequencies).repeat(1, 2)
+    return angles_sd.cos() * rope.attention_factor, angles_sd.sin() * rope.attention_factor
 
 
-def _rotate(heads_bnsd: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    angles_sd = torch.arange(heads_bnsd.size(2), dtype=torch.float32)[:, None] * frequencies
-    cos_sd, sin_sd = (
-        torch.cat((angles_sd, angles_sd), -1).cos(),
-        torch.cat((angles_sd, angles_sd), -1).sin(),
-    )
+def _rotate(heads_bnsd: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    cos_sd, sin_sd = rotation
     left, right = heads_bnsd.chunk(2, -1)
     return heads_bnsd * cos_sd + torch.cat((-right, left), -1) * sin_sd
 
@@ -61,7 +47,8 @@ def nested_exits(
     """
     exits: dict[int, StreamedExit] = {}
     with torch.no_grad():
-        frequencies, length = rotary_frequencies(settings), tokens_bs.size(1)
+        length = tokens_bs.size(1)
+        rotation = _rotation(settings, length)
         distance = torch.arange(length)[:, None] - torch.arange(length)
         # A token (row) attends to itself and those before it, at most a window of tokens.
         visible = (distance >= 0) & (distance < (settings.sliding_window or length))
@@ -71,11 +58,11 @@ def nested_exits(
                 settings,
                 lambda name, layer=layer: read(f"decoder.layers.{layer}.{name}"),
                 hidden_bsh,
-                frequencies,
+                rotation,
                 visible,
             )
             if layer + 1 in depths:
-                read_bsh = _after_parts(settings, read, layer + 1, hidden_bsh, frequencies, visible)
+                read_bsh = _after_parts(settings, read, layer + 1, hidden_bsh, rotation, visible)
                 exits[layer + 1] = _read_exit(settings, read, layer + 1, read_bsh)
     return exits
 
@@ -85,7 +72,7 @@ def _after_parts(
     read: Read,
     depth: int,
     hidden_bsh: torch.Tensor,
-    frequencies: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
     visible: torch.Tensor,
 ) -> torch.Tensor:
     """Return the input of an exit's norm: the hidden state after the exit's parts, if any."""
@@ -99,7 +86,7 @@ def _after_parts(
             settings,
             lambda name: read(f"exit_blocks.{depth}.{name}"),
             hidden_bsh,
-            frequencies,
+            rotation,
             visible,
         )
     if settings.use_exit_mlp:
@@ -115,7 +102,7 @@ def _layer(
     settings: Settings,
     read: Read,
     hidden_bsh: torch.Tensor,
-    frequencies: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
     visible: torch.Tensor,
 ) -> torch.Tensor:
     """Return the hidden state after one layer."""
@@ -135,7 +122,7 @@ def _layer(
     if settings.qk_layernorm:
         query_bnsd = _norm(settings, query_bnsd, read("self_attention.q_layernorm.weight"))
         key_bgsd = _norm(settings, key_bgsd, read("self_attention.k_layernorm.weight"))
-    query_bnsd, key_bgsd = _rotate(query_bnsd, frequencies), _rotate(key_bgsd, frequencies)
+    query_bnsd, key_bgsd = _rotate(query_bnsd, rotation), _rotate(key_bgsd, rotation)
     key_bnsd, value_bnsd = (heads.repeat_interleave(queries, 1) for heads in (key_bgsd, value_bgsd))
     scores = (query_bnsd @ key_bnsd.transpose(-1, -2) / math.sqrt(d)).masked_fill(
         ~visible, float("-inf")

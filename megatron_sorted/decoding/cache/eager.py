@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from megatron_sorted.conversion.hugging_face.families import attention_window
 from megatron_sorted.conversion.hugging_face.nested_exits import ExitBlock, ExitNorm, NestedExit
+from megatron_sorted.conversion.hugging_face.rope_keys import rope_of_transformers
 from megatron_sorted.decoding.cache.layer import Layer
 from megatron_sorted.decoding.cache.matrix import Matrices, Matrix
 from megatron_sorted.decoding.cache.memory import BatchCache
 from megatron_sorted.decoding.cache.norm import RmsNorm
+from megatron_sorted.settings.rope_scaling import Rope
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,14 @@ class EagerWeights:
         layers: Layers from shallow to deep.
         readouts: Readout of each exit, by depth.
         embedding: The embedding, [v, h].
-        rotary: transformers' rotary embedding.
+        rope: The rotary positions.
         num_bytes: Size of the model's weights and of the packed copies of matrices.
     """
 
     layers: Sequence[Layer]
     readouts: dict[int, ExitReadout]
     embedding: Tensor
-    rotary: nn.Module
+    rope: Rope
     num_bytes: int
     cache_type = BatchCache
     is_native = False
@@ -85,7 +87,7 @@ class EagerWeights:
         }
         size = sum(map(num_bytes, distinct_parameters(model, exits))) + matrices.num_packed_bytes
         embedding = model.get_input_embeddings().weight
-        return cls(layers, readouts, embedding, model.model.rotary_emb, size)
+        return cls(layers, readouts, embedding, rope_of_transformers(config), size)
 
     @property
     def has_plain_products(self) -> bool:

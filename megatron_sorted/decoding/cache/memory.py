@@ -77,7 +77,7 @@ class BatchCache:
         self.dtype, self.cache_dtype = weights.state_dtype, weights.cache_dtype
         device = weights.embedding.device
         self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=device)
-        self.cos_cd, self.sin_cd = rotation_tables(weights.rotary, capacity, self.dtype, device)
+        self.cos_cd, self.sin_cd = rotation_tables(weights.rope, capacity, self.dtype, device)
         self.segments: dict[int, LayerSegment] = {}
         self.blocks: dict[int, LayerSegment] = {}
         start = 0

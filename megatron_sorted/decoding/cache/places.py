@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_sorted.rotary import rotary_frequencies
+from megatron_sorted.settings.rope_scaling import Rope
+
 
 @dataclass
 class Places:
@@ -89,17 +92,18 @@ class Places:
 
 
 def rotation_tables(
-    rotary: torch.nn.Module, capacity: int, dtype: torch.dtype, device: torch.device
+    rope: Rope, capacity: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Compute cos and sin [capacity, d] of every position with transformers' own module.
+    """Compute cos and sin [capacity, d] of every position.
 
-    Scaling is included; the first half of ``sin`` is negated.
+    Scaling is included; the first half of ``sin`` is negated. Where the frequencies depend on the
+    length of the text, they are those of texts up to ``rope.constant_tokens``.
     """
-    positions = torch.arange(capacity, device=device)[None]
-    cos, sin = rotary(torch.zeros(1, dtype=dtype, device=device), positions)
-    sin = sin[0].clone()
+    positions = torch.arange(capacity, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, rotary_frequencies(rope, 1).to(device)).repeat(1, 2)
+    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
     sin[:, : sin.size(1) // 2].neg_()
-    return cos[0].clone(), sin
+    return cos.to(dtype), sin.to(dtype)
 
 
 def halves(table_bnd: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from megatron_sorted.settings.rope_scaling import Rope
 
 
 class Weights(Protocol):
@@ -14,7 +16,7 @@ class Weights(Protocol):
         layers: Layers from shallow to deep, with num_groups and head_size.
         readouts: Readout of each exit, by depth, with block and adapter.
         embedding: The embedding, [v, h].
-        rotary: transformers' rotary embedding.
+        rope: The rotary positions.
         dtype: Data type that stands for the kind of weights.
         state_dtype: Data type of hidden states.
         cache_dtype: Data type of keys and values.
@@ -26,7 +28,7 @@ class Weights(Protocol):
     layers: Sequence[Any]
     readouts: dict[int, Any]
     embedding: Tensor
-    rotary: nn.Module
+    rope: Rope
     dtype: torch.dtype
     state_dtype: torch.dtype
     cache_dtype: torch.dtype

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from megatron_sorted.conversion.hugging_face.families import attention_window
 from megatron_sorted.conversion.hugging_face.nested_exits import NestedExit
+from megatron_sorted.conversion.hugging_face.rope_keys import rope_of_transformers
 from megatron_sorted.decoding.cache.eager import num_bytes, resized_embedding
 from megatron_sorted.decoding.native.cache import NativeCache
 from megatron_sorted.decoding.native.choice import native_threads
 from megatron_sorted.decoding.native.library import native_library
 from megatron_sorted.decoding.native.parts import check_parts
 from megatron_sorted.decoding.native.weights import NativeLayer, NativeReadout, Packer
+from megatron_sorted.settings.rope_scaling import Rope
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class NativeWeights:
         readouts: Readout of each exit, by depth.
         embedding: The embedding, [v, h]: float32, or bfloat16 for the other kinds. A head tied to
             it is packed beside it.
-        rotary: transformers' rotary embedding.
+        rope: The rotary positions.
         dtype: Data type that stands for the kind of weights.
         num_bytes: Size of the packed weights and the embedding.
         cache_dtype: Data type of keys and values: float32, or bfloat16 for the other kinds.
@@ -37,7 +39,7 @@ class NativeWeights:
     layers: Sequence[NativeLayer]
     readouts: dict[int, NativeReadout]
     embedding: Tensor
-    rotary: nn.Module
+    rope: Rope
     dtype: torch.dtype
     num_bytes: int
     cache_dtype: torch.dtype
@@ -85,8 +87,8 @@ class NativeWeights:
             model.get_input_embeddings().weight.data = embedding
         packer.return_memory()
         size = sum(map(num_bytes, [*packer.held, embedding]))
-        rotary, dtype = model.model.rotary_emb, getattr(torch, kind)
-        return cls(layers, readouts, embedding, rotary, dtype, size, short, packer.held, library)
+        rope, dtype = rope_of_transformers(config), getattr(torch, kind)
+        return cls(layers, readouts, embedding, rope, dtype, size, short, packer.held, library)
 
     def resized(self, vocab_size: int) -> "NativeWeights":
         """Return the weights with a vocabulary padded to another size."""

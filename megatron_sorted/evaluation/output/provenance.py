@@ -27,11 +27,14 @@ def describe(measures: Measures, options: Mapping[str, Any]) -> dict:
     overlap = "not overlapping"
     if measures.stride != measures.seq_length:
         overlap = f"starting {measures.stride} apart"
+    windows = f"longer documents in windows of {measures.seq_length} tokens, {overlap}"
+    if measures.positions is not None:
+        windows = f"whole windows of {measures.positions.length} tokens, not overlapping"
     counted = (
         "every token of the text exactly once; bos (or eos, where there is no bos) stands before "
         "each document and is not counted; "
-        f"{'eos at the end is counted' if measures.append_eos else 'no eos'}; longer documents in "
-        f"windows of {measures.seq_length} tokens, {overlap}; of instructions the responses only"
+        f"{'eos at the end is counted' if measures.append_eos else 'no eos'}; {windows}; "
+        "of instructions the responses only"
     )
     return {
         "format": 1,
@@ -43,6 +46,7 @@ def describe(measures: Measures, options: Mapping[str, Any]) -> dict:
             "stride": measures.stride,
             "counted": counted,
             "data": _describe_data(measures),
+            "positions": _describe_positions(measures),
             **options,
         },
     }
@@ -59,6 +63,17 @@ def _describe_data(measures: Measures) -> dict | None:
         "limit": measures.prepared.limit,
         "split": settings.split if settings.data_path else None,
         **document_masks(settings),
+    }
+
+
+def _describe_positions(measures: Measures) -> dict | None:
+    """Return the windows and buckets of losses by position; None without any."""
+    if measures.positions is None:
+        return None
+    return {
+        "length": measures.positions.length,
+        "joined": measures.positions.joined,
+        "buckets": [list(bucket) for bucket in measures.positions.buckets],
     }
 
 

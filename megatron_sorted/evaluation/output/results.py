@@ -17,7 +17,7 @@ def results_of(measured: Sequence[ModelMeasurements], measures: Measures) -> dic
     """Return the numbers of all models, without what was not measured yet.
 
     Returns:
-        ``models``, ``texts``, ``data``, ``questions`` and ``tasks``, each by name.
+        ``models``, ``texts``, ``positions``, ``data``, ``questions`` and ``tasks``, each by name.
     """
     baselines = [one for one in measured if one.is_baseline]
     texts = {
@@ -31,6 +31,17 @@ def results_of(measured: Sequence[ModelMeasurements], measures: Measures) -> dic
             },
         }
         for name, documents in measures.texts.items()
+        if measures.positions is None
+    }
+    positions = {
+        name: {
+            "models": {
+                one.name: _position_numbers(one, name, baselines)
+                for one in measured
+                if name in one.by_position
+            }
+        }
+        for name in (measures.texts if measures.positions is not None else ())
     }
     data = {
         name: {
@@ -67,6 +78,7 @@ def results_of(measured: Sequence[ModelMeasurements], measures: Measures) -> dic
     return {
         "models": {one.name: one.facts for one in measured},
         "texts": texts,
+        "positions": positions,
         "data": data,
         "questions": questions,
         "tasks": tasks,
@@ -92,6 +104,21 @@ def _text_numbers(
         "unknown_tokens": one.unknown_tokens[name],
         "exits": exits,
     }
+
+
+def _position_numbers(
+    one: ModelMeasurements, name: str, baselines: Sequence[ModelMeasurements]
+) -> dict:
+    """Return the losses of every exit for each bucket; {} for one without counted tokens."""
+    others = {other.name: other.by_position.get(name) for other in baselines if other is not one}
+    buckets = []
+    for number, by_depth in enumerate(one.by_position[name]):
+        theirs = {other: measured[number] for other, measured in others.items() if measured}
+        exits = _losses(by_depth, theirs)
+        for depth, held in by_depth.items():
+            exits[depth] |= {"accuracy": held.accuracy, "tokens": int(held.tokens_d.sum())}
+        buckets.append(exits)
+    return {"buckets": buckets}
 
 
 def _data_numbers(

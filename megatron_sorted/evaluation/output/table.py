@@ -1,8 +1,9 @@
 """The tables for the console: a row per depth and model, with definitions of the columns below."""
 
 from collections.abc import Callable
-from textwrap import fill
 
+from megatron_sorted.evaluation.output.cells import MINUS, align, error_of
+from megatron_sorted.evaluation.output.position_table import write_position_tables
 from megatron_sorted.settings.derived import MASKS
 
 LOSS = (
@@ -27,10 +28,6 @@ EXACT_TOKENS = (
 )
 F1 = "F1: overlap of words with the best right answer, same normalisation"
 CASE = "case: share of answers that equal a right one letter by letter (Sorted LLaMA's measure)"
-MINUS = (
-    "- NAME: difference to that baseline's exit at the same depth, ± one standard error of the "
-    "paired difference; below 0 is better for a loss"
-)
 MINUS_EXACT = (
     "- NAME: difference in exact, in points, to that baseline's exit at the same depth, ± one "
     "standard error of the paired difference"
@@ -51,7 +48,7 @@ def write_tables(results: dict) -> str:
         if len(set(tokens.values())) == 1:
             counted = f"{next(iter(tokens.values())):,} tokens"
         columns = {
-            "loss": _with_error("loss", 4),
+            "loss": _witherror_of("loss", 4),
             "bits/byte": _number("bits_per_byte", 4),
             "perplexity": _perplexity,
             "agrees": _percent("agreement"),
@@ -73,11 +70,13 @@ def write_tables(results: dict) -> str:
         ]
         title = f"{name}: {text['documents']:,} documents, {text['bytes']:,} bytes, {counted}"
         parts.append(_table(title, text, results, columns, notes))
+    if results.get("positions"):
+        parts += write_position_tables(results)
     for name, measured in results.get("data", {}).items():
         parts.append(_data_table(name, measured, results, cost))
     for name, measured in results["questions"].items():
         columns = {
-            "exact": _percent_with_error("exact_match"),
+            "exact": _percent_witherror_of("exact_match"),
             "F1": _percent("f1"),
             "case": _percent("exact_match_with_case"),
         }
@@ -114,7 +113,7 @@ def _data_table(name: str, measured: dict, results: dict, cost: str) -> str:
     first, data = next(iter(measured["models"].values())), results["settings"]["data"]
     of_instructions = next(iter(first["exits"].values()))["exact_match"] is not None
     columns = {
-        "loss": _with_error("loss", 4),
+        "loss": _witherror_of("loss", 4),
         "perplexity": _perplexity,
         "agrees": _percent("agreement"),
     }
@@ -162,25 +161,8 @@ def _table(
                         *(column(model["exits"][depth]) for column in columns.values()),
                     ]
                 )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for place, row in enumerate(rows):
-        if place in breaks and (len(measured["models"]) > 1 or place == 1):
-            lines.append("-" * (sum(widths) + 2 * len(widths) - 2))
-        cells = [
-            cell.ljust(width) if at == 1 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(
-        [
-            title,
-            "",
-            *lines,
-            "",
-            *(fill(note, 120, initial_indent="  ", subsequent_indent="      ") for note in notes),
-        ]
-    )
+    one_by_one = len(measured["models"]) > 1
+    return align(title, rows, breaks if one_by_one else breaks[:1], notes)
 
 
 def _number(key: str, decimals: int) -> Callable[[dict], str]:
@@ -191,22 +173,18 @@ def _percent(key: str) -> Callable[[dict], str]:
     return lambda numbers: f"{100 * numbers[key]:.1f}%"
 
 
-def _percent_with_error(key: str) -> Callable[[dict], str]:
+def _percent_witherror_of(key: str) -> Callable[[dict], str]:
     return lambda numbers: (
         f"{100 * numbers[key]:.1f}%"
-        + _error(numbers[f"{key}_standard_error"], lambda value: f"{100 * value:.1f}")
+        + error_of(numbers[f"{key}_standard_error"], lambda value: f"{100 * value:.1f}")
     )
 
 
-def _with_error(key: str, decimals: int) -> Callable[[dict], str]:
+def _witherror_of(key: str, decimals: int) -> Callable[[dict], str]:
     return lambda numbers: (
         f"{numbers[key]:.{decimals}f}"
-        + _error(numbers[f"{key}_standard_error"], lambda value: f"{value:.{decimals}f}")
+        + error_of(numbers[f"{key}_standard_error"], lambda value: f"{value:.{decimals}f}")
     )
-
-
-def _error(value: float | None, show: Callable[[float], str]) -> str:
-    return "" if value is None else f" ± {show(value)}"
 
 
 def _perplexity(numbers: dict) -> str:
@@ -219,7 +197,7 @@ def _metric(metric: str) -> Callable[[dict], str]:
         if metric not in numbers:
             return "-"
         value, error = numbers[metric]["value"], numbers[metric]["standard_error"]
-        return f"{value:.4f}" + _error(error, lambda number: f"{number:.4f}")
+        return f"{value:.4f}" + error_of(error, lambda number: f"{number:.4f}")
 
     return show
 
@@ -248,7 +226,7 @@ def _minus(
             difference = numbers.get(key, {}).get(other)
             if difference is None:
                 return ""
-            error = _error(difference["standard_error"], lambda value: show(value).lstrip("+"))
+            error = error_of(difference["standard_error"], lambda value: show(value).lstrip("+"))
             return show(difference["value"]) + error
 
         return cell

@@ -165,7 +165,8 @@ def check_can_continue(
     manifest, directory = candidate.manifest, candidate.directory
     weights_only = takes_weights_only(candidate, settings)
     described = with_new_parts(manifest, settings) if weights_only else manifest
-    check_same_shape(directory, described, settings, network_shape(settings, settings.vocab_size))
+    shape = network_shape(settings, settings.vocab_size)
+    check_same_shape(directory, described, settings, shape, weights_only)
     check_same_adapters(candidate, settings, weights_only)
     saved_tokenizer = manifest.get("tokenizer")
     is_other = (
