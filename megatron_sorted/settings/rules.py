@@ -1,5 +1,6 @@
 """All rules between settings, checked before any process group starts."""
 
+from megatron_sorted.settings.averaging import check_averaging
 from megatron_sorted.settings.exit_distillation import check_exit_distillation
 from megatron_sorted.settings.exit_parts import check_exit_parts
 from megatron_sorted.settings.exit_weighting import check_exit_weighting
@@ -46,6 +47,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_recompute(settings)
     check_training(settings)
     check_muon(settings)
+    check_averaging(settings)
     check_data_parallel(settings)
     check_files(settings)
     check_monitoring(settings)
