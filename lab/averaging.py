@@ -55,12 +55,20 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         part.add_argument(
             "--steps", type=int, default=200, help="steps of every training (%(default)s)"
         )
+        if name == "instructions":
+            part.add_argument(
+                "--original-steps",
+                type=int,
+                default=1000,
+                help="steps of the ordinary model that all trainings start from (%(default)s)",
+            )
         for flag, text in paths.items():
             part.add_argument(flag, type=Path, required=True, help=text)
     values = parser.parse_args(arguments)
-    for name in ("seeds", "steps"):
-        if getattr(values, name) < 1:
-            raise SettingsError(f"--{name}: {getattr(values, name)} is not at least 1. Use 1.")
+    for name in ("seeds", "steps", "original_steps"):
+        if (number := getattr(values, name, 1)) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise SettingsError(f"{flag}: {number} is not at least 1. Use 1 or more.")
     return values
 
 
@@ -72,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan = plan_stories(inside, values.model.resolve(), values.text.resolve(), values.quick)
     else:
         plan = plan_instructions(
-            inside, values.train.resolve(), values.valid.resolve(), values.quick
+            inside,
+            values.train.resolve(),
+            values.valid.resolve(),
+            values.quick,
+            values.original_steps,
         )
     plan = GivenRates(plan, 12 if values.quick else values.steps, RATES[values.part])
     cuts = plan.extract_steps()

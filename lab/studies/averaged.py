@@ -178,7 +178,8 @@ def write_page(path: Path, studies: dict[str, Any]) -> None:
             f"## {name.capitalize()}",
             "",
             f"{study['steps']} steps of {study['tokens_a_step']:,} tokens, {seeds} seeds, rate "
-            f"{study['rate']} (chosen by the [study of methods](study_{name}.md) for cosine decay).",
+            f"{study['rate']} (chosen by the [study of methods](study_{name}.md), with cosine "
+            "decay).",
             "",
             *gap_tables(study),
             *study["facts"],

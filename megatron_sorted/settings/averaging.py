@@ -116,16 +116,15 @@ def check_averaging(settings: AllSettings) -> None:
         _check_nothing_needs_it(settings)
         return
     require(
-        0 <= fraction < 1,
-        f"--average-weights-from: {fraction} is not in [0, 1), so averaging would never start. It "
-        "is a fraction of --train-iters; give 0 or more, below 1.",
+        fraction < 1,
+        f"--average-weights-from: {fraction} is not below 1, so averaging would never start. It is "
+        "a fraction of --train-iters; give 0 or more, below 1.",
     )
-    require(every >= 1, f"--average-every: {every} is not at least 1. Give a number of steps.")
     decay = settings.average_weights_decay
     require(
-        decay is None or 0 < decay < 1,
-        f"--average-weights-decay: {decay} is not between 0 and 1: 0 would keep the last weights "
-        "alone, 1 the first ones. Give a number between them, or leave it out for the mean.",
+        decay is None or decay < 1,
+        f"--average-weights-decay: {decay} is not below 1, so the average would stay at its first "
+        "weights. Give a number above 0 and below 1, or leave it out for the mean.",
     )
     require(
         not settings.lora_rank,

@@ -74,13 +74,14 @@ POSITIVE = (
     "exit_uncertainty_rate", "exit_uncertainty_variance", "exit_dwa_window", "exit_dwa_temperature",
     "exit_gradnorm_rate", "exit_simulated_thresholds", "exit_excess_rate", "exit_guard_rate",
     "exit_guard_largest", "exit_guard_loss", "exit_curriculum_interval", "exit_curriculum_fraction",
-    "muon_extra_scale_factor", "muon_num_ns_steps",
+    "muon_extra_scale_factor", "muon_num_ns_steps", "average_every", "average_weights_decay",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "moe_aux_loss_coeff", "exit_layer_weight_warmup_iters", "train_iters", "seed", "min_lr",
     "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad", "nonfinite_steps_allowed",
     "profile_step_start", "ckpt_step", "exit_adapter_rank", "exit_gradnorm_alpha",
     "exit_simulated_sharpness", "exit_guard_margin", "exit_kd_weight", "lora_rank",
+    "average_weights_from",
 )  # fmt: skip
 BELOW_ONE = (
     "hidden_dropout",

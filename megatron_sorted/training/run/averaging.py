@@ -76,7 +76,7 @@ def fraction_of(step: int, iters: int) -> str:
     """Return a short fraction of ``iters`` steps that is ``step`` once it is rounded.
 
     >>> fraction_of(50, 150)
-    '0.333'
+    '0.33'
     """
     for digits in range(1, 18):
         fraction = round(step / max(iters, 1), digits)
