@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_sorted.model.config import can_route_without_transformer_engine
 from tests.support.average_bodies import averaged_steps
 from tests.support.gather import join_ranks
 from tests.support.layouts import (
@@ -46,10 +47,12 @@ LAYOUTS = {
     "fsdp bf16 exponential": (2, {**FSDP, **BF16, **EMA}),
     "frozen base": (2, {**PP2, **FROZEN}),
     "adapters of exits": (1, {"exit_adapter_rank": 4}),
-    "experts ep2 distributed": (2, {**EXPERTS, **EP2, **DISTRIBUTED}),
     "sgd": (1, {"optimizer": "sgd", "lr": 0.1}),
     "tp2 pp2 distributed": (4, {**TP2, **PP2, **DISTRIBUTED}),
 }
+HAS_EXPERTS = can_route_without_transformer_engine()
+if HAS_EXPERTS:  # as in tests/ranks/test_experts.py
+    LAYOUTS["experts ep2 distributed"] = (2, {**EXPERTS, **EP2, **DISTRIBUTED})
 LONG = ("fsdp bf16 exponential", "bf16 tp2", "tp2 pp2 distributed", "sgd")
 
 
@@ -92,8 +95,13 @@ def assert_near(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 )
 def test_average_is_the_mean_of_the_steps(name, tmp_path):
     world_size, changes = LAYOUTS[name]
+    check_average(world_size, changes, str(tmp_path))
+
+
+def check_average(world_size: int, changes: dict, root: str) -> None:
+    """Check the average of a whole run, what layers read while it is in place, and afterwards."""
     settings = tiny(**STEPS, **changes)
-    reports = run_ranks(world_size, averaged_steps, settings, str(tmp_path), False, 0, 7, False)
+    reports = run_ranks(world_size, averaged_steps, settings, root, False, 0, 7, False)
     expected = expected_average([reports], settings)
     assert_near(joined(reports, "averaged"), expected)
     last = real_rows(join_ranks([report["steps"][7] for report in reports])[0])
@@ -130,15 +138,16 @@ OTHER_LAYOUT = {
     "fsdp -> tp2 distributed": ((2, FSDP), (2, {**TP2, **DISTRIBUTED})),
     "tp2 -> pp2 chunks2": ((2, TP2), (2, {**PP2, **CHUNKS})),
     "bf16 dp2 distributed -> bf16 fsdp": ((2, {**BF16, **DISTRIBUTED}), (2, {**BF16, **FSDP})),
-    "experts ep2 distributed -> experts tp1": (
-        (2, {**EXPERTS, **DISTRIBUTED, **EP2}),
-        (1, {**EXPERTS, **DISTRIBUTED}),
-    ),
     "tp2 pp2 distributed -> pp2 dp2 chunks2": (
         (4, {**TP2, **PP2, **DISTRIBUTED}),
         (4, {**PP2, **CHUNKS, **DISTRIBUTED}),
     ),
 }
+if HAS_EXPERTS:
+    OTHER_LAYOUT["experts ep2 distributed -> experts, one process"] = (
+        (2, {**EXPERTS, **DISTRIBUTED, **EP2}),
+        (1, {**EXPERTS, **DISTRIBUTED}),
+    )
 
 
 @pytest.mark.parametrize(
