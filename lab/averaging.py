@@ -55,6 +55,9 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         part.add_argument(
             "--steps", type=int, default=200, help="steps of every training (%(default)s)"
         )
+        part.add_argument(
+            "--jobs", type=int, default=1, help="trainings at a time, one core each (%(default)s)"
+        )
         if name == "instructions":
             part.add_argument(
                 "--original-steps",
@@ -65,7 +68,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         for flag, text in paths.items():
             part.add_argument(flag, type=Path, required=True, help=text)
     values = parser.parse_args(arguments)
-    for name in ("seeds", "steps", "original_steps"):
+    for name in ("seeds", "steps", "jobs", "original_steps"):
         if (number := getattr(values, name, 1)) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise SettingsError(f"{flag}: {number} is not at least 1. Use 1 or more.")
@@ -89,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = GivenRates(plan, 12 if values.quick else values.steps, RATES[values.part])
     cuts = plan.extract_steps()
     of_a_seed = len(plan.depths) + len(VARIANTS)
-    runner = Runner(folder, len(plan.data_steps) + len(cuts) + values.seeds * of_a_seed, 1)
+    total = len(plan.data_steps) + len(cuts) + values.seeds * of_a_seed
+    runner = Runner(folder, total, values.jobs)
     for step in [*plan.data_steps, *cuts]:
         runner.run([step])  # each needs the one before
     for seed in range(1, values.seeds + 1):

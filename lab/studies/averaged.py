@@ -10,7 +10,7 @@ from lab.results.pages import page_head
 from lab.results.rates import read_json, trainer_losses
 from lab.results.recipe import shown
 from lab.results.steps import ROOT, Step
-from lab.studies.outcomes import estimate
+from lab.studies.outcomes import Estimate, estimate
 from lab.studies.plan import StudyPlan
 from lab.studies.variants import Variant
 from megatron_sorted.files import write_text_atomically
@@ -100,10 +100,30 @@ def _losses(rows: Sequence[dict], run: str, weights: str | None, depth: int) -> 
     return [row["loss"] for row in sorted(found, key=lambda row: row["seed"])]
 
 
-def _difference(rows: Sequence[dict], one: tuple, other: tuple, depth: int) -> str:
+def _difference(rows: Sequence[dict], one: tuple, other: tuple, depth: int) -> Estimate:
     """Return the mean difference of losses of two (run, weights) over seeds, paired."""
     pairs = zip(_losses(rows, *one, depth), _losses(rows, *other, depth), strict=True)
-    return str(estimate([a - b for a, b in pairs]))
+    return estimate([a - b for a, b in pairs])
+
+
+def findings(study: dict[str, Any]) -> list[str]:
+    """Return a sentence for each variant and comparison: where the average has the lower loss."""
+    rows = study["rows"]
+    depths = sorted({row["depth"] for row in rows})
+    lines = []
+    for variant in VARIANTS:
+        compared = [("its own last weights", (variant.name, "last"))]
+        if variant is not VARIANTS[0]:
+            compared.append(("the last weights of cosine decay", (VARIANTS[0].name, "last")))
+        for title, other in compared:
+            found: dict[str, list[str]] = {"lower": [], "higher": [], "undecided": []}
+            for depth in depths:
+                change = _difference(rows, (variant.name, "averaged"), other, depth)
+                kind = "lower" if change.below_zero else "undecided"
+                found["higher" if change.above_zero else kind].append(f"@{depth}")
+            shown_depths = "; ".join(f"{kind} {' '.join(at)}" for kind, at in found.items() if at)
+            lines.append(f"- {variant.title}: the average's loss against {title}: {shown_depths}.")
+    return lines
 
 
 def gap_tables(study: dict[str, Any]) -> list[str]:
@@ -119,7 +139,7 @@ def gap_tables(study: dict[str, Any]) -> list[str]:
     gaps = [
         [
             f"{title}: {run[1]} weights",
-            *(_difference(rows, run, ("separate", None), depth) for depth in depths),
+            *(str(_difference(rows, run, ("separate", None), depth)) for depth in depths),
         ]
         for title, run in kinds
     ]
@@ -127,7 +147,7 @@ def gap_tables(study: dict[str, Any]) -> list[str]:
         [
             f"{variant.title}: averaged - last",
             *(
-                _difference(rows, (variant.name, "averaged"), (variant.name, "last"), depth)
+                str(_difference(rows, (variant.name, "averaged"), (variant.name, "last"), depth))
                 for depth in depths
             ),
         ]
@@ -135,7 +155,7 @@ def gap_tables(study: dict[str, Any]) -> list[str]:
     ] + [
         [
             f"{title}: {run[1]} - cosine decay: last",
-            *(_difference(rows, run, (VARIANTS[0].name, "last"), depth) for depth in depths),
+            *(str(_difference(rows, run, (VARIANTS[0].name, "last"), depth)) for depth in depths),
         ]
         for title, run in kinds[2:]
     ]
@@ -182,6 +202,10 @@ def write_page(path: Path, studies: dict[str, Any]) -> None:
             "decay).",
             "",
             *gap_tables(study),
+            "Outside the noise of seeds (a 95 % interval that does not hold 0):",
+            "",
+            *findings(study),
+            "",
             *study["facts"],
             "",
             *study["commands"],
