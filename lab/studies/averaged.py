@@ -22,6 +22,7 @@ VARIANTS = tuple(
     Variant(name, "averaging", title, flags, rate)
     for name, title, flags, rate in (
         ("cosine", "cosine decay", AVERAGE, 1.0),
+        ("cosine-third", "a third of the rate, cosine decay", AVERAGE, 1 / 3),
         ("constant", "constant rate", CONSTANT, 1.0),
         ("constant-third", "a third of the rate, constant", CONSTANT, 1 / 3),
         (
@@ -34,6 +35,7 @@ VARIANTS = tuple(
 )
 """Every run evaluates its last and averaged weights; others are compared with the first."""
 
+SEEDS = 3  # below, a page is provisional
 RATES = {
     "stories": {None: "3e-3", 2: "3e-3", 3: "3e-3", 4: "1e-3", 5: "1e-3"},
     "instructions": {None: "1e-3", 2: "3e-3", 4: "1e-3", 6: "1e-3", 8: "1e-3"},
@@ -106,12 +108,17 @@ def _difference(rows: Sequence[dict], one: tuple, other: tuple, depth: int) -> E
     return estimate([a - b for a, b in pairs])
 
 
+def _variants(study: dict[str, Any]) -> list[Variant]:
+    """Return the variants that a file of raw rows holds; older files lack later ones."""
+    return [v for v in VARIANTS if any(row["run"] == v.name for row in study["rows"])]
+
+
 def findings(study: dict[str, Any]) -> list[str]:
     """Return a sentence for each variant and comparison: where the average has the lower loss."""
     rows = study["rows"]
     depths = sorted({row["depth"] for row in rows})
     lines = []
-    for variant in VARIANTS:
+    for variant in _variants(study):
         compared = [("its own last weights", (variant.name, "last"))]
         if variant is not VARIANTS[0]:
             compared.append(("the last weights of cosine decay", (VARIANTS[0].name, "last")))
@@ -133,7 +140,7 @@ def gap_tables(study: dict[str, Any]) -> list[str]:
     heads = [f"@{depth}" for depth in depths]
     kinds = [
         (variant.title, (variant.name, weights))
-        for variant in VARIANTS
+        for variant in _variants(study)
         for weights in ("last", "averaged")
     ]
     gaps = [
@@ -151,7 +158,7 @@ def gap_tables(study: dict[str, Any]) -> list[str]:
                 for depth in depths
             ),
         ]
-        for variant in VARIANTS
+        for variant in _variants(study)
     ] + [
         [
             f"{title}: {run[1]} - cosine decay: last",
@@ -165,6 +172,11 @@ def gap_tables(study: dict[str, Any]) -> list[str]:
         *table(["gap to that", *heads], gaps),
         *table(["difference of losses, paired by seed", *heads], changes),
     ]
+
+
+def _findings_lines(study: dict[str, Any]) -> list[str]:
+    opening = "Outside the noise of seeds (a 95 % interval that does not hold 0):"
+    return [opening, "", *findings(study), ""]
 
 
 def write_raw(path: Path, name: str, study: dict[str, Any]) -> dict[str, Any]:
@@ -197,15 +209,14 @@ def write_page(path: Path, studies: dict[str, Any]) -> None:
         lines += [
             f"## {name.capitalize()}",
             "",
-            f"{study['steps']} steps of {study['tokens_a_step']:,} tokens, {seeds} seeds, rate "
+            *[f"**Provisional: {seeds} of {SEEDS} seeds are finished.**", ""] * (seeds < SEEDS),
+            f"{study['steps']} steps of {study['tokens_a_step']:,} tokens, {seeds} "
+            f"seed{'s' * (seeds > 1)}, rate "
             f"{study['rate']} (chosen by the [study of methods](study_{name}.md), with cosine "
             "decay).",
             "",
             *gap_tables(study),
-            "Outside the noise of seeds (a 95 % interval that does not hold 0):",
-            "",
-            *findings(study),
-            "",
+            *(_findings_lines(study) if seeds > 1 else []),
             *study["facts"],
             "",
             *study["commands"],
@@ -216,5 +227,5 @@ def write_page(path: Path, studies: dict[str, Any]) -> None:
 
 def shown_commands(plan: StudyPlan, steps: Sequence[Step]) -> list[str]:
     """Return the commands of seed 1 that differ in their flags, as the page shows them."""
-    names = {f"nested-{variant.name}-1" for variant in VARIANTS[:2]}
+    names = {"nested-cosine-1", "nested-constant-1"}
     return [f"{shown(step, plan.recipe)}\n" for step in steps if step.name in names]
