@@ -94,12 +94,12 @@ def raw_rows(plan: StudyPlan, seeds: int) -> dict[str, Any]:
 
 def _losses(rows: Sequence[dict], run: str, weights: str | None, depth: int) -> list[float]:
     """Return the loss of each seed, in order."""
-    found = [
+    chosen = [
         row
         for row in rows
         if (row["run"], row.get("weights"), row["depth"]) == (run, weights, depth)
     ]
-    return [row["loss"] for row in sorted(found, key=lambda row: row["seed"])]
+    return [row["loss"] for row in sorted(chosen, key=lambda row: row["seed"])]
 
 
 def _difference(rows: Sequence[dict], one: tuple, other: tuple, depth: int) -> Estimate:
@@ -123,12 +123,12 @@ def findings(study: dict[str, Any]) -> list[str]:
         if variant is not VARIANTS[0]:
             compared.append(("the last weights of cosine decay", (VARIANTS[0].name, "last")))
         for title, other in compared:
-            found: dict[str, list[str]] = {"lower": [], "higher": [], "undecided": []}
+            by_kind: dict[str, list[str]] = {"lower": [], "higher": [], "undecided": []}
             for depth in depths:
                 change = _difference(rows, (variant.name, "averaged"), other, depth)
                 kind = "lower" if change.below_zero else "undecided"
-                found["higher" if change.above_zero else kind].append(f"@{depth}")
-            shown_depths = "; ".join(f"{kind} {' '.join(at)}" for kind, at in found.items() if at)
+                by_kind["higher" if change.above_zero else kind].append(f"@{depth}")
+            shown_depths = "; ".join(f"{kind} {' '.join(at)}" for kind, at in by_kind.items() if at)
             lines.append(f"- {variant.title}: the average's loss against {title}: {shown_depths}.")
     return lines
 

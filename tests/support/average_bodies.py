@@ -75,8 +75,8 @@ def averaged_steps(
     checkpoints = Checkpoints(settings, platform, place, model, rule, print, average)
     report: dict = {"steps": {}, "bytes": sum(t.numel() * 4 for t in average.tensors)}
     if load:
-        found = choose_checkpoint(find_candidates(root), settings, None, None, print)
-        checkpoints.load(found)
+        candidate = choose_checkpoint(find_candidates(root), settings, None, None, print)
+        checkpoints.load(candidate)
         report["loaded"] = _averaged(average, model, settings)
     forward_step = ForwardStep(settings, model, platform)
     for step in range(first, last):

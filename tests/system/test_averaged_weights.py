@@ -77,7 +77,7 @@ def test_exported_averages_are_the_mean_of_the_exported_steps(folder):
     assert exported["weights"] == "averaged" and exported["step"] == 6
 
 
-def test_a_checkpoint_is_exported_and_verified_either_way(folder):
+def test_a_checkpoint_is_exported_and_verified_with_either_weights(folder):
     shown = done(*("tools/convert.py", "export", "run", "both", "--weights", "both"), cwd=folder)
     assert shown.count(", verified") == 2
     for kind in ("last", "averaged"):

@@ -40,7 +40,7 @@ def test_gaps_and_changes_are_paired_by_seed():
 
 
 @pytest.mark.parametrize(("change", "word"), [(-0.2, "lower"), (0.2, "higher"), (0.0, "undecided")])
-def test_findings_say_which_is_lower_outside_the_noise(change, word):
+def test_findings_name_which_is_lower_outside_the_noise(change, word):
     lines = findings(study(change))
     assert len(lines) == 2 * len(VARIANTS) - 1
     assert all(line.endswith(f": {word} @2 @4.") for line in lines), lines

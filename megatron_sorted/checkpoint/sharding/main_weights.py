@@ -45,13 +45,13 @@ def main_weights(optimizer: Any) -> list[MainWeight]:
 
     Frozen parameters are not among them.
     """
-    found: list[MainWeight] = []
+    weights: list[MainWeight] = []
     for part in parts_of(optimizer):
         if getattr(part, "is_stub_optimizer", False):  # this rank trains nothing of its kind
             continue
         if isinstance(part, DistributedOptimizer):
             groups = part.optimizer.param_groups
-            found += [
+            weights += [
                 MainWeight(
                     parameter,
                     groups[group]["params"][place],
@@ -62,19 +62,19 @@ def main_weights(optimizer: Any) -> list[MainWeight]:
         elif hasattr(part, "float16_groups"):
             halves = zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
             for parameters, mains in halves:
-                found += map(MainWeight, parameters, mains)
-            found += [
+                weights += map(MainWeight, parameters, mains)
+            weights += [
                 MainWeight(parameter, parameter)
                 for parameters in part.fp32_from_fp32_groups
                 for parameter in parameters
             ]
         else:
-            found += [
+            weights += [
                 MainWeight(parameter, parameter)
                 for group in part.optimizer.param_groups
                 for parameter in group["params"]
             ]
-    return found
+    return weights
 
 
 def _rectangles(chunks: list, weights: list[MainWeight], states: Any) -> Iterator[Rectangles]:

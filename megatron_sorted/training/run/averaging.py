@@ -40,7 +40,7 @@ def check_has_averages(candidate: Candidate, settings: Settings) -> None:
 
 
 def check_same_averaging(candidate: Candidate, settings: Settings) -> None:
-    """Check that the run goes on with the checkpoint's average, which begins before or after it.
+    """Check that the run continues the average of the checkpoint, if one of them has begun.
 
     Where neither has averaged a step yet, the flags may change freely.
 

@@ -44,7 +44,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def add(self, share: float) -> None:
-        """Move the average by ``share`` of the way to the weights of now; reads no number back."""
+        """Give the weights of now this share in the average; the host reads no number."""
         self.has_begun = True
         if self.tensors:  # a rank may train nothing
             torch._foreach_lerp_(self.tensors, self._now(), share)
