@@ -181,7 +181,7 @@ def _findings_lines(study: dict[str, Any]) -> list[str]:
 
 def write_raw(path: Path, name: str, study: dict[str, Any]) -> dict[str, Any]:
     """Write one data set's rows into the file of all, and return what it holds then."""
-    studies = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    studies = read_json(path) if path.exists() else {}
     studies = dict(sorted({**studies, name: study}.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, json.dumps(studies, indent=1) + "\n")
