@@ -34,10 +34,12 @@ def plan_cldr(folder: Path, quick: bool) -> StudyPlan:
     return StudyPlan(recipe, steps, held_out="phrasing")
 
 
-def plan_instructions(folder: Path, train: Path, valid: Path, quick: bool) -> StudyPlan:
+def plan_instructions(
+    folder: Path, train: Path, valid: Path, quick: bool, original_steps: int = 4000
+) -> StudyPlan:
     """Return the study of instruction samples in many languages.
 
-    Tokenizer and ordinary model are trained on them first.
+    Tokenizer and ordinary model are trained on them first, the model for ``original_steps``.
 
     Raises:
         DataError: A file is missing.
@@ -65,7 +67,9 @@ def plan_instructions(folder: Path, train: Path, valid: Path, quick: bool) -> St
         flags=("--adam-beta2", "0.95"),
     )
     recipe = make_quick(recipe) if quick else recipe
-    limit, vocabulary, steps = ("300", "600", "3") if quick else ("30000", "1500", "4000")
+    limit, vocabulary, steps = (
+        ("300", "600", "3") if quick else ("30000", "1500", str(original_steps))
+    )
     prepare = "--seq-length 128 --workers 1 --overwrite"
     learn = (
         *(*OURS, "prepare", "--input", str(train), "--output-prefix", str(data / "train")),

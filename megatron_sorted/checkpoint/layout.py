@@ -19,6 +19,9 @@ from pathlib import Path
 TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,17})")
 COMPLETE = re.compile(r"\.iter_([0-9]{7}|[1-9][0-9]{7,17})\.complete")
+AVERAGED = "averaged"
+"""Prefix of the names of averaged weights: ``averaged.NAME`` is the average of weight NAME."""
+
 TOKENIZER, HUGGING_FACE = "tokenizer", "huggingface"
 """Directories whose files are copied from checkpoint to checkpoint."""
 

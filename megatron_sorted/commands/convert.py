@@ -153,6 +153,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands["export"].add_argument(
         "--dtype", choices=DTYPES, metavar="KIND", help=f"{', '.join(DTYPES)} (default: as stored)"
     )
+    for verb, choices, more in (
+        ("export", ("last", "averaged", "both"), "or both, into MODEL/last and MODEL/averaged "),
+        ("verify", ("last", "averaged"), ""),
+    ):
+        commands[verb].add_argument(
+            "--weights",
+            choices=choices,
+            default="last",
+            help="weights of a checkpoint of a run with --average-weights-from: of its last step, "
+            f"averaged, {more}(default: %(default)s)",
+        )
     commands["export"].add_argument(
         "--max-shard-size",
         default="5GB",
@@ -172,6 +183,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         values.second = Path(f"{values.first.resolve().name}-gguf")
     if values.first is None or values.second is None:
         parser.error(f"{values.verb} needs two directories")
+    if getattr(values, "weights", "last") == "both" and values.report is not None:
+        parser.error(
+            f"--report: {values.report} is one file, and --weights both writes two models. Export "
+            "one after the other."
+        )
     return values
 
 
@@ -221,6 +237,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if values.verb == "gguf":
         convert_to_gguf(values)
         return
+    if getattr(values, "weights", "last") != "both":
+        convert(values)
+        return
+    from megatron_sorted.conversion.open_model import open_model
+
+    # before the first is written
+    open_model(values.first, values.ckpt_step, values.vocab_size, weights="averaged")
+    for weights in ("last", "averaged"):
+        print(f"{weights} weights:", flush=True)
+        one = {**vars(values), "weights": weights, "second": values.second / weights}
+        convert(argparse.Namespace(**one))
+
+
+def convert(values: argparse.Namespace) -> None:
+    """Convert or compare one model, and print the result."""
     from megatron_sorted.conversion.exporting import export_model
     from megatron_sorted.conversion.hugging_face.peft_adapter import export_adapter
     from megatron_sorted.conversion.importing import import_model
@@ -231,7 +262,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from megatron_sorted.conversion.writing import ConversionResult, WriteOptions
 
     began = time.monotonic()
-    model = open_model(values.first, values.ckpt_step, values.vocab_size, values.lora_rank_used)
+    model = open_model(
+        values.first,
+        values.ckpt_step,
+        values.vocab_size,
+        values.lora_rank_used,
+        getattr(values, "weights", "last"),
+    )
     print(describe(model), flush=True)
     if values.verb == "export-adapter":
         count, num_bytes = export_adapter(model, values.second, values.base_model, values.overwrite)

@@ -49,7 +49,8 @@ def export_model(
         model: A model of any kind, or a sub-model cut out of one (``submodel``).
         destination: A new directory.
         writing: Options; by default the result is verified and nothing is overwritten.
-        dtype: Data type to write, a key of ``DTYPES_BY_NAME``; by default as stored.
+        dtype: Data type to write, a key of ``DTYPES_BY_NAME``; by default as stored, and averaged
+            weights as the last ones are.
         shard_bytes: Largest size of one file.
         more_files: Further text files to write, {name: text}.
 
@@ -61,11 +62,12 @@ def export_model(
     if writing.verify:
         require_transformers()
     network = model if isinstance(model, NetworkOrigin) else whole_network(model)
-    network = dataclasses.replace(network, cast=None if dtype is None else DTYPES_BY_NAME[dtype])
+    written_as = network.model.written_as if dtype is None else DTYPES_BY_NAME[dtype]
+    network = dataclasses.replace(network, cast=written_as)
     model, settings, origins, cast = network.model, network.settings, network.origins, network.cast
     pairs = tensor_table(settings)
     more_files = {**nested_files(destination.absolute().name, settings), **(more_files or {})}
-    dtype_name = dtype or str(model.dtype_of(model.pairs[0])).removeprefix("torch.")
+    dtype_name = str(cast or model.dtype_of(model.pairs[0])).removeprefix("torch.")
     config = config_of_settings(settings, dtype_name, model.config)
     _add_token_ids(config, model)
     trained_ends(model, form_of(model))  # their faults are reported before anything is read

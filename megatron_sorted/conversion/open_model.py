@@ -33,6 +33,7 @@ from megatron_sorted.conversion.megatron.common_state import COMMON_FILE, COMMON
 from megatron_sorted.conversion.megatron.directory import open_megatron
 from megatron_sorted.conversion.megatron.legacy_files import EMBEDDING as EMBEDDING_OURS
 from megatron_sorted.conversion.megatron.torch_dist_files import TorchDistFiles
+from megatron_sorted.conversion.tensors.averaged import averaged_tensors
 from megatron_sorted.conversion.tensors.merged_lora import MergedLora, merge_adapters
 from megatron_sorted.conversion.tensors.source import Overlay, TensorSource
 from megatron_sorted.conversion.tensors.table import (
@@ -46,6 +47,7 @@ from megatron_sorted.conversion.tensors.table import (
 )
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
+from megatron_sorted.settings.averaging import holds_averages
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 from megatron_sorted.text.tokenizer.opening import open_tokenizer
@@ -71,6 +73,8 @@ class OpenModel:
         manifest: The manifest of one of our checkpoints, else empty.
         files: Small files to keep with the weights, {name in a checkpoint: path}: the tokenizer's,
             generation_config.json and the chat template.
+        written_as: The data type in which an export writes averaged weights, that of the last
+            weights; None for other weights, which are written as they are stored.
     """
 
     directory: Path
@@ -81,6 +85,7 @@ class OpenModel:
     config: dict[str, Any] | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
+    written_as: torch.dtype | None = None
 
     @cached_property
     def pair_of(self) -> dict[str, TensorPair]:
@@ -128,6 +133,7 @@ def open_model(
     ckpt_step: int | None = None,
     vocab_size: int | None = None,
     rank_used: int | None = None,
+    weights: str = "last",
 ) -> OpenModel:
     """Open the model in a directory and check its names and shapes; no tensor is read.
 
@@ -138,12 +144,15 @@ def open_model(
             hold the padded number alone.
         rank_used: Number of ranks of low-rank adapters that are merged into the matrices; by
             default all.
+        weights: "last", or "averaged" for the averaged weights of one of our checkpoints.
 
     Raises:
         CheckpointError: The directory holds no model, or one that is incomplete, of an unsupported
             kind, or in contradiction with itself or with ``vocab_size``.
     """
     model = _open(path, ckpt_step, vocab_size, rank_used)
+    if weights == "averaged":
+        model = _averaged(model)
     if vocab_size not in (None, model.settings.vocab_size):
         raise CheckpointError(
             f"--vocab-size: {vocab_size}, but {model.directory} says that it has "
@@ -240,6 +249,22 @@ def _open_ours(directory: Path, manifest: Mapping[str, Any], rank_used: int | No
     )
     pairs = _table(settings, source, directory)
     return OpenModel(directory, "megatron", settings, source, pairs, config, manifest, files)
+
+
+def _averaged(model: OpenModel) -> OpenModel:
+    """Return the averaged weights of a checkpoint.
+
+    Raises:
+        CheckpointError: It holds none.
+    """
+    if not (model.manifest and holds_averages(model.manifest)):
+        raise CheckpointError(
+            f"--weights: averaged, but {model.directory} holds no averaged weights. Give a "
+            "checkpoint that a run with --average-weights-from saved after its first averaged "
+            "step, or use last."
+        )
+    source = averaged_tensors(model.source, model.settings)
+    return dataclasses.replace(model, source=source, written_as=model.dtype_of(model.pairs[0]))
 
 
 def _table(settings: Settings, source: TensorSource, directory: Path) -> list[TensorPair]:

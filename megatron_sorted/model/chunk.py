@@ -13,24 +13,15 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megatron_sorted.model.exit_parts import PARTS, NormWithParts, make_parts
+from megatron_sorted.model.exit_parts import NormWithParts, make_parts
 from megatron_sorted.model.heads import ExitReadout, Heads
 from megatron_sorted.model.layer_dropout import LayerDropout
 from megatron_sorted.model.lora import RanksInUse, start_adapters, with_adapters
 from megatron_sorted.model.rotary import make_rotary
 from megatron_sorted.settings.derived import max_position_embeddings
+from megatron_sorted.settings.exit_parts import PARTS, is_trained
 from megatron_sorted.settings.layout import ChunkLayout
-from megatron_sorted.settings.lora import is_adapter
 from megatron_sorted.settings.run import Settings
-
-OWN_OF_EXITS = tuple(f"{name}." for name in (*PARTS, "exit_norms", "exit_output_layers"))
-"""Prefixes of the names, within a chunk, of parameters that belong to a single exit."""
-
-
-def is_trained(name: str, settings: Settings) -> bool:
-    """Return whether the parameter of this name within a chunk trains."""
-    is_base_frozen = settings.tune_exit or settings.lora_rank > 0
-    return not is_base_frozen or is_adapter(name) or name.startswith(OWN_OF_EXITS)
 
 
 def freeze_others(chunk: torch.nn.Module, settings: Settings) -> None:

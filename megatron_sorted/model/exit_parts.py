@@ -16,11 +16,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_sorted.platform.state import current_device, random_tracker
+from megatron_sorted.settings.exit_parts import PARTS
 from megatron_sorted.settings.layout import ChunkLayout
 from megatron_sorted.settings.run import Settings
-
-PARTS = ("exit_adapters", "exit_blocks", "exit_mlps")
-"""Names of the parts within a model chunk, in the order in which a hidden state passes them."""
 
 
 class ExitAdapter(torch.nn.Module):

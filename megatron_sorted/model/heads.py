@@ -12,8 +12,9 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from megatron_sorted.model.exit_parts import PARTS, NormWithParts
+from megatron_sorted.model.exit_parts import NormWithParts
 from megatron_sorted.model.norm import Norm
+from megatron_sorted.settings.exit_parts import PARTS
 from megatron_sorted.settings.layout import ChunkLayout
 
 

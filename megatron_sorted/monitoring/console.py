@@ -41,7 +41,7 @@ def step_line(report: StepReport) -> str:
 def evaluation_lines(report: EvaluationReport) -> str:
     """Return a table of the exits: loss, share of correct tokens, exact match.
 
-    Agreement and accept length are added where they were measured.
+    Agreement, accept length and the loss of averaged weights are added where they were measured.
     """
     exits = sorted(report.exits.items())
     agreement = any(exit_.agreement is not None for _, exit_ in exits)
@@ -51,7 +51,8 @@ def evaluation_lines(report: EvaluationReport) -> str:
         f"{duration(report.seconds)}",
         "   exit    loss  tokens right  exact match"
         + "  agreement" * agreement
-        + "  accept length" * drafts,
+        + "  accept length" * drafts
+        + "  averaged: loss  tokens right" * bool(report.averaged),
     ]
     for depth, exit_ in exits:
         row = f"  {depth:5d}  {_loss(exit_):>6}  {_percent(exit_.token_accuracy):>12}"
@@ -62,6 +63,9 @@ def evaluation_lines(report: EvaluationReport) -> str:
             if drafts
             else ""
         )
+        if report.averaged:
+            averaged = report.averaged[depth]
+            row += f"  {_loss(averaged):>14}  {_percent(averaged.token_accuracy):>12}"
         rows.append(row)
     return "\n".join(rows)
 

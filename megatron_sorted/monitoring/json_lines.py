@@ -37,8 +37,11 @@ def json_line(report: Report) -> dict[str, Any]:
         "time": time.time(),
         **dataclasses.asdict(report),
     }
-    for depth, exit_ in report.exits.items():
-        values["exits"][depth]["perplexity"] = exit_.perplexity
+    for exits in ("exits", "averaged"):
+        for depth, exit_ in getattr(report, exits, {}).items():
+            values[exits][depth]["perplexity"] = exit_.perplexity
+    if not values.get("averaged", True):  # not evaluated
+        del values["averaged"]
     return finite_or_none(values)
 
 

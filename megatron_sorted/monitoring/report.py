@@ -108,10 +108,20 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """The numbers of every exit on one evaluation set."""
+    """The numbers of every exit on one evaluation set.
+
+    Attributes:
+        step: Number of completed steps.
+        name: The set's name.
+        seconds: Duration of the evaluation, of both kinds of weights together.
+        num_tokens: Number of evaluated tokens.
+        exits: Numbers of every exit with the weights of this step, by depth.
+        averaged: The same with averaged weights; empty where they were not evaluated.
+    """
 
     step: int
     name: str
     seconds: float
     num_tokens: int
     exits: dict[int, ExitNumbers]
+    averaged: dict[int, ExitNumbers] = field(default_factory=dict)

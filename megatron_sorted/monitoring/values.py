@@ -85,7 +85,11 @@ def _of_evaluation(
                 f"lm loss validation{suffix}": last.loss,
                 f"lm loss validation{suffix} ppl": last.perplexity,
             }
-    return values | _of_exits(report.exits, f"{report.name}/")
+    return (
+        values
+        | _of_exits(report.exits, f"{report.name}/")
+        | _of_exits(report.averaged, f"{report.name}/averaged/")
+    )
 
 
 def _of_exits(exits: dict[int, ExitNumbers], prefix: str) -> dict[str, float | None]:

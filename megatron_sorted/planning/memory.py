@@ -18,6 +18,7 @@ from megatron_sorted.planning.work import (
     parameters_on_rank,
     shapes_of,
 )
+from megatron_sorted.settings.averaging import averaging_of
 from megatron_sorted.settings.derived import data_parallel_size, num_micro_batches
 from megatron_sorted.settings.layout import num_virtual_chunks, vocabulary_rows
 from megatron_sorted.settings.run import Settings
@@ -31,6 +32,7 @@ class RankMemory:
         weights: Parameters in the run's precision.
         gradients: The parameters' fp32 gradient buffers.
         optimizer: Moments, and fp32 copies of half-precision parameters.
+        averages: The fp32 average of the rank's share of weights (--average-weights-from).
         activations: Activations of the micro-batches in flight, at most.
         exit_loss: Temporary tensors of one exit's loss and gradient.
         layer_backward: Temporary tensors of one layer's backward; with recomputation the layer's
@@ -56,11 +58,12 @@ class RankMemory:
     update: int
     reserved: int
     gradients_to_come: int = 0
+    averages: int = 0
 
     @property
     def states(self) -> int:
         """Return the memory that is in use throughout a step."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.averages
 
     @property
     def total(self) -> int:
@@ -248,4 +251,5 @@ def memory_of_stage(
         update=update,
         reserved=device.reserved_bytes,
         gradients_to_come=gradients if in_rows and micro_batches == 1 else 0,
+        averages=4 * updated * (averaging_of(settings) is not None),
     )

@@ -80,6 +80,7 @@ def memory_lines(plan: Plan) -> list[str]:
         "weights",
         "gradients",
         "optimizer",
+        "averages",
         "activations",
         "exit_loss",
         "layer_backward",
@@ -88,8 +89,9 @@ def memory_lines(plan: Plan) -> list[str]:
         "update",
         "reserved",
     ]
-    if not any(stage.memory.gathered for stage in plan.stages):
-        names.remove("gathered")
+    for name in ("averages", "gathered"):  # of some runs only
+        if not any(getattr(stage.memory, name) for stage in plan.stages):
+            names.remove(name)
     rows = [
         [
             str(stage.stage),

@@ -6,7 +6,14 @@ from megatron_sorted.exits.depths import by_depth
 from megatron_sorted.settings.coefficient_rule import coefficient_rule
 from megatron_sorted.settings.derived import exit_depths, step_coefficients
 from megatron_sorted.settings.field import AllSettings, setting
+from megatron_sorted.settings.lora import is_adapter
 from megatron_sorted.settings.require import require
+
+PARTS = ("exit_adapters", "exit_blocks", "exit_mlps")
+"""Names of the parts within a model chunk, in the order in which a hidden state passes them."""
+
+OWN_OF_EXITS = tuple(f"{name}." for name in (*PARTS, "exit_norms", "exit_output_layers"))
+"""Prefixes of the names of parameters that belong to a single exit, in chunks and checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -115,3 +122,9 @@ def _check_tuning(settings: AllSettings, has_intermediate: bool) -> None:
             f"{flag}: every intermediate exit counts 0 at step {step}, and --tune-exit trains no "
             "other. Give one a positive coefficient.",
         )
+
+
+def is_trained(name: str, settings: AllSettings) -> bool:
+    """Return whether the parameter of this name, within a chunk or in a checkpoint, trains."""
+    is_base_frozen = settings.tune_exit or settings.lora_rank > 0
+    return not is_base_frozen or is_adapter(name) or name.startswith(OWN_OF_EXITS)

@@ -1,5 +1,6 @@
 """All rules between settings, checked before any process group starts."""
 
+from megatron_sorted.settings.averaging import check_averaging
 from megatron_sorted.settings.exit_distillation import check_exit_distillation
 from megatron_sorted.settings.exit_parts import check_exit_parts
 from megatron_sorted.settings.exit_weighting import check_exit_weighting
@@ -48,6 +49,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_recompute(settings)
     check_training(settings)
     check_muon(settings)
+    check_averaging(settings)
     check_data_parallel(settings)
     check_files(settings)
     check_monitoring(settings)
@@ -76,7 +78,7 @@ POSITIVE = (
     "exit_uncertainty_rate", "exit_uncertainty_variance", "exit_dwa_window", "exit_dwa_temperature",
     "exit_gradnorm_rate", "exit_simulated_thresholds", "exit_excess_rate", "exit_guard_rate",
     "exit_guard_largest", "exit_guard_loss", "exit_curriculum_interval", "exit_curriculum_fraction",
-    "muon_extra_scale_factor", "muon_num_ns_steps",
+    "muon_extra_scale_factor", "muon_num_ns_steps", "average_every", "average_weights_decay",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "moe_aux_loss_coeff", "exit_layer_weight_warmup_iters", "train_iters", "seed", "min_lr",
@@ -84,6 +86,7 @@ NOT_NEGATIVE = (
     "profile_step_start", "ckpt_step", "exit_adapter_rank", "exit_gradnorm_alpha",
     "exit_simulated_sharpness", "exit_guard_margin", "exit_kd_weight", "lora_rank",
     "rope_scaling_mscale_all_dim",
+    "average_weights_from",
 )  # fmt: skip
 BELOW_ONE = (
     "hidden_dropout",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_sorted.settings.averaging import AveragingSettings
 from megatron_sorted.settings.exit_distillation import ExitDistillationSettings
 from megatron_sorted.settings.exit_parts import ExitPartSettings
 from megatron_sorted.settings.exit_weighting import ExitWeightingSettings
@@ -20,6 +21,7 @@ from megatron_sorted.settings.training import TrainingSettings
 class Settings(
     MonitoringSettings,
     FileSettings,
+    AveragingSettings,
     MuonSettings,
     TrainingSettings,
     ParallelSettings,

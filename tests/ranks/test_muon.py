@@ -6,6 +6,7 @@ import torch
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.muon import check_muon_is_there
 from tests.ranks.test_layouts import compare
+from tests.ranks.test_weight_average import check_average
 from tests.support.gather import join_ranks
 from tests.support.layouts import CHUNKS, OWN, PP2, SEQUENCE, TP2, UNTIED
 from tests.support.muon_reference import MuonAndAdam
@@ -129,6 +130,10 @@ def test_another_layout_continues_a_checkpoint(name, tmp_path):
     pairs = zip(loaded[0]["losses"], never_stopped[0]["losses"][2:], strict=True)
     for (got, *_), (expected, *_) in pairs:
         assert got == pytest.approx(expected, rel=2e-3 if before.bf16 else 1e-5)
+
+
+def test_an_average_of_weights_is_the_mean_of_the_steps(tmp_path):
+    check_average(2, {**MUON, **PP2, **OWN, **BF16}, str(tmp_path))
 
 
 def test_muon_takes_the_matrices_of_layers_and_parts_and_adam_the_rest():

@@ -171,6 +171,19 @@ def exit_logits(
     return logits
 
 
+def running_mean(weights, decay=None):
+    """Return the average of a list of {name: weight}, in fp64, in the order given.
+
+    Without ``decay`` all count alike; with it the average keeps this share of itself each time.
+    Source: arXiv 1803.05407, equation 1: w_mean <- (n w_mean + w) / (n + 1).
+    """
+    mean = {name: weight.double() for name, weight in weights[0].items()}
+    for n, later in enumerate(weights[1:], 1):
+        keep = n / (n + 1) if decay is None else decay
+        mean = {name: keep * old + (1 - keep) * later[name].double() for name, old in mean.items()}
+    return mean
+
+
 def exit_losses(
     p,
     tokens,

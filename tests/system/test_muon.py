@@ -26,6 +26,7 @@ ROWS = (
     "test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit[tp2 own]",
     "test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit[bf16 pp2 frozen base]",
     "test_another_layout_continues_a_checkpoint[tp2 -> pp2 chunks2]",
+    "test_an_average_of_weights_is_the_mean_of_the_steps",
     "test_muon_takes_the_matrices_of_layers_and_parts_and_adam_the_rest",
 )
 

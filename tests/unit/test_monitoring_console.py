@@ -114,3 +114,14 @@ def test_evaluation_table_with_drafts():
         "      2   1.000        50.0 %            -     45.6 %           2.35",
         "      4   0.500        75.0 %            -    100.0 %              -",
     ]
+
+
+def test_evaluation_table_with_averaged_weights():
+    exits = {2: ExitNumbers(1.0, 0.5), 4: ExitNumbers(0.5, 0.75)}
+    averaged = {2: ExitNumbers(0.9, 0.55), 4: ExitNumbers(None, None)}
+    report = dataclasses.replace(EVALUATION, exits=exits, averaged=averaged)
+    assert evaluation_lines(report).splitlines()[1:] == [
+        "   exit    loss  tokens right  exact match  averaged: loss  tokens right",
+        "      2   1.000        50.0 %            -           0.900        55.0 %",
+        "      4   0.500        75.0 %            -            none             -",
+    ]

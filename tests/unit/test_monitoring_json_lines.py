@@ -16,7 +16,7 @@ from megatron_sorted.monitoring.json_lines import (
     latest_lines,
     read_json_lines,
 )
-from megatron_sorted.monitoring.report import ExitNumbers
+from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers
 from tests.unit.test_monitoring_console import EVALUATION, STEP
 
 
@@ -232,3 +232,12 @@ def test_latest_lines_of_a_long_run_take_little_time():
 def test_json_line_leaves_the_report_as_it_is():
     json_line(STEP)
     assert "perplexity" not in dataclasses.asdict(STEP)["exits"][8]
+
+
+def test_averaged_weights_have_an_entry_where_they_were_evaluated():
+    report = EvaluationReport(3, "facts", 1.0, 7, {2: ExitNumbers(1.0, 0.5)})
+    assert "averaged" not in json_line(report)
+    averaged = dataclasses.replace(report, averaged={2: ExitNumbers(0.0, 0.75)})
+    assert json_line(averaged)["averaged"][2]["loss"] == 0.0
+    assert json_line(averaged)["averaged"][2]["perplexity"] == 1.0
+    assert json_line(averaged)["exits"][2]["loss"] == 1.0

@@ -151,3 +151,9 @@ def test_names_of_an_evaluation():
         == {"lm loss validation": 0.0, "lm loss validation ppl": 1.0} | named | exits
     )
     assert metric_values(report, last_depth=6, main_set="facts") == exits
+    averaged = dataclasses.replace(report, averaged={2: ExitNumbers(0.0, 0.375)})
+    assert metric_values(averaged, last_depth=6) == exits | {
+        "facts/averaged/exit_2/loss": 0.0,
+        "facts/averaged/exit_2/perplexity": 1.0,
+        "facts/averaged/exit_2/token-accuracy": 0.375,
+    }

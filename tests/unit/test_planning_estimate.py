@@ -105,6 +105,16 @@ BYTES = {
     "bf16, fully sharded": (4, FULLY, 16 / 4),
     # of 6,738,415,616 parameters 2 x 32,000 x 4096 are rows of tokens, and 65 x 4096 of norms
     "Muon": (4, {"bf16": False, "optimizer": "muon"}, 12 + 4 * 262_410_240 / 6_738_415_616),
+    "bf16, distributed, averaged": (
+        4,
+        {"use_distributed_optimizer": True, "average_weights_from": 0.5},
+        6 + 16 / 4,
+    ),
+    "fp32, fully sharded, averaged": (
+        4,
+        {"bf16": False, **FULLY, "average_weights_from": 0.5},
+        20 / 4,
+    ),
     "SGD": (4, {"bf16": False, "optimizer": "sgd"}, 12),
     "SGD without momentum": (4, {"bf16": False, "optimizer": "sgd", "sgd_momentum": 0.0}, 8),
 }

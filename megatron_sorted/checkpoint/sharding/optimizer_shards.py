@@ -60,11 +60,12 @@ def _whole_tensors(
 
 
 def own_rectangles(
-    base: ShardedTensor | ShardedTensorFactory, start: int, end: int
+    base: ShardedTensor | ShardedTensorFactory, start: int, end: int, is_replicated: bool = False
 ) -> Iterator[tuple[int, ShardedTensor]]:
     """Yield (first element within the range, sharded tensor without data) for each rectangle.
 
-    The range is elements ``start``..``end`` - 1 of the parameter.
+    The range is elements ``start``..``end`` - 1 of the parameter. With ``is_replicated`` all data
+    parallel ranks hold it, and one of them saves it.
     """
     for first, whole in _whole_tensors(base):
         inside = rectangles_of_range(
@@ -83,8 +84,8 @@ def own_rectangles(
                     local_shape=(1,) * stacked + rectangle.shape,
                     global_offset=tuple(outer + inner for outer, inner in corners),
                     axis_fragmentations=None,
-                    # data parallel ranks hold different parts, so none is a replica
-                    replica_id=(*whole.replica_id[:-1], 0),
+                    # where data parallel ranks hold different parts, none is a replica
+                    replica_id=whole.replica_id if is_replicated else (*whole.replica_id[:-1], 0),
                     prepend_axis_num=0,
                 ),
             )

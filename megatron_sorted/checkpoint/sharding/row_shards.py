@@ -29,7 +29,7 @@ def keeps_rows(chunk: torch.nn.Module) -> bool:
     return hasattr(chunk, "row_shards")
 
 
-def _rectangles(chunk: Any) -> Iterator[tuple[Any, list[tuple[int, ShardedTensor]]]]:
+def rectangles_of_rows(chunk: Any) -> Iterator[tuple[Any, list[tuple[int, ShardedTensor]]]]:
     """Yield each parameter's rows with their rectangles of the whole tensors."""
     for shard in chunk.row_shards:
         start = shard.first_row * shard.sharded.shape[1:].numel()
@@ -50,7 +50,7 @@ def row_states(chunk: Any, with_data: bool) -> dict[str, Any]:
         for name, state in chunk.states.items()
         if not isinstance(state, ShardedTensor | ShardedTensorFactory)
     }
-    for shard, rectangles in _rectangles(chunk):
+    for shard, rectangles in rectangles_of_rows(chunk):
         dtype = chunk.states[shard.name].data.dtype
         states[shard.name] = {
             first: replace(
@@ -66,7 +66,7 @@ def row_states(chunk: Any, with_data: bool) -> dict[str, Any]:
 def views_of_rows(chunk: Any) -> Rows:
     """Return this rank's rows in Megatron's form for stacked layers, with views as data."""
     states: Rows = {}
-    for shard, rectangles in _rectangles(chunk):
+    for shard, rectangles in rectangles_of_rows(chunk):
         states[shard.name] = {}
         for first, sharded in rectangles:
             # 1 where layers are stacked in a dimension before those of the parameter, else 0
@@ -84,7 +84,7 @@ def views_of_rows(chunk: Any) -> Rows:
 
 def take_rows(chunk: Any, loaded: Rows) -> None:
     """Copy loaded tensors, requested by ``row_states``, into the weights."""
-    for shard, rectangles in _rectangles(chunk):
+    for shard, rectangles in rectangles_of_rows(chunk):
         for first, sharded in rectangles:
             rectangle_of(shard.rows, first, sharded).copy_(loaded[shard.name][first])
 
@@ -114,7 +114,7 @@ def optimizer_rows(optimizer: Any, chunk: Any, steps: int, with_data: bool) -> d
     state: dict[str, Any] = {"optimizer": {"param_groups": groups}, "parts": {}}
     if getattr(part, "grad_scaler", None):
         state["grad_scaler"] = part.grad_scaler.state_dict()
-    for index, (shard, rectangles) in enumerate(_rectangles(chunk)):
+    for index, (shard, rectangles) in enumerate(rectangles_of_rows(chunk)):
         moments = _states_of(part.optimizer, shard)
         state["parts"][index] = named_rectangles(moments, rectangles, with_data)
     return state
@@ -136,7 +136,7 @@ def take_optimizer_rows(optimizer: Any, chunk: Any, loaded: dict[str, Any]) -> N
                 inner.state[rows]["step"].fill_(float(saved["step"]))
     if getattr(part, "grad_scaler", None) and "grad_scaler" in loaded:
         part.grad_scaler.load_state_dict(loaded["grad_scaler"])
-    for index, (shard, rectangles) in enumerate(_rectangles(chunk)):
+    for index, (shard, rectangles) in enumerate(rectangles_of_rows(chunk)):
         for name, rows in _states_of(inner, shard).items():
             for first, sharded in rectangles:
                 rectangle_of(rows, first, sharded).copy_(loaded["parts"][index][name][first])

@@ -16,8 +16,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_sorted.checkpoint.layout import AVERAGED
 from megatron_sorted.checkpoint.manifest import CONTENT, WEIGHTS_ONLY, find_damage
 from megatron_sorted.checkpoint.plain_objects import check_checkpoint_is_safe
+from megatron_sorted.checkpoint.sharding.main_weights import (
+    main_weights,
+    states_like_weights,
+    take_states,
+)
 from megatron_sorted.checkpoint.sharding.optimizer_shards import (
     only_part,
     parts_of,
@@ -128,7 +134,23 @@ def _optimizer_of(
     return optimizer_state(optimizer, states.get("model", states), is_loading)
 
 
-def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> dict[str, Any]:
+def _averages(
+    tensors: list[torch.Tensor] | None, chunks: list, optimizer, states: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the entry of averaged weights of a sharded state dict; none without ``tensors``."""
+    if tensors is None:
+        return {}
+    weights = main_weights(optimizer)
+    return {AVERAGED: states_like_weights(AVERAGED, tensors, chunks, weights, states)}
+
+
+def sharded_state(
+    chunks: list,
+    optimizer,
+    schedule,
+    more: dict[str, Any],
+    averages: list[torch.Tensor] | None = None,
+) -> dict[str, Any]:
     """Return the whole state of a checkpoint, for ``Saver.save``.
 
     Collective: with overlapped gathering the parameters are gathered first (data parallel group);
@@ -139,6 +161,7 @@ def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> di
         optimizer: Megatron's optimizer.
         schedule: Megatron's learning-rate schedule.
         more: Further small state, the same on all ranks, such as a coefficient rule's.
+        averages: The averages of this rank's weights (``main_weights``), if there are any.
     """
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
@@ -148,6 +171,7 @@ def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> di
     return {
         **states,
         "optimizer": _optimizer_of(chunks, optimizer, states, is_loading=False),
+        **_averages(averages, chunks, optimizer, states),
         "opt_param_scheduler": schedule.state_dict(),
         "random_state": _random_object(
             {"python": random.getstate(), "numpy": np.random.get_state(), **random_state()}
@@ -192,12 +216,14 @@ def load_sharded(
     optimizer,
     load_optimizer: bool,
     load_random: bool,
+    averages: list[torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Load weights and, if requested, optimizer and random state; return the further state.
 
     The result holds "more", the learning-rate schedule's "opt_param_scheduler" (both empty where
     the checkpoint holds weights only), and under "random_state" whether that was loaded. Weights
-    are converted to the run's dtype.
+    are converted to the run's dtype. With ``averages`` the averages of this rank's weights are
+    loaded into these tensors.
 
     Collective: every rank must call it; each reads the shards that it needs.
 
@@ -212,6 +238,7 @@ def load_sharded(
     wanted: dict[str, Any] = dict(states)
     if load_optimizer:
         wanted["optimizer"] = _optimizer_of(chunks, optimizer, states, is_loading=True)
+    wanted |= _averages(averages, chunks, optimizer, states)
     same_place = load_random and manifest.get("layout", {}).get("random_place") == random_place()
     if same_place:
         wanted["random_state"] = _random_object(None)
@@ -239,6 +266,8 @@ def load_sharded(
         load_optimizer_state(optimizer, loaded["optimizer"])
     elif hasattr(optimizer, "reload_model_params"):
         optimizer.reload_model_params()
+    if averages is not None:
+        take_states(averages, loaded[AVERAGED])
     if same_place:
         state = loaded["random_state"]
         random.setstate(state["python"])

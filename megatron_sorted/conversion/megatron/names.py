@@ -6,6 +6,7 @@ the linear layer behind it.
 
 import re
 
+from megatron_sorted.checkpoint.layout import AVERAGED
 from megatron_sorted.errors import CheckpointError
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -58,7 +59,8 @@ WHOLE = re.compile(
 def is_no_weight(name: str) -> bool:
     """Return whether a stored name belongs to something other than a weight of the model.
 
-    These are extra states of layers, rotary frequencies, optimizer and random state.
+    These are extra states of layers, rotary frequencies, optimizer and random state, and averages
+    of weights.
     """
     return (
         "_extra_state" in name
@@ -71,6 +73,7 @@ def is_no_weight(name: str) -> bool:
                 "rng_state",
                 "rerun_state",
                 "opt_param_scheduler",
+                f"{AVERAGED}.",
             )
         )
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_sorted.checkpoint.layout import AVERAGED
 from megatron_sorted.checkpoint.restricted_pickle import (
     StoredChunk,
     StoredPiece,
@@ -67,8 +68,10 @@ class TorchDistFiles(TensorSource):
         tensors: Shapes and data types, in the order of their positions in the files.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, averaged: bool = False):
         """Read the metadata, and check that every file exists and is long enough.
+
+        With ``averaged`` the averages of weights are read, under the weights' names.
 
         Raises:
             CheckpointError: It is no such checkpoint, names a class that is refused, or lacks files
@@ -79,8 +82,11 @@ class TorchDistFiles(TensorSource):
         self._objects = names.objects
         # Pieces whose checksums matched; they are not compared again.
         self._verified: set[StoredPiece] = set()
+        prefix = f"{AVERAGED}." if averaged else ""
         self._stored = {
-            name: stored for name, stored in names.tensors.items() if not is_no_weight(name)
+            name.removeprefix(prefix): stored
+            for name, stored in names.tensors.items()
+            if name.startswith(prefix) and not is_no_weight(name.removeprefix(prefix))
         }
         tensors: dict[str, tuple[tuple[str, int], TensorInfo, _Place]] = {}
         sizes: dict[str, int] = {}
@@ -99,7 +105,8 @@ class TorchDistFiles(TensorSource):
                 position = min((piece.file, piece.offset) for piece in pieces)
                 tensors[name] = position, TensorInfo(shape, stored.dtype), place
         if not tensors:
-            raise CheckpointError(f"{self.directory}: holds no weights of a GPT model.")
+            what = "averages of weights" if averaged else "weights of a GPT model"
+            raise CheckpointError(f"{self.directory}: holds no {what}.")
         order = sorted(tensors, key=lambda name: tensors[name][0])
         self.tensors: Mapping[str, TensorInfo] = {name: tensors[name][1] for name in order}
         self._places = {name: tensors[name][2] for name in order}

@@ -29,6 +29,7 @@ from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import seed_everything
 from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.settings.averaging import holds_averages
 from megatron_sorted.settings.derived import global_batch_size
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.run.carried_files import carry_files, files_of_checkpoint
@@ -43,6 +44,7 @@ from megatron_sorted.training.run.resume import (
 from megatron_sorted.training.run.same_run import STARTED_FROM
 from megatron_sorted.training.step.build import Model
 from megatron_sorted.training.step.named_weights import load_by_name
+from megatron_sorted.training.step.weight_average import WeightAverage
 from megatron_sorted.training.step_result import TrainedStep
 from megatron_sorted.training.watch.nonfinite import check_finite_weights
 
@@ -147,9 +149,10 @@ class Checkpoints:
         model: Model,
         rule: CoefficientRule,
         log: Log,
+        average: WeightAverage | None = None,
     ):
         self.settings, self.platform, self.place = settings, platform, place
-        self.model, self.rule, self.log = model, rule, log
+        self.model, self.rule, self.log, self.average = model, rule, log, average
         self.lock: DirectoryLock | None = None
         self.saver: Saver | None = None
         self.saved_step: int | None = None
@@ -218,6 +221,9 @@ class Checkpoints:
         if is_hugging_face_candidate(candidate) or gives_new_parts(candidate, settings):
             load_by_name(candidate.directory, settings, model.chunks, model.optimizer)
         else:
+            with_average = (
+                self.average is not None and not weights_only and holds_averages(candidate.manifest)
+            )
             state = load_sharded(
                 candidate.directory,
                 candidate.manifest,
@@ -225,7 +231,10 @@ class Checkpoints:
                 model.optimizer,
                 load_optimizer=resumes and not settings.no_load_optim,
                 load_random=resumes and not settings.no_load_rng,
+                averages=self.average.tensors if with_average else None,
             )
+            if with_average:
+                self.average.has_begun = True
         self._carry_files(candidate)
         if weights_only:
             held = candidate.weights_only and not settings.finetune
@@ -263,7 +272,10 @@ class Checkpoints:
         before = self.saver.take_outcome(wait=True)
         check_finite_weights(self.model.chunks)
         more = {"coefficient_rule": self.rule.state_dict()}
-        state = sharded_state(self.model.chunks, self.model.optimizer, self.model.schedule, more)
+        average = self.average.tensors if self.average and self.average.has_begun else None
+        state = sharded_state(
+            self.model.chunks, self.model.optimizer, self.model.schedule, more, average
+        )
         described = {
             **description,
             "learning_rate": self.model.optimizer.param_groups[0]["lr"],

@@ -16,7 +16,7 @@ from megatron_sorted.checkpoint.manifest import exits_description, network_shape
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.monitoring.json_lines import finite_or_none
-from megatron_sorted.monitoring.report import EvaluationReport
+from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.versions import megatron_version
@@ -92,20 +92,25 @@ def exit_costs(settings: Settings, vocab_size: int) -> dict[str, dict[str, int]]
 def evaluation_results(
     settings: Settings, vocab_size: int, step: int, reports: list[EvaluationReport]
 ) -> dict[str, Any]:
-    """Return the content of ``evaluation.json``: costs and results of every sub-model."""
+    """Return the content of ``evaluation.json``: costs and results of every sub-model.
+
+    "sets" are of the last weights, "averaged" of averaged ones where they were evaluated.
+    """
     names = ("loss", "token_accuracy", "exact_match")
-    sets = {
-        report.name: {
+
+    def by_depth(exits: dict[int, ExitNumbers]) -> dict[str, dict[str, float | None]]:
+        return {
             str(depth): {name: getattr(numbers, name) for name in names}
-            for depth, numbers in sorted(report.exits.items())
+            for depth, numbers in sorted(exits.items())
         }
-        for report in reports
-    }
+
+    averaged = {report.name: by_depth(report.averaged) for report in reports if report.averaged}
     return {
         "run": Path(settings.save).name,
         "step": step,
         "exits": exit_costs(settings, vocab_size),
-        "sets": sets,
+        "sets": {report.name: by_depth(report.exits) for report in reports},
+        **({"averaged": averaged} if averaged else {}),
     }
 
 

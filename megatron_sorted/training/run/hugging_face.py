@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.checkpoint.layout import iteration_directory
@@ -13,7 +14,7 @@ from megatron_sorted.checkpoint.manifest import WEIGHTS_ONLY, network_shape, wit
 from megatron_sorted.conversion.exporting import export_model
 from megatron_sorted.conversion.hugging_face.families import CONFIG_FILE, family_of_settings
 from megatron_sorted.conversion.importing import tokenizer_description
-from megatron_sorted.conversion.open_model import files_beside, open_model
+from megatron_sorted.conversion.open_model import OpenModel, files_beside, open_model
 from megatron_sorted.conversion.staging import check_destination
 from megatron_sorted.conversion.verifying.transformers_states import require_transformers
 from megatron_sorted.conversion.writing import WriteOptions
@@ -73,6 +74,14 @@ def carried_files_of(directory: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in files_beside(directory).items()}
 
 
+def exports(settings: Settings) -> dict[str, Path]:
+    """Return {"last" or "averaged": the directory to which --save-hf exports these weights}."""
+    destination, weights = Path(settings.save_hf), settings.save_hf_weights
+    if weights != "both":
+        return {weights: destination}
+    return {kind: destination / kind for kind in ("last", "averaged")}
+
+
 def check_export(settings: Settings) -> None:
     """Check that --save-hf can be written when training is done.
 
@@ -82,10 +91,10 @@ def check_export(settings: Settings) -> None:
     """
     if settings.save_hf is None:
         return
-    destination = Path(settings.save_hf)
     try:
         family_of_settings(settings)
-        check_destination(destination, (destination / EXPORT).is_file(), 0)
+        for destination in exports(settings).values():
+            check_destination(destination, (destination / EXPORT).is_file(), 0)
     except CheckpointError as error:
         raise SettingsError(f"--save-hf: {error}") from error
 
@@ -96,40 +105,53 @@ def check_export_of_run(settings: Settings, run_id: str) -> None:
     Raises:
         CheckpointError: It holds one.
     """
-    path = Path(settings.save_hf) / EXPORT
-    if not os.path.lexists(path):
-        return
-    other = "unknown"
-    with suppress(CheckpointError):
-        other = str(read_json_object(path, error=CheckpointError).get("run_id", other))
-    if other != run_id:
-        raise CheckpointError(
-            f"--save-hf: {settings.save_hf} holds the export of run {shown(other)}, this one is "
-            f"run {run_id}. Give another directory."
-        )
+    for destination in exports(settings).values():
+        path, other = destination / EXPORT, "unknown"
+        if not os.path.lexists(path):
+            continue
+        with suppress(CheckpointError):
+            other = str(read_json_object(path, error=CheckpointError).get("run_id", other))
+        if other != run_id:
+            raise CheckpointError(
+                f"--save-hf: {destination} holds the export of run {shown(other)}, this one is "
+                f"run {run_id}. Give another directory."
+            )
 
 
 def export_last(settings: Settings, step: int, run_id: str, log: Callable[..., None]) -> None:
     """Write the last checkpoint as a Hugging Face directory, verified if transformers is installed.
 
-    Only one process may call it.
+    With --save-hf-weights it is that of averaged weights, or one of each kind. Only one process may
+    call it.
 
     Raises:
         CheckpointError: The directory could not be written; the checkpoint is complete.
     """
-    destination = Path(settings.save_hf)
     try:
         require_transformers()
         verify = True
     except CheckpointError:
         verify = False
-    model = open_model(iteration_directory(settings.save, step))
+    for weights, destination in exports(settings).items():
+        model = open_model(iteration_directory(settings.save, step), weights=weights)
+        _export(
+            model, destination, verify, {"run_id": run_id, "step": step, "weights": weights}, log
+        )
+
+
+def _export(
+    model: OpenModel,
+    destination: Path,
+    verify: bool,
+    origin: Mapping[str, Any],
+    log: Callable[..., None],
+) -> None:
     log(f"exporting to {destination} ({model.num_bytes / 1e6:,.1f} MB)")
     written = export_model(
         model,
         destination,
         WriteOptions((destination / EXPORT).is_file(), verify),
-        more_files={EXPORT: json.dumps({"run_id": run_id, "step": step}) + "\n"},
+        more_files={EXPORT: json.dumps(origin) + "\n"},
     )
     for note in written.notes:
         log(note)

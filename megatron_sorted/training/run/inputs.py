@@ -23,6 +23,7 @@ from megatron_sorted.data.samples.sample import SampleSource
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.files import same_path
+from megatron_sorted.settings.averaging import averaging_hints
 from megatron_sorted.settings.derived import data_blend, data_prefixes
 from megatron_sorted.settings.exit_distillation import check_top_k
 from megatron_sorted.settings.run import Settings
@@ -106,6 +107,7 @@ def open_inputs(settings: Settings) -> Inputs:
     if settings.metrics_file:
         check_writable("--metrics-file", Path(settings.metrics_file).parent)
     form, lines = open_form(settings, tokenizer, vocab_size)
+    lines = [*lines, *averaging_hints(settings)]
     return Inputs(
         settings,
         vocab_size,

@@ -81,6 +81,7 @@ def train(run: TrainingRun) -> str | None:
     save_interval = settings.save_interval if settings.save else None
     observers: tuple[Observer, ...] = (
         nonfinite,
+        *([run.average] if run.average is not None else []),
         run.checkpoints,
         Reporter(interval, run.forward_step, run.rule, run.publish),
         profiler,

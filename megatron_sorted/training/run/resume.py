@@ -16,6 +16,7 @@ from megatron_sorted.settings.derived import document_masks
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.run.adapters import check_same_adapters, value_text
+from megatron_sorted.training.run.averaging import check_has_averages, check_same_averaging
 
 # Settings that do not affect training: where files are, what is printed, how a run is monitored.
 SILENT = frozenset(
@@ -53,6 +54,8 @@ SILENT = frozenset(
         "pretrained_checkpoint",
         "use_checkpoint_args",
         "save_hf",
+        "save_hf_weights",
+        "evaluate_averaged",
         "device_peak_tflops",
         "distributed_timeout_minutes",
         "hang_timeout_minutes",
@@ -182,8 +185,10 @@ def check_can_continue(
             f"({directory / 'tokenizer'} holds it), or give --allow-changed-data if the "
             "two are the same vocabulary."
         )
+    check_has_averages(candidate, settings)
     if weights_only or settings.skip_train:
         return
+    check_same_averaging(candidate, settings)
     if not settings.no_load_optim:
         for name in FORM_OF_STATE:
             saved, now = _form(manifest["settings"], name), _form(vars(settings), name)

@@ -1,15 +1,18 @@
 """A run on this process: its network, checkpoints and reports, and its end."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from megatron_sorted.checkpoint.manifest import Progress
+from megatron_sorted.data.samples.dataset import EvaluationSet
 from megatron_sorted.monitoring.console import evaluation_lines
 from megatron_sorted.monitoring.report import EvaluationReport, StepReport
 from megatron_sorted.monitoring.writers import open_writers
 from megatron_sorted.parallel.groups import start_process_groups, stop_process_groups
 from megatron_sorted.platform.versions import copies_note
 from megatron_sorted.reading.shown import printable
+from megatron_sorted.training.run.averaging import make_average
 from megatron_sorted.training.run.carried_files import own_files
 from megatron_sorted.training.run.checkpoints import Checkpoints
 from megatron_sorted.training.run.describe import description, opening_lines, write_evaluation
@@ -53,10 +56,11 @@ class TrainingRun:
             self.log(f"training data: {self.inputs.samples.describe()}")
         self.model = build_model(settings, self.platform, self.place, self.vocab_size)
         build_optimizer(self.model, settings, self.place.world_size)
+        self.average = make_average(settings, self.model)
         self.forward_step = ForwardStep(settings, self.model, self.platform)
         self.stops = Stops(settings, self.platform, prepared.started)
         self.checkpoints = Checkpoints(
-            settings, self.platform, self.place, self.model, self.rule, self.log
+            settings, self.platform, self.place, self.model, self.rule, self.log, self.average
         )
         saves = settings.save and not settings.skip_train
         if saves:
@@ -97,17 +101,36 @@ class TrainingRun:
 
         Collective: every process must call it.
         """
-        reports = []
+        reports: list[EvaluationReport] = []
         sets = self.inputs.eval_sets | (self.inputs.test_sets if last else {})
         for name, samples in sets.items():
             self.watchdog.mark(f"step {self.progress.step}, evaluation of {name!r}")
+            reports.append(self._evaluate(name, samples))
+            self.publish(reports[-1], evaluation_lines(reports[-1]))
+        return reports
+
+    def _evaluate(self, name: str, samples: EvaluationSet) -> EvaluationReport:
+        """Return the report of one set, on averaged weights too if that is asked for.
+
+        Collective: those of the evaluations, and of ``WeightAverage.in_place``.
+        """
+
+        def evaluate(shown_name: str) -> EvaluationReport:
             evaluation = Evaluator(
                 self.settings, self.model, self.platform, self.place, name, samples
             )
-            shown = ShownProgress(name, self.watchdog.alive, self.place.rank == 0)
-            reports.append(evaluation.run(self.progress.step, shown))
-            self.publish(reports[-1], evaluation_lines(reports[-1]))
-        return reports
+            shown = ShownProgress(shown_name, self.watchdog.alive, self.place.rank == 0)
+            return evaluation.run(self.progress.step, shown)
+
+        report = evaluate(name)
+        if not self.settings.evaluate_averaged or self.average is None:
+            return report
+        if not self.average.has_begun:
+            return report
+        self.watchdog.mark(f"step {self.progress.step}, evaluation of {name!r}, averaged weights")
+        with self.average.in_place():
+            averaged = evaluate(f"{name}, averaged weights")
+        return replace(report, averaged=averaged.exits, seconds=report.seconds + averaged.seconds)
 
     def _description(self) -> dict[str, Any]:
         start = self.starting_point

@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-PHASES = ("data", "forward-backward", "gradients", "optimizer", "report")
+PHASES = ("data", "forward-backward", "gradients", "optimizer", "averaging", "report")
 """The phases of a step.
 
 Micro-batches are read; the schedule runs; gradients are reduced after it; the optimizer steps;
-numbers are collected and written.
+its weights are added to their average; numbers are collected and written.
 """
 
 _NOTHING = nullcontext()
