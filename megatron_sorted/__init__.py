@@ -2,6 +2,6 @@
 
 from megatron_sorted.triton_stand_in import install_finder
 
-__version__ = "0.13.0"
+__version__ = "0.15.0"
 
 install_finder()  # before anything here imports megatron
