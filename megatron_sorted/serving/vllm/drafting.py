@@ -35,7 +35,7 @@ class DraftExits:
 
         Args:
             tokens: The last token [b] of each text; no layer has read it.
-            positions: Its position [b].
+            positions: The position [b] of that token.
             most: Largest number of tokens to draft.
         """
         drafts: list[list[int]] = [[] for _ in range(len(tokens))]
