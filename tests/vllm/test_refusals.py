@@ -103,7 +103,7 @@ def test_versions_that_are_supported(monkeypatch):
     from megatron_sorted.serving.vllm import checks
 
     lines = []
-    logger = type("Logger", (), {"warning": lambda self, *message: lines.append(message)})
+    logger = type("Logger", (), {"warning": lambda self, *values: lines.append(values)})
     monkeypatch.setattr(checks, "init_logger", lambda _name: logger())
     for version in (*VLLM_TESTED, f"{VLLM_TESTED[0]}+cpu"):
         checks.check_version(version)

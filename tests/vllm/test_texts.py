@@ -154,8 +154,8 @@ def test_requests_that_come_and_go(llama, options):
                 )
             steps += 1
             if steps in (9, 15, 21):
-                dropped_one = sorted(dropped)[steps // 6 - 1]
-                llm.llm_engine.abort_request([str(dropped_one)])
+                aborted = sorted(dropped)[steps // 6 - 1]
+                llm.llm_engine.abort_request([str(aborted)])
             for output in llm.llm_engine.step():
                 if output.finished:
                     texts[int(output.request_id.split("-")[0])] = list(output.outputs[0].token_ids)
