@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -112,7 +113,8 @@ def main() -> None:
         kind: agreement_of(model, layers, kind, prompts, texts[kind, PLAIN], ends)
         for kind in tqdm(values.kinds, "compared with transformers")
     }
-    setting = f"{values.threads} threads"
+    load = " to ".join(f"{one:.0f}" for one in (min(os.getloadavg()), max(os.getloadavg())))
+    setting = f"{values.threads} threads; load average {load}"
     text = page(rows, files, values.kinds, draft, agreements, command, setting, raw)
     write_raw(raw, rows, command, draft, agreements)
     write_text_atomically(values.output / "llama_cpp.md", text)

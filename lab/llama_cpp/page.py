@@ -106,9 +106,8 @@ def page(
         *speed_table(rows, kinds),
         "Every token written without a draft was compared with transformers' most likely one after "
         "the same text, in float32 (end tokens were not allowed). Margins are how far, in logits, "
-        "the others are below it. The servers run with llama.cpp's defaults: keys and values in "
-        "f16, and flash attention, which on CPUs costs more precision than bfloat16 weights do; "
-        "`convert gguf` compares without both, where float32 is the model's.",
+        "the others are below it. The servers run with llama.cpp's defaults, keys and values in "
+        "f16 and flash attention; `convert gguf` compares without both.",
         "",
         *file_table(files, kinds, draft, agreements),
         *facts(setting, ("torch", "transformers")),
