@@ -162,7 +162,7 @@ def _recipe(plan: PosGenPlan, steps: Sequence[Step], outcomes: Outcomes) -> list
             "shared by training and test, 10,000 sequences, 150 epochs, heads of 64 channels. Raw "
             "rows: [posgen.json](posgen.json)."
         ),
-        "    python -m lab.posgen",
+        f"    python -m lab.posgen --tasks {' '.join(plan.tasks)} --seeds {plan.seeds}",
         "",
         "runs all of this; one training, and the measurement of a task and seed:",
         "",

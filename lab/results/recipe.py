@@ -297,16 +297,16 @@ def shown(step: Step, recipe: Recipe) -> str:
         for path in step.reads
         if path.is_absolute() and not path.is_relative_to(ROOT)
     }
-    words = list(step.command)
+    arguments = list(step.command)
     for path, name in names.items():
-        words = [word.replace(path, name) for word in words]
-    return wrap_command(words)
+        arguments = [argument.replace(path, name) for argument in arguments]
+    return wrap_command(arguments)
 
 
-def wrap_command(words: Sequence[str]) -> str:
+def wrap_command(arguments: Sequence[str]) -> str:
     """Return a command as a code block of Markdown, on lines of readable length."""
     lines = [""]
-    for word in map(shlex.quote, words):
+    for word in map(shlex.quote, arguments):
         if lines[-1] and len(lines[-1]) + len(word) > 126:
             lines[-1] += " \\"
             lines.append("   ")

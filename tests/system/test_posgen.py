@@ -9,9 +9,9 @@ from tests.support.commands import run_command
 
 def test_a_quick_run_writes_a_page_and_does_nothing_twice(tmp_path):
     options = ("--quick", "--tasks", "cot", "--output", "out")
-    done = run_command("lab/posgen.py", *options, cwd=tmp_path)
+    done = run_command("lab/posgen.py", *options, cwd=tmp_path, seconds=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    again = run_command("lab/posgen.py", *options, cwd=tmp_path)
+    again = run_command("lab/posgen.py", *options, cwd=tmp_path, seconds=600)
     assert again.returncode == 0 and "done after" not in again.stdout, again.stdout[-3000:]
     docs = tmp_path / "out" / "docs"
     page = (docs / "results" / "posgen.md").read_text()
