@@ -8,6 +8,7 @@ from megatron_sorted.conversion.origins import NetworkOrigin
 from megatron_sorted.conversion.submodel import cut_submodel
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.derived import exit_depths, max_position_embeddings
+from megatron_sorted.settings.rope_scaling import scaling_type
 from megatron_sorted.settings.run import Settings
 
 BLOCK, LARGE_BLOCK = 32, 256
@@ -31,14 +32,25 @@ def cut_networks(model: OpenModel, depths: Sequence[int]) -> dict[int, NetworkOr
             f"{model.directory}: it has no tokenizer, and a GGUF file holds one. Put the "
             "tokenizer's files beside the weights."
         )
-    family = family_of(model)
-    if model.settings.use_rope_scaling and family not in ("llama", "mistral"):
+    _check_rope(model)
+    return {depth: cut_submodel(model, depth) for depth in depths}
+
+
+def _check_rope(model: OpenModel) -> None:
+    """Check that llama.cpp computes the model's rotary frequencies."""
+    kind, family = scaling_type(model.settings), family_of(model)
+    if model.settings.rope_resonance or kind not in ("default", "linear", "llama3"):
+        shown = f"{kind} with resonance" if model.settings.rope_resonance else kind
+        raise CheckpointError(
+            f"{model.directory}: rope scaling {shown}, and llama.cpp's numbers for it have not "
+            "been compared with the model's. Types that are converted: default, linear, llama3."
+        )
+    if kind == "llama3" and family not in ("llama", "mistral"):
         raise CheckpointError(
             f"{model.directory}: rope scaling llama3 in a model of type {family} is dropped by "
             "llama.cpp's converter, which would change every number. Such a model cannot run "
             "there."
         )
-    return {depth: cut_submodel(model, depth) for depth in depths}
 
 
 def family_of(model: OpenModel) -> str:

@@ -38,8 +38,7 @@ class Given:
 def in_our_names(given: Iterable[Given]) -> Iterator[Given]:
     """Yield each setting under our name and with our values.
 
-    ``position_embedding_type: yarn`` is Megatron-LM's way to ask for rotary positions scaled by
-    YaRN.
+    ``position_embedding_type: yarn`` is Megatron-LM's name of rotary positions scaled by YaRN.
 
     Raises:
         SettingsError: A setting is given under two names, or two types of scaling are given.

@@ -157,6 +157,13 @@ def test_what_llama_cpp_cannot_do(tmp_path, nested):
         else:
             with pytest.raises(CheckpointError, match=r"rope scaling llama3 .* type qwen2"):
                 cut_networks(open_model(path), [3])
+    yarn = {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    path = write_model(tmp_path / "yarn", "llama", rope_parameters=yarn)
+    with pytest.raises(CheckpointError, match=r"rope scaling yarn, and"):
+        cut_networks(open_model(path), [3])
 
 
 def test_windows_limit_the_context(tmp_path):

@@ -10,7 +10,6 @@ from megatron_sorted.commands.parser import Parser, at_least
 from megatron_sorted.conversion.hugging_face.families import DTYPES
 from megatron_sorted.decoding.native import CHOICES
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.evaluation.questions import TEMPLATE
 from megatron_sorted.evaluation.task_names import check_task_names
 from megatron_sorted.settings.derived import MASKS
 
@@ -30,8 +29,7 @@ KEPT = (
 )
 """Options that are recorded in evaluation.json."""
 DESCRIPTION = """\
-Measure every exit of trained models: held-out loss, closed-book questions, lm-evaluation-harness.
-Prints tables and writes evaluation.json and .png; docs/evaluation.md defines the numbers."""
+Measure every exit: held-out loss, closed-book questions, tasks. See docs/evaluation.md."""
 
 
 def _rate(text: str) -> float:
@@ -154,20 +152,21 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="tokens of one forward pass (default: %(default)s)",
     )
-    add_position_options(parser)
-    data = parser.add_argument_group(
-        "prepared data, read as in training (also its masks, --[no-]reset-position-ids, ...)"
+    add_position_options(text)
+    text.add_argument(
+        "--data-path",
+        nargs="+",
+        default=[],
+        metavar="P",
+        help="prepared data P.bin and P.idx, read as in training (with its flags)",
     )
-    data.add_argument(
-        "--data-path", nargs="+", default=[], metavar="PREFIX", help="PREFIX.bin and PREFIX.idx"
-    )
-    data.add_argument(
+    text.add_argument(
         "--split",
         metavar="SHARES",
         help="the run's, such as 98,2: take the validation share (default: all)",
     )
     for name in MASKS:
-        data.add_argument(
+        text.add_argument(
             f"--{name.replace('_', '-')}",
             action=argparse.BooleanOptionalAction,
             default=None,
@@ -197,7 +196,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     questions.add_argument(
         "--question-template",
         metavar="TEXT",
-        help=f"(default for models without a template: {TEMPLATE!r})",
+        help="form of a question (default: the model's, else a plain one)",
     )
     questions.add_argument(
         "--num-questions",

@@ -2,26 +2,25 @@
 
 import argparse
 
-from megatron_sorted.commands.parser import Parser, at_least
+from megatron_sorted.commands.parser import at_least
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.positions import Positions, cut_positions
 
 POWERS = "powers"
 
 
-def add_position_options(parser: Parser) -> None:
-    """Add the options."""
-    group = parser.add_argument_group("loss over the position, of --text")
+def add_position_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options to those of held-out text."""
     group.add_argument(
         "--by-position",
         action="store_true",
-        help="measure the loss by position, in whole windows of --length",
+        help="measure the loss over the position, in whole windows",
     )
     group.add_argument(
         "--length",
         type=at_least(1),
         metavar="N",
-        help="tokens of a window, also more than trained (default: as --seq-length)",
+        help="tokens of such a window, also more than trained (--seq-length)",
     )
     group.add_argument(
         "--position-buckets",
