@@ -69,13 +69,13 @@ def write_vocabulary(network: NetworkOrigin, directory: Path) -> None:
     directory.mkdir(parents=True)
     config = _config(network)
     write_descriptions(directory, network.model, config)
-    _make_harmless(network, directory, config)
+    make_harmless(network, directory, config)
 
 
 def write_source(network: NetworkOrigin, directory: Path) -> None:
     """Write the whole directory, weights as stored, without verifying it: the file is verified."""
     export_model(network, directory, WriteOptions(verify=False))
-    _make_harmless(network, directory, _config(network))
+    make_harmless(network, directory, _config(network))
 
 
 def _config(network: NetworkOrigin) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _config(network: NetworkOrigin) -> dict[str, Any]:
     return config
 
 
-def _make_harmless(network: NetworkOrigin, directory: Path, config: dict[str, Any]) -> None:
+def make_harmless(network: NetworkOrigin, directory: Path, config: dict[str, Any]) -> None:
     """Remove what the converter does not need or must not run, and name the end of a text."""
     for path in directory.iterdir():
         if path.suffix in (".py", ".md") or path.name in (EXITS_FILE, GENERATION_FILE):

@@ -18,7 +18,7 @@ from megatron_sorted.llama_cpp.gguf_file import GgufFile
 from megatron_sorted.llama_cpp.limits import context_length, cut_networks, notes_on
 from megatron_sorted.llama_cpp.next_tokens import Agreement, judge
 from megatron_sorted.llama_cpp.programs import VARIABLE, LlamaCpp, find_llama_cpp, run_program
-from megatron_sorted.llama_cpp.source_directory import write_source
+from megatron_sorted.llama_cpp.source_directory import make_harmless, write_source, write_vocabulary
 from megatron_sorted.llama_cpp.tensors import reordered
 from megatron_sorted.llama_cpp.writing import bytes_needed, check_programs
 from tests.support.evaluated import write_model
@@ -217,6 +217,20 @@ def test_nothing_of_the_directory_can_run(tmp_path, nested):
         1,
         2,
     )
+
+
+def test_what_an_export_would_leave_is_removed(tmp_path, nested):
+    """Modules and an auto_map that names one are removed, whoever wrote them."""
+    network, source = cut_submodel(open_model(nested), 1), tmp_path / "source"
+    write_vocabulary(network, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "evil.py").write_text("raise SystemExit")
+    path = source / "tokenizer_config.json"
+    evil = {"AutoTokenizer": ["someone/model--evil.Tokenizer", None]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": evil}))
+    make_harmless(network, source, config)
+    assert "auto_map" not in json.loads(path.read_text())
+    assert not (source / "evil.py").exists() and (source / "tokenizer.model").exists()
 
 
 def test_only_our_own_module_stays(tmp_path):
