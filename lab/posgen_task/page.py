@@ -9,6 +9,7 @@ from pathlib import Path
 from lab.posgen_task.outcomes import NAMES, Outcomes, as_records, read_rows
 from lab.posgen_task.picture import draw
 from lab.posgen_task.plan import LENGTH, NETWORK, TIMES, PosGenPlan
+from lab.posgen_task.sequences import TASKS
 from lab.results.pages import page_head
 from lab.results.recipe import wrap_command
 from lab.results.steps import Step
@@ -152,6 +153,8 @@ def _recipe(plan: PosGenPlan, steps: Sequence[Step], outcomes: Outcomes) -> list
     name = f"{plan.tasks[0]}-rope-1"
     train = next(step for step in steps if step.name == f"train-{name}")
     measure = next(step for step in steps if step.name == f"evaluate-{plan.tasks[0]}-1")
+    left_out = [task for task in TASKS if task not in plan.tasks]
+    missing = f" Not measured: {', '.join(left_out)}." if left_out else ""
     return [
         "## Recipe",
         "",
@@ -160,7 +163,7 @@ def _recipe(plan: PosGenPlan, steps: Sequence[Step], outcomes: Outcomes) -> list
             f"with different beginnings, the same for all seeds. Network: `{NETWORK}`, "
             f"{plan.num_steps} steps of 32 sequences. The paper: M = 17, 2,380 beginnings "
             "shared by training and test, 10,000 sequences, 150 epochs, heads of 64 channels. Raw "
-            "rows: [posgen.json](posgen.json)."
+            f"rows: [posgen.json](posgen.json).{missing}"
         ),
         f"    python -m lab.posgen --tasks {' '.join(plan.tasks)} --seeds {plan.seeds}",
         "",
