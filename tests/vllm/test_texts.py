@@ -166,11 +166,22 @@ def test_requests_that_come_and_go(llama, options):
 
 
 def test_a_schedule_of_draft_lengths(llama):
-    """Four tokens for up to 2 texts, one for up to 5, none beyond."""
-    schedule = ((1, 2, 4), (3, 5, 1), (6, 32, 0))
+    """Four tokens are drafted for one text, one for each of two, none for three."""
+    from vllm import SamplingParams
+
+    schedule = ((1, 1, 4), (2, 2, 1), (3, 32, 0))
     options = EngineOptions("self_speculative", (2,), draft_schedule=schedule)
-    counts = check(llama, options, count=8)
-    assert {*counts.lengths} == {1, 4}
+    some, limits = prompts(3), (8, 20, 32)
+    parameters = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in limits]
+    with engine(llama, options) as (llm, counts):
+        outputs = llm.generate(
+            [{"prompt_token_ids": one} for one in some], parameters, use_tqdm=False
+        )
+    plain = plain_texts(llama, frozen(some))
+    assert [list(one.outputs[0].token_ids) for one in outputs] == [
+        text[:limit] for text, limit in zip(plain, limits, strict=True)
+    ]
+    assert {*counts.lengths} == {1, 4} and counts.accepted
 
 
 @pytest.mark.parametrize("options", [SELF[1], SORTED[0]], ids=str)
