@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sorted.checkpoint.manifest import EXIT_OWNED_FIELDS, SHAPE_FIELDS
+from megatron_sorted.checkpoint.manifest import EXIT_OWNED_FIELDS, ROPE_FIELDS, SHAPE_FIELDS
 from megatron_sorted.conversion.exporting import export_model
 from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
@@ -37,7 +37,8 @@ LENGTH = 40
 
 def settings_like(network: Settings, split: dict) -> Settings:
     """Return the settings of a tiny run of the network that an import found."""
-    fields = {name: getattr(network, name) for name in (*SHAPE_FIELDS, *EXIT_OWNED_FIELDS)}
+    names = (*SHAPE_FIELDS, *ROPE_FIELDS, *EXIT_OWNED_FIELDS)
+    fields = {name: getattr(network, name) for name in names}
     return tiny(
         **{**fields, "exit_layer_nums": (1, 2, 3), "seq_length": LENGTH, "lr": 1e-7, **split}
     )
