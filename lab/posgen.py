@@ -20,10 +20,9 @@ from collections.abc import Sequence
 
 from lab.posgen_task.page import write_page
 from lab.posgen_task.plan import TRAINED, PosGenPlan
-from lab.posgen_task.sequences import TASKS
+from lab.posgen_task.sequences import TASKS, check_least
 from lab.results.steps import Runner
 from lab.results.tool import add_folder_options, open_folders, show_page
-from megatron_sorted.errors import SettingsError
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,11 +38,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     add("--jobs", type=int, default=1, help="trainings at a time, one core each (%(default)s)")
     values = parser.parse_args(arguments)
     values.part = "all"
-    for name, least in (("seeds", 1), ("steps", 2), ("jobs", 1), ("modulus", 3)):
-        if getattr(values, name) < least:
-            raise SettingsError(
-                f"--{name}: {getattr(values, name)} is not at least {least}. Use {least} or more."
-            )
+    check_least(values, seeds=1, steps=2, jobs=1, modulus=3)
     return values
 
 

@@ -115,6 +115,19 @@ def write_tokenizer(directory: Path, modulus: int) -> None:
     )
 
 
+def check_least(values: argparse.Namespace, **least: int) -> None:
+    """Check that each named option is not below its least value.
+
+    Raises:
+        SettingsError: One is.
+    """
+    for name, value in least.items():
+        if getattr(values, name) < value:
+            raise SettingsError(
+                f"--{name}: {getattr(values, name)} is not at least {value}. Use {value} or more."
+            )
+
+
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
@@ -130,17 +143,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     add("--test", type=int, default=200, help="test sequences (%(default)s)")
     add("--seed", type=int, default=0, help="of the beginnings (%(default)s)")
     values = parser.parse_args(arguments)
-    for name, least in (
-        ("modulus", 2),
-        ("length", GIVEN + 1),
-        ("times", 1),
-        ("train", 1),
-        ("test", 1),
-    ):
-        if getattr(values, name) < least:
-            raise SettingsError(
-                f"--{name}: {getattr(values, name)} is not at least {least}. Use {least} or more."
-            )
+    check_least(values, modulus=2, length=GIVEN + 1, times=1, train=1, test=1)
     return values
 
 

@@ -5,7 +5,6 @@ holds for all tests of a session, so in a session with other tests (a bare ``pyt
 skipped. NPU_TESTS_ON requests them: then a missing package is an error.
 """
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sorted.platform.processes import keep_device_packages_out
-from tests.support import ranks
+from tests.support import own_session, ranks
 from tests.support.npu_simulation.environment import simulated_environment
 
 HERE = Path(__file__).parent
@@ -26,20 +25,8 @@ def why_not(config: pytest.Config) -> str | None:
     Raises:
         UsageError: They are asked for and cannot be run.
     """
-    requested = [
-        Path(config.invocation_params.dir, word.split("::")[0]).resolve() for word in config.args
-    ]
-    reason = None
-    if importlib.util.find_spec("torch_npu") is None:
-        reason = (
-            f"torch_npu is not installed for {sys.executable}: "
-            "make test-npu installs it, and runs them"
-        )
-    elif not all(path.is_relative_to(HERE) for path in requested):
-        reason = "they need a session of their own: make test-npu runs them"
-    if reason and "NPU_TESTS_ON" in os.environ:
-        raise pytest.UsageError(f"NPU_TESTS_ON asks for tests/npu: {reason}")
-    return reason
+    missing = f"torch_npu is not installed for {sys.executable}"
+    return own_session.why_not(config, HERE, "torch_npu", missing, "test-npu", "NPU_TESTS_ON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,7 +47,4 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests of this folder as skipped if they cannot run."""
-    reason = why_not(config)
-    for item in items if reason else ():
-        if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.skip(reason=reason))
+    own_session.skip_all(items, HERE, why_not(config))

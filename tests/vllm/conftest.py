@@ -5,11 +5,12 @@ requests them, and then a missing package is an error. The engine stays in this 
 start of vLLM serves many engines.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+
+from tests.support import own_session
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {
@@ -30,17 +31,8 @@ def why_not(config: pytest.Config) -> str | None:
     Raises:
         UsageError: They are asked for and cannot be run.
     """
-    requested = [
-        Path(config.invocation_params.dir, word.split("::")[0]).resolve() for word in config.args
-    ]
-    reason = None
-    if importlib.util.find_spec("vllm") is None:
-        reason = "vLLM is not installed here: make test-vllm installs it, and runs them"
-    elif not all(path.is_relative_to(HERE) for path in requested):
-        reason = "they need a session of their own: make test-vllm runs them"
-    if reason and "VLLM_TESTS_ON" in os.environ:
-        raise pytest.UsageError(f"VLLM_TESTS_ON asks for tests/vllm: {reason}")
-    return reason
+    missing = "vLLM is not installed here"
+    return own_session.why_not(config, HERE, "vllm", missing, "test-vllm", "VLLM_TESTS_ON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,7 +43,4 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests of this folder as skipped if they cannot run."""
-    reason = why_not(config)
-    for item in items if reason else ():
-        if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.skip(reason=reason))
+    own_session.skip_all(items, HERE, why_not(config))

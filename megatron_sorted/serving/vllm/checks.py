@@ -9,6 +9,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from megatron_sorted.errors import PlatformError, SettingsError
 from megatron_sorted.platform.supported import VLLM, VLLM_END, VLLM_TESTED, shown
+from megatron_sorted.serving.vllm.installed import is_supported, is_tested
 from megatron_sorted.serving.vllm.options import EngineOptions
 
 HOOKS = {
@@ -42,13 +43,12 @@ def check_version(version: str = vllm.__version__) -> None:
     Raises:
         PlatformError: It is older or newer than those that are supported.
     """
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-    if not VLLM <= numbers < VLLM_END:
+    if not is_supported(version):
         raise PlatformError(
             f"vLLM {version}: the plug-in supports {shown(VLLM)} and newer ones before "
             f"{shown(VLLM_END)}. Install vLLM {VLLM_TESTED[-1]}. {INSTEAD}"
         )
-    if version.split("+")[0] not in VLLM_TESTED:
+    if not is_tested(version):
         init_logger("vllm.megatron_sorted").warning(
             "vLLM %s: the plug-in was tested with %s.", version, " and ".join(VLLM_TESTED)
         )

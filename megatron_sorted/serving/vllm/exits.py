@@ -34,7 +34,7 @@ class Exits:
         block: Whether it has a layer of its own before the norm.
         mlp: Whether it has an MLP of its own there.
         adapter_rank: Rank of its low-rank adapter; 0 without one.
-        layer_types: What config.json calls the attention of each layer; empty if it says nothing.
+        layer_types: What config.json calls the attention of each layer; empty where it names none.
     """
 
     directory: Path

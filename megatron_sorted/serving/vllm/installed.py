@@ -22,6 +22,21 @@ INSTALL = (
 WITHOUT = "or extract the exit (megatron-sorted extract) and give it to vLLM as a draft model."
 
 
+def is_supported(version: str) -> bool:
+    """Return whether the plug-in supports this version of vLLM.
+
+    >>> is_supported("0.32.0+cpu"), is_supported("unknown")
+    (True, False)
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return bool(numbers) and VLLM <= tuple(map(int, numbers.groups())) < VLLM_END
+
+
+def is_tested(version: str) -> bool:
+    """Return whether the plug-in was tested with this version, whatever it was built for."""
+    return version.partition("+")[0] in VLLM_TESTED
+
+
 @dataclass(frozen=True)
 class InstalledVllm:
     """An installation of vLLM.
@@ -54,14 +69,12 @@ class InstalledVllm:
         Raises:
             PlatformError: The version is out of the supported range, or is no number.
         """
-        numbers = re.match(r"(\d+)\.(\d+)", self.version)
-        version = tuple(map(int, numbers.groups())) if numbers else None
-        if version is None or not VLLM <= version < VLLM_END:
+        if not is_supported(self.version):
             raise PlatformError(
                 f"vLLM {self.version}: the plug-in knows the insides of {shown(VLLM)} to "
                 f"{shown((VLLM_END[0], VLLM_END[1] - 1))}. Install one of these, {WITHOUT}"
             )
-        if self.version.partition("+")[0] in VLLM_TESTED:
+        if is_tested(self.version):
             return None
         return (
             f"vLLM {self.version}: the plug-in was tested with {', '.join(VLLM_TESTED)}. It checks "
