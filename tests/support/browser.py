@@ -106,22 +106,35 @@ class Browser:
         return self.send("/se/log", type=kind)
 
 
+def start_driver(folder: Path) -> tuple[subprocess.Popen, str]:
+    """Start the driver; return it and the line that names its port.
+
+    The port that it draws for IPv4 may be in use for IPv6: it then ends at once, and another start
+    draws another port.
+    """
+    for _ in range(5):
+        driver = subprocess.Popen(
+            ["chromedriver", "--port=0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "HOME": str(folder), "TMPDIR": str(folder)},
+        )
+        printed = ""
+        for line in driver.stdout:
+            if "successfully on port" in line:
+                return driver, line
+            printed += line
+        driver.communicate()
+    raise AssertionError(f"the driver ended with {driver.returncode}: {printed}")
+
+
 @contextmanager
 def browsing(folder: Path) -> Iterator[Browser]:
     """Yield a browser whose files lie in a folder; it is ended afterwards."""
-    driver = subprocess.Popen(
-        ["chromedriver", "--port=0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "HOME": str(folder), "TMPDIR": str(folder)},
-    )
+    driver, line = start_driver(folder)
     browser = None
     try:
-        line = ""
-        while "successfully on port" not in line:
-            line = driver.stdout.readline()
-            assert line, "the driver ended"
         port = int(line.rpartition("on port ")[2].strip(" .\n"))
         browser = Browser(f"http://127.0.0.1:{port}", folder)
         yield browser
