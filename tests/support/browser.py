@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.ports import free_port
+
 PROGRAMS = ("chromium", "chromedriver")
 needs_browser = pytest.mark.skipif(
     not all(map(shutil.which, PROGRAMS)),
@@ -106,36 +108,25 @@ class Browser:
         return self.send("/se/log", type=kind)
 
 
-def start_driver(folder: Path) -> tuple[subprocess.Popen, str]:
-    """Start the driver; return it and the line that names its port.
-
-    The port that it draws for IPv4 may be in use for IPv6: it then ends at once, and another start
-    draws another port.
-    """
-    for _ in range(5):
-        driver = subprocess.Popen(
-            ["chromedriver", "--port=0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "HOME": str(folder), "TMPDIR": str(folder)},
-        )
-        printed = ""
-        for line in driver.stdout:
-            if "successfully on port" in line:
-                return driver, line
-            printed += line
-        driver.communicate()
-    raise AssertionError(f"the driver ended with {driver.returncode}: {printed}")
-
-
 @contextmanager
 def browsing(folder: Path) -> Iterator[Browser]:
     """Yield a browser whose files lie in a folder; it is ended afterwards."""
-    driver, line = start_driver(folder)
+    # With port 0 it takes one that is free for IPv6, and ends if it is in use for IPv4.
+    port = free_port()
+    driver = subprocess.Popen(
+        ["chromedriver", f"--port={port}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "HOME": str(folder), "TMPDIR": str(folder)},
+    )
     browser = None
     try:
-        port = int(line.rpartition("on port ")[2].strip(" .\n"))
+        printed = ""
+        while "started successfully" not in printed:
+            line = driver.stdout.readline()
+            assert line, f"the driver ended: {printed}"
+            printed += line
         browser = Browser(f"http://127.0.0.1:{port}", folder)
         yield browser
     finally:
